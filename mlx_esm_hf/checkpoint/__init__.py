@@ -1,0 +1,1 @@
+"""Bytes on disk <-> {canonical parameter name: `mx.array`}. This room knows files and names, not layers."""

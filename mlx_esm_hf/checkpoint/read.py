@@ -1,0 +1,47 @@
+"""Weights from files: safetensors or `.bin`, whole or in shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
+
+
+def load_file(path: str | os.PathLike[str]) -> dict[str, mx.array]:
+    """{key: array} of one weights file; arrays of a safetensors file are read when they are evaluated.
+
+    Raises:
+        CheckpointError: the file is cut off, corrupt or of another format.
+    """
+    if Path(path).suffix != ".safetensors":
+        return load_torch_bin(path)
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header against the length of the file
+            pass
+        return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        hint = "Download it again."
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                hint = "It is a Git LFS pointer, not the weights: fetch them with `git lfs pull`."
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}). {hint}") from error
+
+
+def load_files(paths: list[str]) -> dict[str, mx.array]:
+    """{key: array} of a checkpoint's files together.
+
+    Raises:
+        CheckpointError: as `load_file`, or a key stands in two files.
+    """
+    arrays: dict[str, mx.array] = {}
+    for path in paths:
+        loaded = load_file(path)
+        if twice := arrays.keys() & loaded.keys():
+            raise CheckpointError(f"{path} holds {min(twice)!r} again, which stands in a shard before it.")
+        arrays |= loaded
+    return arrays

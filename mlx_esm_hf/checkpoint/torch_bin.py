@@ -1,0 +1,305 @@
+"""Read `pytorch_model.bin`, the state dict that torch.save writes, without torch and without running it.
+
+The formats are those of torch.serialization (torch/serialization.py). Since torch 1.6 the file is a zip of
+uncompressed records: `data.pkl` is the pickled dict, `data/<key>` the bytes of a storage. Before, it was a
+row of pickles (magic number, protocol, machine, dict, list of storage keys), then, storage by storage, the
+number of elements as int64 and the bytes. In both, a tensor is pickled as a call of `_rebuild_tensor_v2` with
+a persistent id that names its storage.
+
+pickle.Unpickler is not used: whatever its find_class refuses, a file can still make it call and alter what is
+allowed, or crash Python (by the hash of deeply nested tuples). Here pickletools splits the pickle into
+opcodes, and a machine that knows only those of a state dict turns them into inert data.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickletools
+import struct
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_esm_hf.checkpoint.errors import CheckpointError
+
+_DTYPES = {
+    "torch.BFloat16Storage": "u2",  # NumPy has no bfloat16: the bits travel as uint16
+    "torch.HalfStorage": "f2",
+    "torch.FloatStorage": "f4",
+    "torch.DoubleStorage": "f8",
+    "torch.LongStorage": "i8",
+    "torch.IntStorage": "i4",
+    "torch.ShortStorage": "i2",
+    "torch.CharStorage": "i1",
+    "torch.ByteStorage": "u1",
+    "torch.BoolStorage": "?",
+}
+_DICT = "collections.OrderedDict"
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_ALLOWED_GLOBALS = {_DICT, _TENSOR, *_PARAMETERS, *_DTYPES}
+
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_MAX_DIMENSIONS = 32  # of an array in NumPy 1
+_MAX_EXPANSION = 1 << 30  # bytes by which tensors that repeat elements may outgrow the file
+
+_ADVICE = "Nothing in the file was executed. Download it again, or use the safetensors version of the model."
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """A global that the pickle names: the name, never the thing itself."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that the pickle asks for, or a persistent id: kept as data, never made."""
+
+    function: str
+    arguments: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """Where a tensor lies in its storage, counted in elements."""
+
+    storage: str
+    storage_type: str
+    storage_numel: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(_DTYPES[self.storage_type]).itemsize
+
+
+def load_torch_bin(path: str | os.PathLike[str]) -> dict[str, mx.array]:
+    """Return the tensors of the state dict in the file, evaluated and in its order.
+
+    Dtypes stay as they are, but float64 becomes float32. Tied tensors may be one and the same array.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds anything but a state dict of plain tensors.
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _load(file, os.fstat(file.fileno()).st_size)
+        except Exception as error:  # zipfile, pickletools, NumPy and MLX fail in many ways on damaged bytes
+            known = isinstance(error, CheckpointError)
+            reason = error if known else f"the file is damaged ({type(error).__name__}: {error})"
+            raise CheckpointError(f"{os.fspath(path)}: {reason}. {_ADVICE}") from error
+
+
+def _load(file: BinaryIO, file_size: int) -> dict[str, mx.array]:
+    head = file.read(512)
+    file.seek(0)
+    if head.startswith(b"PK\x03\x04"):
+        return _load_zip(file, file_size)
+    if head.startswith(b"\x80"):  # the opcode PROTO
+        return _load_legacy(file, file_size)
+    if not head:
+        raise CheckpointError("the file is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError("this is a Git LFS pointer, not the weights: `git lfs pull` fetches them")
+    if head[257:262] == b"ustar":
+        raise CheckpointError("the tar format of the first torch releases is not supported")
+    raise CheckpointError(f"torch.save did not write this file: it starts with {head[:16]!r}")
+
+
+def _load_zip(file: BinaryIO, file_size: int) -> dict[str, mx.array]:
+    with zipfile.ZipFile(file) as archive:
+        # All lie in one top folder, named after the file that torch.save wrote, or "archive".
+        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+
+        def read(name: str) -> bytes:
+            if name not in records:
+                raise CheckpointError(f"the record {name!r} is missing in the zip archive")
+            if records[name].compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"the record {name!r} is compressed, which torch.save never does")
+            return archive.read(records[name])  # checks the CRC
+
+        tensors = _tensors(_unpickle(io.BytesIO(read("data.pkl"))))
+        sizes = {name[5:]: info.file_size for name, info in records.items() if name.startswith("data/")}
+        _check(tensors, sizes, file_size)
+        byteorder = read("byteorder") if "byteorder" in records else b"little"
+        if byteorder not in (b"little", b"big"):
+            raise CheckpointError(f"the byte order {byteorder[:16]!r} is unknown")
+        return _arrays(tensors, lambda key: read(f"data/{key}"), "<" if byteorder == b"little" else ">")
+
+
+def _load_legacy(file: BinaryIO, file_size: int) -> dict[str, mx.array]:
+    if _unpickle(file) != _LEGACY_MAGIC or _unpickle(file) != _LEGACY_PROTOCOL:
+        raise CheckpointError("this is a pickle, but not one that torch.save wrote")
+    _unpickle(file)  # tells of the machine that wrote the file; every machine wrote storages little-endian
+    tensors = _tensors(_unpickle(file))
+    itemsizes = {tensor.storage: tensor.itemsize for tensor in tensors.values()}
+    places: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for key in _unpickle(file):
+        if not isinstance(key, str) or key not in itemsizes:
+            raise CheckpointError("the file lists a storage that no tensor uses")
+        (numel,) = struct.unpack("<q", file.read(8))
+        places[key], sizes[key] = file.tell(), numel * itemsizes[key]
+        if not 0 <= sizes[key] <= file_size - places[key]:
+            raise CheckpointError(f"the storage {key!r} of {numel} elements does not fit in the file")
+        file.seek(sizes[key], os.SEEK_CUR)
+    _check(tensors, sizes, file_size)
+
+    def read(key: str) -> bytes:
+        file.seek(places[key])
+        return file.read(sizes[key])
+
+    return _arrays(tensors, read, "<")
+
+
+def _unpickle(file: BinaryIO) -> Any:
+    """Read one pickle as data: strings, numbers, lists, tuples, dicts, `_Global` and `_Call`."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
+
+    def cut(start: int) -> list[Any]:
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    # An error that Python raises here, as of an index or a type, comes from a malformed pickle and says so.
+    for opcode, argument, _ in pickletools.genops(file):
+        match opcode.name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(argument)
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(cut(-int(opcode.name[-1]))))
+            case "TUPLE":
+                stack.append(tuple(cut(marks.pop())))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND" | "APPENDS":
+                items = cut(-1 if opcode.name == "APPEND" else marks.pop())
+                list.extend(stack[-1], items)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM" | "SETITEMS":
+                items = cut(-2 if opcode.name == "SETITEM" else marks.pop())
+                if not all(isinstance(key, str | int) for key in items[::2]):  # a deep key would crash hash()
+                    raise CheckpointError("a key of a dict is neither a string nor an integer")
+                dict.update(stack[-1], zip(items[::2], items[1::2], strict=True))
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if opcode.name == "MEMOIZE" else argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL" | "STACK_GLOBAL":
+                name = ".".join(cut(-2)) if argument is None else str(argument).replace(" ", ".")
+                if name not in _ALLOWED_GLOBALS:
+                    raise CheckpointError(f"it holds the global {name!r}, which no state dict needs")
+                stack.append(_Global(name))
+            case "BINPERSID":
+                stack.append(_Call("persistent id", stack.pop()))
+            case "REDUCE":
+                function, arguments = cut(-2)
+                if not isinstance(function, _Global):
+                    raise CheckpointError("the pickle calls what is not a global")
+                is_dict = function.name == _DICT and arguments == ()
+                stack.append({} if is_dict else _Call(function.name, arguments))
+            case "BUILD":  # sets attributes: an OrderedDict has _metadata, the versions of the modules
+                stack.pop()
+                if not isinstance(stack[-1], dict):
+                    raise CheckpointError("the pickle sets attributes of what is not a dict")
+            case _:
+                raise CheckpointError(f"it holds the opcode {opcode.name}, which no state dict needs")
+    return stack.pop()
+
+
+def _tensors(state: Any) -> dict[str, _Tensor]:
+    if not isinstance(state, dict):
+        raise CheckpointError(f"it holds a pickled {_kind(state)}, not a state dict")
+    return {key: _tensor(key, value) for key, value in state.items()}
+
+
+def _tensor(key: Any, value: Any) -> _Tensor:
+    if not isinstance(key, str):
+        raise CheckpointError(f"the key {key!r} of the state dict is not a string")
+    match value:
+        case _Call(function, (data, *_)) if function in _PARAMETERS:
+            value = data
+    match value:
+        # The last two, requires_grad and hooks, do not matter. A seventh would tell to conjugate or negate.
+        case _Call(function, (_Call("persistent id", storage), offset, tuple(size), tuple(stride), _, _)):
+            match storage:
+                # The fourth is the device. The legacy format has a sixth, for long None: a view of a storage.
+                case ("storage", _Global(kind), str(name), _, numel, *view) if view in ([], [None]):
+                    integers = all(type(number) is int for number in (numel, offset, *size, *stride))
+                    if function == _TENSOR and kind in _DTYPES and integers:
+                        return _Tensor(name, kind, numel, offset, size, stride)
+    raise CheckpointError(f"{key!r} is a pickled {_kind(value)}, not a plain tensor as in model.state_dict()")
+
+
+def _kind(value: Any) -> str:
+    return value.function if isinstance(value, _Call) else type(value).__name__
+
+
+def _check(tensors: Mapping[str, _Tensor], sizes: Mapping[str, int], file_size: int) -> None:
+    """Check the tensors against the `sizes` of the storages, in bytes, before any of these is read."""
+    total = 0
+    for tensor, key in {tensor: key for key, tensor in tensors.items()}.items():  # once for all that are tied
+        if tensor.storage not in sizes:
+            raise CheckpointError(f"the data of {key!r} are missing")
+        held = sizes[tensor.storage] // tensor.itemsize
+        if tensor.storage_numel != held:
+            raise CheckpointError(f"{key!r} lies in {tensor.storage_numel} elements; the file has {held}")
+        size, stride = tensor.size, tensor.stride
+        if not len(size) == len(stride) <= _MAX_DIMENSIONS or min(tensor.offset, *size, *stride, 0) < 0:
+            raise CheckpointError(f"the offset, size and stride of {key!r} are those of no tensor")
+        last = tensor.offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if 0 not in size and last >= held:
+            raise CheckpointError(f"{key!r} reaches beyond the {held} elements of its storage")
+        total += math.prod(size) * tensor.itemsize
+        if total > file_size + _MAX_EXPANSION:  # by strides of 0, a few bytes can claim to be terabytes
+            raise CheckpointError(f"{key!r} makes the tensors much larger than the file")
+
+
+def _arrays(
+    tensors: Mapping[str, _Tensor], read: Callable[[str], bytes], byteorder: str
+) -> dict[str, mx.array]:
+    """Read every storage once and make its tensors, holding one storage at a time."""
+    views: defaultdict[str, set[_Tensor]] = defaultdict(set)
+    for tensor in tensors.values():
+        views[tensor.storage].add(tensor)
+    arrays: dict[_Tensor, mx.array] = {}
+    for storage in views:
+        buffer = read(storage)
+        arrays |= {tensor: _array(tensor, buffer, byteorder) for tensor in views[storage]}
+        del buffer  # before the next is read
+    return {key: arrays[tensor] for key, tensor in tensors.items()}
+
+
+def _array(tensor: _Tensor, buffer: bytes, byteorder: str) -> mx.array:
+    dtype = np.dtype(byteorder + _DTYPES[tensor.storage_type])
+    elements = np.frombuffer(buffer, dtype, tensor.storage_numel)[tensor.offset :]
+    strides = [step * tensor.itemsize for step in tensor.stride]
+    values = np.lib.stride_tricks.as_strided(elements, tensor.size, strides)
+    array = mx.array(values.astype(dtype.newbyteorder("="), copy=False))  # copies; float64 becomes float32
+    if tensor.storage_type == "torch.BFloat16Storage":
+        array = array.view(mx.bfloat16)
+    mx.eval(array)
+    return array

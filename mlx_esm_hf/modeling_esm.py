@@ -1,0 +1,737 @@
+"""The ESM protein language models in MLX: ESM-1, ESM-1b, ESM-1v and ESM-2.
+
+Read from top to bottom it is the network: embeddings, attention, layer, encoder, heads, and the four models. Modules
+and parameters are named as in transformers' `models/esm/modeling_esm.py`, so a checkpoint's keys are parameter names.
+What differs between the families stands in the config.
+
+Papers: Rives et al. 2019 (ESM-1, ESM-1b; PNAS 2021, doi:10.1073/pnas.2016239118), Rao et al. 2020 (contacts;
+doi:10.1101/2020.12.15.422761), Meier et al. 2021 (ESM-1v; doi:10.1101/2021.07.09.450648), Lin et al. 2023 (ESM-2;
+Science, doi:10.1126/science.ade2574).
+
+In the shapes B is the batch, L the tokens, D the hidden size, H the heads, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from transformers import PreTrainedConfig
+
+from mlx_esm_hf import ops
+from mlx_esm_hf.configuration_esm import MLXEsmConfig, as_mlx_config
+from mlx_esm_hf.modeling_inputs import as_array, check_inputs, check_labels, host
+from mlx_esm_hf.modeling_outputs import (
+    MLXBaseModelOutput,
+    MLXBaseModelOutputWithPooling,
+    MLXMaskedLMOutput,
+    MLXSequenceClassifierOutput,
+    MLXTokenClassifierOutput,
+)
+from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, resized
+
+# The share of residues that ESM's training replaced by <mask>: 15% were selected, 80% of those masked.
+MASK_RATIO_TRAIN = 0.15 * 0.8
+
+
+def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """A linear layer under transformers' initialisation: normal weights, no bias."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer.weight = mx.random.normal((outputs, inputs), scale=config.initializer_range)
+    if bias:
+        layer.bias = mx.zeros(outputs)
+    return layer
+
+
+def embedding(config: MLXEsmConfig, size: int) -> nn.Embedding:
+    """An embedding table under transformers' initialisation: normal, the row of the padding token zero."""
+    table = nn.Embedding(size, config.hidden_size)
+    table.weight = mx.random.normal((size, config.hidden_size), scale=config.initializer_range)
+    if config.pad_token_id is not None:
+        table.weight[config.pad_token_id] = 0
+    return table
+
+
+def layer_norm(config: MLXEsmConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+# Positions
+
+
+class MLXEsmRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary position embedding (Su et al. 2021), [B or 1, 1, L, head_dim / 2].
+
+    `inv_freq` is a buffer: it is loaded and saved, but never trained and never rounded to half precision. The stored
+    values are used, since a checkpoint may have been trained with rounded ones.
+    """
+
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        head_dim = config.hidden_size // config.num_attention_heads
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        self.inv_freq = mx.array(1 / np.float32(config.rope_theta) ** exponents)
+        self.freeze()
+
+    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self
+
+    def __call__(self, position_ids: mx.array) -> tuple[mx.array, mx.array]:
+        # One float32 product, as in transformers: at position 1000 another order of rounding is visible.
+        angles = position_ids[:, None, :, None].astype(mx.float32) * self.inv_freq.astype(mx.float32)
+        return mx.cos(angles), mx.sin(angles)
+
+
+def apply_rotary_pos_emb(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate each head of x [B, H, L, head_dim], whose halves are the coordinates, by its position's angles."""
+    x1, x2 = mx.split(x, 2, axis=-1)  # cos and sin are float32: half precision is rotated in it
+    return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def sinusoidal_positions(position_ids: mx.array, hidden_size: int, padding_idx: int) -> mx.array:
+    """ESM-1's position embedding [B, L, D]: sines, then cosines, zero at padding (fair-esm's
+    `SinusoidalPositionalEmbedding`)."""
+    half = hidden_size // 2
+    # The exponent is rounded to float32 before the exponential, as it was in training.
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / (half - 1))
+    angles = position_ids[..., None].astype(mx.float32) * mx.array(np.exp(exponents.astype(np.float64)), mx.float32)
+    positions = mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1)
+    if hidden_size % 2:
+        positions = mx.pad(positions, [(0, 0), (0, 0), (0, 1)])
+    return mx.where((position_ids == padding_idx)[..., None], 0.0, positions)
+
+
+def create_position_ids_from_input_ids(input_ids: mx.array, padding_idx: int) -> mx.array:
+    """Positions count the real tokens from padding_idx + 1; padding stays at padding_idx. [B, L]"""
+    real = (input_ids != padding_idx).astype(mx.int32)
+    return mx.cumsum(real, axis=1) * real + padding_idx
+
+
+# The network
+
+
+class MLXEsmEmbeddings(nn.Module):
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.config = config
+        self.word_embeddings = embedding(config, config.vocab_size)
+        if config.position_embedding_type == "absolute":
+            self.position_embeddings = embedding(config, config.max_position_embeddings)
+        if config.emb_layer_norm_before:
+            self.layer_norm = layer_norm(config)
+
+    def __call__(
+        self, input_ids: mx.array, attention_mask: mx.array | None = None, position_ids: mx.array | None = None
+    ) -> mx.array:
+        config = self.config
+        embeddings = self.word_embeddings(input_ids)
+        if config.scale_embedding:
+            embeddings = embeddings * math.sqrt(config.hidden_size)
+        if config.token_dropout:
+            embeddings = self.drop_tokens(embeddings, input_ids, attention_mask)
+
+        if config.position_embedding_type != "rotary":
+            if position_ids is None:
+                position_ids = create_position_ids_from_input_ids(input_ids, config.pad_token_id)
+            if config.position_embedding_type == "absolute":
+                embeddings = embeddings + self.position_embeddings(position_ids)
+            else:
+                positions = sinusoidal_positions(position_ids, config.hidden_size, config.pad_token_id)
+                embeddings = embeddings + positions.astype(embeddings.dtype)
+
+        if config.emb_layer_norm_before:
+            embeddings = self.layer_norm(embeddings)
+        if attention_mask is not None:
+            embeddings = embeddings * attention_mask[..., None].astype(embeddings.dtype)
+        return embeddings
+
+    def drop_tokens(self, embeddings: mx.array, input_ids: mx.array, attention_mask: mx.array | None) -> mx.array:
+        """Zero the <mask> tokens, and scale the others to the share of tokens that training left unmasked.
+
+        A row in which nothing is left has nothing to scale; there transformers divides zero by zero.
+        """
+        masked = input_ids == self.config.mask_token_id
+        length = input_ids.shape[1] if attention_mask is None else attention_mask.sum(axis=-1)
+        left = mx.maximum(length - masked.sum(axis=-1), 1)
+        scale = (1 - MASK_RATIO_TRAIN) * length / left
+        embeddings = mx.where(masked[..., None], 0, embeddings)
+        return embeddings * scale[:, None, None].astype(embeddings.dtype)
+
+
+class MLXEsmSelfAttention(nn.Module):
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = D // config.num_attention_heads
+        self.query = linear(config, D, D)
+        self.key = linear(config, D, D)
+        self.value = linear(config, D, D)
+        self.attention_dropout = config.attention_probs_dropout_prob or 0
+        self.dropout = nn.Dropout(self.attention_dropout)
+        if config.add_bias_kv:
+            self.bias_k = mx.random.normal((1, 1, D), scale=D**-0.5)
+            self.bias_v = mx.random.normal((1, 1, D), scale=D**-0.5)
+
+    def __call__(
+        self,
+        hidden_states: mx.array,
+        attention_mask: mx.array | None = None,
+        position_embeddings: tuple[mx.array, mx.array] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[mx.array, mx.array | None]:
+        query = self.heads(self.query(hidden_states)) * self.attention_head_size**-0.5
+        key = self.key(hidden_states)
+        value = self.value(hidden_states)
+        if "bias_k" in self:
+            B, _, D = key.shape
+            key = mx.concatenate([key, mx.broadcast_to(self.bias_k, (B, 1, D))], axis=1)
+            value = mx.concatenate([value, mx.broadcast_to(self.bias_v, (B, 1, D))], axis=1)
+            if attention_mask is not None:
+                attention_mask = mx.pad(attention_mask, [(0, 0), (0, 0), (0, 0), (0, 1)], constant_values=True)
+        key, value = self.heads(key), self.heads(value)
+        if position_embeddings is not None:
+            query = apply_rotary_pos_emb(query, *position_embeddings)
+            key = apply_rotary_pos_emb(key, *position_embeddings)
+
+        if output_attentions or (self.training and self.attention_dropout):
+            attentions = self.dropout(ops.attention_probabilities(query, key, attention_mask))
+            context = attentions @ value
+            if "bias_k" in self:
+                attentions = attentions[..., :-1]  # the learned key is no token
+        else:
+            attentions = None
+            context = ops.scaled_dot_product_attention(query, key, value, attention_mask)
+        return context.swapaxes(1, 2).flatten(2), attentions if output_attentions else None
+
+    def heads(self, x: mx.array) -> mx.array:
+        """[B, L, D] to [B, H, L, head_dim]"""
+        return mx.unflatten(x, -1, (self.num_attention_heads, self.attention_head_size)).swapaxes(1, 2)
+
+
+class MLXEsmSelfOutput(nn.Module):
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.dense = linear(config, config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob or 0)
+
+    def __call__(self, hidden_states: mx.array, input_tensor: mx.array) -> mx.array:
+        return self.dropout(self.dense(hidden_states)) + input_tensor
+
+
+class MLXEsmAttention(nn.Module):
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.self = MLXEsmSelfAttention(config)
+        self.output = MLXEsmSelfOutput(config)
+        self.LayerNorm = layer_norm(config)
+
+    def __call__(
+        self,
+        hidden_states: mx.array,
+        attention_mask: mx.array | None = None,
+        position_embeddings: tuple[mx.array, mx.array] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[mx.array, mx.array | None]:
+        context, attentions = self.self(
+            self.LayerNorm(hidden_states), attention_mask, position_embeddings, output_attentions
+        )
+        return self.output(context, hidden_states), attentions
+
+
+class MLXEsmIntermediate(nn.Module):
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.dense = linear(config, config.hidden_size, config.intermediate_size)
+
+    def __call__(self, hidden_states: mx.array) -> mx.array:
+        return ops.gelu(self.dense(hidden_states))
+
+
+class MLXEsmOutput(nn.Module):
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.dense = linear(config, config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob or 0)
+
+    def __call__(self, hidden_states: mx.array, input_tensor: mx.array) -> mx.array:
+        return self.dropout(self.dense(hidden_states)) + input_tensor
+
+
+class MLXEsmLayer(nn.Module):
+    """A transformer layer with the layer norms before attention and feed-forward."""
+
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.attention = MLXEsmAttention(config)
+        self.intermediate = MLXEsmIntermediate(config)
+        self.output = MLXEsmOutput(config)
+        self.LayerNorm = layer_norm(config)
+
+    def __call__(
+        self,
+        hidden_states: mx.array,
+        attention_mask: mx.array | None = None,
+        position_embeddings: tuple[mx.array, mx.array] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[mx.array, mx.array | None]:
+        hidden_states, attentions = self.attention(
+            hidden_states, attention_mask, position_embeddings, output_attentions
+        )
+        return self.output(self.intermediate(self.LayerNorm(hidden_states)), hidden_states), attentions
+
+
+class MLXEsmEncoder(nn.Module):
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.layer = [MLXEsmLayer(config) for _ in range(config.num_hidden_layers)]
+        if config.emb_layer_norm_after:
+            self.emb_layer_norm_after = layer_norm(config)
+
+    def __call__(
+        self,
+        hidden_states: mx.array,
+        attention_mask: mx.array | None = None,
+        position_embeddings: tuple[mx.array, mx.array] | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> MLXBaseModelOutput:
+        all_hidden_states: list[mx.array] = [hidden_states]
+        all_attentions: list[Any] = []
+        for layer in self.layer:
+            hidden_states, attentions = layer(hidden_states, attention_mask, position_embeddings, output_attentions)
+            all_hidden_states.append(hidden_states)
+            all_attentions.append(attentions)
+        if "emb_layer_norm_after" in self:
+            hidden_states = self.emb_layer_norm_after(hidden_states)
+        return MLXBaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+
+
+def first_token(hidden_states: mx.array, attention_mask: mx.array | None) -> mx.array:
+    """The state of each row's first real token, <cls>: [B, D].
+
+    transformers reads position 0, which under left padding is a pad.
+    """
+    if attention_mask is None:
+        return hidden_states[:, 0]
+    first = mx.argmax(attention_mask.astype(mx.int32), axis=1)
+    return mx.take_along_axis(hidden_states, first[:, None, None], axis=1)[:, 0]
+
+
+class MLXEsmPooler(nn.Module):
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.dense = linear(config, config.hidden_size, config.hidden_size)
+
+    def __call__(self, hidden_states: mx.array, attention_mask: mx.array | None = None) -> mx.array:
+        return mx.tanh(self.dense(first_token(hidden_states, attention_mask)))
+
+
+def symmetrize(x: mx.array) -> mx.array:
+    return x + x.swapaxes(-1, -2)
+
+
+def average_product_correct(x: mx.array) -> mx.array:
+    """Take the product of row and column sums, over the total, from each map [..., L, L] (Dunn et al. 2008)."""
+    total = x.sum(axis=(-1, -2), keepdims=True)
+    return x - x.sum(axis=-1, keepdims=True) * x.sum(axis=-2, keepdims=True) / mx.where(total == 0, 1, total)
+
+
+class MLXEsmContactPredictionHead(nn.Module):
+    """Logistic regression on all attention maps, symmetrised and corrected (Rao et al. 2020)."""
+
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.eos_token_id = config.eos_token_id
+        self.regression = linear(config, config.num_hidden_layers * config.num_attention_heads, 1)
+
+    def __call__(self, tokens: mx.array, attentions: tuple[mx.array, ...]) -> mx.array:
+        """Contact probabilities [B, residues, residues] from tokens [B, L] and one [B, H, L, L] for each layer."""
+        residues = slice(1, None)
+        real = mx.ones(tokens.shape, dtype=attentions[0].dtype)
+        if self.eos_token_id is not None:
+            real = (tokens != self.eos_token_id).astype(attentions[0].dtype)
+            residues = slice(1, -1)
+        weights = mx.split(self.regression.weight.reshape(-1, 1, 1), len(attentions))
+        logits = self.regression.bias
+        for attention, weight in zip(attentions, weights, strict=True):
+            attention = (attention * real[:, None, :, None] * real[:, None, None, :])[..., residues, residues]
+            logits = logits + (average_product_correct(symmetrize(attention)) * weight).sum(axis=1)
+        return mx.sigmoid(logits)
+
+
+class TiedDecoder:
+    """An output projection that has no weight of its own: it reads the embedding's, whatever that is by now."""
+
+    def __init__(self, word_embeddings: nn.Embedding):
+        self.word_embeddings = word_embeddings
+
+    @property
+    def weight(self) -> mx.array:
+        return self.word_embeddings.weight
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.word_embeddings.as_linear(x)
+
+
+class MLXEsmLMHead(nn.Module):
+    """Scores over the vocabulary; ESM-1 projects directly, the others through a dense layer."""
+
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        if config.lm_head_transform:
+            self.dense = linear(config, config.hidden_size, config.hidden_size)
+            self.layer_norm = layer_norm(config)
+        self.decoder: Any = None  # tied by the model, which has the embedding
+        if not config.tie_word_embeddings:
+            self.decoder = linear(config, config.hidden_size, config.vocab_size, bias=False)
+        if config.lm_head_bias:
+            self.bias = mx.zeros(config.vocab_size)
+
+    def __call__(self, features: mx.array) -> mx.array:
+        if "dense" in self:
+            features = self.layer_norm(ops.gelu(self.dense(features)))
+        scores = self.decoder(features)
+        return scores + self.bias if "bias" in self else scores
+
+
+class MLXEsmClassificationHead(nn.Module):
+    def __init__(self, config: MLXEsmConfig):
+        super().__init__()
+        self.dense = linear(config, config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob or 0)
+        self.out_proj = linear(config, config.hidden_size, config.num_labels)
+
+    def __call__(self, features: mx.array, attention_mask: mx.array | None = None) -> mx.array:
+        x = self.dropout(first_token(features, attention_mask))
+        x = self.dropout(mx.tanh(self.dense(x)))
+        return self.out_proj(x)
+
+
+# The models
+
+
+class MLXEsmPreTrainedModel(MLXPreTrainedModel):
+    base_model_prefix = "esm"
+
+    def __init__(self, config: PreTrainedConfig):
+        config = as_mlx_config(config)
+        for option in ("is_decoder", "add_cross_attention", "is_folding_model"):
+            if getattr(config, option, False):
+                raise ValueError(f"{option}=True is not supported: ESM here is an encoder. Set {option}=False.")
+        if config.vocab_size is None or config.pad_token_id is None or config.mask_token_id is None:
+            raise ValueError("The config has to give vocab_size, pad_token_id and mask_token_id.")
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"The hidden size ({config.hidden_size}) is not a multiple of the number of attention heads "
+                f"({config.num_attention_heads})."
+            )
+        super().__init__(config)
+        self.config: MLXEsmConfig
+
+    def predict_contacts(self, tokens: Any, attention_mask: Any) -> mx.array:
+        """Contact probabilities of residue pairs.
+
+        Args:
+            tokens: [B, L] token ids.
+            attention_mask: [B, L], 1 for tokens and 0 for padding, on either side: the map of a left-padded row is
+                that of the same row padded on the right (transformers' is shifted).
+
+        Returns:
+            [B, residues, residues], where residues is L without <cls> and, except in ESM-1, <eos>.
+
+        Raises:
+            ValueError: the checkpoint had no contact head.
+
+        Source: Rao et al. 2020; `EsmModel.predict_contacts`.
+        """
+        base = self.base_model
+        base.refuse_untrained("contact_head", "contact prediction")
+        tokens, attention_mask = as_array(tokens), as_array(attention_mask)
+        attentions = base(tokens, attention_mask, output_attentions=True, return_dict=True).attentions
+
+        mask = attention_mask.astype(attentions[0].dtype)
+        attentions = [a * mask[:, None, :, None] * mask[:, None, None, :] for a in attentions]
+        first = mx.argmax(attention_mask.astype(mx.int32), axis=1)
+        starts = host(first)
+        if starts is None or starts.any():
+            order = (mx.arange(tokens.shape[1]) + first[:, None]) % tokens.shape[1]
+            tokens = mx.take_along_axis(tokens, order, axis=1)
+            for axis, index in ((2, order[:, None, :, None]), (3, order[:, None, None, :])):
+                attentions = [mx.take_along_axis(a, index, axis=axis) for a in attentions]
+        return base.contact_head(tokens, tuple(attentions))
+
+
+class MLXEsmModel(MLXEsmPreTrainedModel):
+    """ESM without a head: hidden states, a pooled state, attentions and contacts.
+
+    Args:
+        config: an `MLXEsmConfig`, `MLXEsm1Config` or transformers' `EsmConfig`.
+        add_pooling_layer: have a `pooler`.
+
+    Example:
+        >>> model = MLXEsmModel.from_pretrained("facebook/esm2_t6_8M_UR50D")
+        >>> inputs = tokenizer(["MKTAYIAKQR"], return_tensors="mlx")
+        >>> model(**inputs).last_hidden_state.shape
+        (1, 12, 320)
+    """
+
+    def __init__(self, config: PreTrainedConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = MLXEsmEmbeddings(self.config)
+        if self.config.position_embedding_type == "rotary":
+            self.rotary_embeddings = MLXEsmRotaryEmbedding(self.config)
+        self.encoder = MLXEsmEncoder(self.config)
+        self.pooler = MLXEsmPooler(self.config) if add_pooling_layer else None
+        self.contact_head = MLXEsmContactPredictionHead(self.config)
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MLXBaseModelOutputWithPooling | tuple:
+        """
+        Args:
+            input_ids: [B, L] token ids, as `mx.array`, NumPy, lists or torch tensors (all arguments alike).
+            attention_mask: [B, L], 1 for tokens, 0 for padding.
+            position_ids: [B, L] or [1, L]; by default tokens are counted.
+            inputs_embeds: [B, L, D] instead of `input_ids`; as in transformers 5 they enter the encoder as they are.
+            output_attentions, output_hidden_states, return_dict: by default the config's.
+
+        At padding the outputs are finite and otherwise unspecified. The pooler reads each row's first real token.
+
+        Raises:
+            ValueError: ids outside the vocabulary, rows longer than the position table, an empty batch, a mask of
+                another shape. Checked where the values are at hand, not while the call is being traced.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
+            config, input_ids, attention_mask, position_ids, inputs_embeds
+        )
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids, attention_mask, position_ids)
+
+        position_embeddings = None
+        if config.position_embedding_type == "rotary":
+            if position_ids is None:
+                position_ids = mx.arange(inputs_embeds.shape[1])[None]
+            position_embeddings = self.rotary_embeddings(position_ids)
+
+        visible = None
+        if attention_mask is not None:
+            visible = attention_mask.astype(mx.bool_)
+            # A row of nothing but padding sees all of it: softmax over no keys would be 0 / 0.
+            visible = (visible | ~visible.any(axis=1, keepdims=True))[:, None, None, :]
+
+        outputs: Any = self.encoder(
+            inputs_embeds,
+            visible,
+            position_embeddings,
+            config.output_attentions if output_attentions is None else output_attentions,
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        sequence_output = outputs.last_hidden_state
+        output = MLXBaseModelOutputWithPooling(
+            last_hidden_state=sequence_output,
+            pooler_output=self.pooler(sequence_output, attention_mask) if self.pooler is not None else None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if self.returns_dict(return_dict) else output.to_tuple()
+
+
+class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
+    """ESM with its language-model head.
+
+    Example:
+        >>> model = MLXEsmForMaskedLM.from_pretrained("facebook/esm2_t6_8M_UR50D")
+        >>> inputs = tokenizer("MKT<mask>YIAKQR", return_tensors="mlx")
+        >>> tokenizer.decode(model(**inputs).logits[0, 4].argmax().tolist())
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.esm = MLXEsmModel(self.config, add_pooling_layer=False)
+        self.lm_head = MLXEsmLMHead(self.config)
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Linear | TiedDecoder:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.decoder = TiedDecoder(self.get_input_embeddings())
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of)
+        size = table.weight.shape[0]
+        if not self.config.tie_word_embeddings:
+            self.lm_head.decoder.weight = resized(self.lm_head.decoder.weight, size)
+        if "bias" in self.lm_head:
+            self.lm_head.bias = resized(self.lm_head.bias, size)
+        return table
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MLXMaskedLMOutput | tuple:
+        """
+        Args:
+            labels: [B, L] token ids; −100 is left out of the loss, which is the mean cross-entropy.
+
+        The other arguments are those of `MLXEsmModel`.
+
+        Raises:
+            ValueError: the checkpoint had no language-model head, and it is neither trained nor given labels.
+        """
+        if labels is None and not self.training:
+            self.refuse_untrained("lm_head", "predicting residues")
+        outputs: Any = self.esm(
+            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        output = MLXMaskedLMOutput(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if self.returns_dict(return_dict) else output.to_tuple()
+
+
+class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
+    """ESM with a classifier or regressor over the whole sequence, on the state of its <cls> token."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = self.config.num_labels
+        self.esm = MLXEsmModel(self.config, add_pooling_layer=False)
+        self.classifier = MLXEsmClassificationHead(self.config)
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MLXSequenceClassifierOutput | tuple:
+        """
+        Args:
+            labels: [B] classes, [B] or [B, num_labels] numbers, as `config.problem_type` says. Where that is None it
+                is set as in transformers: one label is "regression", whole numbers are
+                "single_label_classification", others "multi_label_classification".
+
+        The other arguments are those of `MLXEsmModel`. A left-padded row is read at its first real token.
+        """
+        attention_mask = as_array(attention_mask)
+        outputs: Any = self.esm(
+            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+        )
+        logits = self.classifier(outputs.last_hidden_state, attention_mask)
+        output = MLXSequenceClassifierOutput(
+            loss=None if labels is None else self.loss(logits, as_array(labels)),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if self.returns_dict(return_dict) else output.to_tuple()
+
+    def loss(self, logits: mx.array, labels: mx.array) -> mx.array:
+        if self.config.problem_type is None:
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif mx.issubdtype(labels.dtype, mx.integer):
+                self.config.problem_type = "single_label_classification"
+            else:
+                self.config.problem_type = "multi_label_classification"
+
+        if self.config.problem_type == "single_label_classification":
+            return cross_entropy(logits, labels)
+        if self.num_labels == 1 and self.config.problem_type == "regression":
+            logits, labels = logits.squeeze(), labels.squeeze()
+        if logits.shape != labels.shape:
+            raise ValueError(
+                f"labels have the shape {labels.shape}, a {self.config.problem_type} loss needs {logits.shape}."
+            )
+        labels = labels.astype(logits.dtype)
+        if self.config.problem_type == "regression":
+            return nn.losses.mse_loss(logits, labels)
+        return nn.losses.binary_cross_entropy(logits, labels)
+
+
+class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
+    """ESM with a classifier over each token, such as for secondary structure."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = self.config.num_labels
+        self.esm = MLXEsmModel(self.config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob or 0)
+        self.classifier = linear(self.config, self.config.hidden_size, self.num_labels)
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MLXTokenClassifierOutput | tuple:
+        """
+        Args:
+            labels: [B, L] classes; −100 is left out of the loss, which is the mean cross-entropy.
+
+        The other arguments are those of `MLXEsmModel`.
+        """
+        outputs: Any = self.esm(
+            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        output = MLXTokenClassifierOutput(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if self.returns_dict(return_dict) else output.to_tuple()
+
+
+def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = -100) -> mx.array:
+    """Mean cross-entropy of logits [..., C] over the labels [...] that are not `ignore_index`."""
+    labels = check_labels(labels, logits, ignore_index)
+    kept = labels != ignore_index
+    losses = nn.losses.cross_entropy(logits, mx.where(kept, labels, 0))
+    return mx.where(kept, losses, 0).sum() / kept.sum()

@@ -1,0 +1,452 @@
+"""What every model can do besides its forward pass: load, save, push, cast, and answer to what scripts call."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from transformers import PreTrainedConfig
+from transformers.utils.hub import PushToHubMixin
+
+from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.checkpoint.names import INV_FREQ, TIED, canonical_names, published_names
+from mlx_esm_hf.checkpoint.read import load_files
+from mlx_esm_hf.checkpoint.resolve import checkpoint_files
+from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
+from mlx_esm_hf.configuration_esm import MLXEsmConfig
+from mlx_esm_hf.modeling_inputs import as_array
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound="MLXPreTrainedModel")
+
+DTYPES = {
+    "float32": mx.float32,
+    "float": mx.float32,
+    "float16": mx.float16,
+    "half": mx.float16,
+    "bfloat16": mx.bfloat16,
+    "float64": mx.float64,
+    "double": mx.float64,
+}
+
+# The parts of the base model that no checkpoint may lack.
+BODY = ("embeddings.", "encoder.")
+
+# Arguments of transformers' from_pretrained that choose among things MLX has one of.
+WITHOUT_MEANING = {"attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code"}
+
+
+class IncompatibleKeys(NamedTuple):
+    """What `load_state_dict` returns, as torch's does."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def as_dtype(dtype: Any) -> mx.Dtype | None:
+    """The `mx.Dtype` that a string, an `mx.Dtype` or torch's object names, or None where it names none."""
+    return DTYPES.get(str(dtype).rpartition(".")[2])
+
+
+class MLXPreTrainedModel(nn.Module, PushToHubMixin):
+    """Base of the models; mirrors transformers' `PreTrainedModel`.
+
+    Class attributes:
+        base_model_prefix: the attribute under which a model with a head holds its base model.
+    """
+
+    base_model_prefix: ClassVar[str] = ""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        # Names of parameters that a checkpoint should have given and did not; see `refuse_untrained`.
+        self._newly_initialized: frozenset[str] = frozenset()
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        revision: str = "main",
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        subfolder: str = "",
+        local_files_only: bool = False,
+        force_download: bool = False,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        add_pooling_layer: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load config and weights from the Hub, the cache that torch users share, or a folder.
+
+        Args:
+            pretrained_model_name_or_path: an id such as "facebook/esm2_t6_8M_UR50D", or a folder.
+            config: used instead of the checkpoint's: an object, an id or a folder.
+            dtype, torch_dtype: a string, an `mx.Dtype` or torch's object. None and "auto" mean the checkpoint's own,
+                except on the CPU, where half precision runs at a fiftieth of the speed and is loaded as float32.
+            output_loading_info: return (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
+            ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
+            add_pooling_layer: of `MLXEsmModel`.
+            kwargs: fields of the config to override. `attn_implementation`, `device_map`, `low_cpu_mem_usage` and
+                `trust_remote_code` are accepted and ignored: MLX has one of each, and no code is ever loaded.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            OSError: no such repository or file, or no network and nothing in the cache.
+            CheckpointError: a damaged or hostile file, or one without a part of the encoder.
+            RuntimeError: parameters of another shape.
+            ValueError: a config of another `model_type`, an unknown dtype.
+            TypeError: a keyword that is neither an argument nor a field of the config.
+
+        Example:
+            >>> model = MLXEsmForMaskedLM.from_pretrained("facebook/esm2_t6_8M_UR50D")
+        """
+        source = str(pretrained_model_name_or_path)
+        hub = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        overrides = {k: v for k, v in kwargs.items() if k not in WITHOUT_MEANING}
+        config = load_config(source if config is None else config, overrides, subfolder=subfolder, **hub)
+
+        files = checkpoint_files(source, variant=variant, use_safetensors=use_safetensors, subfolder=subfolder, **hub)
+        arrays = load_files(files)
+        untie_if_different(config, arrays)
+        dtype = resolve_dtype(torch_dtype if dtype is None else dtype, config, arrays)
+
+        model = cls(config, **({} if add_pooling_layer is None else {"add_pooling_layer": add_pooling_layer}))
+        loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes)
+        report_loading(cls.__name__, source, loading_info)
+        model.eval()
+        return (model, loading_info) if output_loading_info else model
+
+    def _assign(
+        self, arrays: dict[str, mx.array], dtype: mx.Dtype, source: str, ignore_mismatched_sizes: bool
+    ) -> dict[str, Any]:
+        """Make a checkpoint's arrays the parameters. Each is taken out of `arrays` before it is read and cast, so that
+        no second copy of the checkpoint comes to be."""
+        expected = dict(tree_flatten(self.parameters()))
+        names = canonical_names(arrays, expected, self.base_model_prefix)
+        missing = {name for name in expected.keys() - names.values() if not name.endswith(INV_FREQ)}
+        unexpected = names.values() - expected.keys()
+        mismatched = {
+            (name, arrays[key].shape, expected[name].shape)
+            for key, name in names.items()
+            if name in expected and arrays[key].shape != expected[name].shape
+        }
+        if mismatched and not ignore_mismatched_sizes:
+            shapes = "\n".join(
+                f"  {name}: {a} in the checkpoint, {b} in the model" for name, a, b in sorted(mismatched)
+            )
+            raise RuntimeError(
+                f"Shapes differ between {source} and {type(self).__name__}:\n{shapes}\nLoad it with the config that "
+                "belongs to it, or pass ignore_mismatched_sizes=True to draw these parameters anew."
+            )
+        body = tuple(f"{prefix}{part}" for prefix in ("", f"{self.base_model_prefix}.") for part in BODY)
+        if holes := sorted(name for name in missing if name.startswith(body)):
+            raise CheckpointError(
+                f"{source} lacks {len(holes)} parameters of the encoder, {holes[0]!r} among them. It is not a whole "
+                "ESM checkpoint, or its config.json belongs to another one."
+            )
+
+        anew = missing | {name for name, _, _ in mismatched}
+        for key, name in names.items():
+            array = arrays.pop(key)
+            if name in unexpected or name in anew:
+                continue
+            if casts(name, array):
+                array = array.astype(dtype)
+            try:
+                mx.eval(array)
+            except RuntimeError as error:
+                raise CheckpointError(f"{source}: {key!r} cannot be read ({error}). Download it again.") from error
+            self.update(tree_unflatten([(name, array)]))
+        self.to(dtype)
+        mx.eval(self.parameters())
+        self.config.dtype = str(dtype).rpartition(".")[2]
+        self._set_newly_initialized(anew)
+        return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": []}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write `config.json` and `model.safetensors`, under the keys of the published repositories (transformers
+        4.x), so that transformers for torch loads them. Files appear when all of them are whole.
+
+        Args:
+            max_shard_size: in bytes, or such as "5GB"; what is larger is written in shards with an index.
+            variant: write `model.<variant>.safetensors`.
+            push_to_hub: push the folder afterwards; `kwargs` are those of `push_to_hub`.
+        """
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained has no argument {', '.join(map(repr, kwargs))}.")
+        config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__.removeprefix("MLX" if config.model_type == "esm" else "")]
+        state = published_names(self.state_dict(), config.num_hidden_layers)
+        with replace_files(save_directory) as folder:
+            files = save_safetensors(state, folder, max_shard_size, variant)
+            config.save_pretrained(folder)
+        remove_stale_shards(save_directory, files, variant)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
+
+    # Parameters
+
+    def state_dict(self) -> dict[str, mx.array]:
+        """{name: array}, a tied output projection included."""
+        state = dict(tree_flatten(self.parameters()))
+        if isinstance(decoder := self.get_output_embeddings(), nn.Module) or decoder is None:
+            return state
+        return state | {TIED[0]: decoder.weight}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Assign arrays (MLX, NumPy or torch) under any key dialect that `from_pretrained` reads.
+
+        Raises:
+            RuntimeError: another shape; with `strict`, missing or unexpected keys.
+        """
+        expected = dict(tree_flatten(self.parameters()))
+        names = canonical_names(list(state_dict), expected, self.base_model_prefix)
+        missing = sorted(name for name in expected.keys() - names.values() if not name.endswith(INV_FREQ))
+        unexpected = sorted(names.values() - expected.keys())
+        weights = {name: as_array(state_dict[key]) for key, name in names.items() if name in expected}
+        errors = [
+            f"size mismatch for {name}: {array.shape} given, {expected[name].shape} in the model"
+            for name, array in weights.items()
+            if array.shape != expected[name].shape
+        ]
+        if strict and missing:
+            errors.append(f"missing keys: {', '.join(missing)}")
+        if strict and unexpected:
+            errors.append(f"unexpected keys: {', '.join(unexpected)}")
+        if errors:
+            raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n  " + "\n  ".join(errors))
+        self.update(tree_unflatten([(name, array.astype(expected[name].dtype)) for name, array in weights.items()]))
+        self._set_newly_initialized(self._newly_initialized - weights.keys())
+        return IncompatibleKeys(missing, unexpected)
+
+    def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
+        """(name, array) of each parameter; the rotary frequencies are a buffer, a tied projection is no second one."""
+        for name, array in cast(list[tuple[str, mx.array]], tree_flatten(self.parameters())):
+            if not name.endswith(INV_FREQ):
+                yield name, array
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        trainable = dict(tree_flatten(self.trainable_parameters()))
+        embeddings = {f"{name}.weight" for name, m in self.named_modules() if isinstance(m, nn.Embedding)}
+        return sum(
+            array.size
+            for name, array in self.named_parameters()
+            if not (only_trainable and name not in trainable) and not (exclude_embeddings and name in embeddings)
+        )
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head."""
+        return getattr(self, self.base_model_prefix) if self.base_model_prefix in self else self
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.embeddings.word_embeddings = value
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> Any:
+        """The projection to the vocabulary, or None in a model without one."""
+        return None
+
+    def tie_weights(self) -> None:
+        """Let the output projection read the input embeddings, where the config ties them."""
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Cut the vocabulary, or extend it by tokens that begin as the mean of those there are.
+
+        Returns:
+            The embedding table; with no arguments, as it is.
+        """
+        table = self.get_input_embeddings()
+        size = new_num_tokens or table.weight.shape[0]
+        if pad_to_multiple_of:
+            size += -size % pad_to_multiple_of
+        table.weight = resized(table.weight, size)
+        self.config.vocab_size = self.base_model.config.vocab_size = size
+        return table
+
+    # Devices and dtypes
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return next(array.dtype for _, array in self.named_parameters() if mx.issubdtype(array.dtype, mx.floating))
+
+    @property
+    def device(self) -> mx.Device:
+        return mx.default_device()
+
+    def to(self: Model, *args: Any, dtype: Any = None, device: Any = None, **kwargs: Any) -> Model:
+        """Cast the parameters where an argument is a dtype (a string, `mx.Dtype` or torch's); in place, as in torch.
+
+        A device is accepted and changes nothing: MLX computes on its default device (`mx.set_default_device`).
+        """
+        for arg in (*args, *([] if dtype is None else [dtype]), *([] if device is None else [device])):
+            if (wanted := as_dtype(arg)) is None:
+                say_once(f"MLX computes on its default device, {mx.default_device()}; .to() and its kin move nothing.")
+            else:
+                self.update(
+                    tree_map_with_path(lambda name, x: x.astype(wanted) if casts(name, x) else x, self.parameters())
+                )
+        return self
+
+    def float(self: Model) -> Model:
+        return self.to(mx.float32)
+
+    def half(self: Model) -> Model:
+        return self.to(mx.float16)
+
+    def bfloat16(self: Model) -> Model:
+        return self.to(mx.bfloat16)
+
+    def cuda(self: Model, device: Any = None) -> Model:
+        return self.to("cuda")
+
+    def cpu(self: Model) -> Model:
+        return self.to("cpu")
+
+    def returns_dict(self, return_dict: bool | None) -> bool:
+        return bool(self.config.return_dict if return_dict is None else return_dict)
+
+    # Parameters that no checkpoint gave
+
+    def _set_newly_initialized(self, names: Iterable[str]) -> None:
+        self._newly_initialized = frozenset(names)
+        if self.base_model is not self:
+            prefix = f"{self.base_model_prefix}."
+            self.base_model._set_newly_initialized(n.removeprefix(prefix) for n in names if n.startswith(prefix))
+
+    def refuse_untrained(self, part: str, task: str) -> None:
+        """Raise a ValueError where `part` was not in the checkpoint, instead of answering from random weights."""
+        if any(name.startswith(f"{part}.") for name in self._newly_initialized):
+            raise ValueError(
+                f"The checkpoint had no {part}: {task} would answer from random weights. Load one that has it, or "
+                f"train it (.train()) or give it (.load_state_dict()) first. MLXEsmModel needs no head."
+            )
+
+    def train(self: Model, mode: bool = True) -> Model:
+        """Training mode, as in torch; a head that is trained is no longer refused. No loss reaches a contact head."""
+        if mode:
+            self._set_newly_initialized([name for name in self._newly_initialized if "contact_head." in name])
+        super().train(mode)
+        return self
+
+
+def resized(x: mx.array, rows: int) -> mx.array:
+    """`x` with this many rows, new ones being the mean of the old."""
+    new = mx.broadcast_to(x.mean(axis=0), (max(0, rows - len(x)), *x.shape[1:]))
+    return mx.concatenate([x[:rows], new])
+
+
+def casts(name: str, array: mx.array) -> bool:
+    """Whether a change of dtype applies: not to whole numbers, nor to the rotary frequencies."""
+    return mx.issubdtype(array.dtype, mx.floating) and not name.endswith(INV_FREQ)
+
+
+def load_config(
+    source: PreTrainedConfig | str | os.PathLike[str], overrides: dict[str, Any], **hub: Any
+) -> MLXEsmConfig:
+    """The config of a checkpoint, or a copy of the one given, with some fields set anew."""
+    if isinstance(source, PreTrainedConfig):
+        config_dict = source.to_dict()
+    else:
+        config_dict, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
+    config, unknown = MLXEsmConfig.from_dict(config_dict, return_unused_kwargs=True, **overrides)
+    if unknown:
+        raise TypeError(
+            f"from_pretrained has no argument {', '.join(map(repr, unknown))}, and the config has no such field."
+        )
+    return config
+
+
+def untie_if_different(config: MLXEsmConfig, arrays: dict[str, mx.array]) -> None:
+    """Keep an output projection that is not the embedding, whatever the config says; as transformers does."""
+    head = arrays.get(TIED[0])
+    table = arrays.get(TIED[1])
+    if not config.tie_word_embeddings or head is None or table is None:
+        return
+    if head.shape != table.shape or not mx.array_equal(head, table):
+        logger.warning(
+            "The config ties %s to %s, but the checkpoint holds different values for them: they are not tied. Set "
+            "tie_word_embeddings=False to silence this.",
+            *TIED,
+        )
+        config.tie_word_embeddings = False
+
+
+def resolve_dtype(dtype: Any, config: MLXEsmConfig, arrays: dict[str, mx.array]) -> mx.Dtype:
+    """The dtype to load, from what the user, the config and the checkpoint say."""
+    if dtype is not None and dtype != "auto":
+        if (wanted := as_dtype(dtype)) is None:
+            raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}, 'auto', or their objects.")
+        return wanted
+    stored = (array.dtype for name, array in arrays.items() if casts(name, array))
+    wanted = as_dtype(config.dtype) or next(stored, mx.float32)
+    if wanted in (mx.float16, mx.bfloat16) and mx.default_device() == mx.cpu:
+        say_once(
+            "The checkpoint is in half precision, which runs at a fiftieth of the speed on the CPU: it is loaded as "
+            "float32. Pass the dtype to have it as it is."
+        )
+        return mx.float32
+    return wanted
+
+
+def report_loading(model: str, source: str, info: dict[str, Any]) -> None:
+    """Warn of keys that did not fit, in the form of transformers' load report."""
+    notes = {
+        "UNEXPECTED": "can be ignored when loading from another task or architecture.",
+        "MISSING": "newly initialized, since the checkpoint lacks them: train them on your task.",
+        "MISMATCH": "newly initialized, since the checkpoint has them in another shape.",
+    }
+    rows = [(name, "UNEXPECTED", "") for name in sorted(info["unexpected_keys"])]
+    rows += [(name, "MISSING", "") for name in sorted(info["missing_keys"])]
+    rows += [(name, "MISMATCH", f"{a} in the checkpoint, {b} here") for name, a, b in sorted(info["mismatched_keys"])]
+    if rows:
+        width = max(len(name) for name, _, _ in rows)
+        table = "\n".join(f"{name:{width}} | {status:10} | {detail}".rstrip(" |") for name, status, detail in rows)
+        statuses = dict.fromkeys(status for _, status, _ in rows)
+        legend = "\n".join(f"- {status}: {notes[status]}" for status in statuses)
+        logger.warning("%s LOAD REPORT from: %s\n%s\n%s", model, source, table, legend)
