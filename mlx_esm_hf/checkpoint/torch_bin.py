@@ -278,9 +278,7 @@ def _check(tensors: Mapping[str, _Tensor], sizes: Mapping[str, int], file_size: 
             raise CheckpointError(f"{key!r} makes the tensors much larger than the file")
 
 
-def _arrays(
-    tensors: Mapping[str, _Tensor], read: Callable[[str], bytes], byteorder: str
-) -> dict[str, mx.array]:
+def _arrays(tensors: Mapping[str, _Tensor], read: Callable[[str], bytes], byteorder: str) -> dict[str, mx.array]:
     """Read every storage once and make its tensors, holding one storage at a time."""
     views: defaultdict[str, set[_Tensor]] = defaultdict(set)
     for tensor in tensors.values():
