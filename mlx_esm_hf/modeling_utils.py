@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from transformers import PreTrainedConfig
-from transformers.utils.hub import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin, resolve_revision
 
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.names import INV_FREQ, TIED, canonical_names, published_names
@@ -126,13 +126,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             >>> model = MLXEsmForMaskedLM.from_pretrained("facebook/esm2_t6_8M_UR50D")
         """
         source = str(pretrained_model_name_or_path)
-        hub = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "token": token,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
+        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        # Asked once, so that config and weights are of one commit, and without a network the cache answers at once.
+        hub |= {"revision": resolve_revision(source, revision, **hub), "force_download": force_download}
         overrides = {k: v for k, v in kwargs.items() if k not in WITHOUT_MEANING}
         config = load_config(source if config is None else config, overrides, subfolder=subfolder, **hub)
 
@@ -200,6 +196,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         *,
         max_shard_size: int | str = "50GB",
         variant: str | None = None,
+        safe_serialization: bool = True,
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -209,12 +206,18 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         Args:
             max_shard_size: in bytes, or such as "5GB"; what is larger is written in shards with an index.
             variant: write `model.<variant>.safetensors`.
+            safe_serialization: of transformers 4.x. True is all there is: no pickle is ever written.
             push_to_hub: push the folder afterwards; `kwargs` are those of `push_to_hub`.
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no argument {', '.join(map(repr, kwargs))}.")
+        if not safe_serialization:
+            raise ValueError(
+                "Only safetensors are written; transformers for torch reads them: leave this argument out."
+            )
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__.removeprefix("MLX" if config.model_type == "esm" else "")]
+        config.dtype = str(self.dtype).rpartition(".")[2]
         state = published_names(self.state_dict(), config.num_hidden_layers)
         with replace_files(save_directory) as folder:
             files = save_safetensors(state, folder, max_shard_size, variant)
@@ -394,6 +397,9 @@ def load_config(
         config_dict = source.to_dict()
     else:
         config_dict, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
+        if not config_dict:
+            raise OSError(f"{source} holds no config.json, or an empty one. Pass the checkpoint's config as config=.")
+        config_dict["_name_or_path"] = str(source)
     config, unknown = MLXEsmConfig.from_dict(config_dict, return_unused_kwargs=True, **overrides)
     if unknown:
         raise TypeError(

@@ -23,13 +23,16 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, mx.array]:
     try:
         with safe_open(path, framework="numpy"):  # checks the header against the length of the file
             pass
-        return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
-    except (SafetensorError, RuntimeError, ValueError) as error:
+    except SafetensorError as error:
         hint = "Download it again."
         with open(path, "rb") as file:
             if file.read(40).startswith(b"version https://git-lfs"):
                 hint = "It is a Git LFS pointer, not the weights: fetch them with `git lfs pull`."
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}). {hint}") from error
+    try:
+        return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: MLX cannot read it ({error}). Convert it to float32 or float16.") from error
 
 
 def load_files(paths: list[str]) -> dict[str, mx.array]:

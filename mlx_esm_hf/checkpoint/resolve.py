@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, cached_files
 
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 
@@ -44,24 +44,25 @@ def checkpoint_files(
         )
         if path is None:
             continue
-        if not name.endswith(".index.json"):
+        if not name.endswith(".json"):
             return [path]
-        check_index(path)
-        return get_checkpoint_shard_files(repo_id_or_dir, path, **hub)[0]
-    raise OSError(f"{repo_id_or_dir} holds none of {', '.join(names)}: there are no weights that could be loaded.")
+        return cached_files(repo_id_or_dir, shard_names(path), **hub) or []
+    hint = "" if os.path.isdir(repo_id_or_dir) else " Offline, only what is in the cache counts."
+    raise OSError(f"{repo_id_or_dir} holds none of {', '.join(names)}: there are no weights to load.{hint}")
 
 
-def check_index(path: str) -> None:
-    """Refuse an index of shards that is damaged, or that would read files outside its folder."""
+def shard_names(path: str) -> list[str]:
+    """The files that an index of shards names; refused if it is damaged, or would read outside its folder."""
     try:
         with open(path, encoding="utf-8") as file:
-            weight_map = json.load(file)["weight_map"]
-        shards = set(weight_map.values())
-        keys = [k for k in weight_map if not isinstance(k, str)] + [s for s in shards if not isinstance(s, str)]
+            shards = set(json.load(file)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not the index of a sharded checkpoint ({error!r}).") from error
-    if not shards or keys:
-        raise CheckpointError(f"{path} names no shards.")
-    for shard in sorted(shards):
-        if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+        raise CheckpointError(
+            f"{path} is not the index of a sharded checkpoint ({error!r}). Download it again."
+        ) from error
+    if not shards:
+        raise CheckpointError(f"{path} names no shards. Download it again.")
+    for shard in shards:
+        if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{path} names the shard {shard!r}, which is not a file beside it. It was not read.")
+    return sorted(shards)

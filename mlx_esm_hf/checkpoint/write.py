@@ -42,7 +42,10 @@ def save_safetensors(
         max_shard_size=max_shard_size,
     )
     for file, keys in split.filename_to_tensors.items():
-        mx.save_safetensors(str(folder / file), {k: state[k] for k in keys}, metadata={"format": "pt"})
+        try:
+            mx.save_safetensors(str(folder / file), {k: state[k] for k in keys}, metadata={"format": "pt"})
+        except RuntimeError as error:
+            raise OSError(f"{file} cannot be written to {folder} ({error}). Is the disk full?") from error
     files = list(split.filename_to_tensors)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

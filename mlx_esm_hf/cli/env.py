@@ -1,0 +1,28 @@
+"""mlx-esm env"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from rich.console import Console
+from rich.table import Table
+
+
+def env() -> None:
+    """Print versions, the device, the BLAS that matmul on the CPU uses, and the speed of matmul."""
+    import mlx.core as mx
+
+    import mlx_esm_hf
+    from mlx_esm_hf.ops import blas
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("mlx-esm-hf", mlx_esm_hf.__version__)
+    for package in ("mlx", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy"):
+        table.add_row(package, version(package))
+    table.add_row("Python", platform.python_version())
+    table.add_row("platform", platform.platform())
+    table.add_row("device", str(mx.default_device()))
+    table.add_row("BLAS on the CPU", blas.bind())
+    table.add_row("float32 matmul", f"{blas.gemm_gflops():.0f} GFLOP/s")
+    Console(soft_wrap=True, highlight=False).print(table)

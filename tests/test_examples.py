@@ -1,0 +1,67 @@
+"""Each example prints what its transformers original prints, from the same checkpoint."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import EsmConfig
+
+from mlx_esm_hf.tokenization_esm import EsmTokenizer
+from tests.vocabulary import write_vocabulary
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script, *arguments):
+    command = [sys.executable, EXAMPLES / script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory):
+    """A random model with the head that the example wants, and probabilities far enough apart to be printed alike."""
+
+    def make(architecture):
+        folder = tmp_path_factory.mktemp(architecture)
+        torch.manual_seed(0)
+        config = EsmConfig(
+            vocab_size=33,
+            pad_token_id=1,
+            mask_token_id=32,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            position_embedding_type="rotary",
+            token_dropout=True,
+            initializer_range=0.5,
+            num_labels=3,
+            id2label={0: "helix", 1: "strand", 2: "coil"},
+            label2id={"helix": 0, "strand": 1, "coil": 2},
+        )
+        getattr(transformers, architecture)(config).save_pretrained(folder)
+        EsmTokenizer(write_vocabulary(folder)).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("example", "architecture", "lines"),
+    [
+        ("masked_residues", "EsmForMaskedLM", 5),
+        ("sequence_classification", "EsmForSequenceClassification", 2),
+        ("token_classification", "EsmForTokenClassification", 46),
+    ],
+)
+def test_port_prints_what_the_original_prints(example, architecture, lines, tiny_checkpoint):
+    checkpoint = tiny_checkpoint(architecture)
+    ours = run(f"{example}.py", checkpoint)
+    theirs = run(f"{example}_transformers.py", checkpoint)
+    assert ours == theirs
+    assert len(ours.splitlines()) == lines
