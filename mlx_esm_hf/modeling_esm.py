@@ -340,8 +340,9 @@ def symmetrize(x: mx.array) -> mx.array:
 
 def average_product_correct(x: mx.array) -> mx.array:
     """Take the product of row and column sums, over the total, from each map [..., L, L] (Dunn et al. 2008)."""
-    total = x.sum(axis=(-1, -2), keepdims=True)
-    return x - x.sum(axis=-1, keepdims=True) * x.sum(axis=-2, keepdims=True) / mx.where(total == 0, 1, total)
+    rows, columns = x.sum(axis=-1, keepdims=True), x.sum(axis=-2, keepdims=True)
+    total = rows.sum(axis=-2, keepdims=True)  # of the sums: L² numbers added one by one lose digits
+    return x - rows * columns / mx.where(total == 0, 1, total)
 
 
 class MLXEsmContactPredictionHead(nn.Module):

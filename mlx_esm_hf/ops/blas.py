@@ -160,6 +160,9 @@ def _openblas() -> tuple[str, dict[str, int | None]] | None:
         spec = importlib.util.find_spec("scipy_openblas32")
         folder = os.path.dirname(spec.origin or "") if spec else ""
         (path,) = glob.glob(os.path.join(glob.escape(folder), "lib", "libscipy_openblas*.so"))
+        # Read once, when the library is loaded. By default an idle thread spins for 2^26 cycles before it sleeps; on
+        # a machine with other work that makes small matmuls wait for time slices and take several times as long.
+        os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "12")
         library = ctypes.CDLL(path, ctypes.RTLD_LOCAL)
         pointers = {symbol: ctypes.cast(library[f"scipy_{symbol}"], ctypes.c_void_p) for symbol in SYMBOLS}
         get_config = library.scipy_openblas_get_config

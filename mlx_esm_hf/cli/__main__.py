@@ -1,0 +1,3 @@
+from mlx_esm_hf.cli import app
+
+app()
