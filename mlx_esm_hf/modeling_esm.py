@@ -74,10 +74,15 @@ class MLXEsmRotaryEmbedding(nn.Module):
         head_dim = config.hidden_size // config.num_attention_heads
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         self.inv_freq = mx.array(1 / np.float32(config.rope_theta) ** exponents)
-        self.freeze()
 
-    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return self
+    @property
+    def _no_grad(self) -> set[str]:
+        """Frozen for good: `unfreeze` of a whole model empties the sets of its modules."""
+        return {"inv_freq"}
+
+    @_no_grad.setter
+    def _no_grad(self, names: set[str]) -> None:
+        pass
 
     def __call__(self, position_ids: mx.array) -> tuple[mx.array, mx.array]:
         # One float32 product, as in transformers: at position 1000 another order of rounding is visible.
@@ -86,8 +91,12 @@ class MLXEsmRotaryEmbedding(nn.Module):
 
 
 def apply_rotary_pos_emb(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate each head of x [B, H, L, head_dim], whose halves are the coordinates, by its position's angles."""
-    x1, x2 = mx.split(x, 2, axis=-1)  # cos and sin are float32: half precision is rotated in it
+    """Rotate each head of x [B, H, L, head_dim], whose halves are the coordinates, by its position's angles.
+
+    In float32, which cos and sin are, whatever the dtype of x.
+    """
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]  # not mx.split, which mx.compile of two forwards stumbles over
     return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
@@ -734,5 +743,5 @@ def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = -100) -> mx
     """Mean cross-entropy of logits [..., C] over the labels [...] that are not `ignore_index`."""
     labels = check_labels(labels, logits, ignore_index)
     kept = labels != ignore_index
-    losses = nn.losses.cross_entropy(logits, mx.where(kept, labels, 0))
-    return mx.where(kept, losses, 0).sum() / kept.sum()
+    losses = mx.where(kept, nn.losses.cross_entropy(logits, mx.where(kept, labels, 0)), 0)
+    return losses.sum(axis=-1).sum() / kept.sum()  # by rows: MLX adds one by one, which over a batch loses digits

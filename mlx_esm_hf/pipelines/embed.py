@@ -40,7 +40,7 @@ def embed(
         >>> embed(model, tokenizer, [Protein("P1", "MKTAYIAKQR")]).shape
         (1, 320)
     """
-    encoded = tokenizer([p.sequence for p in proteins], return_special_tokens_mask=True)
+    encoded = tokenizer([p.sequence for p in proteins], return_special_tokens_mask=True, verbose=False)
     for protein, special in zip(proteins, encoded["special_tokens_mask"], strict=True):
         # The tokenizer folds a run of unknown letters into one token.
         if special.count(0) != len(protein.sequence):

@@ -1,0 +1,378 @@
+"""What the parity tests share: the same small random model in MLX and in torch, a float64 oracle, and the bar.
+
+The bar: at real tokens, the error of float32 MLX against the float64 oracle is at most 3 times the error of float32
+torch against it, plus 1e-6 of the output's scale (its largest absolute value). It holds for the largest error and for
+the root mean square. Every comparison is kept, and `report` makes the table that closes the test session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import esm as fair_esm
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import mlx_esm_hf
+
+transformers.utils.logging.disable_progress_bar()
+
+CLS, PAD, EOS, MASK = 0, 1, 2, 32  # of ESM-1b, ESM-1v and ESM-2
+RESIDUES = range(4, 24)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "ESM-1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True, "layer_norm_eps": 1e-5},
+    "ESM-1v": {"position_embedding_type": "absolute", "emb_layer_norm_before": False, "layer_norm_eps": 1e-12},
+    "ESM-2": {"position_embedding_type": "rotary", "emb_layer_norm_before": False, "layer_norm_eps": 1e-5},
+}
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "model": ("Model", {}),
+    "lm": ("ForMaskedLM", {}),
+    "token": ("ForTokenClassification", {"num_labels": 3}),
+    "single_label": ("ForSequenceClassification", {"num_labels": 5, "problem_type": "single_label_classification"}),
+    "multi_label": ("ForSequenceClassification", {"num_labels": 4, "problem_type": "multi_label_classification"}),
+    "regression": ("ForSequenceClassification", {"num_labels": 1, "problem_type": "regression"}),
+    "regressions": ("ForSequenceClassification", {"num_labels": 3, "problem_type": "regression"}),
+}
+SIZES = (
+    {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 72},
+    {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 160},
+    {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96},
+)
+
+
+def config(family: str, head: str = "lm", **overrides: Any) -> transformers.EsmConfig:
+    size = SIZES[(list(FAMILIES).index(family) + list(HEADS).index(head)) % len(SIZES)]
+    vocabulary = {"vocab_size": 33, "pad_token_id": PAD, "mask_token_id": MASK, "max_position_embeddings": 40}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    settings = {**vocabulary, **off, **size, **FAMILIES[family], **HEADS[head][1], "token_dropout": True, **overrides}
+    return transformers.EsmConfig(**settings)
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights at which every part of the network shows in the output, also biases and layer norms."""
+    random = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=random)
+        if parameter.ndim == 1:
+            noise = 0.2 * noise + ("norm" in name.lower() and name.endswith("weight"))
+        else:
+            noise *= 0.1 + 0.2 * torch.rand((), generator=random)
+        parameter.data = noise
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The models here are so small that threads only wait for each other, ten times as long on a busy machine."""
+    threads: list[tuple[Any, Any]] = [(torch.get_num_threads, torch.set_num_threads)]
+    spec = importlib.util.find_spec("scipy_openblas32")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in Path(folder, "lib").glob("libscipy_openblas*.so"):
+            library = ctypes.CDLL(str(path))
+            threads.append((library.scipy_openblas_get_num_threads, library.scipy_openblas_set_num_threads))
+    before = [(put, get()) for get, put in threads]
+    for put, _ in before:
+        put(1)
+    yield
+    for put, number in before:
+        put(number)
+
+
+# The same model three times
+
+
+class Peers(NamedTuple):
+    mlx: Any
+    torch: Any
+    float64: Any
+
+
+def peers(folder: Path, family: str, head: str, **overrides: Any) -> Peers:
+    """A model of transformers, saved by transformers and loaded from there in MLX."""
+    suffix = HEADS[head][0]
+    model = getattr(transformers, f"Esm{suffix}")(config(family, head, **overrides)).eval()
+    model.set_attn_implementation("eager")
+    randomize(model, seed=len(family) + len(head))
+    model.save_pretrained(folder)
+    mlx = getattr(mlx_esm_hf, f"MLXEsm{suffix}").from_pretrained(folder)
+    return Peers(mlx, model, copy.deepcopy(model).double())
+
+
+# fair-esm's parameter names, and what each part of them is called here
+FAIR_ESM_NAMES = {
+    "layers.": "esm.encoder.layer.",
+    "self_attn.q_proj.": "attention.self.query.",
+    "self_attn.k_proj.": "attention.self.key.",
+    "self_attn.v_proj.": "attention.self.value.",
+    "self_attn.bias_": "attention.self.bias_",
+    "self_attn.out_proj.": "attention.output.dense.",
+    "self_attn.rot_emb.": "attention.self.rotary_embeddings.",
+    "self_attn_layer_norm.": "attention.LayerNorm.",
+    "fc1.": "intermediate.dense.",
+    "fc2.": "output.dense.",
+    "final_layer_norm.": "LayerNorm.",
+    "embed_tokens.": "esm.embeddings.word_embeddings.",
+    "embed_positions.": "esm.embeddings.position_embeddings.",
+    "emb_layer_norm_before.": "esm.embeddings.layer_norm.",
+    "emb_layer_norm_after.": "esm.encoder.emb_layer_norm_after.",
+    "embed_out_bias": "lm_head.bias",
+    "embed_out": "lm_head.decoder.weight",
+    "lm_head.weight": "lm_head.decoder.weight",
+    "contact_head.": "esm.contact_head.",
+}
+FAIR_ESM_NAME = re.compile(r"(?:^|(?<=\.))(?:" + "|".join(map(re.escape, FAIR_ESM_NAMES)) + ")")
+
+
+def canonical_name(name: str) -> str:
+    return FAIR_ESM_NAME.sub(lambda match: FAIR_ESM_NAMES[match[0]], name)
+
+
+def from_fair_esm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {canonical_name(name): value for name, value in state.items() if not name.endswith("_float_tensor")}
+
+
+def fair_esm_peers(family: str, token_dropout: bool = True, final_bias: bool = True, positions: int = 330) -> Peers:
+    """A model of fair-esm, and its parameters in MLX."""
+    D, layers, heads = 48, 3, 4
+    size = {"hidden_size": D, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * D}
+    settings = {**size, "token_dropout": token_dropout}
+    args = argparse.Namespace(
+        layers=layers, embed_dim=D, ffn_embed_dim=4 * D, attention_heads=heads, token_dropout=token_dropout
+    )
+    if family == "ESM-1":
+        args.arch, args.final_bias = "protein_bert_base", final_bias
+        model = fair_esm.ProteinBertModel(args, fair_esm.Alphabet.from_architecture("ESM-1"))
+        mlx_config: Any = mlx_esm_hf.MLXEsm1Config(**settings, lm_head_bias=final_bias)
+    elif family == "ESM-2":
+        model = fair_esm.ESM2(layers, D, heads, "ESM-1b", token_dropout)
+        mlx_config = config(family, **settings)
+    else:
+        args.arch, args.max_positions = "roberta_large", positions
+        args.emb_layer_norm_before = FAMILIES[family]["emb_layer_norm_before"]
+        model = fair_esm.ProteinBertModel(args, fair_esm.Alphabet.from_architecture("ESM-1b"))
+        mlx_config = config(family, **settings, max_position_embeddings=positions + PAD + 1)
+    mlx_config.layer_norm_eps = model.layers[0].final_layer_norm.eps
+    randomize(model.eval(), seed=len(family))
+    mlx = mlx_esm_hf.MLXEsmForMaskedLM(mlx_config)
+    mlx.load_state_dict(from_fair_esm(model.state_dict()))
+    return Peers(mlx.eval(), model, copy.deepcopy(model).double())
+
+
+@contextlib.contextmanager
+def true_float64() -> Iterator[None]:
+    """What asks for float32 in the midst of a float64 model gets float64.
+
+    In transformers these are the rotation and its angles and the ratio of masked tokens; in fair-esm softmax, the
+    sinusoidal table and that ratio.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float", torch.float64)
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+# Inputs
+
+
+def pad(rows: list[Any], side: str = "right", value: int = PAD, extra: int = 0) -> np.ndarray:
+    length = max(map(len, rows)) + extra
+    gaps = [[value] * (length - len(row)) for row in rows]
+    padded = [[*gap, *row] if side == "left" else [*row, *gap] for gap, row in zip(gaps, rows, strict=True)]
+    return np.array(padded)
+
+
+def with_mask(rows: list[Any], side: str = "right", extra: int = 0) -> dict[str, np.ndarray]:
+    real = [np.ones(len(row), dtype=int) for row in rows]
+    return {"input_ids": pad(rows, side, extra=extra), "attention_mask": pad(real, side, 0, extra=extra)}
+
+
+LENGTHS = (21, 15, 8, 12, 2, 19, 11, 17)
+
+
+def batch(
+    padding: str = "right",
+    masks: bool = True,
+    seed: int = 0,
+    head: str = "model",
+    lengths: tuple[int, ...] = LENGTHS,
+) -> dict[str, np.ndarray]:
+    """Token ids, an attention mask unless `padding` is "none", and the labels of the head."""
+    random = np.random.default_rng(seed)
+    if padding == "none":
+        lengths = (max(lengths),) * len(lengths)
+    sequences = [np.array([CLS, *random.choice(RESIDUES, n), EOS]) for n in lengths]
+    rows = [row.copy() for row in sequences]
+    if masks:
+        for row in rows:
+            row[random.choice(np.arange(1, len(row) - 1), max(1, len(row) // 6), replace=False)] = MASK
+    inputs = with_mask(rows, padding)
+    if padding == "none":
+        del inputs["attention_mask"]
+
+    suffix, settings = HEADS[head]
+    B = len(rows)
+    if head == "lm":
+        labels = [np.where(random.random(len(row)) < 0.5, row, -100) for row in sequences]
+        inputs["labels"] = pad(labels, padding, -100)
+    elif head == "token":
+        labels = [np.array([-100, *random.integers(0, settings["num_labels"], n), -100]) for n in lengths]
+        inputs["labels"] = pad(labels, padding, -100)
+    elif head == "single_label":
+        inputs["labels"] = random.integers(0, settings["num_labels"], B)
+        inputs["labels"][1] = -100
+    elif head == "multi_label":
+        inputs["labels"] = random.integers(0, 2, (B, settings["num_labels"])).astype(np.float32)
+    elif head == "regression":
+        inputs["labels"] = random.normal(size=B).astype(np.float32)
+    elif head == "regressions":
+        inputs["labels"] = random.normal(size=(B, settings["num_labels"])).astype(np.float32)
+    return inputs
+
+
+# Outputs
+
+
+def for_torch(inputs: Mapping[str, Any], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    dtype = next(model.parameters()).dtype
+    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    return x.numpy() if isinstance(x, torch.Tensor) else np.array(x)
+
+
+def mask_of(inputs: Mapping[str, Any]) -> np.ndarray:
+    return np.asarray(inputs.get("attention_mask", np.ones(inputs["input_ids"].shape, dtype=int)))
+
+
+Answers = dict[str, list[np.ndarray]]
+
+
+def answers(model: Any, inputs: Mapping[str, Any], attentions: bool = True) -> Answers:
+    """What a model of transformers, or ours, says: {output: [array] or the arrays of all layers}.
+
+    Without attentions, and the contacts that are read from them, ours takes another way through attention.
+    """
+    mask = {"attention_mask": mask_of(inputs)} if attentions and "input_ids" in inputs else {}
+    if isinstance(model, torch.nn.Module):
+        inputs, mask = for_torch(inputs, model), for_torch(mask, model)
+    with torch.no_grad():
+        output = dict(model(**inputs, output_hidden_states=True, output_attentions=attentions))
+        if mask:
+            owner = model if hasattr(model, "predict_contacts") else model.base_model
+            output["contacts"] = owner.predict_contacts(inputs["input_ids"], **mask)
+    layers = {name: value if isinstance(value, tuple) else (value,) for name, value in output.items()}
+    # transformers has an empty tuple of cross_attentions
+    return {name: [as_numpy(x) for x in values] for name, values in layers.items() if values}
+
+
+def fair_esm_answers(model: torch.nn.Module, tokens: np.ndarray) -> Answers:
+    """The same of a model of fair-esm."""
+    with torch.no_grad():
+        output = model(torch.from_numpy(tokens), repr_layers=range(model.num_layers + 1), return_contacts=True)
+    return {
+        "logits": [output["logits"].numpy()],
+        "hidden_states": [output["representations"][layer].numpy() for layer in range(model.num_layers + 1)],
+        "attentions": [a.numpy() for a in output["attentions"].unbind(1)],
+        "contacts": [output["contacts"].numpy()],
+    }
+
+
+def at_real_tokens(name: str, value: np.ndarray, real: np.ndarray) -> np.ndarray:
+    if name == "attentions":  # of real queries, to all keys
+        return value.swapaxes(1, 2)[real]
+    if name in ("hidden_states", "last_hidden_state") or (name == "logits" and value.ndim == 3):
+        return value[real]
+    return value
+
+
+# The bar
+
+RATIO, FLOOR = 3, 1e-6
+MEASURES = {"max": lambda x: np.abs(x).max(), "rms": lambda x: np.sqrt((x * x).mean())}
+
+
+class Comparison(NamedTuple):
+    model: str
+    output: str
+    family: str
+    measure: str
+    error: float
+    torch_error: float
+    scale: float
+
+    @property
+    def allowed(self) -> float:
+        return RATIO * self.torch_error + FLOOR * self.scale
+
+    @property
+    def ratio(self) -> float:
+        """Our error over torch's, where ours is above the floor; 0 where it is below."""
+        return self.error / max(self.torch_error, 1e-30) if self.error > FLOOR * self.scale else 0.0
+
+
+COMPARISONS: list[Comparison] = []
+
+
+def hold(model: str, output: str, family: str, ours: Any, float32: Any, float64: Any, scale: float = 0.0) -> None:
+    """Hold one output to the bar. `scale` is its own, unless a larger one is given."""
+    ours, float32, float64 = (np.asarray(x, dtype=np.float64) for x in (ours, float32, float64))
+    assert ours.shape == float32.shape == float64.shape, output
+    assert np.isfinite(float64).all() and np.isfinite(ours).all(), output
+    scale = max(scale, np.abs(float64).max())
+    for name, measure in MEASURES.items():
+        comparison = Comparison(model, output, family, name, measure(ours - float64), measure(float32 - float64), scale)
+        COMPARISONS.append(comparison)
+        assert comparison.error <= comparison.allowed, (
+            f"{family} {model} {output}: {name} error {comparison.error:.3g}, allowed {comparison.allowed:.3g} "
+            f"(torch {comparison.torch_error:.3g}, scale {scale:.3g})"
+        )
+
+
+def hold_all(
+    model: Peers, family: str, inputs: Mapping[str, Any], float32: Answers, *float64: tuple[str, Answers]
+) -> None:
+    """Hold all outputs of a model to the bar, against each (name, float64 answers)."""
+    real = np.array(inputs["attention_mask"] if "inputs_embeds" in inputs else mask_of(inputs), dtype=bool)
+    complete, brief = answers(model.mlx, inputs), answers(model.mlx, inputs, attentions=False)
+    assert complete.keys() == float32.keys() == brief.keys() | ({"attentions", "contacts"} & float32.keys())
+    for ours in complete, brief:
+        for oracle, wanted in float64:
+            for name, layers in ours.items():
+                for layer in zip(layers, float32[name], wanted[name], strict=True):
+                    compared = (at_real_tokens(name, value, real) for value in layer)
+                    hold(type(model.mlx).__name__ + oracle, name, family, *compared)
+
+
+def report() -> list[str]:
+    """The worst of each model and output, over all families and inputs."""
+    columns = f"{'compared':>8} {'max ratio':>9} {'rms ratio':>9} {'error/scale':>11} {'of bar':>7}"
+    lines = [f"{'model':44} {'output':18} {columns}  worst family"]
+    for model, output in sorted({(c.model, c.output) for c in COMPARISONS}):
+        rows = [c for c in COMPARISONS if (c.model, c.output) == (model, output)]
+        ratios = {measure: max(c.ratio for c in rows if c.measure == measure) for measure in MEASURES}
+        worst = max(rows, key=lambda c: c.error / max(c.allowed, 1e-30))
+        largest = max(c.error / max(c.scale, 1e-30) for c in rows)
+        shown = [f"{ratio:9.2f}" if ratio else f"{'-':>9}" for ratio in ratios.values()]
+        lines.append(
+            f"{model:44} {output:18} {len(rows) // 2:8} {' '.join(shown)} {largest:11.1e} "
+            f"{worst.error / max(worst.allowed, 1e-30):7.0%}  {worst.family}"
+        )
+    return [
+        *lines,
+        "ratio: error of MLX / error of torch, both float32 against float64; - where MLX errs by less than 1e-6 of the "
+        "scale.",
+        f"of bar: error of MLX / ({RATIO} x error of torch + {FLOOR:g} x scale).",
+    ]
