@@ -1,0 +1,250 @@
+"""Which files are read: from a folder, from the cache that torch users share, and from a Hub on this machine."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_esm_hf
+from mlx_esm_hf import MLXEsmForMaskedLM
+from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.checkpoint.resolve import checkpoint_files, shard_names, with_variant
+from tests import hub
+from tests.checkpoints import FORMATS, assert_close, run, save_shards, theirs, torch, torch_model
+
+ROOT = Path(mlx_esm_hf.__file__).parents[1]
+ID = "someone/tiny-esm"
+
+
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def names(paths):
+    return [Path(path).name for path in paths]
+
+
+# Folders
+
+
+ORDER = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_order(variant, tmp_path):
+    """Safetensors before .bin, whole before shards; use_safetensors leaves one of them out."""
+    for name in ORDER:
+        text = json.dumps({"metadata": {}, "weight_map": {"b": f"2.{name}", "a": f"1.{name}"}})
+        (tmp_path / with_variant(name, variant)).write_text(text)
+        for shard in (1, 2):
+            (tmp_path / f"{shard}.{name}").touch()
+    for name in ORDER:
+        found = [f"{shard}.{name}" for shard in (1, 2)] if "index" in name else [with_variant(name, variant)]
+        assert names(checkpoint_files(str(tmp_path), variant)) == found
+        if name.startswith("model"):
+            assert names(checkpoint_files(str(tmp_path), variant, True)) == found
+            assert "bin" in names(checkpoint_files(str(tmp_path), variant, False))[0]
+        (tmp_path / with_variant(name, variant)).unlink()
+    with pytest.raises(OSError, match=f"{tmp_path} holds none of .*pytorch_model.* no weights to load.$"):
+        checkpoint_files(str(tmp_path), variant)
+
+
+def test_variant_names():
+    """As transformers names them."""
+    from transformers.modeling_utils import _add_variant
+
+    for name in ORDER:
+        for variant in (None, "fp16", "a.b"):
+            assert with_variant(name, variant) == _add_variant(name, variant)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', '{"weight_map": {"a": ["b"]}}', "\xff"],
+)
+def test_broken_index(text, tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=f"{path} is not the index of a sharded checkpoint .* Download it again"):
+        shard_names(str(path))
+
+
+@pytest.mark.parametrize("shard", ["../x", "/x", "a/x", ".", "..", "", "a/../x", 3, None])
+def test_shards_stay_in_their_folder(shard, tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "good.safetensors", "b": shard}}))
+    with pytest.raises(CheckpointError, match="names the shard .* which is not a file beside it. It was not read"):
+        shard_names(str(path))
+
+
+def test_index_without_shards_or_metadata(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="names no shards"):
+        shard_names(str(path))
+    path.write_text('{"weight_map": {"a": "2", "b": "1", "c": "2"}}')
+    assert shard_names(str(path)) == ["1", "2"]
+
+
+# The Hub and the cache
+
+
+LOAD_AND_PRINT = """
+import json, sys
+library, inputs = sys.argv[1], json.loads(sys.argv[2])
+if library == "transformers":
+    import torch
+    from transformers import EsmForMaskedLM as Model
+    inputs = torch.tensor(inputs)
+else:
+    sys.modules["torch"] = None  # we don't need it, and it takes seconds
+    from mlx_esm_hf import MLXEsmForMaskedLM as Model
+print(json.dumps(Model.from_pretrained("someone/tiny-esm")(inputs).logits.tolist()))
+"""
+
+
+def load_elsewhere(library, environment):
+    """Load and run the model by its id in a process of its own, and compare."""
+    inputs = [[0, 20, 15, 32, 6, 2]]
+    command = [sys.executable, "-c", LOAD_AND_PRINT, library, json.dumps(inputs)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr)
+    with torch.no_grad():
+        expected = torch_model()(torch.tensor(inputs)).logits
+    assert torch.allclose(torch.tensor(json.loads(done.stdout)), expected, atol=1e-5 * expected.abs().max().item())
+
+
+def test_cache_is_shared(tmp_path):
+    """By id from the Hub into the cache of HF_HOME; from there, the Hub being gone, to transformers."""
+    save_shards(torch_model(), tmp_path / "repo")
+    server = hub.Hub({(ID, "main"): tmp_path / "repo"})
+    with hub.serve(server) as url:
+        environment = hub.environment(url, tmp_path / "home")
+        load_elsewhere("mlx_esm_hf", environment)
+    got = [path.rpartition("/")[2] for method, path, _ in server.requests if method == "GET" and "resolve" in path]
+    assert sorted(got) == sorted(file.name for file in (tmp_path / "repo").iterdir())  # each file once, and no other
+    load_elsewhere("transformers", environment | {"HF_HUB_OFFLINE": "1"})
+
+
+def test_offline_without_cache(tmp_path):
+    environment = hub.environment(closed_port(), tmp_path / "home", HF_HUB_OFFLINE="1")
+    with pytest.raises(OSError, match="We couldn't connect to .* and couldn't find them in the") as error:
+        load_elsewhere("mlx_esm_hf", environment)
+    assert "Check your internet connection" in str(error.value)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """No one listens where the Hub should be; huggingface_hub tries again without waiting."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.use(monkeypatch, closed_port())
+
+
+def test_no_network_and_no_cache(no_network, tmp_path):
+    with pytest.raises(OSError, match="We couldn't connect to .* and couldn't find them in the"):
+        MLXEsmForMaskedLM.from_pretrained(ID, cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub with one repo in several formats, a revision to each, and a private one."""
+    folders = {}
+    for value, name in enumerate(FORMATS):
+        model = torch_model()
+        model.lm_head.bias.data.fill_(value)
+        FORMATS[name](model, tmp_path / name)
+        folders[ID, name] = tmp_path / name
+    folders["someone/secret", "main"] = folders[ID, "main"] = tmp_path / "save"
+    server = hub.Hub(folders, private={"someone/secret": "hf_secret"})
+    with hub.serve(server) as url:
+        hub.use(monkeypatch, url)
+        yield server
+
+
+@pytest.mark.parametrize("revision", FORMATS)
+def test_revisions(revision, server, tmp_path, monkeypatch):
+    """Each format from its revision, online, then offline by name and by commit; the cache knows what is not there."""
+    value = list(FORMATS).index(revision)
+    options = {"cache_dir": tmp_path / "cache"}
+    model = MLXEsmForMaskedLM.from_pretrained(ID, revision=revision, **options)
+    assert (model.lm_head.bias == value).all()
+    assert any(revision in path for _, path, _ in server.requests)
+    hub.use(monkeypatch, closed_port())
+    for name in (revision, server.commit(ID, revision)):
+        again = MLXEsmForMaskedLM.from_pretrained(ID, revision=name, local_files_only=True, **options)
+        assert (again.lm_head.bias == value).all()
+    there = theirs("ForMaskedLM").from_pretrained(ID, revision=revision, local_files_only=True, **options)
+    assert_close(run(model), run(there))
+    with pytest.raises(OSError):
+        MLXEsmForMaskedLM.from_pretrained(ID, revision="main", local_files_only=True, **options)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_question(format, server, tmp_path, request):
+    """What is in the cache costs one question, for the commit that config and weights are of; and so it does when
+    the answer stays out."""
+    options = {"revision": format, "cache_dir": tmp_path / "cache"}
+    MLXEsmForMaskedLM.from_pretrained(ID, **options)
+    del server.requests[:]
+    MLXEsmForMaskedLM.from_pretrained(ID, **options)
+    assert [path for _, path, _ in server.requests] == [f"/api/models/{ID}/revision/{format}"]
+    request.getfixturevalue("no_network")
+    MLXEsmForMaskedLM.from_pretrained(ID, **options)
+
+
+def test_force_download(server, tmp_path):
+    def downloads():
+        del server.requests[:]
+        MLXEsmForMaskedLM.from_pretrained(ID, cache_dir=tmp_path / "cache", force_download=True)
+        return [path.rpartition("/")[2] for method, path, _ in server.requests if method == "GET" and "resolve" in path]
+
+    assert downloads() == downloads() == ["config.json", "model.safetensors"]
+
+
+def test_config_of_another_repo(server, tmp_path):
+    """Its revision is its own."""
+    (tmp_path / "no_weights").mkdir()
+    server.repos["someone/config", "main"] = tmp_path / "no_weights"
+    torch_model().config.save_pretrained(tmp_path / "no_weights")
+    (tmp_path / "save" / "config.json").unlink()
+    MLXEsmForMaskedLM.from_pretrained(ID, config="someone/config", cache_dir=tmp_path / "cache")
+
+
+def test_token(server, tmp_path):
+    """It is sent with every request, and without it the repo is not there."""
+    options = {"cache_dir": tmp_path / "cache"}
+    for token in (False, "hf_wrong"):
+        with pytest.raises(OSError, match="(?s)someone/secret is not a local folder .* pass a token"):
+            MLXEsmForMaskedLM.from_pretrained("someone/secret", token=token, **options)
+    del server.requests[:]
+    MLXEsmForMaskedLM.from_pretrained("someone/secret", token="hf_secret", **options)
+    assert {token for _, _, token in server.requests} == {"hf_secret"}
+
+
+def test_absent_on_the_hub(server, tmp_path):
+    options = {"cache_dir": tmp_path / "cache"}
+    with pytest.raises(OSError, match="someone/absent is not a local folder and is not a valid model identifier"):
+        MLXEsmForMaskedLM.from_pretrained("someone/absent", **options)
+    with pytest.raises(OSError, match="v9 is not a valid git identifier"):
+        MLXEsmForMaskedLM.from_pretrained(ID, revision="v9", **options)
+    with pytest.raises(OSError, match=f"{ID} holds none of model.fp16.safetensors, .*no weights to load. Offline"):
+        MLXEsmForMaskedLM.from_pretrained(ID, variant="fp16", **options)
+
+
+def test_missing_shard_on_the_hub(server, tmp_path):
+    shard = sorted((tmp_path / "save_shards").glob("*-of-*"))[1]
+    shard.unlink()
+    with pytest.raises(OSError, match=f"{ID} does not appear to have .*{shard.name}"):
+        MLXEsmForMaskedLM.from_pretrained(ID, revision="save_shards", cache_dir=tmp_path / "cache")
+
+
+def test_weights_without_network(server, tmp_path):
+    """The config is in the cache, the weights are not."""
+    mlx_esm_hf.MLXEsmConfig.from_pretrained(ID, cache_dir=tmp_path / "cache")
+    with pytest.raises(OSError, match="no weights to load. Offline, only what is in the cache counts"):
+        MLXEsmForMaskedLM.from_pretrained(ID, cache_dir=tmp_path / "cache", local_files_only=True)

@@ -1,0 +1,90 @@
+"""Weights to files: all of them, or what was there before."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from mlx_esm_hf.checkpoint.read import load_files
+from mlx_esm_hf.checkpoint.resolve import shard_names
+from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
+
+STATE = {f"layer.{i}": mx.full((256,), i, dtype=mx.float32) for i in range(5)}  # 1 KiB each
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_files_appear_together(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with replace_files(target) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(name)
+        assert not (target / "a").exists() and folder.parent == target
+    assert content(target) == {"a": b"a", "b": b"b"}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_nothing_is_half_written(error, tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(error), replace_files(tmp_path) as folder:
+        (folder / "a").write_text("new")
+        raise error
+    assert content(tmp_path) == {"a": b"old"}
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("size", ["50GB", "3KB", 2048, 1024, 1])
+def test_save(size, variant, tmp_path):
+    """One file, or shards of which none is larger than asked, and an index that names every key."""
+    files = save_safetensors(STATE, tmp_path, size, variant)
+    assert set(files) == content(tmp_path).keys()
+    assert all(variant is None or variant in file for file in files)
+    paths = [str(tmp_path / file) for file in files if file.endswith("safetensors")]
+    loaded = load_files(paths)
+    assert loaded.keys() == STATE.keys() and all(mx.array_equal(loaded[key], STATE[key]) for key in STATE)
+    for path in paths:
+        with safe_open(path, framework="numpy") as file:
+            assert file.metadata() == {"format": "pt"}
+    if size == "50GB":
+        assert files == ["model.fp16.safetensors" if variant else "model.safetensors"]
+        return
+    shards, name = files[:-1], "model.safetensors.index.fp16.json" if variant else "model.safetensors.index.json"
+    assert len(shards) == (3 if size in ("3KB", 2048) else 5) and files[-1] == name
+    index = json.loads((tmp_path / name).read_text())
+    assert shard_names(str(tmp_path / name)) == sorted(shards)
+    assert index["weight_map"].keys() == STATE.keys() and index["metadata"]["total_size"] == 5 * 1024
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_not_contiguous(dtype, tmp_path):
+    """Transposed and broadcast arrays are written as what they look like."""
+    state = {
+        "transposed": mx.arange(6).reshape(2, 3).T.astype(dtype),
+        "view": mx.arange(6).reshape(2, 3).T,
+        "broadcast": mx.broadcast_to(mx.array([1.5], dtype), (3,)),
+        "slice": mx.arange(10)[2:8:2],
+        "scalar": mx.array(2.5, dtype),
+    }
+    save_safetensors(state, tmp_path, "50GB")
+    loaded = load_files([str(tmp_path / "model.safetensors")])
+    for name, array in state.items():
+        assert loaded[name].dtype == array.dtype and loaded[name].shape == array.shape
+        assert np.array_equal(np.array(loaded[name].astype(mx.float32)), np.array(array.astype(mx.float32))), name
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_stale_shards(variant, tmp_path):
+    own = {f"model{s}.safetensors" for s in ("", "-00001-of-00002", "-00002-of-00002")} | {
+        "model.safetensors.index.json"
+    }
+    of_variant = {f"model.fp16{s}.safetensors" for s in ("", "-00001-of-00002")} | {"model.safetensors.index.fp16.json"}
+    others = {"pytorch_model.bin", "config.json", "model.safetensors.bak", "my-model.safetensors", "modelXsafetensors"}
+    for name in own | of_variant | others:
+        (tmp_path / name).touch()
+    kept = "model-00001-of-00002.safetensors" if variant is None else "model.fp16.safetensors"
+    remove_stale_shards(tmp_path, [kept], variant)
+    assert content(tmp_path).keys() == others | {kept} | (own if variant else of_variant)

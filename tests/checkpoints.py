@@ -1,0 +1,174 @@
+"""Checkpoints as the real libraries write them, and what transformers makes of them, to compare with."""
+
+import logging
+import warnings
+from contextlib import contextmanager
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import transformers
+from huggingface_hub import save_torch_state_dict
+
+import mlx_esm_hf
+
+torch = pytest.importorskip("torch")
+
+TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+SHARD = "20KB"  # cuts the small models into several
+
+SMALL = {
+    "vocab_size": 33,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+    "mask_token_id": 32,
+    "eos_token_id": 2,
+    "token_dropout": True,
+    "initializer_range": 0.2,
+}
+KINDS = {
+    "esm2": {"position_embedding_type": "rotary", "emb_layer_norm_before": False},
+    "esm1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True},
+    "esm1v": {"position_embedding_type": "absolute", "emb_layer_norm_before": False},
+}
+ESM1 = {k: SMALL[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+
+INPUTS = {
+    "input_ids": [[0, 20, 15, 32, 6, 7, 11, 4, 2], [0, 20, 9, 8, 5, 2, 1, 1, 1]],
+    "attention_mask": [[1] * 9, [1] * 6 + [0] * 3],
+}
+REAL = np.array(INPUTS["attention_mask"], bool)
+
+
+def ours(task):
+    return getattr(mlx_esm_hf, f"MLXEsm{task}")
+
+
+def theirs(task):
+    return getattr(transformers, f"Esm{task}")
+
+
+def config(kind="esm2", **overrides):
+    return transformers.EsmConfig(**SMALL | KINDS[kind] | overrides)
+
+
+def torch_model(task="ForMaskedLM", kind="esm2", **overrides):
+    """A model of transformers in which no parameter has the value that it is initialised with."""
+    torch.manual_seed(0)
+    model = theirs(task)(config(kind, **overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def write(folder, state, kind="esm2", **overrides):
+    """A folder with this state dict as one safetensors file, through the safetensors library."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    config(kind, **overrides).save_pretrained(folder)
+    state = {key: tensor.contiguous().clone() for key, tensor in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+# Each writes a model of transformers into a folder.
+
+
+def save(model, folder, variant=None):
+    model.save_pretrained(folder, variant=variant)
+
+
+def save_shards(model, folder, variant=None):
+    model.save_pretrained(folder, variant=variant, max_shard_size=SHARD)
+
+
+def save_bin(model, folder, variant=None, **options):
+    model.config.save_pretrained(folder)
+    name = f"pytorch_model.{variant}.bin" if variant else "pytorch_model.bin"
+    torch.save(model.state_dict(), folder / name, **options)
+
+
+def save_old_bin(model, folder):
+    save_bin(model, folder, _use_new_zipfile_serialization=False)
+
+
+def save_bin_shards(model, folder):
+    model.config.save_pretrained(folder)
+    save_torch_state_dict(model.state_dict(), folder, max_shard_size=SHARD, safe_serialization=False)
+
+
+FORMATS = {f.__name__: f for f in (save, save_shards, save_bin, save_old_bin, save_bin_shards)}
+
+
+# Comparisons
+
+
+def run(model, **options):
+    """What a model, theirs or ours, says of `INPUTS`: {name: array}, padding cut off where there is any."""
+    if isinstance(model, torch.nn.Module):
+        with torch.no_grad():
+            outputs = model(**{name: torch.tensor(x) for name, x in INPUTS.items()}, **options)
+    else:
+        outputs = model(**INPUTS, **options)
+    arrays = {}
+    for name in outputs:
+        x = outputs[name]
+        x = np.array(x.astype(mx.float32)) if isinstance(x, mx.array) else x.float().numpy()
+        arrays[name] = x[REAL] if x.shape[:2] == REAL.shape else x
+    return arrays
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        assert np.abs(ours[name] - x).max() <= tolerance * np.abs(x).max(), name
+
+
+def assert_same_state(a, b):
+    """Two state dicts of torch hold the same bits under the same names."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def assert_loads_as_transformers(folder, task, **options):
+    """Both libraries read the same from a folder, and say the same of its keys; returns our model."""
+    options = {"dtype": torch.float32} | options
+    torch_model, torch_info = theirs(task).from_pretrained(folder, output_loading_info=True, **options)
+    model, info = ours(task).from_pretrained(folder, output_loading_info=True, **options)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert info[kind] == set(torch_info[kind]), kind
+    assert not info["error_msgs"] and not torch_info["error_msgs"]
+    if info["missing_keys"]:  # a head that is drawn anew has nothing to compare
+        model_body, torch_body = model.base_model, torch_model.base_model
+        assert_close(
+            {"last_hidden_state": run(model_body)["last_hidden_state"]},
+            {"last_hidden_state": run(torch_body)["last_hidden_state"]},
+        )
+    else:
+        assert_close(run(model), run(torch_model))
+    return model
+
+
+@contextmanager
+def heard(*loggers):
+    """Collects what these loggers, and Python's warnings, say from WARNING on."""
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    for name in loggers:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield messages
+    finally:
+        for name in loggers:
+            logging.getLogger(name).removeHandler(handler)
+    messages += [str(w.message) for w in caught]

@@ -1,0 +1,111 @@
+"""The configs: transformers' own where ESM is, and what ESM-1 has besides."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, BertConfig, EsmConfig
+
+from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmModel
+from mlx_esm_hf.configuration_esm import ESM1_FIELDS, as_mlx_config
+
+ESM2 = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "hidden_size": 32, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"position_embedding_type": "rotary", "token_dropout": True, "rope_theta": 5000.0},
+        {"position_embedding_type": "absolute", "emb_layer_norm_before": True, "max_position_embeddings": 40},
+        {"num_labels": 3, "problem_type": "regression", "tie_word_embeddings": False, "dtype": "float16"},
+    ],
+)
+def test_saves_what_transformers_saves(fields, tmp_path):
+    """The same config.json, whichever of the two classes wrote it and whichever reads it."""
+    MLXEsmConfig(**ESM2, **fields).save_pretrained(tmp_path / "ours")
+    EsmConfig(**ESM2, **fields).save_pretrained(tmp_path / "theirs")
+    ours, theirs = ((tmp_path / name / "config.json").read_text() for name in ("ours", "theirs"))
+    assert ours == theirs
+    for name in ("ours", "theirs"):
+        read = MLXEsmConfig.from_pretrained(tmp_path / name), EsmConfig.from_pretrained(tmp_path / name)
+        assert type(read[0]) is MLXEsmConfig and read[0].to_diff_dict() == read[1].to_diff_dict()
+
+
+def test_plain_config_is_accepted():
+    plain = EsmConfig(**ESM2, num_labels=3)
+    twin = as_mlx_config(plain)
+    assert type(twin) is MLXEsmConfig and twin.to_diff_dict() == plain.to_diff_dict() and twin.num_labels == 3
+    assert as_mlx_config(twin) is twin
+    model = MLXEsmModel(EsmConfig(**ESM2, num_hidden_layers=1, intermediate_size=32))
+    assert type(model.config) is MLXEsmConfig
+
+
+def test_esm1_defaults():
+    """Those of esm1_t34_670M_UR50S."""
+    config = MLXEsm1Config()
+    assert config.model_type == "esm1" and config.position_embedding_type == "sinusoidal"
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (35, 1280, 34)
+    assert [getattr(config, name) for name in ESM1_FIELDS] == [True, True, False, False, True]
+    assert [getattr(MLXEsmConfig(**ESM2), name) for name in ESM1_FIELDS] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("field", ESM1_FIELDS)
+def test_esm1_saves_its_own_fields(field, tmp_path):
+    changed = not getattr(MLXEsm1Config(), field)
+    config = MLXEsm1Config(hidden_size=64, **{field: changed})
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "esm1"
+    for load in (MLXEsmConfig, MLXEsm1Config, AutoConfig):
+        read = load.from_pretrained(tmp_path)
+        assert type(read) is MLXEsm1Config and getattr(read, field) is changed
+        assert read.to_diff_dict() == config.to_diff_dict()
+
+
+def test_esm_never_saves_what_transformers_does_not_know():
+    saved = MLXEsmConfig(**ESM2).to_dict()
+    assert not saved.keys() & set(ESM1_FIELDS) and saved.keys() == EsmConfig(**ESM2).to_dict().keys()
+
+
+@pytest.mark.parametrize("field", ESM1_FIELDS)
+def test_esm1_fields_are_refused_elsewhere(field):
+    """transformers would ignore the field, and compute something else from the same config."""
+    changed = not getattr(MLXEsmConfig(**ESM2), field)
+    with pytest.raises(ValueError, match=f"{field}: only ESM-1 has this, .* Use MLXEsm1Config"):
+        MLXEsmConfig(**ESM2, **{field: changed})
+    MLXEsmConfig(**ESM2, **{field: not changed})
+
+
+def test_positions():
+    with pytest.raises(ValueError, match="position_embedding_type: only ESM-1 has this"):
+        MLXEsmConfig(**ESM2, position_embedding_type="sinusoidal")
+    for config in (MLXEsmConfig, MLXEsm1Config):
+        with pytest.raises(ValueError, match=r"position_embedding_type='relative_key' is not one of \('absolute'"):
+            config(**ESM2, position_embedding_type="relative_key")
+
+
+def test_other_models_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has model_type 'bert'; this library reads 'esm', 'esm1'"):
+        MLXEsmConfig.from_dict(BertConfig().to_dict())
+    with pytest.raises(ValueError, match="has model_type 'bert'"):
+        as_mlx_config(BertConfig())
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has model_type 'bert'"):
+        MLXEsmConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["is_decoder", "add_cross_attention", "is_folding_model"])
+def test_what_is_not_there(option):
+    config = EsmConfig(**ESM2, num_hidden_layers=1)
+    setattr(config, option, True)
+    with pytest.raises(ValueError, match=f"{option}=True is not supported"):
+        MLXEsmModel(config)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "pad_token_id", "mask_token_id"])
+def test_what_a_model_needs(field):
+    with pytest.raises(ValueError, match="has to give vocab_size, pad_token_id and mask_token_id"):
+        MLXEsmModel(MLXEsmConfig(**ESM2 | {field: None}, num_hidden_layers=1))
+
+
+def test_heads_divide_the_hidden_size():
+    with pytest.raises(ValueError, match=r"hidden size \(32\) is not a multiple .* \(5\)"):
+        MLXEsmModel(MLXEsmConfig(**ESM2 | {"num_attention_heads": 5}, num_hidden_layers=1))

@@ -1,0 +1,66 @@
+"""What `import mlx_esm_hf` needs, and what it does not."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_esm_hf
+
+PACKAGE = Path(mlx_esm_hf.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def python(script, *without):
+    """Run a script in a process in which these modules can't be imported; what it prints, or its traceback."""
+    hide = f"import sys\nfor name in {without!r}: sys.modules[name] = None\n"
+    done = subprocess.run([sys.executable, "-c", hide + script], cwd=PACKAGE.parent, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else done.stderr
+
+
+USE = """
+import json, tempfile
+import mlx.core as mx
+import mlx_esm_hf
+
+shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+tokens = dict(vocab_size=35, pad_token_id=1, mask_token_id=33, position_embedding_type="rotary")
+model = mlx_esm_hf.MLXEsmForMaskedLM(mlx_esm_hf.MLXEsmConfig(**shape, **tokens)).eval()
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    again = mlx_esm_hf.MLXEsmForMaskedLM.from_pretrained(folder)
+tokenizer = mlx_esm_hf.Esm1Tokenizer()
+ids = tokenizer(["MKT", "MK<mask>"], return_tensors="mlx")["input_ids"]
+assert mx.array_equal(model(ids).logits, again(ids).logits)
+print(json.dumps(sorted(name.partition(".")[0] for name, module in sys.modules.items() if module)))
+"""
+
+
+def test_without_torch():
+    """Import, tokenize, run, save and load; and nothing heavy is imported that only some functions need."""
+    imported = json.loads(python(USE, "torch"))
+    assert {"mlx", "mlx_esm_hf", "transformers"} <= set(imported)
+    assert not {"torch", "matplotlib", "h5py", "pyarrow", "Bio", "pandas", "scipy", "typer", "rich"} & set(imported)
+
+
+def test_without_a_backend():
+    """On Linux, `pip install mlx` brings no library to compute with: then `mlx.core` does not import."""
+    said = python("import mlx_esm_hf", "mlx.core")
+    for part in ("ImportError: MLX finds no backend", "pip install 'mlx-esm-hf[cpu]'", "cuda12", "cuda13", "On a Mac"):
+        assert part in said
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=[str(path.relative_to(PACKAGE)) for path in SOURCES])
+def test_no_source_imports_torch(source):
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert "torch" not in [name.partition(".")[0] for name in names], f"line {node.lineno}"
+
+
+def test_public_names():
+    assert all(hasattr(mlx_esm_hf, name) for name in mlx_esm_hf.__all__)
+    assert mlx_esm_hf.__version__

@@ -1,0 +1,842 @@
+"""Loading and saving, against transformers reading and writing the same folders."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import transformers
+from mlx.utils import tree_flatten
+from safetensors.torch import save_file
+
+import mlx_esm_hf
+from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmModel, modeling_utils
+from mlx_esm_hf.checkpoint.errors import CheckpointError
+from tests.checkpoints import (
+    ESM1,
+    FORMATS,
+    INPUTS,
+    KINDS,
+    SHARD,
+    TASKS,
+    assert_close,
+    assert_loads_as_transformers,
+    assert_same_state,
+    config,
+    heard,
+    ours,
+    run,
+    save,
+    save_bin,
+    save_shards,
+    theirs,
+    torch,
+    torch_model,
+    write,
+)
+
+ROOT = Path(mlx_esm_hf.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _say_again():
+    """What is said once a process is said once a test."""
+    modeling_utils.say_once.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An ESM-2 with its language-model head, as transformers 5 saves it."""
+    save(torch_model(), tmp_path / "esm2")
+    return tmp_path / "esm2"
+
+
+def edit_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def bits(model):
+    """The state dict as {name: (dtype, bytes)}; the frequencies, which keep the dtype of the file, in float32."""
+    state = {name: x.astype(mx.float32) if "inv_freq" in name else x for name, x in model.state_dict().items()}
+    return {name: (x.dtype, np.array(x.view(mx.uint8)).tobytes()) for name, x in state.items()}
+
+
+# Formats
+
+
+@pytest.mark.parametrize(("kind", "task"), [*(("esm2", task) for task in TASKS), ("esm1b", "ForMaskedLM")])
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats(format, kind, task, tmp_path):
+    FORMATS[format](torch_model(task, kind), tmp_path)
+    assert_loads_as_transformers(tmp_path, task)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats_in_half_precision(format, dtype, tmp_path):
+    FORMATS[format](torch_model().to(dtype), tmp_path)
+    assert_loads_as_transformers(tmp_path, "ForMaskedLM")
+    model = MLXEsmForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
+    state = torch_model().to(dtype).state_dict()
+    for name, array in model.named_parameters():
+        assert array.dtype == modeling_utils.as_dtype(dtype), name
+        assert np.array_equal(np.array(array.astype(mx.float32)), state[name].float().numpy()), name
+
+
+@pytest.mark.parametrize("format", [save, save_shards, save_bin])
+def test_variant(format, tmp_path):
+    format(torch_model(kind="esm1b"), tmp_path, variant="other")
+    assert_loads_as_transformers(tmp_path, "ForMaskedLM", variant="other")
+    with pytest.raises(OSError, match="holds none of model.safetensors"):
+        MLXEsmForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_use_safetensors(tmp_path):
+    """With both formats in the folder, which one is read; their biases differ."""
+    model = torch_model()
+    for value, format in enumerate((save, save_bin)):
+        model.lm_head.bias.data.fill_(value)
+        format(model, tmp_path)
+    for choice, value in ((None, 0), (True, 0), (False, 1)):
+        loaded = MLXEsmForMaskedLM.from_pretrained(tmp_path, use_safetensors=choice)
+        assert (loaded.lm_head.bias == value).all(), choice
+    (tmp_path / "model.safetensors").unlink()
+    assert (MLXEsmForMaskedLM.from_pretrained(tmp_path).lm_head.bias == 1).all()
+    with pytest.raises(OSError, match=r"none of model.safetensors, model.safetensors.index.json: there"):
+        MLXEsmForMaskedLM.from_pretrained(tmp_path, use_safetensors=True)
+
+
+def test_subfolder(tmp_path):
+    for format in ("save", "save_shards", "save_bin_shards"):
+        (tmp_path / format).mkdir()
+        FORMATS[format](torch_model(), tmp_path / format)
+        assert_loads_as_transformers(tmp_path, "ForMaskedLM", subfolder=format)
+
+
+# Dialects: {name: state dict of a model, prefix of its base model -> state dict}
+
+
+def layout_4x(state, prefix, inv_freq=lambda layer, stored: stored):
+    """As transformers 4.x saved it: frequencies in each layer, and `position_ids`."""
+    layers = {}
+    for key in list(state):
+        if key.endswith("inv_freq"):
+            stored = state.pop(key)
+            names = (f"{prefix}encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq" for i in range(3))
+            layers |= {name: inv_freq(i, stored) for i, name in enumerate(names)}
+    return state | layers | {f"{prefix}embeddings.position_ids": torch.arange(40)[None]}
+
+
+def with_decoder(state, prefix):
+    if "lm_head.bias" not in state:
+        return state
+    return state | {"lm_head.decoder.weight": state["esm.embeddings.word_embeddings.weight"]}
+
+
+def without(part):
+    return lambda state, prefix: {key: x for key, x in layout_4x(state, prefix).items() if part not in key}
+
+
+def gamma_beta(state, prefix):
+    renames = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for old, new in renames.items():
+        state = {key.replace(old, new): x for key, x in state.items()}
+    return state
+
+
+def asterisk(state, prefix):
+    key = f"{prefix}encoder.layer.*.attention.self.rotary_embeddings.inv_freq"
+    return without("inv_freq")(state, prefix) | {key: torch.tensor([0.9, 0.4, 0.2, 0.1])}
+
+
+def other_prefix(state, prefix):
+    """A base model's keys as a model with a head has them, or the other way round."""
+    state = layout_4x(state, prefix)
+    return {key.removeprefix(prefix) if prefix else f"esm.{key}": x for key, x in state.items()}
+
+
+DIALECTS = {
+    "5.x in memory": lambda state, prefix: state,
+    "4.x": layout_4x,
+    "4.x, decoder": lambda state, prefix: with_decoder(layout_4x(state, prefix), prefix),
+    "4.x, no decoder": without("lm_head.decoder"),
+    "4.x, position table": lambda state, prefix: (
+        layout_4x(state, prefix) | {f"{prefix}embeddings.position_embeddings.weight": torch.randn(40, 32)}
+    ),
+    "4.x, float16 frequencies": lambda state, prefix: layout_4x(state, prefix, lambda layer, stored: stored.half()),
+    "4.x, frequencies by layer": lambda state, prefix: layout_4x(
+        state, prefix, lambda layer, stored: stored * (layer + 1.5)
+    ),
+    "gamma and beta": lambda state, prefix: gamma_beta(layout_4x(state, prefix), prefix),
+    "asterisk": lambda state, prefix: gamma_beta(asterisk(state, prefix), prefix),
+    "other prefix": other_prefix,
+    "no contact head": without("contact_head"),
+    "unknown keys": lambda state, prefix: (
+        layout_4x(state, prefix) | {"esm.encoder.layer.7.extra": torch.ones(2), "extra": torch.ones(2)}
+    ),
+}
+
+
+@pytest.mark.parametrize("saved", ["Model", "ForMaskedLM"])
+@pytest.mark.parametrize(
+    ("kind", "dialect"), [*(("esm2", name) for name in DIALECTS), ("esm1b", "4.x"), ("esm1v", "gamma and beta")]
+)
+def test_dialects(kind, dialect, saved, tmp_path):
+    """Classes read each other's checkpoints in every dialect, and report the keys that transformers reports."""
+    state = DIALECTS[dialect](torch_model(saved, kind).state_dict(), "" if saved == "Model" else "esm.")
+    write(tmp_path, state, kind)
+    for loaded in ("Model", "ForMaskedLM", "ForSequenceClassification"):
+        assert_loads_as_transformers(tmp_path, loaded)
+
+
+@pytest.mark.parametrize("dialect", ["4.x, float16 frequencies", "4.x, frequencies by layer", "asterisk"])
+def test_stored_frequencies_are_honoured(dialect, tmp_path):
+    """Not computed anew: of the frequencies by layer the first counts, and a rounding to float16 is kept."""
+    state = DIALECTS[dialect](torch_model().state_dict(), "esm.")
+    stored = next(x for key, x in state.items() if key.endswith("inv_freq")).float().numpy()
+    model = assert_loads_as_transformers(write(tmp_path, state), "ForMaskedLM")
+    computed = MLXEsmForMaskedLM(model.config).esm.rotary_embeddings.inv_freq
+    frequencies = model.esm.rotary_embeddings
+    assert np.array_equal(np.array(frequencies.inv_freq.astype(mx.float32)), stored)
+    assert not np.array_equal(np.array(computed), stored)
+    logits = run(model)["logits"]
+    frequencies.inv_freq = computed
+    assert np.abs(run(model)["logits"] - logits).max() > 1e-5 * np.abs(logits).max()
+
+
+def test_absent_frequencies_are_computed(tmp_path):
+    """transformers counts them as missing; they follow from the config, and nothing has to be trained. So we don't."""
+    folder = write(tmp_path, without("inv_freq")(torch_model().state_dict(), "esm."))
+    with heard("mlx_esm_hf") as said:
+        model, info = MLXEsmForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    torch_model_, torch_info = theirs("ForMaskedLM").from_pretrained(folder, output_loading_info=True)
+    assert torch_info["missing_keys"] == {"esm.rotary_embeddings.inv_freq"}
+    assert info["missing_keys"] == set() and not said
+    assert_close(run(model), run(torch_model_))
+
+
+def test_decoder_of_its_own(tmp_path):
+    """A stored output projection that is not the embedding counts, whatever the config says of ties."""
+    state = torch_model().state_dict() | {"lm_head.decoder.weight": torch.randn(33, 32)}
+    folder = write(tmp_path, state)
+    with heard("mlx_esm_hf") as said:
+        model = assert_loads_as_transformers(folder, "ForMaskedLM")
+    assert len(said) == 1 and "they are not tied" in said[0]
+    assert not model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "again")
+    reloaded = theirs("ForMaskedLM").from_pretrained(tmp_path / "again")
+    assert torch.equal(reloaded.lm_head.decoder.weight, state["lm_head.decoder.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_config_decides_of_ties(tied, tmp_path):
+    save(torch_model(tie_word_embeddings=tied), tmp_path)
+    model = assert_loads_as_transformers(tmp_path, "ForMaskedLM")
+    assert ("lm_head.decoder.weight" in dict(tree_flatten(model.parameters()))) is not tied
+    assert "lm_head.decoder.weight" in model.state_dict()
+
+
+# The round trip
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shard"),
+    [
+        ("esm2", "float32", "50GB"),
+        ("esm2", "float16", SHARD),
+        ("esm1b", "float32", SHARD),
+        ("esm1b", "bfloat16", "50GB"),
+    ],
+)
+def test_round_trip(kind, dtype, shard, task, tmp_path):
+    """theirs -> ours -> theirs -> ours: every tensor bit for bit, the outputs the same, and not a word of warning."""
+    a, b, c = (tmp_path / name for name in "abc")
+    torch_model(task, kind).to(getattr(torch, dtype)).save_pretrained(a, max_shard_size=shard)
+    original = theirs(task).from_pretrained(a)
+    model = ours(task).from_pretrained(a, dtype=dtype)
+    model.save_pretrained(b, max_shard_size=shard)
+    assert (len(list(b.iterdir())) > 2) == (shard == SHARD)
+
+    with heard("transformers") as said:
+        back, info = theirs(task).from_pretrained(b, output_loading_info=True)
+    assert not said and not any(info.values())
+    assert_same_state(back.state_dict(), original.state_dict())
+    assert_close(run(back), run(original), tolerance=0)
+    if dtype == "float32":
+        assert_close(run(model), run(back))
+
+    back.save_pretrained(c, max_shard_size=shard)
+    assert bits(ours(task).from_pretrained(c, dtype=dtype)) == bits(model)
+
+
+def test_without_pooler(tmp_path):
+    model = MLXEsmModel.from_pretrained(write(tmp_path / "a", torch_model("Model").state_dict()))
+    assert model.pooler is not None
+    model = MLXEsmModel.from_pretrained(tmp_path / "a", add_pooling_layer=False)
+    assert run(model).keys() == {"last_hidden_state"}
+    model.save_pretrained(tmp_path / "b")
+    with heard("transformers") as said:
+        back = theirs("Model").from_pretrained(tmp_path / "b", add_pooling_layer=False)
+    assert not said
+    assert_close(run(model), run(back))
+
+
+def test_transformers_can_be_heard(folder):
+    """The silence of the round trip means something: of a head that is missing transformers does speak."""
+    with heard("transformers") as said:
+        theirs("ForSequenceClassification").from_pretrained(folder)
+    assert any("classifier.dense.weight" in message for message in said)
+
+
+def test_saved_config(tmp_path):
+    """What is saved says what it is, and nothing of where it came from."""
+    save(torch_model("ForTokenClassification", num_labels=3), tmp_path / "a")
+    ours("ForTokenClassification").from_pretrained(tmp_path / "a").half().save_pretrained(tmp_path / "b")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    assert after == before | {"dtype": "float16"}
+    assert after["architectures"] == ["EsmForTokenClassification"] and after["model_type"] == "esm"
+
+
+def test_published_keys(folder, tmp_path):
+    """Ours are those of the published repositories, to the letter."""
+    MLXEsmForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path / "b")
+    with open(tmp_path / "b" / "model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert header.pop("__metadata__") == {"format": "pt"}
+    published = layout_4x(torch_model().state_dict(), "esm.").keys()
+    assert header.keys() == published - {"esm.embeddings.position_ids", "lm_head.decoder.weight"}
+
+
+TRANSFORMERS_4 = """
+import json, logging, sys, warnings
+import torch, transformers
+
+said = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("transformers").addHandler(handler)
+warnings.simplefilter("error")
+inputs = {name: torch.tensor(x) for name, x in json.loads(sys.argv[1]).items()}
+result = {"version": transformers.__version__}
+for name in sys.argv[2:]:
+    task, _, folder = name.partition(":")
+    try:
+        model, info = getattr(transformers, task).from_pretrained(folder or task, output_loading_info=True)
+        with torch.no_grad():
+            result[name] = {key: x.tolist() for key, x in model(**inputs).items()} | {"said": list(said)}
+        info = [f"{kind}: {keys}" for kind, keys in info.items() if keys]
+        result[name]["said"] += info
+    except Exception as error:
+        result[name] = {"error": f"{type(error).__name__}: {error}"}
+    said.clear()
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.long
+def test_transformers_4_loads_what_we_save(tmp_path):
+    """The last 4.x, in an environment of its own or of MLX_ESM_TRANSFORMERS4_PYTHON: no warning, the same outputs."""
+    python = os.environ.get("MLX_ESM_TRANSFORMERS4_PYTHON")
+    if python is None:
+        subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+        python = tmp_path / "venv" / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", "-q", "torch==2.13.0", "transformers<5"], check=True)
+
+    for kind in KINDS:
+        models = {}
+        for task in TASKS:
+            save(torch_model(task, kind), tmp_path / "theirs")
+            models[f"Esm{task}"] = model = ours(task).from_pretrained(tmp_path / "theirs")
+            shutil.rmtree(tmp_path / "theirs")
+            model.save_pretrained(tmp_path / kind / f"Esm{task}", max_shard_size=SHARD if task == "Model" else "5GB")
+        control = "EsmForTokenClassification:EsmForMaskedLM"  # of the head that is missing it does speak
+        command = [python, "-c", TRANSFORMERS_4, json.dumps(INPUTS), *models, control]
+        done = subprocess.run(command, cwd=tmp_path / kind, check=True, capture_output=True, text=True)
+        result = json.loads(done.stdout)
+        assert result.pop("version").startswith("4.")
+        assert "classifier.weight" in str(result[control]["said"])
+        for name, model in models.items():
+            assert "error" not in result[name], result[name]
+            assert result[name].pop("said") == []
+            outputs = {key: torch.tensor(x) for key, x in result[name].items()}
+            real = torch.tensor(INPUTS["attention_mask"], dtype=torch.bool)
+            cut = {key: (x[real] if x.shape[:2] == real.shape else x).numpy() for key, x in outputs.items()}
+            assert_close(run(model), cut)
+
+    MLXEsmForMaskedLM(MLXEsm1Config(**ESM1)).save_pretrained(tmp_path / "esm1")
+    roads = refusals(tmp_path / "esm1", python)
+    assert len(roads) == 6 and [road for road, end in roads.items() if end == "loaded"] == ["EsmConfig"]  # no model
+
+
+# ESM-1
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("dtype", "shard"), [("float32", "50GB"), ("float16", SHARD)])
+def test_esm1_round_trip(dtype, shard, task, tmp_path):
+    model = ours(task)(MLXEsm1Config(**ESM1, num_labels=3)).eval().to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [f"MLXEsm{task}"]
+    with heard("mlx_esm_hf") as said:
+        back, info = ours(task).from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+    assert not said and not any(info.values())
+    assert isinstance(back.config, MLXEsm1Config)
+    changed = {"architectures": [f"MLXEsm{task}"], "dtype": dtype, "_name_or_path": str(tmp_path)}
+    assert back.config.to_dict() == model.config.to_dict() | changed
+    assert bits(back) == bits(model)
+    assert_close(run(back), run(model), tolerance=0)
+
+
+REFUSALS = """
+import sys
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, EsmConfig, EsmForMaskedLM, EsmModel
+
+for road in (AutoConfig, AutoModel, AutoModelForMaskedLM, EsmConfig, EsmModel, EsmForMaskedLM):
+    try:
+        road.from_pretrained(sys.argv[1])
+        print(road.__name__, "loaded")
+    except Exception as error:
+        print(road.__name__, type(error).__name__)
+"""
+
+
+def refusals(folder, python=sys.executable):
+    """What becomes of each road of transformers to this folder, in a process that has not seen this library."""
+    done = subprocess.run([python, "-c", REFUSALS, folder], check=True, capture_output=True, text=True)
+    return dict(line.split() for line in done.stdout.splitlines())
+
+
+def test_transformers_refuses_esm1(tmp_path):
+    """By every road: it would compute something else from the same weights."""
+    MLXEsmForMaskedLM(MLXEsm1Config(**ESM1)).save_pretrained(tmp_path)
+    roads = refusals(tmp_path)
+    assert len(roads) == 6 and "loaded" not in roads.values()
+
+
+# Bad input
+
+
+def test_truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not a whole safetensors file .* Download it"):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+
+
+def test_truncated_bin(tmp_path):
+    save_bin(torch_model(), tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: the file is damaged .* Download it again"):
+        MLXEsmForMaskedLM.from_pretrained(tmp_path)
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_pickle(zipped, tmp_path):
+    """It is refused and does nothing; torch itself, told to trust it, would have run it."""
+    save_bin(torch_model(), tmp_path)
+    path, marker = tmp_path / "pytorch_model.bin", tmp_path / "marker"
+    state = torch_model().state_dict() | {"evil": Evil(marker)}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: it holds the global 'posix.mkdir'.*Nothing .* exec"):
+        MLXEsmForMaskedLM.from_pretrained(tmp_path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("place", ["../{}", "{folder}/../{}", "sub/{}", "..", ""])
+def test_index_that_leaves_its_folder(place, tmp_path):
+    """Even where the file is there, and whole."""
+    folder = tmp_path / "esm2"
+    save_shards(torch_model(), folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = min(index["weight_map"].values())
+    (folder / "sub").mkdir()
+    shutil.copy(folder / shard, tmp_path)
+    shutil.copy(folder / shard, folder / "sub")
+    moved = place.format(shard, folder=folder)
+    index["weight_map"] = {k: moved if v == shard else v for k, v in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="index.json names the shard .*, which is not a file beside it") as error:
+        MLXEsmForMaskedLM.from_pretrained(folder)
+    assert repr(moved) in str(error.value)
+
+
+@pytest.mark.parametrize("format", ["save_shards", "save_bin_shards"])
+def test_missing_shard(format, tmp_path):
+    FORMATS[format](torch_model(), tmp_path)
+    shard = sorted(tmp_path.glob("*-of-*"))[1]
+    shard.unlink()
+    with pytest.raises(OSError, match=f"does not appear to have a file named {shard.name}"):
+        MLXEsmForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_wrong_shapes(folder, tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        MLXEsmForMaskedLM.from_pretrained(folder, vocab_size=40)
+    for part in (
+        f"Shapes differ between {folder} and MLXEsmForMaskedLM",
+        "esm.embeddings.word_embeddings.weight: (33, 32) in the checkpoint, (40, 32) in the model",
+        "lm_head.bias: (33,) in the checkpoint, (40,) in the model",
+        "ignore_mismatched_sizes=True",
+    ):
+        assert part in str(error.value)
+
+    edit_config(folder, vocab_size=40)
+    with heard("mlx_esm_hf") as said:
+        model = ours("Model").from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert model.get_input_embeddings().weight.shape == (40, 32)
+    assert "embeddings.word_embeddings.weight | MISMATCH   | (33, 32) in the checkpoint, (40, 32) here" in said[0]
+
+
+def test_another_number_of_labels(tmp_path):
+    """The usual mismatch, a classifier for another task: drawn anew, and reported as transformers reports it."""
+    task = "ForSequenceClassification"
+    save(torch_model(task, num_labels=2), tmp_path)
+    with pytest.raises(RuntimeError, match=r"classifier.out_proj.bias: \(2,\) in the checkpoint, \(5,\) in the model"):
+        ours(task).from_pretrained(tmp_path, num_labels=5)
+    infos = {
+        model: make(task).from_pretrained(
+            tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
+        )[1]
+        for model, make in (("ours", ours), ("theirs", theirs))
+    }
+    assert infos["ours"]["mismatched_keys"] == infos["theirs"]["mismatched_keys"]
+    assert infos["ours"]["mismatched_keys"] == {
+        ("classifier.out_proj.weight", (2, 32), (5, 32)),
+        ("classifier.out_proj.bias", (2,), (5,)),
+    }
+
+
+def test_config_of_another_model(folder):
+    transformers.BertConfig().save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"The config '{folder}' has model_type 'bert'; this library reads 'esm'"):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="has model_type 'bert'"):
+        MLXEsmForMaskedLM.from_pretrained(folder, config=transformers.BertConfig())
+
+
+@pytest.mark.parametrize("text", ["{", '{"vocab_size": 33', "\x00"])
+def test_broken_config(text, folder):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(OSError, match=f"config file at '{folder}/config.json' is not a valid JSON file"):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+
+
+def test_incomplete_folders(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", folder):
+        (path / "config.json").unlink(missing_ok=True)
+        with pytest.raises(OSError, match=f"{path} holds no config.json"):
+            MLXEsmForMaskedLM.from_pretrained(path)
+    config().save_pretrained(tmp_path / "empty")
+    with pytest.raises(OSError, match=f"{path.parent / 'empty'} holds none of model.safetensors, .*pytorch_model.bin"):
+        MLXEsmForMaskedLM.from_pretrained(tmp_path / "empty")
+    with pytest.raises(OSError, match="no/such/folder"):
+        MLXEsmForMaskedLM.from_pretrained("no/such/folder")
+
+
+def test_unknown_keywords(folder):
+    for name in ("foo", "output_attention"):
+        with pytest.raises(TypeError, match=f"no argument '{name}', and the config has no such field"):
+            MLXEsmForMaskedLM.from_pretrained(folder, **{name: True})
+    with pytest.raises(TypeError, match="save_pretrained has no argument 'foo'"):
+        MLXEsmForMaskedLM.from_pretrained(folder).save_pretrained(folder, foo=True)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8", torch.int8, mx.int32, 16])
+def test_unknown_dtype(dtype, folder):
+    with pytest.raises(ValueError, match="is none of float32, .*'auto'"):
+        MLXEsmForMaskedLM.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("hole", ["encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"])
+def test_hole_in_the_encoder(hole, tmp_path):
+    """transformers draws it anew and warns; no one can want that of a trained encoder."""
+    folder = write(tmp_path, without(hole)(torch_model("Model").state_dict(), ""))
+    with pytest.raises(
+        CheckpointError, match=f"{folder} lacks 1 parameters of the encoder, '(esm.)?{hole}' among them"
+    ):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=f"'{hole}'"):
+        MLXEsmModel.from_pretrained(folder)
+
+
+def test_new_classifier_is_announced(folder):
+    with heard("mlx_esm_hf") as said:
+        model, info = ours("ForTokenClassification").from_pretrained(folder, num_labels=3, output_loading_info=True)
+    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    assert len(said) == 1 and f"MLXEsmForTokenClassification LOAD REPORT from: {folder}" in said[0]
+    for row in ("classifier.bias ", "lm_head.dense.weight "):
+        assert row in said[0]
+    assert "MISSING: newly initialized" in said[0] and "UNEXPECTED: can be ignored" in said[0]
+    assert run(model)["logits"].shape[-1] == 3
+
+
+def test_untrained_language_model_head(tmp_path):
+    """Refused for prediction, from the file without one and under a mismatch; given labels or training, it works."""
+    model = MLXEsmForMaskedLM.from_pretrained(write(tmp_path, torch_model("Model").state_dict()))
+    with pytest.raises(
+        ValueError, match=r"The checkpoint had no lm_head: predicting residues .* train it .* or give it"
+    ):
+        model(**INPUTS)
+    model(**INPUTS, labels=INPUTS["input_ids"])
+    loss, gradients = nn.value_and_grad(model, lambda: model(**INPUTS, labels=INPUTS["input_ids"]).loss)()
+    assert np.isfinite(loss.item()) and mx.abs(gradients["lm_head"]["dense"]["weight"]).max() > 0
+    model.train()
+    model(**INPUTS)
+    model.eval()
+    model(**INPUTS)
+
+    model = MLXEsmForMaskedLM.from_pretrained(tmp_path)
+    model.load_state_dict(torch_model().state_dict())
+    assert_close(run(model), run(torch_model()))
+
+
+def test_untrained_contact_head(tmp_path):
+    state = without("contact_head")(torch_model().state_dict(), "esm.")
+    for task in ("ForMaskedLM", "Model"):
+        model = ours(task).from_pretrained(write(tmp_path, state))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="The checkpoint had no contact_head: contact prediction would answer"):
+                model.predict_contacts(INPUTS["input_ids"], INPUTS["attention_mask"])
+            model.train().eval()  # no loss trains a contact head
+    model = MLXEsmForMaskedLM.from_pretrained(write(tmp_path, torch_model().state_dict()))
+    assert model.predict_contacts(INPUTS["input_ids"], INPUTS["attention_mask"]).shape == (2, 7, 7)
+
+
+@pytest.mark.parametrize("previous", ["50GB", SHARD])
+@pytest.mark.parametrize("shard", ["50GB", SHARD])
+def test_full_disk(shard, previous, folder, tmp_path):
+    """A file that cannot grow: the save fails, says so, and leaves what was there, to the byte."""
+    model = MLXEsmForMaskedLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "measured", max_shard_size=shard)
+    largest = max(file.stat().st_size for file in (tmp_path / "measured").iterdir())
+    target = tmp_path / "target"
+    model.save_pretrained(target, max_shard_size=previous)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+
+    model.lm_head.bias = model.lm_head.bias + 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))  # Python ignores the signal that comes with it
+    try:
+        with pytest.raises(OSError, match=r"model.*\.safetensors cannot be written .* Is the disk full\?"):
+            model.save_pretrained(target, max_shard_size=shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+
+
+def test_saving_again_with_other_shards(folder, tmp_path):
+    """What an earlier save left is not read instead of, or beside, the new; what is not ours stays."""
+    model = MLXEsmForMaskedLM.from_pretrained(folder)
+    others = {"README.md", "pytorch_model.bin", "model.old.safetensors", "model-00001-of-2.safetensors"}
+    for name in others:
+        (tmp_path / name).write_text("not ours")
+    for size in (SHARD, "50KB", "50GB", SHARD):
+        model.lm_head.bias = model.lm_head.bias + 1
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        names = {file.name for file in tmp_path.iterdir() if file.is_file()} - others
+        shards = {name for name in names if "-of-" in name}
+        whole = {"config.json", "model.safetensors"}
+        assert names == (shards | {"config.json", "model.safetensors.index.json"} if shards else whole)
+        assert len({name.partition("-of-")[2] for name in shards}) <= 1
+        assert bits(MLXEsmForMaskedLM.from_pretrained(tmp_path)) == bits(model)
+    assert all((tmp_path / name).read_text() == "not ours" for name in others)
+
+
+def test_only_safetensors_are_written(folder):
+    model = MLXEsmForMaskedLM.from_pretrained(folder)
+    model.save_pretrained(folder, safe_serialization=True)  # as scripts for transformers 4 say it
+    with pytest.raises(ValueError, match="Only safetensors are written"):
+        model.save_pretrained(folder, safe_serialization=False)
+
+
+# Options
+
+
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("dtype", ["float16", "torch.float16", "half", mx.float16, torch.float16, np.dtype("float16")])
+def test_dtype(dtype, argument, folder):
+    with heard("mlx_esm_hf") as said:
+        model = MLXEsmForMaskedLM.from_pretrained(folder, **{argument: dtype})
+    assert model.dtype == mx.float16 and not said
+    assert all(x.dtype == mx.float16 for _, x in model.named_parameters())
+    assert model.esm.rotary_embeddings.inv_freq.dtype == mx.float32
+
+
+def test_dtype_goes_before_torch_dtype(folder):
+    model = MLXEsmForMaskedLM.from_pretrained(folder, dtype="bfloat16", torch_dtype="float16")
+    assert model.dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("argument", [{}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": None}])
+@pytest.mark.parametrize(("dtype", "told"), [("float16", True), ("float16", False), ("bfloat16", False)])
+def test_auto_dtype(dtype, told, argument, tmp_path):
+    """Half precision is slow on a CPU, so that "auto" means float32 there, and says so once; elsewhere it is kept."""
+    save(torch_model().to(getattr(torch, dtype)), tmp_path)
+    if not told:
+        edit_config(tmp_path, dtype=None)
+    with heard("mlx_esm_hf") as said:
+        models = [MLXEsmForMaskedLM.from_pretrained(tmp_path, **argument) for _ in range(2)]
+    on_cpu = mx.default_device() == mx.cpu
+    for model in models:
+        assert model.dtype == (mx.float32 if on_cpu else getattr(mx, dtype))
+        assert model.config.dtype == ("float32" if on_cpu else dtype)
+    assert len(said) == on_cpu and all("loaded as float32" in message for message in said)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_argument(kind, tmp_path):
+    """An object of ours or of transformers, or a folder; it is copied, and the checkpoint's is not read."""
+    save(torch_model(kind=kind), tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    plain = config(kind)
+    plain.save_pretrained(tmp_path / "config")
+    before = plain.to_dict()
+    for given in (plain, MLXEsmConfig.from_dict(plain.to_dict()), tmp_path / "config", str(tmp_path / "config")):
+        model = MLXEsmForMaskedLM.from_pretrained(tmp_path / "model", config=given, hidden_dropout_prob=0.5)
+        assert_close(run(model), run(torch_model(kind=kind)))
+        assert model.config.hidden_dropout_prob == 0.5
+    assert plain.to_dict() == before
+
+
+def test_config_overrides(folder):
+    model = ours("ForSequenceClassification").from_pretrained(
+        folder, num_labels=5, output_attentions=True, output_hidden_states=True, hidden_dropout_prob=0.5
+    )
+    output = model(**INPUTS)
+    assert output.logits.shape == (2, 5) and model.config.num_labels == 5 and len(model.config.id2label) == 5
+    assert len(output.attentions) == 3 and len(output.hidden_states) == 4
+    assert model.classifier.dropout._p_1 == 0.5
+    labels = {0: "cytosol", 1: "membrane"}
+    model = ours("ForSequenceClassification").from_pretrained(folder, id2label=labels, return_dict=False)
+    assert model.num_labels == 2 and isinstance(model(**INPUTS), tuple)
+
+
+def test_arguments_without_meaning(folder):
+    """Those that choose among things MLX has one of; they don't reach the config either."""
+    options = {
+        "attn_implementation": "sdpa",
+        "device_map": "auto",
+        "low_cpu_mem_usage": True,
+        "trust_remote_code": True,
+    }
+    with heard("mlx_esm_hf", "transformers") as said:
+        model = MLXEsmForMaskedLM.from_pretrained(folder, **options)
+    assert not said
+    assert model.config.to_dict() == MLXEsmForMaskedLM.from_pretrained(folder).config.to_dict()
+    assert not model.training
+
+
+def test_push_to_hub(folder, monkeypatch):
+    """transformers' own mixin, which saves and uploads; only what it says to the Hub is caught here."""
+    pushed = []
+    hub = SimpleNamespace(
+        create_repo=lambda repo_id, **options: SimpleNamespace(repo_id=repo_id),
+        create_commit=lambda repo_id, operations, **options: pushed.append(
+            (repo_id, {op.path_in_repo for op in operations}, options["commit_message"])
+        ),
+    )
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
+    card = SimpleNamespace(save=lambda path: Path(path).touch())
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *args, **options: card)
+    model = MLXEsmForMaskedLM.from_pretrained(folder)
+    model.push_to_hub("someone/esm", commit_message="First")
+    model.save_pretrained(folder, push_to_hub=True, max_shard_size="60KB")
+    files = {"README.md", "config.json"}
+    shards = {file.name for file in folder.iterdir()} - files
+    assert len(shards) == 3
+    assert pushed == [
+        ("someone/esm", files | {"model.safetensors"}, "First"),
+        (folder.name, files | shards, "Upload MLXEsmForMaskedLM"),
+    ]
+
+
+# Memory
+
+
+LOAD_AND_RUN = r"""
+import re, sys, time
+library, folder = sys.argv[1:]
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+tokens = [[0, 20, 15, 11, 5, 19, 7, 2]]
+if library == "transformers":
+    import torch
+    from transformers import EsmForMaskedLM as Model
+    forward = lambda model: model(torch.tensor(tokens)).logits.sum().item()
+else:
+    sys.modules["torch"] = None  # not needed
+    from mlx_esm_hf import MLXEsmForMaskedLM as Model
+    forward = lambda model: model(tokens).logits.sum().item()
+before, start = peak(), time.perf_counter()
+forward(Model.from_pretrained(folder))
+print(peak() - before, time.perf_counter() - start)
+"""
+
+
+def write_large(folder, format, **shape):
+    """Random float32 weights, a shard for each layer and one for the rest; returns their size together."""
+    large = config(**shape)
+    large.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = theirs("ForMaskedLM")(large).state_dict()
+    del shapes["lm_head.decoder.weight"]  # tied
+    names = {"safetensors": "model", "bin": "pytorch_model"}
+    weight_map = {key: f"{names[format]}-{(re.findall(r'layer.([0-9]+)', key) or ['x'])[0]}.{format}" for key in shapes}
+    for shard in set(weight_map.values()):
+        state = {key: torch.randn(shapes[key].shape) * 0.02 for key, place in weight_map.items() if place == shard}
+        if format == "bin":
+            torch.save(state, folder / shard)
+        else:
+            save_file(state, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{names[format]}.{format}.index.json").write_text(json.dumps(index))
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux' /proc")
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((30, 512, 16), id="95M"),
+        pytest.param((33, 1280, 20), id="650M", marks=pytest.mark.long),
+    ],
+)
+def test_memory_of_loading(shape, format, tmp_path, capsys):
+    """Loading and a forward of 8 tokens add the file, and little else, to the memory of the imports."""
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    size = write_large(tmp_path, format, **dict(zip(names, (*shape, 4 * shape[1]), strict=True)))
+    libraries = ["mlx_esm_hf", "transformers"] if shape[0] == 33 else ["mlx_esm_hf"]
+    added = {}
+    for library in libraries:
+        command = [sys.executable, "-c", LOAD_AND_RUN, library, tmp_path]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        added[library], seconds = map(float, done.stdout.split())
+        with capsys.disabled():
+            print(
+                f"\n{library}, {format}, {size / 1e6:.0f} MB: {added[library] / size:.3f} x the file, {seconds:.1f} s"
+            )
+    assert added["mlx_esm_hf"] <= 1.15 * size
