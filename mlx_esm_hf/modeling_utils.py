@@ -44,6 +44,9 @@ BODY = ("embeddings.", "encoder.")
 WITHOUT_MEANING = {"attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code"}
 
 
+Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, shape in the checkpoint, shape in the model
+
+
 class IncompatibleKeys(NamedTuple):
     """What `load_state_dict` returns, as torch's does."""
 
@@ -148,22 +151,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     ) -> dict[str, Any]:
         """Make a checkpoint's arrays the parameters. Each is taken out of `arrays` before it is read and cast, so that
         no second copy of the checkpoint comes to be."""
-        expected = dict(tree_flatten(self.parameters()))
-        names = canonical_names(arrays, expected, self.base_model_prefix)
-        missing = {name for name in expected.keys() - names.values() if not name.endswith(INV_FREQ)}
-        unexpected = names.values() - expected.keys()
-        mismatched = {
-            (name, arrays[key].shape, expected[name].shape)
-            for key, name in names.items()
-            if name in expected and arrays[key].shape != expected[name].shape
-        }
+        names, missing, unexpected, mismatched = self._match(arrays)
         if mismatched and not ignore_mismatched_sizes:
-            shapes = "\n".join(
-                f"  {name}: {a} in the checkpoint, {b} in the model" for name, a, b in sorted(mismatched)
-            )
             raise RuntimeError(
-                f"Shapes differ between {source} and {type(self).__name__}:\n{shapes}\nLoad it with the config that "
-                "belongs to it, or pass ignore_mismatched_sizes=True to draw these parameters anew."
+                f"Shapes differ between {source} and {type(self).__name__}:\n{shapes_of(mismatched)}\nLoad it with the "
+                "config that belongs to it, or pass ignore_mismatched_sizes=True to draw these parameters anew."
             )
         body = tuple(f"{prefix}{part}" for prefix in ("", f"{self.base_model_prefix}.") for part in BODY)
         if holes := sorted(name for name in missing if name.startswith(body)):
@@ -242,25 +234,35 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         Raises:
             RuntimeError: another shape; with `strict`, missing or unexpected keys.
         """
-        expected = dict(tree_flatten(self.parameters()))
-        names = canonical_names(list(state_dict), expected, self.base_model_prefix)
-        missing = sorted(name for name in expected.keys() - names.values() if not name.endswith(INV_FREQ))
-        unexpected = sorted(names.values() - expected.keys())
-        weights = {name: as_array(state_dict[key]) for key, name in names.items() if name in expected}
-        errors = [
-            f"size mismatch for {name}: {array.shape} given, {expected[name].shape} in the model"
-            for name, array in weights.items()
-            if array.shape != expected[name].shape
-        ]
+        arrays = {key: as_array(x) for key, x in state_dict.items()}
+        names, missing, unexpected, mismatched = self._match(arrays)
+        errors = [f"shapes differ:\n{shapes_of(mismatched)}"] if mismatched else []
         if strict and missing:
-            errors.append(f"missing keys: {', '.join(missing)}")
+            errors.append(f"missing keys: {', '.join(sorted(missing))}")
         if strict and unexpected:
-            errors.append(f"unexpected keys: {', '.join(unexpected)}")
+            errors.append(f"unexpected keys: {', '.join(sorted(unexpected))}")
         if errors:
             raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n  " + "\n  ".join(errors))
-        self.update(tree_unflatten([(name, array.astype(expected[name].dtype)) for name, array in weights.items()]))
+        held = dict(tree_flatten(self.parameters()))
+        weights = {name: arrays[key].astype(held[name].dtype) for key, name in names.items() if name in held}
+        self.update(tree_unflatten(list(weights.items())))
         self._set_newly_initialized(self._newly_initialized - weights.keys())
-        return IncompatibleKeys(missing, unexpected)
+        return IncompatibleKeys(sorted(missing), sorted(unexpected))
+
+    def _match(self, arrays: Mapping[str, mx.array]) -> tuple[dict[str, str], set[str], set[str], set[Mismatch]]:
+        """{key: parameter name} of a checkpoint's arrays, and the missing, unexpected and mismatched names.
+
+        The rotary frequencies follow from the config, so they are not missed.
+        """
+        held = dict(tree_flatten(self.parameters()))
+        names = canonical_names(arrays, held, self.base_model_prefix)
+        missing = {name for name in held.keys() - names.values() if not name.endswith(INV_FREQ)}
+        mismatched = {
+            (name, arrays[key].shape, held[name].shape)
+            for key, name in names.items()
+            if name in held and arrays[key].shape != held[name].shape
+        }
+        return names, missing, names.values() - held.keys(), mismatched
 
     def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
         """(name, array) of each parameter; the rotary frequencies are a buffer, a tied projection is no second one."""
@@ -382,6 +384,10 @@ def resized(x: mx.array, rows: int) -> mx.array:
     """`x` with this many rows, new ones being the mean of the old."""
     new = mx.broadcast_to(x.mean(axis=0), (max(0, rows - len(x)), *x.shape[1:]))
     return mx.concatenate([x[:rows], new])
+
+
+def shapes_of(mismatched: set[Mismatch]) -> str:
+    return "\n".join(f"  {name}: {a} in the checkpoint, {b} in the model" for name, a, b in sorted(mismatched))
 
 
 def casts(name: str, array: mx.array) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -56,11 +57,11 @@ def embed(
         inputs = tokenizer.pad({k: [v[i] for i in batch] for k, v in encoded.items()}, return_tensors="np")
         residues = mx.array(1 - inputs.pop("special_tokens_mask"))
         try:
-            states = model(**inputs).last_hidden_state
+            outputs: Any = model(**inputs)
         except ValueError as error:
             raise ValueError(f"In the batch that begins with {proteins[batch[0]].id!r}: {error}") from error
         weights = (residues / residues.sum(axis=1, keepdims=True))[:, None, :]
-        embeddings[batch] = np.array((weights @ states.astype(mx.float32))[:, 0])
+        embeddings[batch] = np.array((weights @ outputs.last_hidden_state.astype(mx.float32))[:, 0])
         progress(int(residues.sum()))
     return embeddings
 

@@ -28,7 +28,7 @@ def read_fasta(path: str | os.PathLike[str]) -> Iterator[Protein]:
     for record in _records(path):
         if not record.seq:
             raise ValueError(f"{path}: the record {record.id!r} is empty.")
-        yield Protein(record.id, str(record.seq).upper())
+        yield Protein(str(record.id), str(record.seq).upper())
 
 
 def _records(path: str | os.PathLike[str]) -> Iterator[SeqIO.SeqRecord]:
