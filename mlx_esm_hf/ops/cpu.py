@@ -11,9 +11,15 @@ import math
 
 import mlx.core as mx
 
-# Scores of attention that are held at a time, in elements: memory blocks over 32 MB are mapped and faulted in anew
-# by glibc at each operation, which costs more than the operation.
-SCORES_AT_A_TIME = 1 << 22
+# Scores of attention that are held at a time, in elements: 4 MB, which stay in the processor's cache. On ESM-2 8M and
+# 600 residues this takes half the time of 16 MB.
+SCORES_AT_A_TIME = 1 << 20
+
+# Freed memory that MLX keeps for the next operation. By default it keeps 32 MB on a CPU, so that each operation on a
+# larger array has its pages mapped anew, which costs five times the operation.
+CACHE_BYTES = 1 << 29
+if mx.default_device() == mx.cpu:
+    mx.set_cache_limit(CACHE_BYTES)
 
 # The upper tail of the normal distribution for a >= 0 is e^(-a²/2) P(a) / Q(a). Fitted by weighted least squares on
 # 1,200 Chebyshev nodes of [0, 6], so that the error of a times the tail is at most 6.9e-9.
