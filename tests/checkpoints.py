@@ -13,6 +13,7 @@ from huggingface_hub import save_torch_state_dict
 import mlx_esm_hf
 
 torch = pytest.importorskip("torch")
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 SHARD = "20KB"  # cuts the small models into several
@@ -68,8 +69,6 @@ def torch_model(task="ForMaskedLM", kind="esm2", **overrides):
 
 def write(folder, state, kind="esm2", **overrides):
     """A folder with this state dict as one safetensors file, through the safetensors library."""
-    from safetensors.torch import save_file
-
     folder.mkdir(exist_ok=True)
     config(kind, **overrides).save_pretrained(folder)
     state = {key: tensor.contiguous().clone() for key, tensor in state.items()}
