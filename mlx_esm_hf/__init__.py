@@ -9,6 +9,7 @@ except ImportError as error:
         f"overwrite each other's library). On a Mac, plain 'mlx-esm-hf' brings it. ({error})"
     ) from error
 
+from mlx_esm_hf import ops
 from mlx_esm_hf.configuration_esm import MLXEsm1Config, MLXEsmConfig
 from mlx_esm_hf.modeling_esm import (
     MLXEsmForMaskedLM,
@@ -17,7 +18,6 @@ from mlx_esm_hf.modeling_esm import (
     MLXEsmModel,
     MLXEsmPreTrainedModel,
 )
-from mlx_esm_hf.ops import blas
 from mlx_esm_hf.tokenization_esm import Esm1Tokenizer, EsmTokenizer
 from mlx_esm_hf.version import __version__
 
@@ -34,4 +34,4 @@ __all__ = [
     "MLXEsmPreTrainedModel",
 ]
 
-blas.bind()
+ops.prepare()

@@ -10,7 +10,14 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from mlx_esm_hf.ops import cpu, gpu
+from mlx_esm_hf.ops import blas, cpu, gpu
+
+
+def prepare() -> None:
+    """What the process needs before the first operation: a BLAS, and on a CPU a memory that is kept."""
+    blas.bind()
+    if _backend() is cpu:
+        cpu.keep_freed_memory()
 
 
 def _backend() -> ModuleType:

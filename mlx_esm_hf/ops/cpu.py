@@ -7,7 +7,9 @@ dtypes keep MLX's operations.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 
 import mlx.core as mx
 
@@ -15,11 +17,19 @@ import mlx.core as mx
 # 600 residues this takes half the time of 16 MB.
 SCORES_AT_A_TIME = 1 << 20
 
-# Freed memory that MLX keeps for the next operation. By default it keeps 32 MB on a CPU, so that each operation on a
-# larger array has its pages mapped anew, which costs five times the operation.
-CACHE_BYTES = 1 << 29
-if mx.default_device() == mx.cpu:
-    mx.set_cache_limit(CACHE_BYTES)
+# glibc gives large blocks back to the system as soon as they are free, and an operation then waits for fresh pages,
+# which takes several times as long as itself. These are mallopt's parameters (malloc.h) for the sizes at which it does.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 1 << 30
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 1 GiB of freed memory for the next operation; other C libraries are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+
 
 # The upper tail of the normal distribution for a >= 0 is e^(-a²/2) P(a) / Q(a). Fitted by weighted least squares on
 # 1,200 Chebyshev nodes of [0, 6], so that the error of a times the tail is at most 6.9e-9.

@@ -16,7 +16,7 @@ from mlx_esm_hf.modeling_esm import MLXEsmModel
 from mlx_esm_hf.pipelines.batching import batches
 from mlx_esm_hf.pipelines.fasta import Protein
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 
 
 def embed(
