@@ -40,7 +40,7 @@ def scaled_dot_product_attention(query: mx.array, key: mx.array, value: mx.array
     Args:
         query: [B, H, L, d].
         key, value: [B, H, S, d].
-        mask: bool, broadcast to [B, H, L, S]; False hides a key. At least one key of each row has to be seen.
+        mask: bool [B, 1, 1, S]; False hides a key. At least one key of each row has to be seen.
 
     Returns:
         [B, H, L, d].

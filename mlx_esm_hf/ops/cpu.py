@@ -124,8 +124,15 @@ def scaled_dot_product_attention(query: mx.array, key: mx.array, value: mx.array
         bias = mx.zeros((B * H, 0, 0))
     else:
         bias = mx.where(mask, 0.0, mx.finfo(query.dtype).min).astype(query.dtype)
-        bias = mx.broadcast_to(bias, (B, H, bias.shape[2], S)).flatten(0, 1)
-    heads = max(1, SCORES_AT_A_TIME // (L * S))
-    blocks = (slice(i, i + heads) for i in range(0, B * H, heads))
-    parts = [_attention(query[b], key[b], value[b], bias[b]) for b in blocks]
+        bias = mx.broadcast_to(bias, (B, H, 1, S)).flatten(0, 1)
+    rows = max(1, min(L, SCORES_AT_A_TIME // S))
+    heads = max(1, SCORES_AT_A_TIME // (rows * S))
+    parts = [
+        mx.concatenate([_attention(query[h, r], key[h], value[h], bias[h]) for r in _blocks(L, rows)], axis=1)
+        for h in _blocks(B * H, heads)
+    ]
     return mx.unflatten(mx.concatenate(parts), 0, (B, H))
+
+
+def _blocks(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]

@@ -58,7 +58,8 @@ def test_softmax(rows, columns, scale):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    ("B", "H", "L", "S", "d"), [(1, 1, 1, 1, 16), (2, 3, 7, 8, 16), (3, 4, 300, 301, 32), (1, 4, 1022, 1022, 64)]
+    ("B", "H", "L", "S", "d"),
+    [(1, 1, 1, 1, 16), (2, 3, 7, 8, 16), (3, 4, 300, 301, 32), (1, 4, 1022, 1022, 64), (1, 1, 2100, 2101, 16)],
 )
 def test_attention_in_blocks(B, H, L, S, d, masked):
     query, key, value = (numbers(B, n, H, d, seed=i).swapaxes(1, 2) for i, n in enumerate((L, S, S)))
