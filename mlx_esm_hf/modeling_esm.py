@@ -37,9 +37,21 @@ from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, resized
 MASK_RATIO_TRAIN = 0.15 * 0.8
 
 
-def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+class Linear(nn.Linear):
+    """`nn.Linear` as `ops.linear`, which does GELU or adds the residual while the product is in the cache."""
+
+    def __call__(self, x: mx.array, gelu: bool = False, residual: mx.array | None = None) -> mx.array:
+        return ops.linear(x, self.weight, self.get("bias"), residual, gelu)
+
+
+class LayerNorm(nn.LayerNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -> Linear:
     """A linear layer under transformers' initialisation: normal weights, no bias."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer = Linear(inputs, outputs, bias=bias)
     layer.weight = mx.random.normal((outputs, inputs), scale=config.initializer_range)
     if bias:
         layer.bias = mx.zeros(outputs)
@@ -55,15 +67,15 @@ def embedding(config: MLXEsmConfig, size: int) -> nn.Embedding:
     return table
 
 
-def layer_norm(config: MLXEsmConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+def layer_norm(config: MLXEsmConfig) -> LayerNorm:
+    return LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 # Positions
 
 
 class MLXEsmRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary position embedding (Su et al. 2021), [B or 1, 1, L, head_dim / 2].
+    """Cosines and sines of the rotary position embedding (Su et al. 2021), [B, L, head_dim / 2].
 
     `inv_freq` is a buffer: it is loaded and saved, but never trained and never rounded to half precision. The stored
     values are used, since a checkpoint may have been trained with rounded ones.
@@ -86,18 +98,8 @@ class MLXEsmRotaryEmbedding(nn.Module):
 
     def __call__(self, position_ids: mx.array) -> tuple[mx.array, mx.array]:
         # One float32 product, as in transformers: at position 1000 another order of rounding is visible.
-        angles = position_ids[:, None, :, None].astype(mx.float32) * self.inv_freq.astype(mx.float32)
+        angles = position_ids[..., None].astype(mx.float32) * self.inv_freq.astype(mx.float32)
         return mx.cos(angles), mx.sin(angles)
-
-
-def apply_rotary_pos_emb(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate each head of x [B, H, L, head_dim], whose halves are the coordinates, by its position's angles.
-
-    In float32, which cos and sin are, whatever the dtype of x.
-    """
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]  # not mx.split, which mx.compile of two forwards stumbles over
-    return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
 def sinusoidal_positions(position_ids: mx.array, hidden_size: int, padding_idx: int) -> mx.array:
@@ -175,7 +177,6 @@ class MLXEsmSelfAttention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.num_attention_heads = config.num_attention_heads
-        self.attention_head_size = D // config.num_attention_heads
         self.query = linear(config, D, D)
         self.key = linear(config, D, D)
         self.value = linear(config, D, D)
@@ -188,46 +189,42 @@ class MLXEsmSelfAttention(nn.Module):
     def __call__(
         self,
         hidden_states: mx.array,
-        attention_mask: mx.array | None = None,
+        attention_mask: mx.array | ops.Packing | None = None,
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
-        query = self.heads(self.query(hidden_states)) * self.attention_head_size**-0.5
-        key = self.key(hidden_states)
-        value = self.value(hidden_states)
+        inputs = (
+            self.query(hidden_states),
+            self.key(hidden_states),
+            self.value(hidden_states),
+            self.num_attention_heads,
+            attention_mask,
+            position_embeddings,
+            (self.bias_k, self.bias_v) if "bias_k" in self else None,
+        )
+        if not output_attentions and not (self.training and self.attention_dropout):
+            return ops.attention(*inputs), None
+
+        query, key, value, mask = ops.split_heads(*inputs)
+        attentions = self.dropout(ops.attention_probabilities(query, key, mask))
+        context = ops.merge_heads(attentions @ value)
         if "bias_k" in self:
-            B, _, D = key.shape
-            key = mx.concatenate([key, mx.broadcast_to(self.bias_k, (B, 1, D))], axis=1)
-            value = mx.concatenate([value, mx.broadcast_to(self.bias_v, (B, 1, D))], axis=1)
-            if attention_mask is not None:
-                attention_mask = mx.pad(attention_mask, [(0, 0), (0, 0), (0, 0), (0, 1)], constant_values=True)
-        key, value = self.heads(key), self.heads(value)
-        if position_embeddings is not None:
-            query = apply_rotary_pos_emb(query, *position_embeddings)
-            key = apply_rotary_pos_emb(key, *position_embeddings)
-
-        if output_attentions or (self.training and self.attention_dropout):
-            attentions = self.dropout(ops.attention_probabilities(query, key, attention_mask))
-            context = attentions @ value
-            if "bias_k" in self:
-                attentions = attentions[..., :-1]  # the learned key is no token
-        else:
-            attentions = None
-            context = ops.scaled_dot_product_attention(query, key, value, attention_mask)
-        return context.swapaxes(1, 2).flatten(2), attentions if output_attentions else None
-
-    def heads(self, x: mx.array) -> mx.array:
-        """[B, L, D] to [B, H, L, head_dim]"""
-        return mx.unflatten(x, -1, (self.num_attention_heads, self.attention_head_size)).swapaxes(1, 2)
+            attentions = attentions[..., :-1]  # the learned key is no token
+        return context, attentions if output_attentions else None
 
 
-class MLXEsmSelfOutput(nn.Module):
-    def __init__(self, config: MLXEsmConfig):
+class MLXEsmOutput(nn.Module):
+    """The projection back to the hidden size, and the residual: behind attention and behind the feed-forward."""
+
+    def __init__(self, config: MLXEsmConfig, inputs: int):
         super().__init__()
-        self.dense = linear(config, config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob or 0)
+        self.dense = linear(config, inputs, config.hidden_size)
+        self.hidden_dropout = config.hidden_dropout_prob or 0
+        self.dropout = nn.Dropout(self.hidden_dropout)
 
     def __call__(self, hidden_states: mx.array, input_tensor: mx.array) -> mx.array:
+        if isinstance(self.dense, Linear) and not (self.training and self.hidden_dropout):
+            return self.dense(hidden_states, residual=input_tensor)
         return self.dropout(self.dense(hidden_states)) + input_tensor
 
 
@@ -235,13 +232,13 @@ class MLXEsmAttention(nn.Module):
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.self = MLXEsmSelfAttention(config)
-        self.output = MLXEsmSelfOutput(config)
+        self.output = MLXEsmOutput(config, config.hidden_size)
         self.LayerNorm = layer_norm(config)
 
     def __call__(
         self,
         hidden_states: mx.array,
-        attention_mask: mx.array | None = None,
+        attention_mask: mx.array | ops.Packing | None = None,
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
@@ -257,17 +254,11 @@ class MLXEsmIntermediate(nn.Module):
         self.dense = linear(config, config.hidden_size, config.intermediate_size)
 
     def __call__(self, hidden_states: mx.array) -> mx.array:
+        # In training GELU stays apart, since its gradient needs what goes into it; and so it does behind a layer that
+        # has taken the place of ours (a quantized one).
+        if isinstance(self.dense, Linear) and not self.training:
+            return self.dense(hidden_states, gelu=True)
         return ops.gelu(self.dense(hidden_states))
-
-
-class MLXEsmOutput(nn.Module):
-    def __init__(self, config: MLXEsmConfig):
-        super().__init__()
-        self.dense = linear(config, config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob or 0)
-
-    def __call__(self, hidden_states: mx.array, input_tensor: mx.array) -> mx.array:
-        return self.dropout(self.dense(hidden_states)) + input_tensor
 
 
 class MLXEsmLayer(nn.Module):
@@ -277,13 +268,13 @@ class MLXEsmLayer(nn.Module):
         super().__init__()
         self.attention = MLXEsmAttention(config)
         self.intermediate = MLXEsmIntermediate(config)
-        self.output = MLXEsmOutput(config)
+        self.output = MLXEsmOutput(config, config.intermediate_size)
         self.LayerNorm = layer_norm(config)
 
     def __call__(
         self,
         hidden_states: mx.array,
-        attention_mask: mx.array | None = None,
+        attention_mask: mx.array | ops.Packing | None = None,
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
@@ -303,7 +294,7 @@ class MLXEsmEncoder(nn.Module):
     def __call__(
         self,
         hidden_states: mx.array,
-        attention_mask: mx.array | None = None,
+        attention_mask: mx.array | ops.Packing | None = None,
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
@@ -534,12 +525,21 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         )
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids, attention_mask, position_ids)
+        shape = inputs_embeds.shape[:2]
+
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        needs_padding = output_attentions or (self.training and config.attention_probs_dropout_prob)
+        packing = None if needs_padding else ops.packing(host(attention_mask), inputs_embeds.dtype)
+        if packing is not None:
+            inputs_embeds = packing.pack(inputs_embeds)
 
         position_embeddings = None
         if config.position_embedding_type == "rotary":
             if position_ids is None:
-                position_ids = mx.arange(inputs_embeds.shape[1])[None]
-            position_embeddings = self.rotary_embeddings(position_ids)
+                position_ids = mx.arange(shape[1])
+            position_ids = mx.broadcast_to(position_ids, shape)
+            position_embeddings = self.rotary_embeddings(packing.pack(position_ids) if packing else position_ids)
 
         visible = None
         if attention_mask is not None:
@@ -549,11 +549,15 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
 
         outputs: Any = self.encoder(
             inputs_embeds,
-            visible,
+            packing or visible,
             position_embeddings,
-            config.output_attentions if output_attentions is None else output_attentions,
+            output_attentions,
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
+        if packing is not None:
+            outputs.last_hidden_state = packing.unpack(outputs.last_hidden_state)
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = tuple(map(packing.unpack, outputs.hidden_states))
         sequence_output = outputs.last_hidden_state
         output = MLXBaseModelOutputWithPooling(
             last_hidden_state=sequence_output,

@@ -1,0 +1,63 @@
+"""What surrounds attention: the split of features into heads, rotary positions, ESM-1's learned key and value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+Rotary = tuple[mx.array, mx.array]
+
+
+class Heads(NamedTuple):
+    """Arguments of `ops.scaled_dot_product_attention`: the query is scaled, query and key are rotated."""
+
+    query: mx.array
+    key: mx.array
+    value: mx.array
+    mask: mx.array | None
+
+
+def split_heads(
+    query: mx.array,
+    key: mx.array,
+    value: mx.array,
+    heads: int,
+    mask: mx.array | None = None,
+    rotary: Rotary | None = None,
+    bias_kv: tuple[mx.array, mx.array] | None = None,
+) -> Heads:
+    """From [B, L, D] to [B, heads, L, D / heads], with the arguments of `ops.attention`."""
+
+    def split(x: mx.array) -> mx.array:
+        return mx.unflatten(x, -1, (heads, -1)).swapaxes(1, 2)
+
+    if bias_kv is not None:
+        B, _, D = key.shape
+        key, value = (
+            mx.concatenate([x, mx.broadcast_to(bias.reshape(1, 1, D), (B, 1, D))], axis=1)
+            for x, bias in zip((key, value), bias_kv, strict=True)
+        )
+        if mask is not None:
+            mask = mx.pad(mask, [(0, 0), (0, 0), (0, 0), (0, 1)], constant_values=True)
+    query, key, value = split(query), split(key), split(value)
+    query = query * query.shape[-1] ** -0.5
+    if rotary is not None:
+        query, key = apply_rotary_pos_emb(query, *rotary), apply_rotary_pos_emb(key, *rotary)
+    return Heads(query, key, value, mask)
+
+
+def merge_heads(x: mx.array) -> mx.array:
+    """[B, heads, L, d] to [B, L, heads · d]"""
+    return x.swapaxes(1, 2).flatten(2)
+
+
+def apply_rotary_pos_emb(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate each head of x [B, H, L, d], whose halves are the coordinates, by angles [B, L, d / 2] (Su et al. 2021).
+
+    In float32, which cos and sin are, whatever the dtype of x.
+    """
+    cos, sin = cos[:, None], sin[:, None]
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]  # not mx.split, which mx.compile of two forwards stumbles over
+    return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

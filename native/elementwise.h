@@ -1,0 +1,108 @@
+// GELU, layer norm and softmax, and their gradients.
+#pragma once
+
+#include "vec.h"
+
+namespace {
+
+inline void gelu_range(const float* x, float* y, long begin, long end) {
+  long i = begin;
+  for (; i + W <= end; i += W) store(y + i, gelu(load(x + i)));
+  if (i < end) store_part(y + i, gelu(load_part(x + i, end - i)), end - i);
+}
+
+inline void gelu_gradient_range(const float* x, const float* dy, float* dx, long begin, long end) {
+  long i = begin;
+  for (; i + W <= end; i += W) store(dx + i, load(dy + i) * gelu_derivative(load(x + i)));
+  if (i < end) {
+    long n = end - i;
+    store_part(dx + i, load_part(dy + i, n) * gelu_derivative(load_part(x + i, n)), n);
+  }
+}
+
+// The sum over a row of f(i, n), a vector of the row's elements from i on of which n count; the others must be zero.
+// Four sums, which is faster than one, and exact to more digits.
+template <class F>
+inline float sum_row(long width, F f) {
+  vec s[4] = {};
+  long i = 0;
+  for (; i + 4 * W <= width; i += 4 * W)
+    for (int j = 0; j < 4; j++) s[j] += f(i + j * W, long(W));
+  for (; i < width; i += W) s[0] += f(i, least(W, width - i));
+  return sum((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+inline vec first(vec v, long n) {
+  float kept[W] = {};
+  __builtin_memcpy(kept, &v, n * sizeof(float));
+  return load(kept);
+}
+
+inline vec load_first(const float* p, long n) { return n == W ? load(p) : load_part(p, n); }
+
+struct Moments {
+  float mean, scale;  // scale is 1 / sqrt(variance + eps)
+};
+
+inline Moments moments(const float* x, long width, float eps) {
+  const float mean = sum_row(width, [&](long i, long n) { return load_first(x + i, n); }) / width;
+  const float variance = sum_row(width, [&](long i, long n) {
+                           vec d = load_first(x + i, n) - mean;
+                           return n == W ? d * d : first(d * d, n);
+                         }) / width;
+  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+}
+
+inline void layer_norm_row(const float* x, const float* weight, const float* bias, float* y, long width, float eps) {
+  const Moments m = moments(x, width, eps);
+  for (long i = 0; i < width; i++) y[i] = (x[i] - m.mean) * m.scale * weight[i] + bias[i];
+}
+
+// With h the normalised row and g = dy · weight: dx = (g - mean(g) - h · mean(g · h)) · scale.
+inline void layer_norm_gradient_row(const float* x, const float* weight, const float* dy, float* dx, float* dweight,
+                                    float* dbias, long width, float eps) {
+  const Moments m = moments(x, width, eps);
+  const float mean = sum_row(width, [&](long i, long n) {
+                       return load_first(dy + i, n) * load_first(weight + i, n);
+                     }) / width;
+  const float along = sum_row(width, [&](long i, long n) {
+                        return load_first(dy + i, n) * load_first(weight + i, n) * (load_first(x + i, n) - m.mean);
+                      }) * m.scale / width;
+  for (long i = 0; i < width; i++) {
+    const float h = (x[i] - m.mean) * m.scale;
+    dx[i] = (dy[i] * weight[i] - mean - h * along) * m.scale;
+    dweight[i] += dy[i] * h;
+    dbias[i] += dy[i];
+  }
+}
+
+inline void softmax_row(const float* x, float* y, long width) {
+  vec high = splat(x[0]);
+  long i = 0;
+  for (; i + W <= width; i += W) high = max(high, load(x + i));
+  float maximum = x[0];
+  for (; i < width; i++) maximum = x[i] > maximum ? x[i] : maximum;
+  float lanes[W];
+  store(lanes, high);
+  for (float lane : lanes) maximum = lane > maximum ? lane : maximum;
+
+  const float total = sum_row(width, [&](long i, long n) {
+    vec e = exp_nonpositive(load_first(x + i, n) - maximum);
+    if (n == W) {
+      store(y + i, e);
+      return e;
+    }
+    store_part(y + i, e, n);
+    return first(e, n);
+  });
+  const float scale = 1.0f / total;
+  for (i = 0; i < width; i++) y[i] *= scale;
+}
+
+// From y = softmax(x): dx = y · (dy - sum(dy · y)).
+inline void softmax_gradient_row(const float* y, const float* dy, float* dx, long width) {
+  const float along = sum_row(width, [&](long i, long n) { return load_first(y + i, n) * load_first(dy + i, n); });
+  for (long i = 0; i < width; i++) dx[i] = y[i] * (dy[i] - along);
+}
+
+}  // namespace

@@ -1,0 +1,157 @@
+// Matrix products, and the linear layer on them.
+//
+// The lanes of a vector are tokens. A panel is NR tokens, packed feature by feature: [K, NR]. `multiply` takes a panel
+// and a few rows of the other operand, broadcasting their elements from where they lie: weights are neither copied nor
+// packed, and a batch of any size, one sequence or two thousand tokens, streams them once. The same few lines compute
+// linear layers, attention scores (keys times a panel of queries) and contexts (values times a panel of
+// probabilities), in which softmax then needs no sums across lanes.
+//
+// The loop nest is that of Goto and van de Geijn 2008 (doi:10.1145/1356052.1356053).
+#pragma once
+
+#include "vec.h"
+
+namespace {
+
+constexpr int MR = ROWS, NV = 2, NR = NV * W;  // the accumulators, MR x NV vectors, fill the register file
+
+// c[R, NR] (+)= sum over k of a(row, k) · panel[k, :]. Rows of `a` are contiguous in k and `stride` apart; if not
+// ALONG_K, contiguous are the rows, and `stride` lies between one k and the next.
+template <int R, bool ALONG_K>
+__attribute__((always_inline)) inline void multiply_rows(const float* __restrict a, long stride, const float* __restrict panel,
+                                             long depth, float* __restrict c, bool add) {
+  vec acc[R][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) acc[i][j] = vec{};
+  for (long k = 0; k < depth; k++) {
+    vec b[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) b[j] = load(panel + k * NR + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++) {
+      vec x = splat(ALONG_K ? a[i * stride + k] : a[k * stride + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) acc[i][j] += x * b[j];
+    }
+  }
+  if (add)
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) acc[i][j] += load(c + i * NR + j * W);
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) store(c + i * NR + j * W, acc[i][j]);
+}
+
+template <bool ALONG_K, int R = MR>
+inline void multiply_rest(long rows, const float* a, long stride, const float* panel, long depth, float* c, bool add) {
+  if constexpr (R > 0) {
+    if (rows == R) return multiply_rows<R, ALONG_K>(a, stride, panel, depth, c, add);
+    multiply_rest<ALONG_K, R - 1>(rows, a, stride, panel, depth, c, add);
+  }
+}
+
+// c[rows, NR] for any number of rows.
+template <bool ALONG_K>
+__attribute__((noinline)) void multiply(long rows, const float* a, long stride, const float* panel, long depth, float* c, bool add) {
+  long step = ALONG_K ? stride : 1;
+  long i = 0;
+  for (; i + MR <= rows; i += MR) multiply_rows<MR, ALONG_K>(a + i * step, stride, panel, depth, c + i * NR, add);
+  multiply_rest<ALONG_K>(rows - i, a + i * step, stride, panel, depth, c + i * NR, add);
+}
+
+// The panel [width, NR] of `count` <= NR rows of x, which are `stride` apart; missing rows are zero.
+inline void pack(const float* x, long stride, long count, long width, float* panel) {
+  for (int j = 0; j < NV; j++) {
+    long rows = count - j * W;
+    for (long k = 0; k < width; k += W) {
+      long columns = least(W, width - k);
+      vec r[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) {
+        const float* row = x + (j * W + i) * stride + k;
+        r[i] = i >= rows ? vec{} : columns == W ? load(row) : load_part(row, columns);
+      }
+      transpose(r);
+      float* out = panel + k * NR + j * W;
+      if (columns == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) store(out + i * NR, r[i]);
+      } else {
+        for (int i = 0; i < columns; i++) store(out + i * NR, r[i]);
+      }
+    }
+  }
+}
+
+// The reverse: hand out, for each of `count` rows, pieces of up to W columns: write(row, column, values, columns).
+template <class Write>
+inline void unpack(const float* panel, long count, long width, Write write) {
+  for (int j = 0; j < NV && j * W < count; j++) {
+    long rows = least(W, count - j * W);
+    for (long k = 0; k < width; k += W) {
+      long columns = least(W, width - k);
+      vec r[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) r[i] = i < columns ? load(panel + (k + i) * NR + j * W) : vec{};
+      transpose(r);
+      for (int i = 0; i < rows; i++) write(j * W + i, k, r[i], columns);
+    }
+  }
+}
+
+inline void store_columns(float* p, vec v, long columns) {
+  if (columns == W)
+    store(p, v);
+  else
+    store_part(p, v, columns);
+}
+
+inline vec load_columns(const float* p, long columns) { return columns == W ? load(p) : load_part(p, columns); }
+
+// Tokens that are packed at once, weight rows whose products with them stay in the second-level cache, and the depth
+// at which a panel of tokens stays in the first.
+constexpr long TOKENS = 256, OUTPUTS = 16 * MR, DEPTH = 384;
+
+struct Linear {
+  const float *x, *weight, *bias, *residual;
+  float* y;
+  long tokens, outputs, inputs;
+  bool gelu;
+  long token_block, output_block, output_blocks;
+};
+
+// One block of tokens times one block of outputs.
+inline void linear_block(const Linear p, long task) {
+  static thread_local Scratch packed_memory, product_memory;
+  const long K = p.inputs;
+  const long t0 = task / p.output_blocks * p.token_block, t1 = least(t0 + p.token_block, p.tokens);
+  const long first = task % p.output_blocks * p.output_block, last = least(first + p.output_block, p.outputs);
+  float* packed = packed_memory.get(p.token_block * K);
+  float* product = product_memory.get(p.token_block * OUTPUTS);
+  for (long t = t0; t < t1; t += NR) pack(p.x + t * K, K, least(NR, t1 - t), K, packed + (t - t0) * K);
+
+  const long depth = round_up(ceil_div(K, ceil_div(K, DEPTH)), 8);
+  for (long n0 = first; n0 < last; n0 += OUTPUTS) {
+    const long N = least(OUTPUTS, last - n0);
+    for (long k = 0; k < K; k += depth)
+      for (long t = 0; t < t1 - t0; t += NR)
+        multiply<true>(N, p.weight + n0 * K + k, K, packed + t * K + k * NR, least(depth, K - k), product + t * N,
+                       k > 0);
+    for (long t = 0; t < t1 - t0; t += NR) {
+      unpack(product + t * N, least(NR, t1 - t0 - t), N, [=](long token, long column, vec v, long columns) {
+        const long n = n0 + column, at = (t0 + t + token) * p.outputs + n;
+        if (p.bias) v += load_columns(p.bias + n, columns);
+        if (p.gelu) v = gelu(v);
+        if (p.residual) v += load_columns(p.residual + at, columns);
+        store_columns(p.y + at, v, columns);
+      });
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,101 @@
+// The kernels of one instruction set. Compiled once for each, with
+//   TABLE          the function that returns the table, NAME what the set is called,
+//   VECTOR_WIDTH   floats in a vector, and ROWS, with which accumulators fill the registers (gemm.h).
+
+#include "kernels.h"
+
+#include "attention.h"
+#include "elementwise.h"
+#include "gemm.h"
+#include "threads.h"
+
+namespace {
+
+using mlx_esm::cores;
+using mlx_esm::parallel_for;
+
+void linear(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
+            long outputs, long inputs, bool gelu) {
+  if (!tokens || !outputs) return;
+  Linear p{x, weight, bias, residual, y, tokens, outputs, inputs, gelu, 0, 0, 0};
+  // Blocks of equal size, a multiple of the cores, then cut along the outputs so that nobody waits long for the last.
+  const long threads = cores();
+  const long blocks = ceil_div(tokens, TOKENS) > 1 ? threads * ceil_div(tokens, threads * TOKENS) : 1;
+  p.token_block = round_up(ceil_div(tokens, blocks), NR);
+  const long pieces = ceil_div(4 * threads, ceil_div(tokens, p.token_block));
+  p.output_block = round_up(ceil_div(outputs, pieces), MR);
+  p.output_blocks = ceil_div(outputs, p.output_block);
+  parallel_for(ceil_div(tokens, p.token_block) * p.output_blocks, [&](long task) { linear_block(p, task); });
+}
+
+void attention(const Attention& p) {
+  const auto all = tasks(p, QUERIES);
+  parallel_for(all.size(), [&](long i) { attention_task(p, all[i]); });
+}
+
+void attention_gradients(const AttentionGradients& g) {
+  const auto all = tasks(g.forward, 1L << 40);
+  parallel_for(all.size(), [&](long i) { attention_gradients_task(g, all[i]); });
+}
+
+// Elements or rows in pieces that are worth a thread's while.
+template <class F>
+void pieces(long size, long piece, F body) {
+  parallel_for(ceil_div(size, piece), [&](long i) { body(i * piece, least((i + 1) * piece, size)); });
+}
+
+void gelu_of(const float* x, float* y, long size) {
+  pieces(size, 1 << 14, [&](long begin, long end) { gelu_range(x, y, begin, end); });
+}
+
+void gelu_gradient(const float* x, const float* dy, float* dx, long size) {
+  pieces(size, 1 << 14, [&](long begin, long end) { gelu_gradient_range(x, dy, dx, begin, end); });
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float* y, long rows, long width, float eps) {
+  pieces(rows, ceil_div(1 << 14, width), [&](long begin, long end) {
+    for (long r = begin; r < end; r++) layer_norm_row(x + r * width, weight, bias, y + r * width, width, eps);
+  });
+}
+
+// Rows are added up in blocks of 64, then the blocks: deterministic, and exact to more digits than one long sum.
+void layer_norm_gradient(const float* x, const float* weight, const float* dy, float* dx, float* dweight, float* dbias,
+                         long rows, long width, float eps) {
+  constexpr long block = 64;
+  const long blocks = ceil_div(rows, block);
+  std::vector<float> partial(2 * blocks * width);
+  pieces(rows, block, [&](long begin, long end) {
+    float* sums = partial.data() + begin / block * 2 * width;
+    for (long r = begin; r < end; r++)
+      layer_norm_gradient_row(x + r * width, weight, dy + r * width, dx + r * width, sums, sums + width, width, eps);
+  });
+  for (long i = 0; i < width; i++) {
+    double w = 0, b = 0;
+    for (long n = 0; n < blocks; n++) {
+      w += partial[n * 2 * width + i];
+      b += partial[(n * 2 + 1) * width + i];
+    }
+    dweight[i] = w;
+    dbias[i] = b;
+  }
+}
+
+void softmax(const float* x, float* y, long rows, long width) {
+  pieces(rows, ceil_div(1 << 14, width), [&](long begin, long end) {
+    for (long r = begin; r < end; r++) softmax_row(x + r * width, y + r * width, width);
+  });
+}
+
+void softmax_gradient(const float* y, const float* dy, float* dx, long rows, long width) {
+  pieces(rows, ceil_div(1 << 14, width), [&](long begin, long end) {
+    for (long r = begin; r < end; r++) softmax_gradient_row(y + r * width, dy + r * width, dx + r * width, width);
+  });
+}
+
+}  // namespace
+
+const mlx_esm::Kernels* mlx_esm::TABLE() {
+  static const Kernels table{NAME,    linear,           gelu_of,   gelu_gradient,       layer_norm, layer_norm_gradient,
+                             softmax, softmax_gradient, attention, attention_gradients};
+  return &table;
+}

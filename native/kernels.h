@@ -1,0 +1,60 @@
+// The kernels as plain functions on float32 arrays, one table of them for each instruction set.
+//
+// Arrays are row-major and contiguous; `tokens` counts over the whole batch. Results must not overlap inputs. Every
+// function runs on all cores (threads.h).
+#pragma once
+
+namespace mlx_esm {
+
+// softmax(scale · rotate(query) · rotate(key)ᵀ) · value, for each head of each sequence.
+struct Attention {
+  const float *query, *key, *value;  // [tokens, heads * head_dim]
+  float* out;                        // [tokens, heads * head_dim]
+  const int* offsets;                // [sequences + 1]: sequence s is the tokens [offsets[s], offsets[s + 1])
+  long sequences, heads, head_dim;
+  float scale;
+  const bool* mask;              // [tokens], false hides a key; or null
+  const float *cos, *sin;        // [tokens, head_dim / 2] rotary angles; or null
+  const float *bias_k, *bias_v;  // [heads * head_dim], a key and a value behind each sequence's own; or null
+  float *maximum, *total;        // [tokens, heads]: softmax's maximum and denominator, for the gradients; or null
+};
+
+struct AttentionGradients {
+  Attention forward;  // with its results: out, maximum and total
+  const float* dout;
+  float *dquery, *dkey, *dvalue;
+  float *dbias_k, *dbias_v;  // [sequences, heads * head_dim], to be added up; or null
+};
+
+struct Kernels {
+  const char* name;  // of the instruction set
+
+  // y[tokens, outputs] = x[tokens, inputs] · weightᵀ + bias, then GELU if asked for, then + residual. weight is
+  // [outputs, inputs]; bias [outputs] and residual [tokens, outputs] may be null.
+  void (*linear)(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
+                 long outputs, long inputs, bool gelu);
+
+  // x Φ(x), and dy times its derivative.
+  void (*gelu)(const float* x, float* y, long size);
+  void (*gelu_gradient)(const float* x, const float* dy, float* dx, long size);
+
+  // Rows of `width` to mean 0 and variance 1, then times weight plus bias.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, long rows, long width,
+                     float eps);
+  void (*layer_norm_gradient)(const float* x, const float* weight, const float* dy, float* dx, float* dweight,
+                              float* dbias, long rows, long width, float eps);
+
+  // Rows of `width`; the gradient is taken from y = softmax(x).
+  void (*softmax)(const float* x, float* y, long rows, long width);
+  void (*softmax_gradient)(const float* y, const float* dy, float* dx, long rows, long width);
+
+  void (*attention)(const Attention&);
+  void (*attention_gradients)(const AttentionGradients&);
+};
+
+// The tables that were compiled; null for an instruction set of another architecture.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace mlx_esm

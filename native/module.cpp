@@ -1,0 +1,48 @@
+// The Python module mlx_esm_hf.ops._native.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "primitives.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using mlx::core::array;
+using Optional = std::optional<array>;
+
+NB_MODULE(_native, m) {
+  m.doc() = "The CPU kernels of mlx-esm-hf as operations on float32 mx.arrays; mlx_esm_hf.ops.kernels is their face.";
+  nb::module_::import_("mlx.core");  // which registers the type of arrays
+
+  const auto none = nb::none();
+  m.def(
+      "linear",
+      [](const array& x, const array& weight, const Optional& bias, const Optional& residual, bool gelu) {
+        return mlx_esm::linear(x, weight, bias, residual, gelu);
+      },
+      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "gelu"_a = false);
+  m.def("gelu", [](const array& x) { return mlx_esm::gelu(x); }, "x"_a);
+  m.def("softmax", [](const array& x) { return mlx_esm::softmax(x); }, "x"_a);
+  m.def(
+      "layer_norm",
+      [](const array& x, const array& weight, const array& bias, float eps) {
+        return mlx_esm::layer_norm(x, weight, bias, eps);
+      },
+      "x"_a, "weight"_a, "bias"_a, "eps"_a);
+  m.def(
+      "attention",
+      [](const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,
+         const Optional& mask, const Optional& cos, const Optional& sin, const Optional& bias_k,
+         const Optional& bias_v) {
+        return mlx_esm::attention(query, key, value, heads, offsets, mask, cos, sin, bias_k, bias_v);
+      },
+      "query"_a, "key"_a, "value"_a, "heads"_a, "offsets"_a, "mask"_a = none, "cos"_a = none, "sin"_a = none,
+      "bias_k"_a = none, "bias_v"_a = none);
+
+  m.def("cores", &mlx_esm::cores);
+  m.def("instruction_sets", &mlx_esm::instruction_sets);
+  m.def("instruction_set", [] { return mlx_esm::kernels().name; });
+  m.def("choose", &mlx_esm::choose, "name"_a);
+}

@@ -1,0 +1,125 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace mlx_esm {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A worker that finds nothing to do looks again this often, about 50 µs, before it sleeps: longer than MLX takes from
+// one operation of a model to the next, and too short to disturb anyone else.
+constexpr int SPINS = 2000;
+
+int available_cores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+class Pool {
+ public:
+  Pool() : cores_(available_cores()) {
+    for (int i = 1; i < cores_; i++) workers_.emplace_back([this] { work(); });
+  }
+
+  int cores() const { return cores_; }
+
+  void run(long tasks, void (*body)(void*, long), void* context) {
+    std::unique_lock<std::mutex> mine(running_, std::defer_lock);
+    if (tasks < 2 || cores_ == 1 || !mine.try_lock()) {
+      for (long i = 0; i < tasks; i++) body(context, i);
+      return;
+    }
+    body_ = body;
+    context_ = context;
+    tasks_ = tasks;
+    next_.store(0, std::memory_order_relaxed);
+    {
+      // Odd while a loop is open. Under the lock, so that a worker about to sleep does not miss it.
+      std::lock_guard<std::mutex> lock(sleep_);
+      loop_.fetch_add(1);
+    }
+    if (sleepers_.load()) wake_.notify_all();
+    take();
+    loop_.fetch_add(1);  // closed: no worker enters any more; those that did are at their last task
+    for (int spin = 0; inside_.load(); spin++) spin < SPINS ? pause() : std::this_thread::yield();
+  }
+
+ private:
+  void take() {
+    for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, i);
+  }
+
+  void work() {
+    unsigned seen = 0;
+    for (;;) {
+      unsigned loop = loop_.load();
+      for (int spin = 0; !(loop & 1) || loop == seen; loop = loop_.load()) {
+        if (spin++ < SPINS) {
+          pause();
+          continue;
+        }
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, [&] { loop = loop_.load(); return (loop & 1) && loop != seen; });
+        sleepers_.fetch_sub(1);
+      }
+      seen = loop;
+      inside_.fetch_add(1);
+      // The loop is entered only if it is still open; once inside_ counts this worker, `run` waits for it.
+      if (loop_.load() == loop) take();
+      inside_.fetch_sub(1);
+    }
+  }
+
+  const int cores_;
+  std::mutex running_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<unsigned> loop_{0};
+  std::atomic<int> inside_{0}, sleepers_{0};
+  std::atomic<long> next_{0};
+  void (*body_)(void*, long) = nullptr;
+  void* context_ = nullptr;
+  long tasks_ = 0;
+  std::vector<std::thread> workers_;
+};
+
+std::atomic<Pool*> pool_of_process{nullptr};
+
+// Made at the first loop and never destroyed: MLX's own threads may still be at work when the process ends. A forked
+// child has none of the workers, so it gets a new pool.
+Pool& pool() {
+  Pool* pool = pool_of_process.load();
+  if (!pool) {
+    static std::mutex making;
+    static bool forks = (pthread_atfork(nullptr, nullptr, [] { pool_of_process.store(nullptr); }), true);
+    (void)forks;
+    std::lock_guard<std::mutex> lock(making);
+    pool = pool_of_process.load();
+    if (!pool) pool_of_process.store(pool = new Pool);
+  }
+  return *pool;
+}
+
+}  // namespace
+
+int cores() { return available_cores(); }
+
+void parallel_for(long tasks, void (*body)(void*, long), void* context) { pool().run(tasks, body, context); }
+
+}  // namespace mlx_esm

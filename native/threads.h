@@ -1,0 +1,17 @@
+// A loop over tasks on all the cores this process may use.
+#pragma once
+
+namespace mlx_esm {
+
+int cores();
+
+// Call body(context, i) for each i in [0, tasks), in any order, and return when all are done. The calling thread takes
+// part. A call while another thread's loop is running, or from inside one, runs on the calling thread alone.
+void parallel_for(long tasks, void (*body)(void*, long), void* context);
+
+template <class F>
+void parallel_for(long tasks, F body) {
+  parallel_for(tasks, [](void* f, long i) { (*static_cast<F*>(f))(i); }, &body);
+}
+
+}  // namespace mlx_esm

@@ -1,0 +1,136 @@
+// Vectors of W floats, in GCC's and Clang's vector extensions: one source for every instruction set.
+//
+// Each instruction set is a translation unit of its own (kernels.cpp, compiled with its flags and its W), so
+// everything here has internal linkage: an inline function of AVX-512 code must never stand in for a portable one.
+#pragma once
+
+#include <cstdlib>
+#include <utility>
+
+namespace {
+
+constexpr int W = VECTOR_WIDTH;
+using vec = float __attribute__((vector_size(4 * W)));
+using ivec = int __attribute__((vector_size(4 * W)));
+
+inline vec splat(float x) { return x - vec{}; }
+
+inline vec load(const float* p) {
+  vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+inline vec load_part(const float* p, long n) {
+  vec v{};
+  __builtin_memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+
+inline void store_part(float* p, vec v, long n) { __builtin_memcpy(p, &v, n * sizeof(float)); }
+
+inline vec max(vec a, vec b) { return a > b ? a : b; }  // b if one is NaN: an instruction of x86
+
+inline float sum(vec v) {
+  float total[W];
+  store(total, v);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) total[i] += total[i + half];
+  return total[0];
+}
+
+inline long least(long a, long b) { return a < b ? a : b; }
+inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
+inline long round_up(long a, long b) { return ceil_div(a, b) * b; }
+
+// Exchange the off-diagonal blocks of size S in a 2S x 2S block: a stage of transposing.
+template <int S, int... L>
+inline void exchange(vec& a, vec& b, std::integer_sequence<int, L...>) {
+  vec low = __builtin_shufflevector(a, b, ((L & S) ? W + L - S : L)...);
+  b = __builtin_shufflevector(a, b, ((L & S) ? W + L : L + S)...);
+  a = low;
+}
+
+template <int S = 1>
+inline void transpose(vec (&r)[W]) {
+  if constexpr (S < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+      if (!(i & S)) exchange<S>(r[i], r[i + S], std::make_integer_sequence<int, W>{});
+    transpose<2 * S>(r);
+  }
+}
+
+// 2^f for |f| <= 1/2: a minimax fit of degree 6, relative error 1.6e-8 in float32 coefficients.
+constexpr float EXP2[] = {1.0f,           0.69314718246f,  0.24022646248f, 0.055503286421f,
+                          0.0096184890717f, 0.0013399930904f, 0.00015345812426f};
+
+// e^x for x <= 0, within 1 ulp where there are fused multiply-adds; 1.6e-38 for whatever is smaller. NaN stays NaN.
+inline vec exp_nonpositive(vec x) {
+  constexpr float log2e = 1.4426950216293335f, log2e_rest = 1.925963033500011e-08f;
+  constexpr float round = 1.5f * (1 << 23);  // adding it leaves the nearest integer in the low bits
+  x = max(splat(-87.0f), x);
+  vec shifted = x * log2e + round;
+  vec n = shifted - round;
+  vec f = (x * log2e - n) + x * log2e_rest;
+  vec p = splat(EXP2[6]);
+#pragma GCC unroll 6
+  for (int i = 5; i >= 0; i--) p = p * f + EXP2[i];
+  return (vec)((ivec)p + ((ivec)shifted << 23));
+}
+
+// The upper tail of the normal distribution at a >= 0, over e^(-a²/2): P(a) / Q(a). Weighted least squares on [0, 6];
+// the error of a times the tail is at most 6.9e-9 (the coefficients of mlx_esm_hf/ops/cpu.py).
+inline vec normal_tail_ratio(vec a) {
+  vec p = ((a * -0.00010750251376181039f + 0.03707046742248422f) * a + 0.19536151675441155f) * a + 0.5000004313331821f;
+  vec q = ((a * 0.088594318123727f + 0.5224212044247064f) * a + 1.1886239477562983f) * a + 1.0f;
+  return p / q;
+}
+
+// |x|, or 12, where the tail is 2e-33: beyond, there would be denormal numbers, which are slow, and an overflow.
+inline vec size(vec x) {
+  vec a = max(x, -x);
+  return a < 12.0f ? a : splat(12.0f);
+}
+
+// x Φ(x) as max(x, 0) - |x| Φ(-|x|), in which nothing cancels.
+inline vec gelu(vec x) {
+  vec a = size(x);
+  vec tail = exp_nonpositive(a * a * -0.5f) * normal_tail_ratio(a);
+  return (x > 0.0f ? x : x * 0.0f) - a * tail;
+}
+
+// The derivative Φ(x) + x φ(x).
+inline vec gelu_derivative(vec x) {
+  vec a = size(x);
+  vec bell = exp_nonpositive(a * a * -0.5f);
+  vec tail = bell * normal_tail_ratio(a);
+  return (x > 0.0f ? 1.0f - tail : tail) + x * bell * 0.3989422804014327f;
+}
+
+// Memory of this thread, at least n floats, aligned for any vector; what was there is gone when it has to grow.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  float* get(long n) {
+    if (n > size_) {
+      std::free(data_);
+      size_ = round_up(n, 64);
+      data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
+      if (!data_) std::abort();  // tens of megabytes: nothing works any more
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  long size_ = 0;
+};
+
+}  // namespace
