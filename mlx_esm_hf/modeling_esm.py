@@ -14,6 +14,7 @@ In the shapes B is the batch, L the tokens, D the hidden size, H the heads, V th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.configuration_esm import MLXEsmConfig, as_mlx_config
-from mlx_esm_hf.modeling_inputs import as_array, check_inputs, check_labels, host
+from mlx_esm_hf.modeling_inputs import IGNORED, as_array, check_inputs, check_labels, host, labels_at
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
     MLXBaseModelOutputWithPooling,
@@ -193,7 +194,7 @@ class MLXEsmSelfAttention(nn.Module):
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
-        inputs = (
+        inputs: tuple[Any, ...] = (
             self.query(hidden_states),
             self.key(hidden_states),
             self.value(hidden_states),
@@ -517,6 +518,35 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
             ValueError: ids outside the vocabulary, rows longer than the position table, an empty batch, a mask of
                 another shape. Checked where the values are at hand, not while the call is being traced.
         """
+        outputs: Any
+        outputs, unpack = self.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
+        )
+        sequence_output = unpack(outputs.last_hidden_state)
+        output = MLXBaseModelOutputWithPooling(
+            last_hidden_state=sequence_output,
+            pooler_output=None if self.pooler is None else self.pooler(sequence_output, as_array(attention_mask)),
+            hidden_states=outputs.hidden_states and tuple(map(unpack, outputs.hidden_states)),
+            attentions=outputs.attentions,
+        )
+        return output if self.returns_dict(return_dict) else output.to_tuple()
+
+    def encode(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        labels: Any = None,
+    ) -> tuple[MLXBaseModelOutput, Callable[[mx.array], mx.array]]:
+        """The encoder's outputs, and a function that brings hidden states, or what was made of them, to [B, L, ...].
+
+        Where that is faster (`ops.packing`) the real tokens of the batch are computed alone, as one row, and the
+        function puts them back in their places. Attentions are [B, H, L, L] always. With `labels` [B, L], of which
+        some at padding take part in the loss, padding is computed, as in transformers.
+        """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -525,12 +555,18 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         )
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids, attention_mask, position_ids)
-        shape = inputs_embeds.shape[:2]
-
         if output_attentions is None:
             output_attentions = config.output_attentions
-        needs_padding = output_attentions or (self.training and config.attention_probs_dropout_prob)
-        packing = None if needs_padding else ops.packing(host(attention_mask), inputs_embeds.dtype)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+
+        real, shape = host(attention_mask), inputs_embeds.shape[:2]
+        needs_padding = (
+            output_attentions
+            or (self.training and config.attention_probs_dropout_prob)
+            or (real is not None and labels_at(labels, real == 0))
+        )
+        packing = None if needs_padding else ops.packing(real, inputs_embeds.dtype)
         if packing is not None:
             inputs_embeds = packing.pack(inputs_embeds)
 
@@ -547,25 +583,10 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
             # A row of nothing but padding sees all of it: softmax over no keys would be 0 / 0.
             visible = (visible | ~visible.any(axis=1, keepdims=True))[:, None, None, :]
 
-        outputs: Any = self.encoder(
-            inputs_embeds,
-            packing or visible,
-            position_embeddings,
-            output_attentions,
-            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        outputs = self.encoder(
+            inputs_embeds, packing or visible, position_embeddings, output_attentions, output_hidden_states
         )
-        if packing is not None:
-            outputs.last_hidden_state = packing.unpack(outputs.last_hidden_state)
-            if outputs.hidden_states is not None:
-                outputs.hidden_states = tuple(map(packing.unpack, outputs.hidden_states))
-        sequence_output = outputs.last_hidden_state
-        output = MLXBaseModelOutputWithPooling(
-            last_hidden_state=sequence_output,
-            pooler_output=self.pooler(sequence_output, attention_mask) if self.pooler is not None else None,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if self.returns_dict(return_dict) else output.to_tuple()
+        return outputs, packing.unpack if packing else lambda x: x
 
 
 class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
@@ -626,14 +647,15 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
         """
         if labels is None and not self.training:
             self.refuse_untrained("lm_head", "predicting residues")
-        outputs: Any = self.esm(
-            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+        outputs: Any
+        outputs, unpack = self.esm.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        logits = unpack(self.lm_head(outputs.last_hidden_state))
         output = MLXMaskedLMOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
-            hidden_states=outputs.hidden_states,
+            hidden_states=outputs.hidden_states and tuple(map(unpack, outputs.hidden_states)),
             attentions=outputs.attentions,
         )
         return output if self.returns_dict(return_dict) else output.to_tuple()
@@ -730,20 +752,21 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
 
         The other arguments are those of `MLXEsmModel`.
         """
-        outputs: Any = self.esm(
-            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+        outputs: Any
+        outputs, unpack = self.esm.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        logits = unpack(self.classifier(self.dropout(outputs.last_hidden_state)))
         output = MLXTokenClassifierOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
-            hidden_states=outputs.hidden_states,
+            hidden_states=outputs.hidden_states and tuple(map(unpack, outputs.hidden_states)),
             attentions=outputs.attentions,
         )
         return output if self.returns_dict(return_dict) else output.to_tuple()
 
 
-def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = -100) -> mx.array:
+def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = IGNORED) -> mx.array:
     """Mean cross-entropy of logits [..., C] over the labels [...] that are not `ignore_index`."""
     labels = check_labels(labels, logits, ignore_index)
     kept = labels != ignore_index

@@ -12,6 +12,8 @@ import numpy as np
 
 from mlx_esm_hf.configuration_esm import MLXEsmConfig
 
+IGNORED = -100  # the label of a token that is left out of the loss
+
 
 def as_array(x: Any) -> Any:
     """`x`, a list, a NumPy array, a torch tensor or an `mx.array`, as `mx.array`; None stays None."""
@@ -109,6 +111,14 @@ def check_inputs(
                 f"{rows - 1}."
             )
     return input_ids, attention_mask, position_ids, inputs_embeds
+
+
+def labels_at(labels: Any, places: np.ndarray) -> bool:
+    """Whether tokens at `places` (bool [B, L]) have a label, or may have one: while labels are traced, nobody knows."""
+    if labels is None:
+        return False
+    values = host(as_array(labels))
+    return values is None or values.shape != places.shape or bool((values[places] != IGNORED).any())
 
 
 def check_labels(labels: Any, logits: mx.array, ignore_index: int) -> mx.array:

@@ -225,6 +225,16 @@ def test_ignored_labels(get_peers: Callable[..., Peers], head: str) -> None:
     assert np.isnan(model.mlx(**inputs).loss.item()) and model.torch(**for_torch(inputs, model.torch)).loss.isnan()
 
 
+@pytest.mark.parametrize("head", ["lm", "token"])
+def test_labels_at_padding_count(get_peers: Callable[..., Peers], head: str) -> None:
+    """As in transformers, for whom padding is a token like others: `labels=input_ids` is what many scripts pass."""
+    model = get_peers("ESM-2", head)
+    inputs = batch("right", head=head)
+    inputs["labels"] = inputs["input_ids"] % model.torch.config.num_labels if head == "token" else inputs["input_ids"]
+    expected = model.torch(**for_torch(inputs, model.torch)).loss.item()
+    assert np.isclose(model.mlx(**inputs).loss.item(), expected, rtol=1e-5)
+
+
 def layout(value: Any) -> Any:
     """Shapes, without the empty tuple of cross_attentions that transformers has."""
     if isinstance(value, tuple):

@@ -10,11 +10,11 @@ from rich.table import Table
 
 
 def env() -> None:
-    """Print versions, the device, the BLAS that matmul on the CPU uses, and the speed of matmul."""
+    """Print versions, the device, our kernels and the BLAS that matmul on the CPU uses, and the speed of matmul."""
     import mlx.core as mx
 
     import mlx_esm_hf
-    from mlx_esm_hf.ops import blas
+    from mlx_esm_hf.ops import blas, kernels
 
     table = Table.grid(padding=(0, 2))
     table.add_row("mlx-esm-hf", mlx_esm_hf.__version__)
@@ -23,6 +23,7 @@ def env() -> None:
     table.add_row("Python", platform.python_version())
     table.add_row("platform", platform.platform())
     table.add_row("device", str(mx.default_device()))
+    table.add_row("kernels on the CPU", kernels.STATE)
     table.add_row("BLAS on the CPU", blas.bind())
     table.add_row("float32 matmul", f"{blas.gemm_gflops():.0f} GFLOP/s")
     Console(soft_wrap=True, highlight=False).print(table)
