@@ -34,7 +34,13 @@ void attention(const Attention& p) {
 }
 
 void attention_gradients(const AttentionGradients& g) {
-  const auto all = tasks(g.forward, 1L << 40);
+  const Attention& p = g.forward;
+  const long features = p.heads * p.head_dim;
+  for (long s = 0; p.bias_k && s < p.sequences; s++)
+    if (p.offsets[s] == p.offsets[s + 1])  // an empty sequence has no task
+      for (float* gradient : {g.dbias_k, g.dbias_v})
+        __builtin_memset(gradient + s * features, 0, features * sizeof(float));
+  const auto all = tasks(p, 1L << 40);
   parallel_for(all.size(), [&](long i) { attention_gradients_task(g, all[i]); });
 }
 
@@ -63,9 +69,11 @@ void layer_norm_gradient(const float* x, const float* weight, const float* dy, f
                          long rows, long width, float eps) {
   constexpr long block = 64;
   const long blocks = ceil_div(rows, block);
-  std::vector<float> partial(2 * blocks * width);
+  Scratch memory;
+  float* partial = memory.get(2 * blocks * width);
+  __builtin_memset(partial, 0, 2 * blocks * width * sizeof(float));
   pieces(rows, block, [&](long begin, long end) {
-    float* sums = partial.data() + begin / block * 2 * width;
+    float* sums = partial + begin / block * 2 * width;
     for (long r = begin; r < end; r++)
       layer_norm_gradient_row(x + r * width, weight, dy + r * width, dx + r * width, sums, sums + width, width, eps);
   });

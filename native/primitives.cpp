@@ -471,8 +471,12 @@ class AttentionOperation : public Operation {
     auto gradients = array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
                                         std::make_shared<AttentionGradient>(s, at_), inputs);
     Arrays asked;
-    for (int i : argnums)
-      asked.push_back(i < 3 ? gradients[i] : mx::sum(gradients[i == at_.bias_k ? 3 : 4], 0, false, s));
+    for (int i : argnums) {
+      if (i == at_.mask)  // under mx.checkpoint every argument is asked for
+        asked.push_back(mx::zeros_like(in[i], s));
+      else
+        asked.push_back(i < 3 ? gradients[i] : mx::sum(gradients[i == at_.bias_k ? 3 : 4], 0, false, s));
+    }
     return asked;
   }
 
@@ -493,6 +497,7 @@ array linear(const array& x, const array& weight, const Optional& bias, const Op
              mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x, weight, bias, residual});
   require(weight.ndim() == 2 && x.ndim() > 0 && x.shape(-1) == weight.shape(1), "linear: x and weight do not fit");
+  require(weight.size() > 0, "linear: weight is empty");
   require(!bias || bias->shape() == mx::Shape{weight.shape(0)}, "linear: bias does not fit");
   auto shape = x.shape();
   shape.back() = weight.shape(0);
@@ -518,6 +523,7 @@ array layer_norm(const array& x, const array& weight, const array& bias, float e
   auto s = checked_stream(device, {x, weight, bias});
   require(x.ndim() > 0 && weight.shape() == mx::Shape{x.shape(-1)} && bias.shape() == weight.shape(),
           "layer_norm: x, weight and bias do not fit");
+  require(weight.size() > 0, "layer_norm: weight is empty");
   return array(x.shape(), mx::float32, std::make_shared<LayerNorm>(s, eps),
                {contiguous(x, s), contiguous(weight, s), contiguous(bias, s)});
 }

@@ -118,7 +118,10 @@ Pool& pool() {
 
 }  // namespace
 
-int cores() { return available_cores(); }
+int cores() {
+  Pool* pool = pool_of_process.load();
+  return pool ? pool->cores() : available_cores();
+}
 
 void parallel_for(long tasks, void (*body)(void*, long), void* context) { pool().run(tasks, body, context); }
 

@@ -107,7 +107,8 @@ inline vec gelu_derivative(vec x) {
   vec a = size(x);
   vec bell = exp_nonpositive(a * a * -0.5f);
   vec tail = bell * normal_tail_ratio(a);
-  return (x > 0.0f ? 1.0f - tail : tail) + x * bell * 0.3989422804014327f;
+  vec near = x > 12.0f ? a : x < -12.0f ? -a : x;
+  return (x > 0.0f ? 1.0f - tail : tail) + near * bell * 0.3989422804014327f;
 }
 
 // Memory of this thread, at least n floats, aligned for any vector; what was there is gone when it has to grow.

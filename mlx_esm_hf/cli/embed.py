@@ -11,16 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_esm_hf.cli.errors import readable_errors
-from mlx_esm_hf.pipelines.embed import BATCH_TOKENS
 
 
 def embed(
     fasta: Annotated[Path, typer.Argument(help="Proteins in FASTA, plain or gzipped.", exists=True, dir_okay=False)],
     model: Annotated[str, typer.Option(help="A model on the Hub, or a folder.")],
     output: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    batch_tokens: Annotated[int, typer.Option(help="Most tokens that go through the model together.", min=1)] = (
-        BATCH_TOKENS
-    ),
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens that go through the model together.", min=1)
+    ] = None,
 ) -> None:
     """Embed proteins: the mean of the last hidden state over the residues of each.
 

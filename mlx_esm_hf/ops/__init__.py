@@ -19,6 +19,7 @@ __all__ = [
     "Packing",
     "attention",
     "attention_probabilities",
+    "batch_tokens",
     "gelu",
     "layer_norm",
     "linear",
@@ -35,6 +36,11 @@ def prepare() -> None:
     blas.bind()
     if _backend() is not gpu:
         cpu.keep_freed_memory()
+
+
+def batch_tokens() -> int:
+    """How many tokens at a time bulk work should give the default device: enough to keep it busy."""
+    return 16384 if _backend() is gpu else 2048
 
 
 def _backend(*arrays: mx.array | None) -> ModuleType:

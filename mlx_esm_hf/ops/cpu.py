@@ -70,8 +70,8 @@ def _exp_vjp(_: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 
 def _normal(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """|x|, e^(-x²/2) and the tail Φ(-|x|)."""
-    size = mx.abs(x)
-    bell = _exp2(x * x * (-0.5 * math.log2(math.e)))
+    size = mx.minimum(mx.abs(x), 12.0)  # where the tail is 2e-33, and P and Q are far from overflowing
+    bell = _exp2(size * size * (-0.5 * math.log2(math.e)))
     return size, bell, bell * (_polynomial(TAIL_P, size) / _polynomial(TAIL_Q, size))
 
 
@@ -85,7 +85,7 @@ def _gelu(x: mx.array) -> mx.array:
 @_gelu.vjp
 def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     _, bell, tail = _normal(x)
-    return cotangent * (mx.where(x > 0, 1 - tail, tail) + x * bell * (1 / math.sqrt(2 * math.pi)))
+    return cotangent * (mx.where(x > 0, 1 - tail, tail) + mx.clip(x, -12.0, 12.0) * bell * (1 / math.sqrt(2 * math.pi)))
 
 
 def gelu(x: mx.array) -> mx.array:

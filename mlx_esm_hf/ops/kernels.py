@@ -31,16 +31,17 @@ def _load() -> tuple[Any, str]:
         return None, "off (MLX_ESM_KERNELS=0)"
     try:
         build = json.loads(BUILD.read_text())
-    except (OSError, ValueError):
+        built_with = build.get("mlx")
+    except (OSError, ValueError, AttributeError):
         return None, "off: not built (they are for Linux, and need a C++ compiler when this package is installed)"
-    if "error" in build:
-        return None, f"off: not built ({build['error']})"
+    if built_with is None:
+        return None, f"off: not built ({build.get('error')})"
     try:
         installed = version("mlx-cpu")
     except PackageNotFoundError:
         installed = "none"
-    if installed != build["mlx"]:
-        return None, f"off: built with mlx-cpu {build['mlx']}, installed is {installed}; install mlx-esm-hf again"
+    if installed != built_with:
+        return None, f"off: built with mlx-cpu {built_with}, installed is {installed}; install mlx-esm-hf again"
     try:
         module: ModuleType = importlib.import_module("mlx_esm_hf.ops._native")
     except ImportError as error:

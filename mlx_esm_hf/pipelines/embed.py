@@ -11,19 +11,18 @@ import mlx.core as mx
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mlx_esm_hf import ops
 from mlx_esm_hf.checkpoint.write import replace_files
 from mlx_esm_hf.modeling_esm import MLXEsmModel
 from mlx_esm_hf.pipelines.batching import batches
 from mlx_esm_hf.pipelines.fasta import Protein
-
-BATCH_TOKENS = 2048
 
 
 def embed(
     model: MLXEsmModel,
     tokenizer: PreTrainedTokenizerBase,
     proteins: Sequence[Protein],
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda residues: None,
 ) -> np.ndarray:
     """The mean of the last hidden state over a protein's residues: [proteins, hidden_size], in float32.
@@ -31,7 +30,7 @@ def embed(
     Padding and special tokens do not take part, as in fair-esm's `extract`.
 
     Args:
-        batch_tokens: most tokens, with padding, that go through the model together.
+        batch_tokens: most tokens, with padding, that go through the model together; by default what suits the device.
         progress: is told the number of residues after each batch.
 
     Raises:
@@ -53,7 +52,7 @@ def embed(
             )
 
     embeddings = np.empty((len(proteins), model.config.hidden_size), np.float32)
-    for batch in batches([len(ids) for ids in encoded["input_ids"]], batch_tokens):
+    for batch in batches([len(ids) for ids in encoded["input_ids"]], batch_tokens or ops.batch_tokens()):
         inputs = tokenizer.pad({k: [v[i] for i in batch] for k, v in encoded.items()}, return_tensors="np")
         residues = mx.array(1 - inputs.pop("special_tokens_mask"))
         try:

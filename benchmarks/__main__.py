@@ -1,0 +1,108 @@
+"""python -m benchmarks"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.models import SHAPES
+from benchmarks.peers import cores
+from benchmarks.worker import REPOSITORY
+from benchmarks.workloads import TOLERANCE, WORKLOADS, Result, Session, Settings, alternate
+
+DEFAULT_MODELS = ",".join(name for name in SHAPES if name != "tiny")
+
+
+def chosen(names: str, known: list[str]) -> list[str]:
+    """A comma-separated option, in the order of what is known."""
+    picked = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in picked if name not in known]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(known)}")
+    return [name for name in known if name in picked]
+
+
+def measure(
+    models: list[str], workloads: list[str], fasta: Path, settings: Settings, console: Console
+) -> tuple[list[Result], dict[str, dict[str, str]]]:
+    """The results, and what the peers say of themselves. Only the workers of one model run at a time."""
+    results: list[Result] = []
+    about: dict[str, dict[str, str]] = {}
+    for model in models:
+        wanted = [name for name in workloads if model == "tiny" or model in WORKLOADS[name][1]]
+        if not wanted:
+            continue
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.cores) as pool:
+            session = Session(model, Path(folder, "checkpoint"), settings, pool)
+            command = [sys.executable, "-m", "benchmarks.models", model, str(session.folder), str(fasta.resolve())]
+            subprocess.run(command, check=True, cwd=REPOSITORY)
+            try:
+                for name in wanted:
+                    cases = list(WORKLOADS[name][0](session))
+                    for case in cases:
+                        start = time.monotonic()
+                        budget = settings.budget / len(cases)
+                        results.append(alternate(session, name, case, Path(folder), budget))
+                        console.print(f"{name} {model}, {case.name}: {time.monotonic() - start:.0f} s")
+            finally:
+                session.close()
+            about |= session.about
+    return results, about
+
+
+def main(
+    models: Annotated[str, typer.Option(help=f"Of {DEFAULT_MODELS}.")] = DEFAULT_MODELS,
+    workloads: Annotated[str, typer.Option(help="Which to run, of the default's.")] = ",".join(WORKLOADS),
+    fasta: Annotated[Path, typer.Option(help="Proteins, plain or gzipped.", exists=True, dir_okay=False)] = (
+        REPOSITORY / "examples" / "proteins.fasta"
+    ),
+    proteins: Annotated[int | None, typer.Option(help="How many are embedded; 64, or 16 for 650M.", min=2)] = None,
+    repeats: Annotated[int, typer.Option(help="Most rounds of each case.", min=1)] = 5,
+    budget: Annotated[float, typer.Option(help="Seconds for a workload, then only what it needs is measured.")] = 45,
+    at_least: Annotated[float, typer.Option(help="Seconds; what is over sooner is repeated.")] = 0.25,
+    dtype: Annotated[str, typer.Option(help=f"On a GPU, of {', '.join(TOLERANCE)}.")] = "float32",
+    esm_cpp_python: Annotated[str, typer.Option(help="An interpreter that has esm-cpp.")] = sys.executable,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Default: benchmarks-<date>.json.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as markdown, too.")] = None,
+) -> None:
+    """Measure this library and its peers side by side, in alternation: same weights, same cores, same proteins.
+
+    Ratios are of the same round, ours ÷ peer; their median counts. Exits with 1 if a peer failed or its answers are
+    not ours.
+    """
+    (dtype,) = chosen(dtype, list(TOLERANCE))
+    settings = Settings(repeats, budget, at_least, dtype, proteins, esm_cpp_python, len(cores()))
+    errors, about = Console(stderr=True, highlight=False), report.machine()
+    picked = chosen(models, list(SHAPES)), chosen(workloads, list(WORKLOADS))
+    results, about["peers"] = measure(*picked, fasta, settings, errors)
+
+    rows, goals = report.entries(results), report.targets(results)
+    json_file = json_file or Path(f"benchmarks-{datetime.date.today()}.json")
+    json_file.write_text(json.dumps({"machine": about, "results": rows, "targets": goals}, indent=1) + "\n")
+    grids = report.grids(rows, goals)
+    if markdown:
+        markdown.write_text(report.markdown(about, grids), encoding="utf-8")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    for grid in grids:
+        console.print(report.draw(grid))
+    failures = {f"{r.workload} {r.model} {name}": why for r in results for name, why in r.failed.items()}
+    for name, why in failures.items():
+        errors.print(f"{name}: {why}", markup=False)
+    if failures:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

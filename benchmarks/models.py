@@ -1,0 +1,72 @@
+"""The shapes that are measured, as checkpoints with random weights: all peers load the same files.
+
+`python -m benchmarks.models NAME FOLDER FASTA` writes one, and the proteins beside it, in a process of its own that
+gives its memory back: the parent of the workers stays small.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PROTEINS = "proteins.json"
+
+
+class Shape(NamedTuple):
+    layers: int
+    hidden: int
+    heads: int
+    rotary: bool = True
+
+    def linear_flops(self, tokens: int) -> int:
+        """Of the encoder's linear layers: four of hidden x hidden, two of hidden x 4 hidden."""
+        return 2 * 12 * self.hidden**2 * self.layers * tokens
+
+
+SHAPES = {
+    "tiny": Shape(2, 32, 2),  # for tests
+    "8M": Shape(6, 320, 20),
+    "35M": Shape(12, 480, 20),
+    "150M": Shape(30, 640, 20),
+    "650M": Shape(33, 1280, 20),
+    "ESM-1b": Shape(33, 1280, 20, rotary=False),
+}
+
+
+def config(shape: Shape) -> dict[str, Any]:
+    """The published configs, but for dropout: peers draw different random numbers, so training could not agree."""
+    return {
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": 4 * shape.hidden,
+        "vocab_size": 33,
+        "pad_token_id": 1,
+        "mask_token_id": 32,
+        "max_position_embeddings": 1026,
+        "position_embedding_type": "rotary" if shape.rotary else "absolute",
+        "emb_layer_norm_before": not shape.rotary,
+        "token_dropout": True,
+        "layer_norm_eps": 1e-5,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
+    import mlx.core as mx
+    from transformers.models.esm.configuration_esm import get_default_vocab_list
+
+    from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM
+    from mlx_esm_hf.pipelines.fasta import read_fasta
+
+    mx.random.seed(0)
+    MLXEsmForMaskedLM(MLXEsmConfig(**config(SHAPES[name]))).save_pretrained(folder)
+    (folder / PROTEINS).write_text(json.dumps([protein.sequence for protein in read_fasta(fasta)]))
+    (folder / "vocab.txt").write_text("\n".join(get_default_vocab_list()))
+
+
+if __name__ == "__main__":
+    write_checkpoint(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

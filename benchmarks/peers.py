@@ -1,0 +1,308 @@
+"""What a worker process computes with each library.
+
+The classes have the same methods, of which a library may lack some: `load` reads a checkpoint, the others compute one
+workload and return when it is done, on a GPU too. Libraries are imported by the constructor, so that a worker holds
+its own and no other. Embeddings are means of the last hidden state over a protein's residues.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+LEARNING_RATE = 1e-4
+BATCH = 8  # sequences, in transformers' padded batches
+FAIR_ESM_TOKENS = 4096  # fair-esm's `extract` has this default
+
+
+def cores() -> list[int]:
+    """Those that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def gemm_operands(tokens: int, hidden: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and weights of the six linear layers of one encoder layer."""
+    random = np.random.default_rng(0)
+    shapes = [(hidden, hidden)] * 4 + [(4 * hidden, hidden), (hidden, 4 * hidden)]
+    return [
+        (random.standard_normal((tokens, i), np.float32), random.standard_normal((o, i), np.float32)) for o, i in shapes
+    ]
+
+
+class Ours:
+    def __init__(self, dtype: str):
+        import mlx.core as mx
+        from transformers import EsmTokenizer
+
+        import mlx_esm_hf
+        from mlx_esm_hf.pipelines import embed
+        from mlx_esm_hf.pipelines.fasta import Protein
+
+        self.mx, self.library, self.Tokenizer, self.dtype = mx, mlx_esm_hf, EsmTokenizer, dtype
+        self.pipeline, self.Protein = embed, Protein
+        check_dtype(mx.default_device() == mx.cpu, dtype)
+
+    def load(self, folder: str) -> None:
+        self.model = self.library.MLXEsmForMaskedLM.from_pretrained(folder, dtype=self.dtype)
+        self.tokenizer = self.Tokenizer.from_pretrained(folder)
+        self.optimizer: Any = None
+        self.mx.eval(self.model.parameters())
+
+    def about(self) -> dict[str, str]:
+        from mlx_esm_hf.ops import blas
+
+        kernels = getattr(sys.modules.get("mlx_esm_hf.ops.kernels"), "STATE", "none in this version")
+        device = str(self.mx.default_device())
+        return {"version": version("mlx-esm-hf"), "device": device, "BLAS": blas.bind(), "kernels": kernels}
+
+    def embed(self, sequences: list[str]) -> np.ndarray:
+        proteins = [self.Protein(str(i), sequence) for i, sequence in enumerate(sequences)]
+        return self.pipeline.embed(self.model.esm, self.tokenizer, proteins)
+
+    def hidden(self, ids: list[list[int]]) -> Any:
+        return self._done(self.model.esm(self.mx.array(ids)).last_hidden_state)
+
+    def contacts(self, ids: list[list[int]]) -> Any:
+        ids = self.mx.array(ids)
+        return self._done(self.model.predict_contacts(ids, self.mx.ones_like(ids)))
+
+    def train(self, ids: list[list[int]], labels: list[list[int]]) -> Any:
+        import mlx.nn as nn
+        from mlx.optimizers import AdamW
+
+        if self.optimizer is None:
+            self.model.train()
+            self.optimizer = AdamW(LEARNING_RATE, bias_correction=True)
+            self.step = nn.value_and_grad(self.model, lambda ids, labels: self.model(ids, labels=labels).loss)
+        loss, gradients = self.step(self.mx.array(ids), self.mx.array(labels))
+        self.optimizer.update(self.model, gradients)
+        self.mx.eval(loss, self.model.parameters(), self.optimizer.state)
+        return loss
+
+    def gemm(self, tokens: int, hidden: int, repeats: int) -> None:
+        mx = self.mx
+        if not hasattr(self, "operands"):
+            to = getattr(mx, self.dtype)
+            self.operands = [(mx.array(x, to), mx.array(w, to)) for x, w in gemm_operands(tokens, hidden)]
+            mx.eval(self.operands)
+        for _ in range(repeats):
+            mx.eval([mx.matmul(x, w.T) for x, w in self.operands])
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return x if isinstance(x, np.ndarray) else np.array(x.astype(self.mx.float32))
+
+    def _done(self, x: Any) -> Any:
+        self.mx.eval(x)
+        return x
+
+
+class Torch:
+    """What transformers and fair-esm have in common."""
+
+    def __init__(self, dtype: str):
+        import torch
+
+        torch.set_num_threads(len(cores()))
+        self.torch, self.dtype = torch, getattr(torch, dtype)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_dtype(self.device.type == "cpu", dtype)
+
+    def gemm(self, tokens: int, hidden: int, repeats: int) -> None:
+        if not hasattr(self, "operands"):
+            self.operands = [
+                tuple(self.torch.tensor(a, dtype=self.dtype, device=self.device) for a in pair)
+                for pair in gemm_operands(tokens, hidden)
+            ]
+        with self.torch.inference_mode():
+            for _ in range(repeats):
+                for x, w in self.operands:
+                    self.torch.nn.functional.linear(x, w)
+        self._done()
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return x.detach().float().cpu().numpy()
+
+    def _tensor(self, ids: list[list[int]]) -> Any:
+        return self.torch.tensor(ids, device=self.device)
+
+    def _means(self, hidden: Any, sequences: Sequence[str]) -> list[Any]:
+        return [row[1 : len(sequence) + 1].float().mean(0) for row, sequence in zip(hidden, sequences, strict=True)]
+
+    def _done(self, x: Any = None) -> Any:
+        if self.device.type == "cuda":
+            self.torch.cuda.synchronize()
+        return x
+
+
+class Transformers(Torch):
+    def __init__(self, dtype: str):
+        super().__init__(dtype)
+        import transformers
+
+        self.Model, self.Tokenizer = transformers.EsmForMaskedLM, transformers.EsmTokenizer
+        self.optimizer: Any = None
+
+    def load(self, folder: str) -> None:
+        self.model = self.Model.from_pretrained(folder, dtype=self.dtype).to(self.device).eval()
+        self.tokenizer = self.Tokenizer.from_pretrained(folder)
+
+    def about(self) -> dict[str, str]:
+        return {"version": version("transformers"), "device": str(self.device)}
+
+    def attend(self, attention: str) -> None:
+        if self.model.config._attn_implementation != attention:
+            self.model.set_attn_implementation(attention)
+
+    def embed(self, sequences: list[str], attention: str, schedule: str) -> Any:
+        """In batches of eight "as they arrive" or "by length", or "one at a time"."""
+        self.attend(attention)
+        order = list(range(len(sequences)))
+        if schedule == "by length":
+            order.sort(key=lambda i: len(sequences[i]))
+        size = 1 if schedule == "one at a time" else BATCH
+        means: dict[int, Any] = {}
+        with self.torch.inference_mode():
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                texts = [sequences[i] for i in batch]
+                inputs = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+                means.update(zip(batch, self._means(self.model.esm(**inputs).last_hidden_state, texts), strict=True))
+            return self._done(self.torch.stack([means[i] for i in range(len(sequences))]))
+
+    def hidden(self, ids: list[list[int]], attention: str) -> Any:
+        self.attend(attention)
+        with self.torch.inference_mode():
+            return self._done(self.model.esm(self._tensor(ids)).last_hidden_state)
+
+    def contacts(self, ids: list[list[int]], attention: str) -> Any:
+        self.attend(attention)
+        tokens = self._tensor(ids)
+        with self.torch.inference_mode():
+            return self._done(self.model.predict_contacts(tokens, self.torch.ones_like(tokens)))
+
+    def train(self, ids: list[list[int]], labels: list[list[int]], attention: str) -> Any:
+        self.attend(attention)
+        if self.optimizer is None:
+            self.model.train()
+            self.optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(self._tensor(ids), labels=self._tensor(labels)).loss
+        loss.backward()
+        self.optimizer.step()
+        return self._done(loss)
+
+
+class FairEsm(Torch):
+    """ESM-2 only: transformers' names are translated, in this order, as a part of some is the whole of others."""
+
+    RENAMES = (
+        ("esm.encoder.layer.", "layers."),
+        ("esm.encoder.", ""),
+        ("esm.embeddings.word_embeddings.", "embed_tokens."),
+        ("esm.contact_head.", "contact_head."),
+        ("attention.self.query.", "self_attn.q_proj."),
+        ("attention.self.key.", "self_attn.k_proj."),
+        ("attention.self.value.", "self_attn.v_proj."),
+        ("attention.self.rotary_embeddings.", "self_attn.rot_emb."),
+        ("attention.output.dense.", "self_attn.out_proj."),
+        ("attention.LayerNorm.", "self_attn_layer_norm."),
+        ("intermediate.dense.", "fc1."),
+        ("output.dense.", "fc2."),
+        ("LayerNorm.", "final_layer_norm."),
+    )
+
+    def __init__(self, dtype: str):
+        super().__init__(dtype)
+        from esm.data import FastaBatchedDataset
+        from esm.model.esm2 import ESM2
+
+        self.ESM2, self.Dataset = ESM2, FastaBatchedDataset
+
+    def load(self, folder: str) -> None:
+        import json
+
+        from safetensors.torch import load_file
+
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            config = SimpleNamespace(**json.load(file))
+        state = {}
+        for key, tensor in load_file(os.path.join(folder, "model.safetensors")).items():
+            for theirs, name in self.RENAMES:
+                key = key.replace(theirs, name)
+            state[key] = tensor
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+        self.model = self.ESM2(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, "ESM-1b", True)
+        self.model.load_state_dict(state)
+        self.model.to(self.device, self.dtype).eval()
+
+    def about(self) -> dict[str, str]:
+        return {"version": version("fair-esm"), "device": str(self.device)}
+
+    def embed(self, sequences: list[str]) -> Any:
+        """As its `extract` does: batches by length, up to a budget of tokens."""
+        data = self.Dataset([str(i) for i in range(len(sequences))], sequences)
+        convert = self.model.alphabet.get_batch_converter()
+        means: dict[int, Any] = {}
+        with self.torch.inference_mode():
+            for batch in data.get_batch_indices(FAIR_ESM_TOKENS, extra_toks_per_seq=1):
+                _, texts, tokens = convert([data[i] for i in batch])
+                means.update(zip(batch, self._means(self._hidden(tokens.to(self.device)), texts), strict=True))
+            return self._done(self.torch.stack([means[i] for i in range(len(sequences))]))
+
+    def hidden(self, ids: list[list[int]]) -> Any:
+        with self.torch.inference_mode():
+            return self._done(self._hidden(self._tensor(ids)))
+
+    def contacts(self, ids: list[list[int]]) -> Any:
+        with self.torch.inference_mode():
+            return self._done(self.model.predict_contacts(self._tensor(ids)))
+
+    def _hidden(self, tokens: Any) -> Any:
+        last = self.model.num_layers
+        return self.model(tokens, repr_layers=[last])["representations"][last]
+
+
+class EsmCpp:
+    """ESM-2 in float32 on a CPU, on all cores that it may use.
+
+    A sequence at a time: its call for batches returns scores, but no hidden state.
+    """
+
+    def __init__(self, dtype: str):
+        import esm_cpp
+
+        check_dtype(True, dtype)
+        self.library = esm_cpp
+
+    def load(self, folder: str) -> None:
+        self.model = self.library.Model.load_from_safetensors(os.path.join(folder, "model.safetensors"))
+        self.tokenizer = self.library.Tokenizer()
+
+    def about(self) -> dict[str, str]:
+        return {"version": version("esm-cpp"), "device": f"cpu, {self.library.current_isa()}"}
+
+    def embed(self, sequences: list[str]) -> np.ndarray:
+        return np.stack([self._hidden(self.tokenizer.encode(text))[1:-1].mean(0) for text in sequences])
+
+    def hidden(self, ids: list[list[int]]) -> np.ndarray:
+        return np.stack([self._hidden(row) for row in ids])
+
+    def numpy(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def _hidden(self, ids: list[int]) -> np.ndarray:
+        return self.model.forward_with_hidden_states(np.array(ids, np.int32))[1][-1]
+
+
+def check_dtype(on_cpu: bool, dtype: str) -> None:
+    if on_cpu and dtype != "float32":
+        raise ValueError(f"{dtype} is for GPUs; on a CPU the dtype is float32.")
+
+
+PEERS = {"ours": Ours, "transformers": Transformers, "fair-esm": FairEsm, "esm-cpp": EsmCpp}

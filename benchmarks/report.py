@@ -1,0 +1,194 @@
+"""The run in tables, in JSON and in markdown."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from benchmarks.peers import cores
+from benchmarks.worker import REPOSITORY
+from benchmarks.workloads import OURS, USUAL, Result
+
+PACKAGES = ("mlx-esm-hf", "mlx", "scipy-openblas32", "numpy", "torch", "transformers", "fair-esm", "esm-cpp")
+
+
+class Target(NamedTuple):
+    """Ours ÷ the best of the peers with this prefix, at least `bound`; at most, if in memory."""
+
+    workload: str
+    models: tuple[str, ...]
+    against: str
+    bound: float
+    case: str = ""
+
+
+TARGETS = (
+    Target("bulk", ("8M", "150M", "tiny"), "transformers", 1.25),
+    Target("bulk", ("8M", "150M", "tiny"), USUAL, 3),
+    Target("bulk", ("650M", "ESM-1b"), "transformers", 1.15),
+    Target("bulk", ("650M", "ESM-1b"), USUAL, 2.5),
+    Target("uniform", ("150M", "650M", "tiny"), "", 1.15),
+    Target("single", ("8M", "150M", "650M", "tiny"), "", 1.1, "256 residues"),
+    Target("training", ("35M", "tiny"), "transformers", 1),
+    Target("gemm", ("650M", "tiny"), "gemm", 0.85),
+    Target("memory", ("650M", "tiny"), "transformers", 1),
+)
+AGAINST = {"": "best peer", "transformers": "transformers at its best", "gemm": "the machine's gemm"}
+
+
+class Grid(NamedTuple):
+    """A table, before it is drawn."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "commit": commit(),
+        "CPU": cpu_model(),
+        "cores": len(cores()),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+        "OS": platform.platform(),
+        "load average": f"{os.getloadavg()[0]:.1f}",
+        "Python": platform.python_version(),
+        "packages": {package: installed(package) for package in PACKAGES},
+    }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "--short", "HEAD").strip() + (" and changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def shown(value: float, unit: str) -> float:
+    """A value, which is work per second or bytes, in the unit that it is shown in."""
+    if unit in ("ms", "s"):
+        return (1000 if unit == "ms" else 1) / value
+    return value / (1e9 if unit in ("GB", "GFLOP/s") else 1)
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    values = list(values)
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def entries(results: list[Result]) -> list[dict[str, Any]]:
+    """For each peer in each case its ratio and its figures, or the reason why there are none."""
+    rows = []
+    for result in results:
+        for name in [*result.names(), *result.absent]:
+            row = {**where(result), "peer": name, "unit": result.unit, "rounds": len(result.values(name))}
+            if reason := result.absent.get(name):
+                row["reason"] = reason
+            else:
+                row["figure"] = spread(shown(value, result.unit) for value in result.values(name))
+                row["ratio"] = spread(result.ratios(name)) if name != OURS else None
+                row["deviation"] = result.deviation.get(name)
+            rows.append(row)
+    return rows
+
+
+def targets(results: list[Result]) -> list[dict[str, Any]]:
+    rows = []
+    for target, result in itertools.product(TARGETS, results):
+        if result.workload != target.workload or result.model not in target.models:
+            continue
+        if target.case not in ("", result.case):
+            continue
+        ratios, at_most = result.ratios(*result.peers(target.against)), result.unit == "GB"
+        row = {**where(result), "against": AGAINST.get(target.against, target.against)}
+        row |= {"target": f"{'≤' if at_most else '≥'} {target.bound:.2f}", "ratio": None, "verdict": "no peer"}
+        if ratios:
+            reached = median(ratios) <= target.bound if at_most else median(ratios) >= target.bound
+            row |= {"ratio": spread(ratios), "verdict": "pass" if reached else "short"}
+        rows.append(row)
+    return rows
+
+
+def where(result: Result) -> dict[str, Any]:
+    return {"workload": result.workload, "model": result.model, "case": result.case}
+
+
+def digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def cells(values: dict[str, float] | None, unit: str = "") -> tuple[str, str]:
+    if not values:
+        return "", ""
+    form = digits if unit else "{:.2f}".format
+    return f"{form(values['median'])} {unit}".strip(), f"{form(values['min'])} .. {form(values['max'])}"
+
+
+def grids(rows: list[dict[str, Any]], goals: list[dict[str, Any]]) -> list[Grid]:
+    def place(row: dict[str, Any]) -> str:
+        return f"{row['workload']} {row['model']}, {row['case']}"
+
+    measured = []
+    for row in rows:
+        figures = cells(row.get("figure"), row["unit"])
+        if "reason" in row:
+            figures = row["reason"].splitlines()[0], ""
+        measured.append((place(row), row["peer"], *cells(row.get("ratio")), *figures, str(row["rounds"])))
+    reached = [(place(g), g["against"], *cells(g["ratio"]), g["target"], g["verdict"]) for g in goals]
+    ratio, figure = ("ours ÷ peer", "min .. max"), ("median", "min .. max")
+    return [
+        Grid("Measurements: ratios of speed, or of bytes", ("workload", "peer", *ratio, *figure, "rounds"), measured),
+        Grid("Targets", ("workload", "peer", *ratio, "target", ""), reached),
+    ]
+
+
+def draw(grid: Grid) -> Table:
+    table = Table(*grid.columns, title=grid.title)
+    for before, row in zip([None, *grid.rows], grid.rows, strict=False):
+        if before and before[0] != row[0]:
+            table.add_section()
+        table.add_row(*row)
+    return table
+
+
+def markdown(about: dict[str, Any], grids: list[Grid]) -> str:
+    lines = [f"# Benchmarks of {about['date'][:10]}", ""]
+    for key, value in about.items():
+        if isinstance(value, dict):
+            value = "; ".join(
+                f"{name} {', '.join(f'{k} {v}' for k, v in item.items()) if isinstance(item, dict) else item}"
+                for name, item in value.items()
+            )
+        lines.append(f"- {key}: {value}")
+    for grid in reversed(grids):
+        lines += ["", f"## {grid.title}", "", f"| {' | '.join(grid.columns)} |", "|---" * len(grid.columns) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in grid.rows]
+    return "\n".join(lines) + "\n"

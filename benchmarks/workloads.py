@@ -1,0 +1,386 @@
+"""What is measured, of which model, against whom, and how the peers take turns."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.models import PROTEINS, SHAPES, Shape
+from benchmarks.worker import NotInstalled, Worker
+
+OURS, KERNELS_OFF = "ours", "ours, kernels off"
+USUAL = "transformers sdpa, as they arrive"
+BEST = ("transformers sdpa, one at a time", "transformers sdpa, by length")
+QUICK = 1  # seconds; what warms up sooner is warmed up by a whole measurement, too
+MIN_ROUNDS = 2  # of ours and of the best peer, whatever they take
+PROBE = 64  # tokens, for a guess of how long a peer will take
+LONGEST = 1022  # residues that ESM-1b has positions for
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # relative to the largest value
+
+
+@dataclass
+class Runner:
+    """One measurement of one peer: a warm-up, then values, speeds unless the case says otherwise.
+
+    `run` takes a file for the answer, or None. `needed` rounds are measured even if time is up; `guess` is how many
+    seconds one will take.
+    """
+
+    name: str
+    run: Callable[[Path | None], float]
+    warm: Callable[[], object] = lambda: None
+    needed: int = 0
+    guess: Callable[[], float] = lambda: 0
+
+
+class Case(NamedTuple):
+    """What the runners, ours first, do; `unit` is how their values are shown."""
+
+    name: str
+    unit: str
+    runners: list[Runner]
+    rounds: int = MIN_ROUNDS
+
+
+@dataclass
+class Result:
+    """The values of each round, and the peers that have none, with the reason."""
+
+    workload: str
+    model: str
+    case: str
+    unit: str
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    deviation: dict[str, float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for values in self.rounds for name in values))
+
+    def values(self, name: str) -> list[float]:
+        return [values[name] for values in self.rounds if name in values]
+
+    def peers(self, prefix: str = "") -> list[str]:
+        return [name for name in self.names() if name.startswith(prefix) and not name.startswith(OURS)]
+
+    def ratios(self, *names: str) -> list[float]:
+        """Ours ÷ the best of these peers in each round that has both; what counts in bytes is best when small."""
+        best = min if self.unit == "GB" else max
+        return [
+            values[OURS] / best(values[name] for name in names if name in values)
+            for values in self.rounds
+            if any(name in values for name in names)
+        ]
+
+
+@dataclass
+class Settings:
+    repeats: int
+    budget: float  # seconds for a workload, beyond which only needed rounds are measured
+    at_least: float  # seconds; what is over sooner is repeated, and its mean counts
+    dtype: str
+    proteins: int | None
+    esm_cpp_python: str
+    cores: int
+    slow_schedules: set[str] = field(default_factory=set)  # that the smallest model has shown to be slower
+
+
+@dataclass
+class Session:
+    """One model's checkpoint, and the workers that have loaded it.
+
+    They are started side by side, as soon as a runner that needs them is made; `wait` before measuring.
+    """
+
+    model: str
+    folder: Path
+    settings: Settings
+    pool: Executor
+    workers: dict[tuple[str, int], Future[Worker]] = field(default_factory=dict)
+    about: dict[str, dict[str, str]] = field(default_factory=dict)
+    paces: dict[str, float] = field(default_factory=dict)
+    best_schedule: str = BEST[0]
+
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.model]
+
+    def start(self, name: str, cores: int = 0) -> Worker:
+        peer, environment = (OURS, {"MLX_ESM_KERNELS": "0"}) if name == KERNELS_OFF else (name, {})
+        python = {"python": self.settings.esm_cpp_python} if name == "esm-cpp" else {}
+        worker = Worker(peer, self.folder, self.settings.dtype, cores, environment, **python)
+        self.about[name] = worker.ready["about"]
+        return worker
+
+    def worker(self, name: str, cores: int = 0) -> Worker:
+        return self.workers[name, cores].result()
+
+    def wait(self) -> None:
+        wait(self.workers.values())
+
+    def close(self) -> None:
+        while self.workers:
+            worker = self.workers.popitem()[1]
+            if worker.exception() is None:
+                worker.result().close()
+
+    def pace(self, name: str) -> float:
+        """About how many seconds a token takes."""
+        if name not in self.paces:
+            args = {"ids": token_ids(1, PROBE)} | ({"attention": "sdpa"} if name == "transformers" else {})
+            self.paces[name] = self.worker(name).ask("hidden", args)["seconds"] / PROBE
+        return self.paces[name]
+
+    def proteins(self, default: int) -> list[str]:
+        sequences = json.loads((self.folder / PROTEINS).read_text())
+        return [sequence for sequence in sequences if len(sequence) <= LONGEST][: self.settings.proteins or default]
+
+    def runner(
+        self,
+        call: str,
+        args: dict[str, Any],
+        process: str,
+        name: str = "",
+        work: float = 1,
+        warm: dict[str, Any] | None = None,
+        needed: int = 0,
+        cores: int = 0,
+        tokens: int = 0,
+    ) -> Runner:
+        """A call of a peer's method, as `work` per second. `warm` replaces arguments of a smaller warm-up.
+
+        `tokens` is how many it has, for a guess of its time.
+        """
+        if (process, cores) not in self.workers:
+            self.workers[process, cores] = self.pool.submit(self.start, process, cores)
+
+        def run(keep: Path | None) -> float:
+            return work / self.worker(process, cores).ask(call, args, self.settings.at_least, keep)["seconds"]
+
+        def warm_up() -> None:
+            seconds = self.worker(process, cores).ask(call, args | (warm or {}))["seconds"]
+            if seconds < QUICK:
+                self.worker(process, cores).ask(call, args)
+
+        return Runner(name or process, run, warm_up, needed, lambda: tokens and tokens * self.pace(process))
+
+    def everyone(self, call: str, args: dict[str, Any], attentions: tuple[str, ...], **options: Any) -> list[Runner]:
+        """The same call of all peers that have this model."""
+        runners = [self.runner(call, args, OURS, **options)]
+        for attention in attentions:
+            theirs = args | {"attention": attention}
+            runners.append(self.runner(call, theirs, "transformers", f"transformers {attention}", **options))
+        if self.shape.rotary:
+            runners.append(self.runner(call, args, "fair-esm", **options))
+        runners.append(self.runner(call, args, KERNELS_OFF, **options))
+        if self.shape.rotary and self.settings.dtype == "float32" and call != "contacts":
+            runners.append(self.runner(call, args, "esm-cpp", **options))
+        return runners
+
+
+def token_ids(rows: int, length: int) -> list[list[int]]:
+    """Rows of residues between <cls> and <eos>."""
+    ids = np.random.default_rng(0).integers(4, 24, (rows, length))
+    ids[:, 0], ids[:, -1] = 0, 2
+    return ids.tolist()
+
+
+def bulk(s: Session) -> Iterator[Case]:
+    sequences = s.proteins(16 if s.shape.hidden >= 1280 else 64)
+    args: dict[str, Any] = {"sequences": sequences}
+    residues = sum(map(len, sequences))
+    options: dict[str, Any] = {"work": residues, "tokens": residues, "warm": {"sequences": sequences[:2]}}
+    ours, *others = s.everyone("embed", args, (), **options)
+    schedules = []
+    for name in (*BEST, USUAL, *(name.replace("sdpa", "eager") for name in BEST)):
+        attention, schedule = name.removeprefix("transformers ").split(", ")
+        theirs = args | {"attention": attention, "schedule": schedule}
+        needed = attention == "sdpa" and name not in s.settings.slow_schedules
+        schedules.append(s.runner("embed", theirs, "transformers", name, needed=int(needed), **options))
+    yield Case(f"{len(sequences)} proteins", "residues/s", [ours, *schedules, *others])
+
+
+def uniform(s: Session) -> Iterator[Case]:
+    ids = token_ids(4, 512)
+    runners = s.everyone("hidden", {"ids": ids}, ("sdpa", "eager"), warm={"ids": ids[:1]}, tokens=2048)
+    yield Case("4 x 512 tokens", "ms", runners)
+
+
+def single(s: Session) -> Iterator[Case]:
+    for residues in (64, 256, LONGEST):
+        ids = token_ids(1, residues + 2)
+        runners = s.everyone("hidden", {"ids": ids}, ("sdpa", "eager"), tokens=residues)
+        yield Case(f"{residues} residues", "ms", runners)
+
+
+def contacts(s: Session) -> Iterator[Case]:
+    runners = s.everyone("contacts", {"ids": token_ids(1, 258)}, ("eager",), tokens=256)
+    yield Case("256 residues", "ms", runners)
+
+
+def training(s: Session) -> Iterator[Case]:
+    ids = np.array(token_ids(8, 256))
+    masked = np.random.default_rng(1).random(ids.shape) < 0.15
+    args = {"ids": np.where(masked, 32, ids).tolist(), "labels": np.where(masked, ids, -100).tolist()}
+    theirs = s.runner("train", args | {"attention": "sdpa"}, "transformers", "transformers sdpa")
+    runners = [s.runner("train", args, OURS), theirs, s.runner("train", args, KERNELS_OFF)]
+    yield Case("8 x 256 tokens, AdamW", "ms", runners)
+
+
+def gemm(s: Session) -> Iterator[Case]:
+    """The model's linear layers, against the same products alone: the ratio is the share of the machine's speed."""
+    ids, layers, T, D = token_ids(4, 512), 4, 2048, s.shape.hidden
+    model = s.runner("hidden", {"ids": ids}, OURS, work=s.shape.linear_flops(T), warm={"ids": ids[:1]})
+    work = Shape(layers, D, 1).linear_flops(T)
+    args = {"tokens": T, "hidden": D, "repeats": layers}
+    products = [
+        s.runner("gemm", args, process, f"gemm by {name}", work, warm={"repeats": 1})
+        for process, name in (("transformers", "torch"), (OURS, "MLX"))
+    ]
+    for product in products:
+        product.needed = MIN_ROUNDS
+    yield Case("linear layers of 4 x 512 tokens", "GFLOP/s", [model, *products])
+
+
+def scaling(s: Session) -> Iterator[Case]:
+    sequences, most = s.proteins(16), s.settings.cores
+    counts = [most, *(2**n for n in reversed(range(most.bit_length())) if 2**n < most)]
+    runners = [
+        s.runner(
+            "embed",
+            {"sequences": sequences},
+            OURS,
+            f"on {count} of them" if count < most else OURS,
+            work=sum(map(len, sequences)),
+            warm={"sequences": sequences[:2]},
+            needed=MIN_ROUNDS,
+            cores=count if count < most else 0,
+        )
+        for count in counts
+    ]
+    yield Case(f"{len(sequences)} proteins on {most} cores", "residues/s", runners)
+
+
+def loading(s: Session) -> Iterator[Case]:
+    """Checkpoint and a first forward of 8 tokens, in fresh processes; without the imports."""
+
+    def runner(name: str, process: str, args: dict[str, Any]) -> Runner:
+        def run(keep: Path | None) -> float:
+            with s.start(process) as worker:
+                return 1 / (worker.ready["seconds"] + worker.ask("hidden", args, keep=keep)["seconds"])
+
+        return Runner(name, run)
+
+    s.close()
+    args: dict[str, Any] = {"ids": token_ids(1, 8)}
+    theirs = runner("transformers sdpa", "transformers", args | {"attention": "sdpa"})
+    yield Case("and 8 tokens", "s", [runner(OURS, OURS, args), theirs])
+
+
+def memory(s: Session) -> Iterator[Case]:
+    """Peak memory of bulk embedding, in fresh processes."""
+    sequences = s.proteins(16)
+
+    def runner(name: str, process: str, args: dict[str, Any]) -> Runner:
+        def run(keep: Path | None) -> float:
+            with s.start(process) as worker:
+                return worker.ask("embed", args, keep=keep)["peak_bytes"]
+
+        return Runner(name, run, needed=1)
+
+    s.close()
+    attention, schedule = s.best_schedule.removeprefix("transformers ").split(", ")
+    theirs = {"sequences": sequences, "attention": attention, "schedule": schedule}
+    runners = [runner(OURS, OURS, {"sequences": sequences}), runner(s.best_schedule, "transformers", theirs)]
+    yield Case(f"bulk, {len(sequences)} proteins", "GB", runners, rounds=1)
+
+
+# In this order: those in fresh processes close the workers, and training changes their weights.
+WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]] = {
+    "bulk": (bulk, ("8M", "150M", "650M", "ESM-1b")),
+    "uniform": (uniform, ("8M", "150M", "650M")),
+    "single": (single, ("8M", "150M", "650M")),
+    "contacts": (contacts, ("150M",)),
+    "gemm": (gemm, ("650M",)),
+    "scaling": (scaling, ("8M", "150M")),
+    "training": (training, ("35M",)),
+    "loading": (loading, ("650M",)),
+    "memory": (memory, ("650M",)),
+}
+
+
+def alternate(session: Session, workload: str, case: Case, scratch: Path, budget: float) -> Result:
+    """Rounds in which one peer after the other is measured, in turned order every second time.
+
+    Ours, and after the first round the best peer, go on until there are enough rounds; the others only as long as
+    the budget, in seconds, lasts. A peer whose answer is not ours has failed.
+    """
+    session.wait()
+    settings, result = session.settings, Result(workload, session.model, case.name, case.unit)
+    begin, took, answers = time.monotonic(), dict[str, float](), dict[str, np.ndarray]()
+    ours, *others = case.runners
+    ours.needed = min(case.rounds, settings.repeats)
+
+    def fits(*runners: Runner) -> bool:
+        cost = sum(took[runner.name] if runner.name in took else runner.guess() for runner in runners)
+        return time.monotonic() - begin + cost <= budget
+
+    def measure(runner: Runner) -> float:
+        first, keep = runner.name not in took, scratch / "answer.npy"
+        if first:
+            keep.unlink(missing_ok=True)
+            runner.warm()
+        start = time.monotonic()
+        value = runner.run(keep if first else None)
+        took[runner.name] = time.monotonic() - start
+        if first and keep.exists():
+            answers[runner.name] = np.load(keep)
+            check(runner.name)
+        return value
+
+    def check(name: str) -> None:
+        if OURS in answers and name != OURS:
+            difference = np.abs(answers[name] - answers[OURS]).max() / np.abs(answers[OURS]).max()
+            result.deviation[name] = float(difference)
+            if not difference <= TOLERANCE[settings.dtype]:
+                raise RuntimeError(f"its answer differs from ours by {difference:.1e}")
+
+    for turn in range(settings.repeats):
+        if turn >= ours.needed and not fits(ours, *(runner for runner in others if runner.needed > 1)):
+            break
+        result.rounds.append({})
+        for runner in case.runners[:: -1 if turn % 2 else 1]:
+            if runner.name in result.absent:
+                continue
+            try:
+                if runner is ours or turn < runner.needed or fits(runner):
+                    result.rounds[-1][runner.name] = measure(runner)
+                elif turn == 0:
+                    result.absent[runner.name] = "left out: no time"
+            except NotInstalled as reason:
+                result.absent[runner.name] = str(reason)
+            except RuntimeError as reason:
+                if runner is ours:
+                    raise
+                result.failed[runner.name] = result.absent[runner.name] = str(reason)
+                for values in result.rounds:
+                    values.pop(runner.name, None)
+        for prefix in ("transformers", ""):
+            if turn == 0 and (peers := result.peers(prefix)):
+                best = min(peers, key=took.__getitem__)
+                next(runner for runner in others if runner.name == best).needed = ours.needed
+
+    speeds = {name: median(result.values(name)) for name in BEST if result.values(name)}
+    if workload == "bulk" and speeds:
+        session.best_schedule = max(speeds, key=speeds.__getitem__)
+        settings.slow_schedules |= {name for name in speeds if speeds[name] < 0.9 * speeds[session.best_schedule]}
+    return result

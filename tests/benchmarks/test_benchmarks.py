@@ -1,0 +1,74 @@
+"""`python -m benchmarks` as a command, on a model of 2 layers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("torch")
+
+CASES = {
+    "bulk": ["3 proteins"],
+    "uniform": ["4 x 512 tokens"],
+    "single": ["64 residues", "256 residues", "1022 residues"],
+    "contacts": ["256 residues"],
+    "gemm": ["linear layers of 4 x 512 tokens"],
+    "training": ["8 x 256 tokens, AdamW"],
+    "loading": ["and 8 tokens"],
+    "memory": ["bulk, 3 proteins"],
+}
+TARGETS = {"bulk": 2, "uniform": 1, "single": 1, "training": 1, "gemm": 1, "memory": 1}
+SMALLER_IS_BETTER = {"ms": True, "s": True, "residues/s": False, "GFLOP/s": False}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What the command prints, and the files that it writes."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    options = ["--models=tiny", "--proteins=3", "--repeats=1", "--at-least=0", "--budget=1000"]
+    command = [sys.executable, "-m", "benchmarks", *options, "--json", folder / "a.json", "--markdown", folder / "a.md"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((folder / "a.json").read_text()), (folder / "a.md").read_text(encoding="utf-8")
+
+
+def test_every_peer_is_measured_in_every_workload(run):
+    printed, data, markdown = run
+    rows = {(row["workload"], row["case"], row["peer"]): row for row in data["results"]}
+    for workload, cases in CASES.items():
+        for case in cases:
+            peers = [peer for w, c, peer in rows if (w, c) == (workload, case)]
+            assert peers[0] == "ours" and len(peers) > 1, (workload, case)
+            for text in (printed, markdown):
+                assert f"{workload} tiny, {case}" in text
+    assert {"transformers sdpa, as they arrive", "transformers eager, by length", "ours, kernels off"} <= {
+        peer for _, _, peer in rows
+    }
+    assert data["machine"]["cores"] >= 1 and data["machine"]["peers"]["ours"]["BLAS"]
+
+
+def test_ratios_are_those_of_the_figures(run):
+    rows = [row for row in run[1]["results"] if "figure" in row]
+    ours = {(row["workload"], row["case"]): row["figure"]["median"] for row in rows if row["peer"] == "ours"}
+    for row in rows:
+        if row["peer"] == "ours":
+            continue
+        ratio = ours[row["workload"], row["case"]] / row["figure"]["median"]
+        if SMALLER_IS_BETTER.get(row["unit"]):
+            ratio = 1 / ratio
+        assert row["ratio"]["median"] == pytest.approx(ratio), row
+        if row["deviation"] is not None:
+            assert row["deviation"] <= 1e-3, row
+
+
+def test_targets_are_judged(run):
+    printed, data, markdown = run
+    for workload, count in TARGETS.items():
+        rows = [row for row in data["targets"] if row["workload"] == workload]
+        assert len(rows) == count
+        for row in rows:
+            bound = float(row["target"].split()[1])
+            reached = row["ratio"]["median"] <= bound if "≤" in row["target"] else row["ratio"]["median"] >= bound
+            assert row["verdict"] == ("pass" if reached else "short")
+            assert row["verdict"] in printed and f"| {row['target']} | {row['verdict']} |" in markdown

@@ -1,0 +1,703 @@
+"""The kernels of `native/`, each instruction set of this machine, against float64 and held to torch's float32."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_esm_hf import MLXEsmConfig, MLXEsmModel
+from mlx_esm_hf.ops import kernels
+from mlx_esm_hf.ops.packing import Packing
+
+native = kernels.native
+if native is None:
+    pytest.skip(f"the kernels are {kernels.STATE}", allow_module_level=True)
+
+EPS = 1e-5
+RAGGED = [0, 1, 1, 18, 300]  # with an empty sequence
+F = torch.nn.functional
+
+
+@pytest.fixture(autouse=True)
+def _cpu() -> Iterator[None]:
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
+@pytest.fixture(params=native.instruction_sets())
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.instruction_set()
+    native.choose(request.param)
+    yield request.param
+    native.choose(before)
+
+
+every_set = pytest.mark.usefixtures("instructions")
+
+
+def numbers(*shape: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+def tensor(x: Any, dtype: torch.dtype) -> Any:
+    return torch.tensor(x, dtype=dtype) if isinstance(x, np.ndarray) and x.dtype == np.float32 else x
+
+
+def evaluated(x: Any) -> Any:
+    """What `native` takes for an argument of a test, an array already evaluated."""
+    x = mx.array(x) if isinstance(x, np.ndarray) else x
+    mx.eval(x)
+    return x
+
+
+def norm(x: Any) -> float:
+    return float(np.abs(np.asarray(x, np.float64)).max(initial=0))
+
+
+def hold(ours: mx.array, torch32: torch.Tensor, torch64: torch.Tensor) -> None:
+    exact, found = torch64.detach().numpy(), np.array(ours)
+    assert found.shape == exact.shape and found.dtype == np.float32
+    error, allowed = norm(found - exact), norm(torch32.detach().double().numpy() - exact)
+    assert error <= 3 * allowed + 1e-6 * norm(exact), (error, allowed, norm(exact))
+
+
+def check(ours: Callable[..., mx.array], reference: Callable[..., torch.Tensor], *arguments: Any) -> None:
+    """Hold an operation to the same function in torch."""
+    result = ours(*map(evaluated, arguments))
+    hold(result, *(reference(*(tensor(x, t) for x in arguments)) for t in (torch.float32, torch.float64)))
+
+
+def plain(function: Any) -> Any:
+    return function
+
+
+def check_gradients(
+    ours: Callable[..., mx.array], reference: Callable[..., torch.Tensor], *inputs: np.ndarray, wrap: Any = plain
+) -> None:
+    """Hold the gradients by all inputs to torch's, for a random gradient of the output."""
+    expected = []
+    for dtype in (torch.float32, torch.float64):
+        tensors = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in inputs]
+        output = reference(*tensors)
+        cotangent = numbers(*output.shape, seed=99)
+        expected.append(torch.autograd.grad(output, tensors, torch.tensor(cotangent, dtype=dtype)))
+
+    def loss(*x: mx.array) -> mx.array:
+        return (ours(*x) * mx.array(cotangent)).sum()
+
+    argnums = list(range(len(inputs)))
+    gradient = mx.compile(mx.grad(loss, argnums)) if wrap is mx.compile else mx.grad(wrap(loss), argnums)
+    found = gradient(*map(mx.array, inputs))
+    for by_input, *bars in zip(found if len(inputs) > 1 else [found], *expected, strict=True):
+        hold(by_input, *bars)
+
+
+wrappings = pytest.mark.parametrize("wrap", [plain, mx.compile, mx.checkpoint], ids=["plain", "compile", "checkpoint"])
+
+
+# What the operations compute, in torch.
+
+
+def torch_linear(x: Any, weight: Any, bias: Any = None, residual: Any = None, gelu: bool = False) -> torch.Tensor:
+    y = F.linear(x, weight, bias)
+    y = F.gelu(y) if gelu else y
+    return y if residual is None else y + residual
+
+
+def torch_layer_norm(x: Any, weight: Any, bias: Any, eps: float = EPS) -> torch.Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def torch_softmax(x: torch.Tensor) -> torch.Tensor:
+    return x.softmax(-1)
+
+
+def torch_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    offsets: list[int],
+    mask: Any = None,
+    cos: Any = None,
+    sin: Any = None,
+    bias_k: Any = None,
+    bias_v: Any = None,
+) -> torch.Tensor:
+    def split(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(0, 1)
+
+    def rotate(x: torch.Tensor, part: slice) -> torch.Tensor:
+        x1, x2 = x.chunk(2, -1)
+        c, s = cos[part], sin[part]
+        return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
+
+    outputs = [query[:0]]
+    for start, end in itertools.pairwise(offsets):
+        part = slice(start, end)
+        k, v = (x[part] if b is None else torch.cat([x[part], b[None]]) for x, b in ((key, bias_k), (value, bias_v)))
+        q, k, v = split(query[part]), split(k), split(v)
+        q = q * q.shape[-1] ** -0.5
+        if cos is not None:
+            q, k = rotate(q, part), rotate(k, part)
+        scores = q @ k.mT
+        if mask is not None:
+            hidden = torch.tensor(~mask[part])
+            scores = scores.masked_fill(F.pad(hidden, (0, bias_k is not None)), -3e38)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+    return torch.cat(outputs)
+
+
+def attention_inputs(
+    heads: int, head_dim: int, offsets: list[int], options: str = "", scale: float = 1.0
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Query, key and value, and the other arguments; `options` of mask, rotary, bias."""
+    tokens, features = offsets[-1], heads * head_dim
+    more: dict[str, Any] = {}
+    if "mask" in options:
+        mask = np.random.default_rng(5).random(tokens) < 0.7
+        for start, end in itertools.pairwise(offsets):
+            mask[start : min(start + 1, end)] = True
+        more["mask"] = mask
+    if "rotary" in options:
+        angles = numbers(tokens, head_dim // 2, scale=3, seed=6)
+        more |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+    if "bias" in options:
+        more |= {"bias_k": numbers(features, seed=7), "bias_v": numbers(features, seed=8)}
+    return [numbers(tokens, features, scale=s, seed=i) for i, s in enumerate((scale, scale, 1.0))], more
+
+
+def check_attention(heads: int, head_dim: int, offsets: list[int], options: str = "", scale: float = 1.0) -> None:
+    inputs, more = attention_inputs(heads, head_dim, offsets, options, scale)
+    bound = [*inputs, heads, offsets, *(more.get(n) for n in ("mask", "cos", "sin", "bias_k", "bias_v"))]
+    check(native.attention, torch_attention, *bound)
+
+
+OPTIONS = ["", "mask", "rotary", "mask rotary", "bias", "mask bias"]
+
+
+# Results
+
+
+@every_set
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 300, 1022])
+def test_linear(tokens):
+    for outputs, inputs in itertools.product([1, 5, 33, 320, 641], [1, 7, 320, 1283]):
+        x, weight = numbers(tokens, inputs), numbers(outputs, inputs, scale=inputs**-0.5, seed=1)
+        check(native.linear, torch_linear, x, weight)
+        check(native.linear, torch_linear, x, weight, numbers(outputs, seed=2), numbers(tokens, outputs, seed=3), True)
+
+
+@every_set
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("residual", [None, numbers(2, 9, 33, seed=3)], ids=["", "residual"])
+@pytest.mark.parametrize("bias", [None, numbers(33, seed=2)], ids=["", "bias"])
+def test_linear_options(bias, residual, gelu):
+    check(native.linear, torch_linear, numbers(2, 9, 70), numbers(33, 70, seed=1), bias, residual, gelu)
+
+
+@every_set
+def test_operands_that_are_not_contiguous():
+    x, weight, residual = numbers(70, 2, 9), numbers(70, 33, seed=1), numbers(33, 9, 2, seed=3)
+    views = [mx.array(x).transpose(2, 1, 0)[:, ::-1], mx.array(weight).T, mx.broadcast_to(mx.array(0.5), (33,))]
+    ours = native.linear(*views, mx.array(residual).transpose(1, 2, 0))
+    same = native.linear(*(mx.array(np.array(v)) for v in views), mx.array(residual.transpose(1, 2, 0).copy()))
+    assert mx.array_equal(ours, same)
+    for operation in (native.gelu, native.softmax):
+        assert mx.array_equal(operation(views[0]), operation(mx.array(np.array(views[0]))))
+    (q, k, v), _ = attention_inputs(2, 8, [0, 20])
+    fused = mx.split(mx.concatenate([mx.array(i) for i in (q, k, v)], axis=-1), 3, axis=-1)
+    assert mx.array_equal(native.attention(*fused, 2, [0, 20]), native.attention(*map(mx.array, (q, k, v)), 2, [0, 20]))
+
+
+@every_set
+@pytest.mark.parametrize("shape", [(5, 1), (5, 3), (2, 7, 15), (5, 33), (100, 1280)])
+@pytest.mark.parametrize("scale", [0.1, 3, 1e4])
+def test_elementwise(shape, scale):
+    x, weight, bias = numbers(*shape, scale=scale), numbers(shape[-1], seed=1), numbers(shape[-1], seed=2)
+    check(native.gelu, F.gelu, x)
+    check(native.softmax, torch_softmax, x)
+    check(native.layer_norm, torch_layer_norm, x, weight, bias, EPS)
+    check(native.layer_norm, torch_layer_norm, x + np.float32(10 * scale), weight, bias, EPS)
+
+
+@every_set
+def test_gelu_far_out():
+    x = np.array([0, 1e-30, -1e-30, 13, -13, 1e4, -1e4, 3e38, -3e38, np.inf, np.nan, 1] * 3, np.float32)[:-1]
+    gelu, slope = native.gelu(mx.array(x)), mx.grad(lambda x: native.gelu(x).sum())(mx.array(x))
+    wide = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    exact = F.gelu(wide)
+    exact.sum().backward()
+    np.testing.assert_allclose(np.array(gelu), exact.detach().numpy(), rtol=1e-6, atol=1e-30)
+    finite = np.isfinite(x)  # where torch has a slope
+    np.testing.assert_allclose(np.array(slope)[finite], wide.grad.numpy()[finite], rtol=1e-6, atol=1e-6)
+    assert np.isnan(np.array(slope)[np.isnan(x)]).all()
+
+
+@every_set
+def test_rows_with_nan_or_infinity():
+    x = numbers(6, 37)
+    x[1, 36], x[2, 0], x[3, 5], x[4, 5] = np.nan, np.nan, -np.inf, np.inf
+    for ours, theirs in (
+        (native.softmax(mx.array(x)), torch.tensor(x).softmax(-1)),
+        (native.layer_norm(mx.array(x), mx.ones(37), mx.zeros(37), EPS), F.layer_norm(torch.tensor(x), (37,))),
+    ):
+        np.testing.assert_allclose(np.array(ours), theirs.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@every_set
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("head_dim", [7, 16, 20, 24, 32, 64])
+def test_attention_of_ragged_sequences(head_dim, options):
+    if "rotary" not in options or head_dim % 2 == 0:
+        check_attention(3, head_dim, RAGGED, options)
+
+
+@every_set
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 255, 1022])
+def test_attention_lengths(length):
+    for options in OPTIONS:
+        check_attention(1 if length == 1022 else 5, 16, [0, length], options)
+
+
+@every_set
+@pytest.mark.parametrize("options", ["mask rotary", "bias"])
+def test_attention_of_4000_tokens(options):
+    check_attention(1, 20, [0, 4000], options)
+
+
+@every_set
+@pytest.mark.parametrize("scale", [3, 100])
+def test_attention_of_large_scores(scale):
+    check_attention(2, 16, RAGGED, "mask", scale)  # up to 4 · 100²
+
+
+@every_set
+def test_attention_at_the_ends_of_float32():
+    key = mx.array([[-3.3e38], [-3e38], [-1e4], [1e4]])
+    for query in (1.0, -1.0, 0.0):
+        for shown in (slice(0, 1), slice(0, 2), slice(0, 4), slice(2, 4)):
+            k = key[shown]
+            n = k.shape[0]
+            out = native.attention(mx.full((n, 1), query), k, mx.arange(n, dtype=mx.float32)[:, None], 1, [0, n])
+            assert mx.isfinite(out).all() and out.min() >= 0 and out.max() <= n - 1 + 1e-6
+    # Nothing to see in the second sequence: its keys count alike, as in `ops.attention` on MLX's own operations.
+    value = mx.array(numbers(9, 6))
+    out = native.attention(value, value, value, 2, [0, 4, 9], mx.array([True] * 4 + [False] * 5))
+    np.testing.assert_allclose(np.array(out)[4:], np.tile(np.array(value)[4:].mean(0), (5, 1)), atol=1e-6)
+
+
+@every_set
+@pytest.mark.parametrize("options", OPTIONS)
+def test_neighbours_in_a_batch_change_nothing(options):
+    offsets = [0, 1, 1, 18, 258, 600]
+    inputs, more = attention_inputs(2, 20, offsets, options)
+
+    def attend(part: slice, offsets: list[int], inputs: list[np.ndarray] = inputs) -> np.ndarray:
+        rest = {n: mx.array(x if "bias" in n else x[part]) for n, x in more.items()}
+        return np.array(native.attention(*(mx.array(x[part]) for x in inputs), 2, offsets, **rest))
+
+    together = attend(slice(None), offsets)
+    for start, end in itertools.pairwise(offsets):
+        assert np.array_equal(attend(slice(start, end), [0, end - start]), together[start:end])
+    for spoilt, bad in itertools.product(range(3), (np.nan, np.inf)):
+        x = [i.copy() for i in inputs]
+        x[spoilt][18] = bad  # which is never hidden
+        found = attend(slice(None), offsets, x)
+        assert np.array_equal(found[:18], together[:18]) and np.array_equal(found[258:], together[258:])
+        assert not np.isfinite(found[18:258]).all()
+
+
+@every_set
+def test_rows_of_linear_do_not_depend_on_the_others():
+    x, weight, bias = (mx.array(numbers(*s, seed=i)) for i, s in enumerate([(600, 77), (41, 77), (41,)]))
+    together = native.linear(x, weight, bias, None, True)
+    for part in (slice(0, 1), slice(5, 22), slice(255, 600)):
+        assert mx.array_equal(native.linear(x[part], weight, bias, None, True), together[part])
+
+
+@every_set
+@pytest.mark.parametrize("offsets", [[0], [0, 0, 0]])
+def test_no_tokens(offsets):
+    x, row = mx.zeros((0, 8)), mx.ones((8,))
+    for output in (
+        native.linear(x, mx.ones((8, 8)), row, x, True),
+        native.gelu(x),
+        native.softmax(x),
+        native.layer_norm(x, row, row, EPS),
+        native.attention(x, x, x, 2, offsets),
+        native.attention(x, x, x, 2, offsets, mx.zeros((0,), mx.bool_), mx.zeros((0, 2)), mx.zeros((0, 2))),
+        native.attention(x, x, x, 2, offsets, None, None, None, row, row),
+    ):
+        mx.eval(output)
+        assert output.shape == (0, 8)
+
+
+def test_no_features():
+    """Either a result or an exception, but not the end of the process."""
+    process = python("""
+import mlx.core as mx
+from mlx_esm_hf.ops.kernels import native
+nothing = mx.zeros((0,))
+for call in (
+    lambda: native.linear(mx.ones((5, 0)), mx.ones((3, 0))),
+    lambda: native.linear(mx.ones((5, 3)), mx.ones((0, 3))),
+    lambda: native.layer_norm(mx.ones((5, 0)), nothing, nothing, 1e-5),
+):
+    try:
+        mx.eval(call())
+    except ValueError:
+        pass
+""")
+    assert process.returncode == 0, process.stderr
+
+
+# Gradients
+
+
+@every_set
+@wrappings
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_of_linear(gelu, wrap):
+    shapes = [(2, 19, 45), (33, 45), (33,), (2, 19, 33)]
+    inputs = [numbers(*s, seed=i) for i, s in enumerate(shapes)]
+    for n in (2, 3, 4):
+        rest = [*[None] * (4 - n), gelu]
+        ours, theirs = (lambda *x, f=f, rest=rest: f(*x, *rest) for f in (native.linear, torch_linear))
+        check_gradients(ours, theirs, *inputs[:n], wrap=wrap)
+
+
+@every_set
+@wrappings
+@pytest.mark.parametrize("shape", [(7, 3), (2, 5, 15), (150, 33), (65, 320)])
+def test_gradients_of_elementwise(shape, wrap):
+    x, weight, bias = numbers(*shape, scale=2), numbers(shape[-1], seed=1), numbers(shape[-1], seed=2)
+    check_gradients(native.gelu, F.gelu, x, wrap=wrap)
+    check_gradients(native.softmax, torch_softmax, x, wrap=wrap)
+    check_gradients(lambda *x: native.layer_norm(*x, EPS), torch_layer_norm, x + np.float32(3), weight, bias, wrap=wrap)
+
+
+def check_attention_gradients(heads: int, head_dim: int, offsets: list[int], options: str, wrap: Any = plain) -> None:
+    inputs, more = attention_inputs(heads, head_dim, offsets, options)
+    biases = [more.pop(n) for n in ("bias_k", "bias_v") if n in more]
+
+    def bound(function: Any, convert: Any) -> Any:
+        def call(q: Any, k: Any, v: Any, *bias: Any) -> Any:
+            rest = {n: convert(x, q) for n, x in more.items()}
+            return function(q, k, v, heads, offsets, **rest, **dict(zip(("bias_k", "bias_v"), bias, strict=False)))
+
+        return call
+
+    check_gradients(
+        bound(native.attention, lambda x, q: mx.array(x)),
+        bound(torch_attention, lambda x, q: tensor(x, q.dtype)),
+        *inputs,
+        *biases,
+        wrap=wrap,
+    )
+
+
+@every_set
+@wrappings
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_of_attention(options, wrap):
+    check_attention_gradients(2, 20, [0, 1, 18, 150], options, wrap)
+
+
+@every_set
+@pytest.mark.parametrize(("head_dim", "length"), [(7, 33), (16, 1), (64, 17), (24, 700), (40, 255)])
+def test_gradients_of_attention_sizes(head_dim, length):
+    for options in ("mask bias", "mask" if head_dim % 2 else "mask rotary"):
+        check_attention_gradients(2, head_dim, [0, length], options)
+
+
+@every_set
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_with_an_empty_sequence(options):
+    mx.eval([mx.full((4, 16), np.nan) for _ in range(50)])  # memory that is handed out again
+    check_attention_gradients(2, 8, [0, 3, 3, 3, 20], options)
+
+
+@every_set
+def test_gradients_without_tokens():
+    x, row = mx.zeros((0, 8)), mx.ones((8,))
+    mx.eval([mx.full((2, 8), np.nan) for _ in range(50)])
+    for f in (
+        lambda b: native.attention(x, x, x, 2, [0, 0, 0], None, None, None, b, b),
+        lambda b: native.linear(x, mx.ones((8, 8)), b, None, True),
+        lambda b: native.layer_norm(x, b, b, EPS),
+    ):
+        assert mx.array_equal(mx.grad(lambda b, f=f: f(b).sum())(row), mx.zeros(8))
+
+
+def test_checkpoint_takes_mask_and_angles_as_arguments():
+    """mx.checkpoint asks for the gradients by all of a function's arguments, also by those that have none."""
+    code = """
+import mlx.core as mx
+from mlx_esm_hf.ops.kernels import native
+x, b, mask = mx.random.normal((5, 8)), mx.random.normal((8,)), mx.array([True] * 4 + [False])
+angles = mx.random.normal((5, 2))
+cos, sin = mx.cos(angles), mx.sin(angles)
+for f, more in [
+    (lambda x, m: native.attention(x, x, x, 2, [0, 5], m), (mask,)),
+    (lambda x, m, b: native.attention(x, x, x, 2, [0, 5], m, None, None, b, b), (mask, b)),
+    (lambda x, m, c, s: native.attention(x, x, x, 2, [0, 5], m, c, s), (mask, cos, sin)),
+]:
+    plain, again = (mx.grad(lambda x: (g(x, *more) ** 2).sum())(x) for g in (f, mx.checkpoint(f)))
+    assert mx.allclose(plain, again, rtol=1e-4, atol=1e-5), (plain, again)
+"""
+    process = python(code)
+    assert process.returncode == 0, process.stderr
+
+
+# Other transformations
+
+
+def operations() -> list[tuple[Callable[..., mx.array], list[mx.array]]]:
+    """Functions of arrays, and arrays."""
+    (q, k, v), more = attention_inputs(2, 8, [0, 1, 1, 18], "mask rotary")
+    rest = {n: mx.array(x) for n, x in more.items()}
+    b = mx.array(numbers(16, seed=9))
+    x, qkv = mx.array(numbers(18, 16)), [mx.array(i) for i in (q, k, v)]
+    w = mx.array(numbers(16, 16, scale=0.25, seed=4))
+    return [
+        (lambda x, w, b: native.linear(x, w, b, x, True), [x, w, b]),
+        (native.gelu, [x]),
+        (native.softmax, [x]),
+        (lambda x, w, b: native.layer_norm(x, w, b, EPS), [x, b, b + 1]),
+        (lambda q, k, v: native.attention(q, k, v, 2, [0, 1, 1, 18], **rest), qkv),
+        (lambda q, k, v, b: native.attention(q, k, v, 2, [0, 18], None, None, None, b, b), [*qkv, b]),
+    ]
+
+
+every_operation = pytest.mark.parametrize(
+    "i", range(6), ids=["linear", "gelu", "softmax", "layer_norm", "rotary", "bias"]
+)
+
+
+@every_set
+@every_operation
+def test_jvp_and_vmap(i):
+    f, arguments = operations()[i]
+    tangents = [mx.array(numbers(*a.shape, seed=50 + n)) for n, a in enumerate(arguments)]
+    cotangent = mx.array(numbers(*arguments[0].shape, seed=60))
+    (output,), (forward,) = mx.jvp(lambda *x: f(*x), arguments, tangents)
+    assert norm(output - f(*arguments)) <= 1e-5
+    _, backward = mx.vjp(lambda *x: f(*x), arguments, [cotangent])
+    by_forward = (forward * cotangent).sum().item()
+    by_backward = sum((t * g).sum().item() for t, g in zip(tangents, backward, strict=True))
+    assert by_forward == pytest.approx(by_backward, rel=1e-4, abs=1e-3)
+
+    for batched in range(len(arguments)):  # a batch of this argument, then of all
+        batch = [mx.stack([a, a * 0.5, -a]) if n == batched else a for n, a in enumerate(arguments)]
+        axes = tuple(0 if n == batched else None for n in range(len(arguments)))
+        expected = mx.stack([f(*(a[j] if x == 0 else a for a, x in zip(batch, axes, strict=True))) for j in range(3)])
+        assert norm(mx.vmap(f, in_axes=axes)(*batch) - expected) <= 1e-5
+    batch = [mx.stack([a, a * 0.5, -a], axis=1) for a in arguments]
+    expected = mx.stack([f(*(a[:, j] for a in batch)) for j in range(3)])
+    assert norm(mx.vmap(f, in_axes=(1,) * len(batch))(*batch) - expected) <= 1e-5
+
+
+@every_set
+@every_operation
+def test_second_derivatives(i):
+    f, arguments = operations()[i]
+
+    def slope(x: mx.array) -> mx.array:
+        return (mx.grad(lambda x: (f(x, *arguments[1:]) ** 2).sum())(x) ** 2).sum()
+
+    if i >= 4:
+        with pytest.raises(RuntimeError, match="no second derivatives.*MLX_ESM_KERNELS=0"):
+            mx.eval(mx.grad(slope)(arguments[0]))
+        return
+    rest = [torch.tensor(np.array(a, np.float64)) for a in arguments[1:]]
+    theirs = [lambda x, w, b: torch_linear(x, w, b, x, True), F.gelu, torch_softmax, torch_layer_norm][i]
+    x = torch.tensor(np.array(arguments[0], np.float64), requires_grad=True)
+    first = torch.autograd.grad((theirs(x, *rest) ** 2).sum(), x, create_graph=True)[0]
+    expected = torch.autograd.grad((first**2).sum(), x)[0].numpy()
+    assert norm(np.array(mx.grad(slope)(arguments[0])) - expected) <= 1e-4 * norm(expected)
+
+
+@every_set
+@every_operation
+def test_the_same_bits_anywhere(i):
+    f, arguments = operations()[i]
+    mx.eval(arguments)
+    expected = np.array(f(*arguments))
+    for _ in range(3):
+        assert np.array_equal(np.array(f(*arguments)), expected)
+    lazy = f(*(a + 0 for a in arguments))
+    assert np.array_equal(np.array(lazy), expected)
+    with mx.stream(mx.new_stream(mx.cpu)):
+        assert np.array_equal(np.array(f(*arguments)), expected)
+    assert np.array_equal(np.array(mx.compile(f)(*arguments)), expected)
+
+
+@every_set
+def test_threads_at_once():
+    x, w = mx.array(numbers(300, 64)), mx.array(numbers(64, 64, scale=0.125, seed=1))
+    mx.eval(x, w)
+
+    def work(_: int) -> list[np.ndarray]:
+        results = []
+        with mx.stream(mx.new_stream(mx.cpu)):
+            for _ in range(20):
+                y = native.linear(native.gelu(x), w, None, x)
+                results.append(np.array(native.attention(y, x, x, 4, RAGGED)))
+        return results
+
+    expected = work(0)[0]
+    with ThreadPoolExecutor(2) as threads:
+        for result in itertools.chain(*threads.map(work, range(2))):
+            assert np.array_equal(result, expected)
+
+
+# Arguments
+
+
+x34, x4, w54, q = mx.zeros((3, 4)), mx.zeros((4,)), mx.zeros((5, 4)), mx.zeros((6, 8))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: native.linear(x34, mx.zeros((5, 3))),
+        lambda: native.linear(x34, x4),
+        lambda: native.linear(mx.array(1.0), w54),
+        lambda: native.linear(x34, w54, mx.zeros((4,))),
+        lambda: native.linear(x34, w54, None, mx.zeros((3, 4))),
+        lambda: native.linear(x34.astype(mx.float16), w54),
+        lambda: native.linear(x34, w54.astype(mx.bfloat16)),
+        lambda: native.gelu(x34.astype(mx.float16)),
+        lambda: native.softmax(x34.astype(mx.float16)),
+        lambda: native.softmax(mx.zeros((3, 0))),
+        lambda: native.softmax(mx.array(1.0)),
+        lambda: native.layer_norm(x34, x4, mx.zeros((3,)), EPS),
+        lambda: native.layer_norm(x34, mx.zeros((1, 4)), mx.zeros((1, 4)), EPS),
+        lambda: native.layer_norm(x34, x4.astype(mx.float16), x4, EPS),
+        lambda: native.attention(q, q, q, 3, [0, 6]),
+        lambda: native.attention(q, q, q, 0, [0, 6]),
+        lambda: native.attention(q, q[:5], q, 2, [0, 6]),
+        lambda: native.attention(q[0], q[0], q[0], 2, [0, 1]),
+        lambda: native.attention(q, q, q.astype(mx.float16), 2, [0, 6]),
+        *(
+            lambda offsets=offsets: native.attention(q, q, q, 2, offsets)
+            for offsets in ([], [0], [0, 5], [0, 7], [1, 6], [6], [0, 4, 3, 6], [0, -1, 6], [0, 9, 6])
+        ),
+        lambda: native.attention(q, q, q, 2, [0, 6], mx.zeros((5,), mx.bool_)),
+        lambda: native.attention(q, q, q, 2, [0, 6], mx.zeros((6,))),
+        lambda: native.attention(q, q, q, 2, [0, 6], None, mx.zeros((6, 2))),
+        lambda: native.attention(q, q, q, 2, [0, 6], None, mx.zeros((6, 4)), mx.zeros((6, 4))),
+        lambda: native.attention(q, q, q, 8, [0, 6], None, mx.zeros((6, 0)), mx.zeros((6, 0))),
+        lambda: native.attention(q, q, q, 2, [0, 6], None, None, None, mx.zeros((8,))),
+        lambda: native.attention(q, q, q, 2, [0, 6], None, None, None, mx.zeros((4,)), mx.zeros((4,))),
+        lambda: native.choose("nonsense"),
+    ],
+)
+def test_wrong_arguments(call):
+    with pytest.raises(ValueError):
+        call()
+
+
+# Packing
+
+
+@pytest.mark.parametrize(
+    ("rows", "offsets"),
+    [
+        (["1110", "1111"], [0, 3, 7]),
+        (["0011", "0111"], [0, 2, 5]),
+        (["1010", "0000", "0110"], [0, 2, 2, 4]),
+        (["0000", "0000"], [0, 0, 0]),
+        (["1"], [0, 1]),
+    ],
+)
+def test_packing(rows, offsets):
+    mask = np.array([[c == "1" for c in row] for row in rows])
+    packing, x = Packing(mask), numbers(*mask.shape, 3)
+    assert packing.offsets == offsets
+    packed = packing.pack(mx.array(x))
+    assert np.array_equal(np.array(packed), x[mask][None])
+    assert np.array_equal(np.array(packing.unpack(packed)), x * mask[..., None])
+    assert packing.pack(mx.array(x[..., 0])).shape == (1, offsets[-1])
+
+
+@functools.cache
+def tiny(kind: str) -> MLXEsmModel:
+    mx.random.seed(0)
+    config = MLXEsmConfig(
+        vocab_size=33, pad_token_id=1, mask_token_id=32, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=40, max_position_embeddings=40, position_embedding_type=kind,
+    )  # fmt: skip
+    model = MLXEsmModel(config)
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["absolute", "rotary"])
+@given(mask=st.integers(1, 19).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1)))
+@settings(max_examples=30, deadline=None)
+def test_model_on_any_mask_is_each_sequence_alone(kind, mask):
+    mask = np.array(mask[:6])
+    model, ids = tiny(kind), np.random.default_rng(0).integers(4, 24, mask.shape)
+    ids[~mask] = 1
+    positions = np.where(mask, np.cumsum(mask, axis=1) + 1, 1)
+    found = np.array(model(ids, mask.astype(int), position_ids=positions).last_hidden_state)
+    for row, real in enumerate(mask):
+        if real.any():
+            alone = model(ids[row : row + 1, real], position_ids=positions[row : row + 1, real]).last_hidden_state
+            np.testing.assert_allclose(found[row, real], np.array(alone)[0], rtol=0, atol=2e-6)
+
+
+# Switching
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_switching_by_environment(monkeypatch):
+    show = "from mlx_esm_hf.ops import kernels as k; print(k.native and k.native.instruction_set(), k.STATE, sep='|')"
+    with ThreadPoolExecutor(2) as threads:
+        off, portable = threads.map(lambda wish: python(show, MLX_ESM_KERNELS=wish), ["0", "portable"])
+    assert off.stdout.strip() == "None|off (MLX_ESM_KERNELS=0)"
+    assert portable.stdout.strip() == f"portable|portable, {native.cores()} cores"
+    monkeypatch.setenv("MLX_ESM_KERNELS", "nonsense")
+    with pytest.raises(ValueError, match="MLX_ESM_KERNELS=nonsense.*" + ", ".join(native.instruction_sets())):
+        kernels._load()
+
+
+@pytest.mark.parametrize(
+    ("build", "state"),
+    [
+        (None, "not built (they are for Linux"),
+        ("{unreadable", "not built (they are for Linux"),
+        (json.dumps({"error": "no compiler"}), "not built (no compiler)"),
+        (json.dumps({"mlx": "0.1"}), "built with mlx-cpu 0.1, installed is "),
+    ],
+)
+def test_kernels_that_do_not_fit_are_left_out(build, state, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLX_ESM_KERNELS", raising=False)
+    monkeypatch.setattr(kernels, "BUILD", tmp_path / "_native.json")
+    if build is not None:
+        kernels.BUILD.write_text(build)
+    module, said = kernels._load()
+    assert module is None and said.startswith("off: ") and state in said
