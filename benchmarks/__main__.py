@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -32,12 +33,13 @@ def chosen(names: str, known: list[str]) -> list[str]:
     return [name for name in known if name in picked]
 
 
+Peers = dict[str, dict[str, str]]
+
+
 def measure(
     models: list[str], workloads: list[str], fasta: Path, settings: Settings, console: Console
-) -> tuple[list[Result], dict[str, dict[str, str]]]:
-    """The results, and what the peers say of themselves. Only the workers of one model run at a time."""
-    results: list[Result] = []
-    about: dict[str, dict[str, str]] = {}
+) -> Iterator[tuple[Result, Peers]]:
+    """Each result when it is there, with what the peers say of themselves. Only one model's workers run at a time."""
     for model in models:
         wanted = [name for name in workloads if model == "tiny" or model in WORKLOADS[name][1]]
         if not wanted:
@@ -52,12 +54,10 @@ def measure(
                     for case in cases:
                         start = time.monotonic()
                         budget = settings.budget / len(cases)
-                        results.append(alternate(session, name, case, Path(folder), budget))
+                        yield alternate(session, name, case, Path(folder), budget), session.about
                         console.print(f"{name} {model}, {case.name}: {time.monotonic() - start:.0f} s")
             finally:
                 session.close()
-            about |= session.about
-    return results, about
 
 
 def main(
@@ -84,14 +84,17 @@ def main(
     settings = Settings(repeats, budget, at_least, dtype, proteins, esm_cpp_python, len(cores()))
     errors, about = Console(stderr=True, highlight=False), report.machine()
     picked = chosen(models, list(SHAPES)), chosen(workloads, list(WORKLOADS))
-    results, about["peers"] = measure(*picked, fasta, settings, errors)
-
-    rows, goals = report.entries(results), report.targets(results)
     json_file = json_file or Path(f"benchmarks-{datetime.date.today()}.json")
-    json_file.write_text(json.dumps({"machine": about, "results": rows, "targets": goals}, indent=1) + "\n")
-    grids = report.grids(rows, goals)
-    if markdown:
-        markdown.write_text(report.markdown(about, grids), encoding="utf-8")
+    results: list[Result] = []
+    about["peers"], grids = {}, list[report.Grid]()
+    for result, peers in measure(*picked, fasta, settings, errors):  # a long run that is stopped leaves what it had
+        results.append(result)
+        about["peers"] |= peers
+        rows, goals = report.entries(results), report.targets(results)
+        grids = report.grids(rows, goals)
+        json_file.write_text(json.dumps({"machine": about, "results": rows, "targets": goals}, indent=1) + "\n")
+        if markdown:
+            markdown.write_text(report.markdown(about, grids), encoding="utf-8")
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160

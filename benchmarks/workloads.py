@@ -177,8 +177,9 @@ class Session:
         """The same call of all peers that have this model."""
         runners = [self.runner(call, args, OURS, **options)]
         for attention in attentions:
-            theirs = args | {"attention": attention}
-            runners.append(self.runner(call, theirs, "transformers", f"transformers {attention}", **options))
+            theirs, needed = args | {"attention": attention}, int(attention == "sdpa")
+            name = f"transformers {attention}"
+            runners.append(self.runner(call, theirs, "transformers", name, needed=needed, **options))
         if self.shape.rotary:
             runners.append(self.runner(call, args, "fair-esm", **options))
         runners.append(self.runner(call, args, KERNELS_OFF, **options))

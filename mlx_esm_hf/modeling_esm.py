@@ -300,17 +300,19 @@ class MLXEsmEncoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> MLXBaseModelOutput:
-        all_hidden_states: list[mx.array] = [hidden_states]
+        # Only what is asked for is held: a reference to each layer's output would keep all of them in memory.
+        all_hidden_states: list[mx.array] = []
         all_attentions: list[Any] = []
         for layer in self.layer:
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
             hidden_states, attentions = layer(hidden_states, attention_mask, position_embeddings, output_attentions)
-            all_hidden_states.append(hidden_states)
             all_attentions.append(attentions)
         if "emb_layer_norm_after" in self:
             hidden_states = self.emb_layer_norm_after(hidden_states)
         return MLXBaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=(*all_hidden_states[:-1], hidden_states) if output_hidden_states else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 

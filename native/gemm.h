@@ -115,7 +115,7 @@ inline vec load_columns(const float* p, long columns) { return columns == W ? lo
 
 // Tokens that are packed at once, weight rows whose products with them stay in the second-level cache, and the depth
 // at which a panel of tokens stays in the first.
-constexpr long TOKENS = 256, OUTPUTS = 16 * MR, DEPTH = 384;
+constexpr long TOKENS = 256, OUTPUTS = 16 * MR, DEPTH = 6144 / NR;
 
 struct Linear {
   const float *x, *weight, *bias, *residual;
