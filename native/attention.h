@@ -14,10 +14,10 @@ namespace {
 
 using mlx_esm::Attention;
 using mlx_esm::AttentionGradients;
+using mlx_esm::HIDDEN;
 
-constexpr float HIDDEN = -3e38f;    // the score of a hidden key: finite, so that a difference of two is not NaN
 constexpr long KEYS = 3840 / NR / MR * MR;  // scores held at a time: KEYS x NR floats, half of a first-level cache
-constexpr long QUERIES = 512;       // of one task; the keys of its head are gathered once for all of them
+constexpr long QUERIES = 512;                // of one task; the keys of its head are gathered once for all of them
 
 // A head of a sequence: where it lies, and its keys and values gathered into rows of head_dim.
 struct Head {

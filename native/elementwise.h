@@ -6,17 +6,16 @@
 namespace {
 
 inline void gelu_range(const float* x, float* y, long begin, long end) {
-  long i = begin;
-  for (; i + W <= end; i += W) store(y + i, gelu(load(x + i)));
-  if (i < end) store_part(y + i, gelu(load_part(x + i, end - i)), end - i);
+  for (long i = begin; i < end; i += W) {
+    const long n = least(W, end - i);
+    store_columns(y + i, gelu(load_columns(x + i, n)), n);
+  }
 }
 
 inline void gelu_gradient_range(const float* x, const float* dy, float* dx, long begin, long end) {
-  long i = begin;
-  for (; i + W <= end; i += W) store(dx + i, load(dy + i) * gelu_derivative(load(x + i)));
-  if (i < end) {
-    long n = end - i;
-    store_part(dx + i, load_part(dy + i, n) * gelu_derivative(load_part(x + i, n)), n);
+  for (long i = begin; i < end; i += W) {
+    const long n = least(W, end - i);
+    store_columns(dx + i, load_columns(dy + i, n) * gelu_derivative(load_columns(x + i, n)), n);
   }
 }
 
@@ -38,16 +37,14 @@ inline vec first(vec v, long n) {
   return load(kept);
 }
 
-inline vec load_first(const float* p, long n) { return n == W ? load(p) : load_part(p, n); }
-
 struct Moments {
   float mean, scale;  // scale is 1 / sqrt(variance + eps)
 };
 
 inline Moments moments(const float* x, long width, float eps) {
-  const float mean = sum_row(width, [&](long i, long n) { return load_first(x + i, n); }) / width;
+  const float mean = sum_row(width, [&](long i, long n) { return load_columns(x + i, n); }) / width;
   const float variance = sum_row(width, [&](long i, long n) {
-                           vec d = load_first(x + i, n) - mean;
+                           vec d = load_columns(x + i, n) - mean;
                            return n == W ? d * d : first(d * d, n);
                          }) / width;
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
@@ -63,10 +60,10 @@ inline void layer_norm_gradient_row(const float* x, const float* weight, const f
                                     float* dbias, long width, float eps) {
   const Moments m = moments(x, width, eps);
   const float mean = sum_row(width, [&](long i, long n) {
-                       return load_first(dy + i, n) * load_first(weight + i, n);
+                       return load_columns(dy + i, n) * load_columns(weight + i, n);
                      }) / width;
   const float along = sum_row(width, [&](long i, long n) {
-                        return load_first(dy + i, n) * load_first(weight + i, n) * (load_first(x + i, n) - m.mean);
+                        return load_columns(dy + i, n) * load_columns(weight + i, n) * (load_columns(x + i, n) - m.mean);
                       }) * m.scale / width;
   for (long i = 0; i < width; i++) {
     const float h = (x[i] - m.mean) * m.scale;
@@ -87,13 +84,9 @@ inline void softmax_row(const float* x, float* y, long width) {
   for (float lane : lanes) maximum = lane > maximum ? lane : maximum;
 
   const float total = sum_row(width, [&](long i, long n) {
-    vec e = exp_nonpositive(load_first(x + i, n) - maximum);
-    if (n == W) {
-      store(y + i, e);
-      return e;
-    }
-    store_part(y + i, e, n);
-    return first(e, n);
+    vec e = exp_nonpositive(load_columns(x + i, n) - maximum);
+    store_columns(y + i, e, n);
+    return n == W ? e : first(e, n);
   });
   const float scale = 1.0f / total;
   for (i = 0; i < width; i++) y[i] *= scale;
@@ -101,7 +94,7 @@ inline void softmax_row(const float* x, float* y, long width) {
 
 // From y = softmax(x): dx = y · (dy - sum(dy · y)).
 inline void softmax_gradient_row(const float* y, const float* dy, float* dx, long width) {
-  const float along = sum_row(width, [&](long i, long n) { return load_first(y + i, n) * load_first(dy + i, n); });
+  const float along = sum_row(width, [&](long i, long n) { return load_columns(y + i, n) * load_columns(dy + i, n); });
   for (long i = 0; i < width; i++) dx[i] = y[i] * (dy[i] - along);
 }
 

@@ -18,8 +18,9 @@ constexpr int MR = ROWS, NV = 2, NR = NV * W;  // the accumulators, MR x NV vect
 // c[R, NR] (+)= sum over k of a(row, k) · panel[k, :]. Rows of `a` are contiguous in k and `stride` apart; if not
 // ALONG_K, contiguous are the rows, and `stride` lies between one k and the next.
 template <int R, bool ALONG_K>
-__attribute__((always_inline)) inline void multiply_rows(const float* __restrict a, long stride, const float* __restrict panel,
-                                             long depth, float* __restrict c, bool add) {
+__attribute__((always_inline)) inline void multiply_rows(const float* __restrict a, long stride,
+                                                         const float* __restrict panel, long depth,
+                                                         float* __restrict c, bool add) {
   vec acc[R][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++)
@@ -57,7 +58,8 @@ inline void multiply_rest(long rows, const float* a, long stride, const float* p
 
 // c[rows, NR] for any number of rows.
 template <bool ALONG_K>
-__attribute__((noinline)) void multiply(long rows, const float* a, long stride, const float* panel, long depth, float* c, bool add) {
+__attribute__((noinline)) void multiply(long rows, const float* a, long stride, const float* panel, long depth,
+                                        float* c, bool add) {
   long step = ALONG_K ? stride : 1;
   long i = 0;
   for (; i + MR <= rows; i += MR) multiply_rows<MR, ALONG_K>(a + i * step, stride, panel, depth, c + i * NR, add);
@@ -74,7 +76,7 @@ inline void pack(const float* x, long stride, long count, long width, float* pan
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) {
         const float* row = x + (j * W + i) * stride + k;
-        r[i] = i >= rows ? vec{} : columns == W ? load(row) : load_part(row, columns);
+        r[i] = i >= rows ? vec{} : load_columns(row, columns);
       }
       transpose(r);
       float* out = panel + k * NR + j * W;
@@ -103,15 +105,6 @@ inline void unpack(const float* panel, long count, long width, Write write) {
     }
   }
 }
-
-inline void store_columns(float* p, vec v, long columns) {
-  if (columns == W)
-    store(p, v);
-  else
-    store_part(p, v, columns);
-}
-
-inline vec load_columns(const float* p, long columns) { return columns == W ? load(p) : load_part(p, columns); }
 
 // Tokens that are packed at once, weight rows whose products with them stay in the second-level cache, and the depth
 // at which a panel of tokens stays in the first.

@@ -6,6 +6,8 @@
 
 namespace mlx_esm {
 
+constexpr float HIDDEN = -3e38f;  // the score of a hidden key: finite, so that a difference of two is not NaN
+
 // softmax(scale · rotate(query) · rotate(key)ᵀ) · value, for each head of each sequence.
 struct Attention {
   const float *query, *key, *value;  // [tokens, heads * head_dim]

@@ -387,7 +387,7 @@ Arrays plain_attention(const Arrays& in, const AttentionInputs& at, mx::Stream s
     if (at.mask >= 0) {
       array seen = mx::slice(in[at.mask], {start}, {end}, s);
       if (at.bias_k >= 0) seen = mx::concatenate({seen, array({true})}, 0, s);
-      scores = mx::where(seen, scores, array(-3e38f), s);
+      scores = mx::where(seen, scores, array(HIDDEN), s);
     }
     array maximum = mx::max(scores, -1, true, s);
     array terms = mx::exp(mx::subtract(scores, maximum, s), s), total = mx::sum(terms, -1, true, s);

@@ -23,13 +23,20 @@ inline vec load(const float* p) {
 
 inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
-inline vec load_part(const float* p, long n) {
+// The first `columns` <= W floats; the other lanes are zero.
+inline vec load_columns(const float* p, long columns) {
+  if (columns == W) return load(p);
   vec v{};
-  __builtin_memcpy(&v, p, n * sizeof(float));
+  __builtin_memcpy(&v, p, columns * sizeof(float));
   return v;
 }
 
-inline void store_part(float* p, vec v, long n) { __builtin_memcpy(p, &v, n * sizeof(float)); }
+inline void store_columns(float* p, vec v, long columns) {
+  if (columns == W)
+    store(p, v);
+  else
+    __builtin_memcpy(p, &v, columns * sizeof(float));
+}
 
 inline vec max(vec a, vec b) { return a > b ? a : b; }  // b if one is NaN: an instruction of x86
 

@@ -10,7 +10,7 @@ Rotary = tuple[mx.array, mx.array]
 
 
 class Heads(NamedTuple):
-    """Arguments of `ops.scaled_dot_product_attention`: the query is scaled, query and key are rotated."""
+    """Arguments of the backends' `scaled_dot_product_attention`: the query is scaled, query and key are rotated."""
 
     query: mx.array
     key: mx.array

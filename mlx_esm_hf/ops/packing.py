@@ -16,7 +16,6 @@ class Packing:
     """
 
     def __init__(self, mask: np.ndarray):
-        self.shape = mask.shape
         self.offsets: list[int] = [0, *np.cumsum(mask.sum(axis=1)).tolist()]
         self.places = mx.array(np.flatnonzero(mask).astype(np.int32))
         # For each place of the batch its token's; for padding the row behind the last token.
