@@ -20,9 +20,9 @@ class Shape(NamedTuple):
     heads: int
     rotary: bool = True
 
-    def linear_flops(self, tokens: int) -> int:
-        """Of the encoder's linear layers: four of hidden x hidden, two of hidden x 4 hidden."""
-        return 2 * 12 * self.hidden**2 * self.layers * tokens
+    def layer_flops(self, rows: int, length: int) -> int:
+        """Of a layer's matrix products: 4 of hidden x hidden, 2 of hidden x 4 hidden, 2 of length x length x hidden."""
+        return 2 * rows * length * (12 * self.hidden + 2 * length) * self.hidden
 
 
 SHAPES = {

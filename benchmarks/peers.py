@@ -26,13 +26,14 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def gemm_operands(tokens: int, hidden: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and weights of the six linear layers of one encoder layer."""
-    random = np.random.default_rng(0)
-    shapes = [(hidden, hidden)] * 4 + [(4 * hidden, hidden), (hidden, 4 * hidden)]
-    return [
-        (random.standard_normal((tokens, i), np.float32), random.standard_normal((o, i), np.float32)) for o, i in shapes
-    ]
+def gemm_operands(rows: int, length: int, hidden: int, heads: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs x, w whose products x · wᵀ are those of one encoder layer: six linear layers, scores and contexts."""
+    random, size = np.random.default_rng(0), hidden // heads
+    linear = [(hidden, hidden)] * 4 + [(4 * hidden, hidden), (hidden, 4 * hidden)]
+    attention = [(length, size), (size, length)]
+    shapes = [((rows * length, i), (o, i)) for o, i in linear]
+    shapes += [((rows, heads, length, i), (rows, heads, o, i)) for o, i in attention]
+    return [(random.standard_normal(x, np.float32), random.standard_normal(w, np.float32)) for x, w in shapes]
 
 
 class Ours:
@@ -85,14 +86,14 @@ class Ours:
         self.mx.eval(loss, self.model.parameters(), self.optimizer.state)
         return loss
 
-    def gemm(self, tokens: int, hidden: int, repeats: int) -> None:
+    def gemm(self, layer: dict[str, int], repeats: int) -> None:
         mx = self.mx
         if not hasattr(self, "operands"):
             to = getattr(mx, self.dtype)
-            self.operands = [(mx.array(x, to), mx.array(w, to)) for x, w in gemm_operands(tokens, hidden)]
+            self.operands = [(mx.array(x, to), mx.array(w, to)) for x, w in gemm_operands(**layer)]
             mx.eval(self.operands)
         for _ in range(repeats):
-            mx.eval([mx.matmul(x, w.T) for x, w in self.operands])
+            mx.eval([x @ w.swapaxes(-1, -2) for x, w in self.operands])
 
     def numpy(self, x: Any) -> np.ndarray:
         return x if isinstance(x, np.ndarray) else np.array(x.astype(self.mx.float32))
@@ -113,16 +114,16 @@ class Torch:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check_dtype(self.device.type == "cpu", dtype)
 
-    def gemm(self, tokens: int, hidden: int, repeats: int) -> None:
+    def gemm(self, layer: dict[str, int], repeats: int) -> None:
         if not hasattr(self, "operands"):
             self.operands = [
                 tuple(self.torch.tensor(a, dtype=self.dtype, device=self.device) for a in pair)
-                for pair in gemm_operands(tokens, hidden)
+                for pair in gemm_operands(**layer)
             ]
         with self.torch.inference_mode():
             for _ in range(repeats):
                 for x, w in self.operands:
-                    self.torch.nn.functional.linear(x, w)
+                    x @ w.mT
         self._done()
 
     def numpy(self, x: Any) -> np.ndarray:

@@ -238,18 +238,17 @@ def training(s: Session) -> Iterator[Case]:
 
 
 def gemm(s: Session) -> Iterator[Case]:
-    """The model's linear layers, against the same products alone: the ratio is the share of the machine's speed."""
-    ids, layers, T, D = token_ids(4, 512), 4, 2048, s.shape.hidden
-    model = s.runner("hidden", {"ids": ids}, OURS, work=s.shape.linear_flops(T), warm={"ids": ids[:1]})
-    work = Shape(layers, D, 1).linear_flops(T)
-    args = {"tokens": T, "hidden": D, "repeats": layers}
+    """The encoder, against its matrix products alone: the ratio is the share of the machine's speed."""
+    rows, length, layers = 4, 512, 4
+    ids, flops = token_ids(rows, length), s.shape.layer_flops(rows, length)
+    model = s.runner("hidden", {"ids": ids}, OURS, work=flops * s.shape.layers, warm={"ids": ids[:1]})
+    layer = {"rows": rows, "length": length, "hidden": s.shape.hidden, "heads": s.shape.heads}
+    args = {"layer": layer, "repeats": layers}
     products = [
-        s.runner("gemm", args, process, f"gemm by {name}", work, warm={"repeats": 1})
+        s.runner("gemm", args, process, f"gemm by {name}", flops * layers, warm={"repeats": 1}, needed=MIN_ROUNDS)
         for process, name in (("transformers", "torch"), (OURS, "MLX"))
     ]
-    for product in products:
-        product.needed = MIN_ROUNDS
-    yield Case("linear layers of 4 x 512 tokens", "GFLOP/s", [model, *products])
+    yield Case(f"{rows} x {length} tokens", "GFLOP/s", [model, *products])
 
 
 def scaling(s: Session) -> Iterator[Case]:

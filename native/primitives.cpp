@@ -1,5 +1,6 @@
 #include "primitives.h"
 
+#include <atomic>
 #include <cmath>
 #include <functional>
 #include <stdexcept>
@@ -49,6 +50,11 @@ void choose(const std::string& name) {
 }
 
 namespace {
+
+// Our operations that may wait with their outputs allocated. MLX itself allocates for a hundred operations ahead of the
+// one at work, several layers of a large model; a few suffice for the work never to wait.
+constexpr int AHEAD = 4;
+std::atomic<int> waiting{0};
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -103,8 +109,14 @@ class Operation : public mx::Primitive {
   // Allocate the outputs, then let `make` read the arrays' addresses and return what is to be done when it is time.
   template <class Make>
   void run(Arrays& outputs, Make make) {
+    for (int n; (n = waiting.load()) >= AHEAD;) waiting.wait(n);
     for (auto& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
-    mx::cpu::get_command_encoder(stream()).dispatch(make());
+    waiting.fetch_add(1);
+    mx::cpu::get_command_encoder(stream()).dispatch([work = make()]() mutable {
+      work();
+      waiting.fetch_sub(1);
+      waiting.notify_one();
+    });
   }
 
  private:

@@ -13,7 +13,7 @@ CASES = {
     "uniform": ["4 x 512 tokens"],
     "single": ["64 residues", "256 residues", "1022 residues"],
     "contacts": ["256 residues"],
-    "gemm": ["linear layers of 4 x 512 tokens"],
+    "gemm": ["4 x 512 tokens"],
     "training": ["8 x 256 tokens, AdamW"],
     "loading": ["and 8 tokens"],
     "memory": ["bulk, 3 proteins"],
