@@ -60,11 +60,11 @@ def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
     from transformers.models.esm.configuration_esm import get_default_vocab_list
 
     from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM
-    from mlx_esm_hf.pipelines.fasta import read_fasta
+    from mlx_esm_hf.pipelines import read_proteins
 
     mx.random.seed(0)
     MLXEsmForMaskedLM(MLXEsmConfig(**config(SHAPES[name]))).save_pretrained(folder)
-    (folder / PROTEINS).write_text(json.dumps([protein.sequence for protein in read_fasta(fasta)]))
+    (folder / PROTEINS).write_text(json.dumps([protein.sequence for protein in read_proteins(fasta)]))
     (folder / "vocab.txt").write_text("\n".join(get_default_vocab_list()))
 
 

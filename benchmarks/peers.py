@@ -42,11 +42,11 @@ class Ours:
         from transformers import EsmTokenizer
 
         import mlx_esm_hf
-        from mlx_esm_hf.pipelines import embed
-        from mlx_esm_hf.pipelines.fasta import Protein
+        from mlx_esm_hf.pipelines.embed import embeddings
+        from mlx_esm_hf.pipelines.model import Loaded
 
         self.mx, self.library, self.Tokenizer, self.dtype = mx, mlx_esm_hf, EsmTokenizer, dtype
-        self.pipeline, self.Protein = embed, Protein
+        self.embeddings, self.Loaded = embeddings, Loaded
         check_dtype(mx.default_device() == mx.cpu, dtype)
 
     def load(self, folder: str) -> None:
@@ -63,8 +63,9 @@ class Ours:
         return {"version": version("mlx-esm-hf"), "device": device, "BLAS": blas.bind(), "kernels": kernels}
 
     def embed(self, sequences: list[str]) -> np.ndarray:
-        proteins = [self.Protein(str(i), sequence) for i, sequence in enumerate(sequences)]
-        return self.pipeline.embed(self.model.esm, self.tokenizer, proteins)
+        loaded, last = self.Loaded(self.model.esm, self.tokenizer), self.model.config.num_hidden_layers
+        found = self.embeddings(loaded, [loaded.ids(sequence) for sequence in sequences], [last], ["mean"])
+        return np.stack([arrays["mean"] for arrays in found])
 
     def hidden(self, ids: list[list[int]]) -> Any:
         return self._done(self.model.esm(self.mx.array(ids)).last_hidden_state)

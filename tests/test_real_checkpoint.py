@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmForSequenceClassification
 from mlx_esm_hf.cli import app
-from mlx_esm_hf.pipelines.fasta import read_fasta
+from mlx_esm_hf.pipelines import read_proteins
 from tests.real_checkpoint import WHEEL, fetch
 
 FASTA = Path(__file__).parent.parent / "examples" / "proteins.fasta"
@@ -30,7 +30,7 @@ def real_checkpoint():
 
 @pytest.fixture(scope="module")
 def proteins():
-    return list(read_fasta(FASTA))
+    return list(read_proteins(FASTA))
 
 
 @pytest.fixture(scope="module")

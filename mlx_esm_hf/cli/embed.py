@@ -2,56 +2,65 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_esm_hf.cli.errors import readable_errors
+from mlx_esm_hf.cli.jobs import finish, job
+from mlx_esm_hf.cli.options import (
+    Aligned,
+    BatchTokens,
+    Device,
+    Dtype,
+    Fasta,
+    Long,
+    Model,
+    Output,
+    Quiet,
+    Revision,
+    Strict,
+    listed,
+    loading,
+)
 
 
 def embed(
-    fasta: Annotated[Path, typer.Argument(help="Proteins in FASTA, plain or gzipped.", exists=True, dir_okay=False)],
-    model: Annotated[str, typer.Option(help="A model on the Hub, or a folder.")],
-    output: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens that go through the model together.", min=1)
-    ] = None,
+    fasta: Fasta,
+    model: Model,
+    output: Output,
+    layers: Annotated[str, typer.Option(help="Such as -1 or 0,6,-1; 0 are the embeddings, -1 the last layer.")] = "-1",
+    pooling: Annotated[str, typer.Option(help="Of mean, max, cls and residues, such as mean,residues.")] = "mean",
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    long: Long = "error",
+    batch_tokens: BatchTokens = "auto",
+    aligned: Aligned = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Embed proteins: the mean of the last hidden state over the residues of each.
+    """Embed proteins: for each the mean, maximum or <cls> of its hidden states, or those of all its residues.
 
-    The output has one tensor, "mean", with a row for each protein, and their ids in its metadata.
+    The output is a folder of shards, or a .safetensors, .npz, .h5 (UniProt's layout) or .parquet file.
 
-    Example: mlx-esm embed proteins.fasta --model facebook/esm2_t6_8M_UR50D --output embeddings.safetensors
+    Example: mlx-esm embed proteins.fasta --model facebook/esm2_t6_8M_UR50D --output embeddings.h5
     """
-    from transformers import AutoTokenizer
+    with job(output, quiet) as progress:
+        from mlx_esm_hf import pipelines
 
-    from mlx_esm_hf import MLXEsmModel
-    from mlx_esm_hf.pipelines import embed as pipeline
-    from mlx_esm_hf.pipelines.fasta import read_fasta
-
-    console = Console(stderr=True)
-    with readable_errors():
-        proteins = list(read_fasta(fasta))
-        if not proteins:
-            raise ValueError(f"{fasta} holds no proteins.")
-        esm = MLXEsmModel.from_pretrained(model, add_pooling_layer=False)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        residues = sum(len(protein.sequence) for protein in proteins)
-        columns = (TextColumn("residues"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        start = time.perf_counter()
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=residues)
-            embeddings = pipeline.embed(esm, tokenizer, proteins, batch_tokens, lambda n: bar.advance(task, n))
-        seconds = time.perf_counter() - start
-        metadata = {"model": model, "dtype": str(esm.dtype)}
-        pipeline.save_embeddings(output, embeddings, [protein.id for protein in proteins], metadata)
-    console.print(
-        f"{len(proteins)} proteins, {residues} residues in {seconds:.1f} s "
-        f"({residues / seconds:.0f} residues/s): {output}",
-        highlight=False,
-        soft_wrap=True,
-    )
+        try:
+            numbers = [int(layer) for layer in listed(layers)]
+        except ValueError:
+            raise ValueError(f"--layers {layers}: numbers are needed, such as 0,6,-1.") from None
+        report = pipelines.embed(
+            fasta,
+            model,
+            output,
+            layers=numbers,
+            pooling=listed(pooling),
+            aligned=aligned,
+            strict=strict,
+            progress=progress,
+            **loading(revision, dtype, device, long, batch_tokens),
+        )
+    finish(report, quiet)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 # What loading and running raise for bad input; their messages say what to do. Others are bugs and show where.
 EXPECTED = (OSError, ValueError, TypeError, RuntimeError)
@@ -19,5 +20,7 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except EXPECTED as error:
-        Console(file=sys.stderr).print(f"[bold red]Error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        Console(file=sys.stderr).print(
+            f"[bold red]Error:[/] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True
+        )
         raise typer.Exit(1) from error

@@ -38,9 +38,14 @@ def prepare() -> None:
         cpu.keep_freed_memory()
 
 
-def batch_tokens() -> int:
-    """How many tokens at a time bulk work should give the default device: enough to keep it busy."""
-    return 16384 if _backend() is gpu else 2048
+def batch_tokens(hidden_size: int) -> int:
+    """How many tokens at a time bulk work should give the default device: enough to keep it busy, and no more than fit.
+
+    A layer has some 16 arrays of float32 [tokens, hidden_size] at a time; an eighth of the free memory may go to them.
+    """
+    backend = _backend()
+    fitting = (gpu if backend is gpu else cpu).free_memory() // (8 * 16 * 4 * hidden_size)
+    return max(256, min(fitting, 16384 if backend is gpu else 2048))
 
 
 def _backend(*arrays: mx.array | None) -> ModuleType:

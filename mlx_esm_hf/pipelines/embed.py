@@ -1,79 +1,132 @@
-"""Embeddings of proteins."""
+"""Embeddings of proteins and of their residues, of any layer."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from mlx_esm_hf import ops
-from mlx_esm_hf.checkpoint.write import replace_files
-from mlx_esm_hf.modeling_esm import MLXEsmModel
-from mlx_esm_hf.pipelines.batching import batches
-from mlx_esm_hf.pipelines.fasta import Protein
+from mlx_esm_hf import MLXEsmModel
+from mlx_esm_hf.pipelines import formats
+from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, no_progress
+from mlx_esm_hf.pipelines.model import Loaded, Span, blend, load
+from mlx_esm_hf.pipelines.proteins import Report, Source
+from mlx_esm_hf.pipelines.runs import Arrays, Record
+
+POOLINGS = ("mean", "cls", "max", "residues")
+FORMATS = {
+    "": None,
+    ".safetensors": formats.write_safetensors,
+    ".npz": formats.write_npz,
+    ".h5": formats.write_h5,
+    ".parquet": formats.write_parquet,
+}
 
 
 def embed(
-    model: MLXEsmModel,
-    tokenizer: PreTrainedTokenizerBase,
-    proteins: Sequence[Protein],
-    batch_tokens: int | None = None,
-    progress: Callable[[int], None] = lambda residues: None,
-) -> np.ndarray:
-    """The mean of the last hidden state over a protein's residues: [proteins, hidden_size], in float32.
-
-    Padding and special tokens do not take part, as in fair-esm's `extract`.
+    proteins: Source,
+    model: str | Loaded,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    layers: Sequence[int] = (-1,),
+    pooling: Sequence[str] = ("mean",),
+    aligned: bool = False,
+    strict: bool = False,
+    progress: Progress = no_progress,
+    **loading: object,
+) -> Iterator[Record] | Report:
+    """Embed proteins: hidden states over the residues of each, without <cls>, <eos> and padding (fair-esm's `extract`).
 
     Args:
-        batch_tokens: most tokens, with padding, that go through the model together; by default what suits the device.
-        progress: is told the number of residues after each batch.
+        proteins: see `read_proteins`.
+        model: a Hub repository, a folder, or a model that was loaded by `load`.
+        output: a folder of shards, or a file (`.safetensors`, `.npz`, `.h5`, `.parquet`).
+        layers: 0, the embeddings, to the number of layers; or from the end, -1.
+        pooling: of "mean", "max" (over residues), "cls" (the state of <cls>), and "residues" (all states).
+        loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` of `load`.
 
-    Raises:
-        ValueError: a protein with letters outside the vocabulary, or longer than the model's position table.
+    Returns:
+        Without an output, an iterator over records, whose `arrays` has one entry, [hidden_size] or
+        [residues, hidden_size], for each pooling, called `mean.6` where there are several layers. With an output, a
+        report of what was changed and left out.
 
     Example:
-        >>> embed(model, tokenizer, [Protein("P1", "MKTAYIAKQR")]).shape
-        (1, 320)
+        >>> for record in embed(["MKTAYIAKQR"], "facebook/esm2_t6_8M_UR50D"):
+        ...     record.id, record.arrays["mean"].shape
+        ('1', (320,))
     """
-    encoded = tokenizer([p.sequence for p in proteins], return_special_tokens_mask=True, verbose=False)
-    for protein, special in zip(proteins, encoded["special_tokens_mask"], strict=True):
-        # The tokenizer folds a run of unknown letters into one token.
-        if special.count(0) != len(protein.sequence):
-            known = set(tokenizer.get_vocab())
-            unknown = sorted({letter for letter in protein.sequence if letter not in known})
-            raise ValueError(
-                f"{protein.id!r} has letters that are no residues of this model, {''.join(unknown)!r}: "
-                "replace them by X, the unknown residue."
-            )
-
-    embeddings = np.empty((len(proteins), model.config.hidden_size), np.float32)
-    for batch in batches([len(ids) for ids in encoded["input_ids"]], batch_tokens or ops.batch_tokens()):
-        inputs = tokenizer.pad({k: [v[i] for i in batch] for k, v in encoded.items()}, return_tensors="np")
-        residues = mx.array(1 - inputs.pop("special_tokens_mask"))
-        try:
-            outputs: Any = model(**inputs)
-        except ValueError as error:
-            raise ValueError(f"In the batch that begins with {proteins[batch[0]].id!r}: {error}") from error
-        weights = (residues / residues.sum(axis=1, keepdims=True))[:, None, :]
-        embeddings[batch] = np.array((weights @ outputs.last_hidden_state.astype(mx.float32))[:, 0])
-        progress(int(residues.sum()))
-    return embeddings
+    if unknown := [name for name in pooling if name not in POOLINGS]:
+        raise ValueError(f"pooling {', '.join(unknown)}: choose from {', '.join(POOLINGS)}.")
+    if not layers or not pooling:
+        raise ValueError("There is nothing to compute without a layer and a pooling.")
+    loaded = model if isinstance(model, Loaded) else load(MLXEsmModel, model, output=output, **loading)  # type: ignore
+    config = loaded.model.config
+    resolved = resolve_layers(layers, config.num_hidden_layers)
+    floats = sum(config.hidden_size * (1 if name != "residues" else 0) for name in pooling) * len(resolved)
+    each = config.hidden_size * len(resolved) * ("residues" in pooling)
+    job = Job(
+        "embed",
+        loaded,
+        {"layers": resolved, "pooling": list(pooling)},
+        lambda items: embeddings(loaded, [item.content for item in items], resolved, pooling),
+        Cost(lambda tokens: tokens, lambda residues: 4 * (floats + each * residues)),
+        FORMATS,
+        aligned=aligned,
+        strict=strict,
+    )
+    return job.run(proteins, output, progress)
 
 
-def save_embeddings(
-    path: str | os.PathLike[str], embeddings: np.ndarray, ids: Sequence[str], metadata: dict[str, str]
-) -> None:
-    """Write a safetensors file with one tensor, `mean` [proteins, hidden_size], when all of it is there.
+def resolve_layers(layers: Sequence[int], last: int) -> list[int]:
+    """Layers counted from the end as counted from the start.
 
-    The metadata of its header has the `ids`, a JSON list in the order of the rows, and what `metadata` says.
+    Raises:
+        ValueError: a layer that the model does not have.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    with replace_files(folder) as temporary:
-        metadata = {"ids": json.dumps(list(ids)), "pooling": "mean", **metadata}
-        mx.save_safetensors(str(temporary / "embeddings.safetensors"), {"mean": mx.array(embeddings)}, metadata)
-        os.replace(temporary / "embeddings.safetensors", temporary / name)
+    if outside := [layer for layer in layers if not -last - 1 <= layer <= last]:
+        raise ValueError(f"The model has the layers 0 to {last} (or -1 to {-last - 1}), not {outside[0]}.")
+    return list(dict.fromkeys(layer % (last + 1) for layer in layers))
+
+
+def embeddings(
+    loaded: Loaded, sequences: Sequence[np.ndarray], layers: Sequence[int], pooling: Sequence[str]
+) -> list[Arrays]:
+    """The results of `embed` for sequences of ids."""
+    last = loaded.model.config.num_hidden_layers
+    spans = [loaded.spans(item, len(ids)) for item, ids in enumerate(sequences)]
+    pending: list[list[tuple[Span, np.ndarray, np.ndarray]]] = [[] for _ in sequences]  # windows until all are there
+    results: list[Arrays] = [{} for _ in sequences]
+    for batch in loaded.forwards(sequences, [span for group in spans for span in group]):
+        outputs = loaded.model.base_model(
+            batch.input_ids, batch.attention_mask, output_hidden_states=list(layers) != [last]
+        )
+        hidden = [outputs.last_hidden_state if layer == last else outputs.hidden_states[layer] for layer in layers]
+        states = np.array(mx.stack(hidden, axis=1).astype(mx.float32))  # [B, layers, L, D]
+        for span, row in zip(batch.spans, states, strict=True):
+            residues = row[:, batch.first : batch.first + span.stop - span.start]
+            parts = pending[span.item]
+            parts.append((span, row[:, 0], residues))
+            if len(parts) == len(spans[span.item]):
+                results[span.item] = pool(parts, len(sequences[span.item]), layers, pooling)
+                parts.clear()
+    return results
+
+
+def pool(
+    parts: Sequence[tuple[Span, np.ndarray, np.ndarray]], length: int, layers: Sequence[int], pooling: Sequence[str]
+) -> Arrays:
+    """One protein's results, from <cls> [layers, D] and residues [layers, positions, D] of its windows."""
+    arrays = {}
+    for i, layer in enumerate(layers):
+        states = blend([(span, residues[i]) for span, _, residues in parts], length)
+        pooled = {
+            "mean": lambda states=states: states.mean(axis=0, dtype=np.float64),
+            "max": lambda states=states: states.max(axis=0),
+            "cls": lambda i=i: np.mean([cls[i] for _, cls, _ in parts], axis=0),
+            "residues": lambda states=states: states.copy(),
+        }
+        for name in pooling:
+            arrays[name if len(layers) == 1 else f"{name}.{layer}"] = pooled[name]().astype(np.float32, copy=False)
+    return arrays

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmModel
 from mlx_esm_hf.cli import app
+from tests.pipelines.models import write_model
 from tests.vocabulary import write_vocabulary
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -29,6 +30,11 @@ def esm1b(tmp_path_factory):
     EsmModel(config).save_pretrained(folder)
     EsmTokenizer(write_vocabulary(folder)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def esm2(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("esm2"))
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ def test_embed_is_the_mean_over_residues(run, esm1b):
     assert result.exit_code == 0, result.output
     rows, metadata = means(output)
     assert json.loads(metadata["ids"]) == ["p0", "p1", "p2", "p0"]  # in order, a name that comes twice kept
-    assert metadata["pooling"] == "mean"
+    assert json.loads(metadata["pooling"]) == ["mean"]
     model = EsmModel.from_pretrained(esm1b).eval()
     tokenizer = EsmTokenizer.from_pretrained(esm1b)
     for row, sequence in zip(rows, sequences, strict=True):
@@ -75,8 +81,8 @@ def test_embed_esm1_has_no_eos_to_leave_out(run, tmp_path):
 @pytest.mark.parametrize(
     ("fasta", "message"),
     [
-        (">a\nMKTJJJV\n", "'a' has letters that are no residues of this model, 'J'"),
-        (">a\nMKT\n>long\nMKTAYIAKQRQ\n", "'long'.*10 residues"),
+        (">a\nMK3T\n", "holds no proteins.*line 1: 'a' has '3' at 3"),
+        (">a\nMKT\n>long\nMKTAYIAKQRQ\n", "'long' has 11 residues.* ends at 10"),
         ("", "holds no proteins"),
         ("MKT\n", "not FASTA"),
     ],
@@ -87,6 +93,73 @@ def test_bad_input_is_named_and_nothing_is_written(run, esm1b, fasta, message):
     assert re.search(message, result.output.replace("\n", " "))
     assert "Traceback" not in result.output
     assert not output.exists()
+
+
+JOBS = {
+    "embed": ["out.npz"],
+    "fill-mask": ["out.csv", "--top-k", "2"],
+    "contacts": ["out.npz"],
+    "perplexity": ["out.csv"],
+    "generate": ["out.fasta", "--samples", "2"],
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_each_job_writes_its_file(esm2, tmp_path, name):
+    (tmp_path / "in.fasta").write_text(">a\nMK<mask>AYI\n>b\nGGAC<mask>\n")
+    output, *options = JOBS[name]
+    arguments = [name, tmp_path / "in.fasta", "--model", esm2, "--output", tmp_path / output, *options]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / output).stat().st_size > 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.fasta", output]
+
+
+def test_score_writes_the_table(esm2, tmp_path):
+    (tmp_path / "in.csv").write_text("mutant\nM1A\nA1M\n")
+    arguments = ["score", tmp_path / "in.csv", "--sequence", "MKTAYI", "--model", esm2, "--output", tmp_path / "o.csv"]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 3, result.output
+    assert "row 2: A1M: the sequence has M at 1, not A" in result.output
+    lines = (tmp_path / "o.csv").read_text().splitlines()
+    assert lines[0] == f"mutant,{esm2}" and lines[1].startswith("M1A,") and lines[2] == "A1M,"
+
+
+@pytest.mark.parametrize("name", [*JOBS, "score"])
+def test_help_has_an_example(name):
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0 and f"mlx-esm {name}" in result.output.replace("\n", " ")
+
+
+def test_what_was_changed_is_reported(run, esm1b):
+    result, _ = run(">a\nmkjjt\n>b\nM-K\n>c\n\n", esm1b)
+    assert result.exit_code == 3
+    output = result.output.replace("\n", " ")
+    for said in ("2 letters outside the alphabet", "1 gaps were dropped", "'c' is empty"):
+        assert said in output
+    strict, _ = run(">c\n\n", esm1b, "--strict")
+    assert strict.exit_code == 1
+
+
+def test_quiet_says_nothing(run, esm1b):
+    result, output = run(">a\nMKT\n", esm1b, "--quiet")
+    assert (result.exit_code, result.output) == (0, "") and output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "x"], "numbers are needed"),
+        (["--pooling", "sum"], "pooling sum: choose from"),
+        (["--batch-tokens", "many"], "a number of tokens"),
+        (["--long", "cut"], "not one of error, truncate, window"),
+        (["--device", "tpu"], "not one of cpu, gpu"),
+    ],
+)
+def test_wrong_options(run, esm1b, options, message):
+    result, output = run(">a\nMKT\n", esm1b, *options)
+    assert result.exit_code == 1 and not output.exists()
+    assert message in result.output.replace("\n", " ")
 
 
 def test_model_that_is_nowhere(run, tmp_path, monkeypatch):

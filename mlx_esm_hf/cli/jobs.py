@@ -1,0 +1,73 @@
+"""What a command shows while it runs, and how it ends.
+
+Exit codes: 0, done; 1, an error; 3, done, but some of the input was left out; 130, stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from mlx_esm_hf.cli.errors import readable_errors
+
+if TYPE_CHECKING:
+    from mlx_esm_hf.pipelines.runs import Done
+
+LEFT_OUT, STOPPED = 3, 130
+SHOWN = 20  # lines about what was left out
+
+
+@contextmanager
+def job(output: Path | None, quiet: bool) -> Iterator[Callable[[Done], None]]:
+    """Errors as messages, a progress bar on a terminal, and a line about the work at the end."""
+    import mlx.core as mx
+
+    quiet = quiet or mx.distributed.init().rank() > 0
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    residues, begin = 0, time.perf_counter()
+    columns = (TaskProgressColumn(), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+    try:
+        with readable_errors(), Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+            task = bar.add_task("", total=None, speed="")
+
+            def progress(done: Done) -> None:
+                nonlocal residues
+                residues += done.computed
+                speed = f"{residues / (time.perf_counter() - begin):,.0f} residues/s"
+                bar.update(task, total=done.total, advance=done.residues, speed=speed)
+
+            yield progress
+    except KeyboardInterrupt:
+        console.print(f"Stopped. What is done is kept; the same command goes on from there ({output}).", markup=False)
+        raise typer.Exit(STOPPED) from None
+    if not quiet and residues:
+        seconds = time.perf_counter() - begin
+        where = "" if output is None else f": {output}"
+        console.print(
+            f"{residues:,} residues in {seconds:.1f} s ({residues / seconds:,.0f} residues/s){where}", markup=False
+        )
+
+
+def finish(report: object, quiet: bool) -> None:
+    """Say what was changed and left out; exit with 3 if something was left out."""
+    from mlx_esm_hf.pipelines.proteins import Report
+
+    assert isinstance(report, Report)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    if report.replaced and not quiet:
+        console.print(f"{report.replaced} letters outside the alphabet were read as X.")
+    if report.gaps and not quiet:
+        console.print(f"{report.gaps} gaps were dropped; --aligned keeps them.")
+    for message in report.left_out[:SHOWN]:
+        console.print(f"Left out: {message}")
+    if len(report.left_out) > SHOWN:
+        console.print(f"and {len(report.left_out) - SHOWN} more.")
+    if report.left_out:
+        raise typer.Exit(LEFT_OUT)

@@ -1,0 +1,44 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Fasta = Annotated[
+    str, typer.Argument(help="Proteins in FASTA, plain, gzipped or zstandard-compressed; - for standard input.")
+]
+OptionalFasta = Annotated[
+    str | None, typer.Argument(help="Proteins in FASTA, plain, gzipped or zstandard-compressed; - for standard input.")
+]
+Model = Annotated[str, typer.Option(help="A model on the Hub, or a folder.")]
+Output = Annotated[Path, typer.Option(help="What to write: a file, by its suffix, or a folder of shards.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default what suits the device.")]
+Device = Annotated[str | None, typer.Option(help="cpu or gpu; by default MLX's own choice.")]
+Long = Annotated[
+    str, typer.Option(help="Proteins beyond the position table: error, truncate, or window (overlapping, blended).")
+]
+BatchTokens = Annotated[
+    str, typer.Option(help="Most tokens that go through the model together; auto: as many as fit into memory.")
+]
+Aligned = Annotated[bool, typer.Option("--aligned", help="Keep gaps (- and .), which are dropped otherwise.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at a bad record instead of leaving it out.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+
+
+def loading(
+    revision: str | None, dtype: str | None, device: str | None, long: str, batch_tokens: str
+) -> dict[str, object]:
+    """The arguments of `pipelines.load`."""
+    if batch_tokens != "auto" and (not batch_tokens.isdecimal() or int(batch_tokens) < 1):
+        raise ValueError(f"--batch-tokens {batch_tokens}: auto, or a number of tokens, is needed.")
+    budget = None if batch_tokens == "auto" else int(batch_tokens)
+    return {"revision": revision, "dtype": dtype, "device": device, "long": long, "batch_tokens": budget}
+
+
+def listed(text: str) -> list[str]:
+    """The entries of a list like "mean,cls"."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]

@@ -1,0 +1,59 @@
+"""mlx-esm perplexity"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mlx_esm_hf.cli.jobs import finish, job
+from mlx_esm_hf.cli.options import (
+    Aligned,
+    BatchTokens,
+    Device,
+    Dtype,
+    Fasta,
+    Long,
+    Model,
+    Output,
+    Quiet,
+    Revision,
+    Strict,
+    loading,
+)
+
+
+def perplexity(
+    fasta: Fasta,
+    model: Model,
+    output: Output,
+    method: Annotated[str, typer.Option(help="exact (a pass for each residue), or one-pass, an estimate.")] = "exact",
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    long: Long = "error",
+    batch_tokens: BatchTokens = "auto",
+    aligned: Aligned = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pseudo-perplexity: how well the model foresees each residue from all others; low is natural.
+
+    The output is a CSV file.
+
+    Example: mlx-esm perplexity proteins.fasta --model facebook/esm2_t6_8M_UR50D --output perplexity.csv
+    """
+    with job(output, quiet) as progress:
+        from mlx_esm_hf import pipelines
+
+        report = pipelines.perplexity(
+            fasta,
+            model,
+            output,
+            method=method,
+            aligned=aligned,
+            strict=strict,
+            progress=progress,
+            **loading(revision, dtype, device, long, batch_tokens),
+        )
+    finish(report, quiet)

@@ -1,0 +1,178 @@
+"""Proteins from files and from Python, cleaned so that one position of the sequence is one token of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import IO, Any, NamedTuple
+
+import zstandard
+from Bio.SeqIO.FastaIO import SimpleFastaParser
+
+STANDARD = "ACDEFGHIKLMNPQRSTVWY"
+RESIDUES = STANDARD + "XBUZO"
+GAPS = "-."
+SPECIAL = ("<mask>", "<cls>", "<eos>", "<unk>")
+TOKEN = re.compile(r"<[^<>]*>|.", re.DOTALL)
+PLAIN = re.compile(f"[{RESIDUES}]+")
+STDIN = "-"
+
+Source = str | os.PathLike | Iterable[Any]
+
+
+class Protein(NamedTuple):
+    """An id, and a sequence of upper-case residues and special tokens, such as `MK<mask>A`."""
+
+    id: str
+    sequence: str
+
+
+@dataclass
+class Report:
+    """What was changed and left out on the way. With `strict`, a bad record is an error instead."""
+
+    strict: bool = False
+    replaced: int = 0  # letters outside the alphabet, now X
+    gaps: int = 0  # dropped
+    left_out: list[str] = field(default_factory=list)
+
+    def leave_out(self, message: str) -> None:
+        if self.strict:
+            raise ValueError(message)
+        self.left_out.append(message)
+
+
+def tokens(sequence: str) -> list[str]:
+    """The positions of a cleaned sequence: residues and special tokens."""
+    return TOKEN.findall(sequence) if "<" in sequence else list(sequence)
+
+
+def clean(sequence: str, aligned: bool = False, report: Report | None = None) -> str:
+    """The sequence by the rules of the README: upper case, no white space, no stop at the end, X for other letters.
+
+    Args:
+        aligned: keep gaps (`-`, `.`), which are dropped otherwise.
+        report: counts the letters that became X, and the gaps.
+
+    Raises:
+        ValueError: nothing is left; a stop inside; an unknown token; what is neither letter, gap nor token.
+    """
+    if PLAIN.fullmatch(sequence):
+        return sequence
+    report = report or Report()
+    parts = TOKEN.findall("".join(sequence.split()))
+    if parts and parts[-1] == "*":
+        parts.pop()
+    cleaned = []
+    for place, part in enumerate(parts, 1):
+        letter = part.upper()
+        if letter in RESIDUES or part in SPECIAL:
+            cleaned.append(letter if len(part) == 1 else part)
+        elif part in GAPS:
+            report.gaps += not aligned
+            cleaned.append(part if aligned else "")
+        elif part == "*":
+            raise ValueError(f"has a stop (*) inside, at {place}: split it, or cut it there")
+        elif len(part) > 1:
+            raise ValueError(f"has the token {part} at {place}; known are {', '.join(SPECIAL)}")
+        elif part.isascii() and part.isalpha():
+            report.replaced += 1
+            cleaned.append("X")
+        else:
+            raise ValueError(f"has {part!r} at {place}, which is no residue")
+    if not any(cleaned):
+        raise ValueError("is empty")
+    return "".join(cleaned)
+
+
+def read_proteins(source: Source, aligned: bool = False, report: Report | None = None) -> Iterator[Protein]:
+    """The proteins of a source in its order; those that cannot be read are left to the report.
+
+    Args:
+        source: the path of a FASTA file, plain, gzipped or zstandard-compressed; `-`, standard input; or an iterable
+            of sequences, of pairs (id, sequence) or of Biopython records. Sequences alone are numbered from 1.
+        aligned: keep gaps.
+        report: takes counts and messages, which name the file, the line and the id.
+
+    Raises:
+        ValueError: not FASTA, or a damaged stream; with a strict report, a bad record.
+        OSError: the file cannot be opened.
+    """
+    report = report if report is not None else Report()
+    records = _from_file(source) if isinstance(source, (str, os.PathLike)) else _from_python(source)
+    for place, name, sequence in records:
+        try:
+            yield Protein(name, clean(sequence, aligned, report))
+        except ValueError as error:
+            report.leave_out(f"{place}: {name!r} {error}.")
+
+
+def _from_python(source: Iterable[Any]) -> Iterator[tuple[str, str, str]]:
+    for number, record in enumerate(source, 1):
+        if isinstance(record, str):
+            name, sequence = str(number), record
+        elif hasattr(record, "seq"):
+            name, sequence = record.id, record.seq
+        else:
+            name, sequence = record
+        yield f"record {number}", str(name), str(sequence)
+
+
+class _Lines:
+    """The lines of a text, counted."""
+
+    def __init__(self, file: Iterable[str]):
+        self.lines, self.number = iter(file), 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        self.number += 1
+        return line
+
+
+def _from_file(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, str]]:
+    name = "standard input" if path == STDIN else os.fspath(path)
+    with contextlib.ExitStack() as stack:
+        raw: Any = sys.stdin.buffer if path == STDIN else stack.enter_context(open(path, "rb"))
+        # Bytes that are no UTF-8 do no harm in a title, and in a sequence they are named as what is no residue.
+        text = io.TextIOWrapper(_decompressed(raw), encoding="utf-8-sig", errors="replace")
+        stack.callback(text.detach if path == STDIN else text.close)
+        lines, record = _Lines(text), "the first record"
+        try:
+            first = next((line for line in lines if line.strip()), None)
+            if first is None:
+                return
+            if not first.startswith(">"):
+                raise ValueError(
+                    f"{name}, line {lines.number}: this is not FASTA, which begins with a title line, such as '>P1'."
+                )
+            start = lines.number
+            for number, (title, sequence) in enumerate(SimpleFastaParser(chain([first], lines)), 1):  # type: ignore
+                words = title.split(maxsplit=1)
+                identifier = words[0] if words else f"record_{number}"
+                yield f"{name}, line {start}", identifier, sequence
+                start, record = lines.number, f"the record after {identifier!r}"  # the parser has read the next title
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise ValueError(
+                f"{name}, line {lines.number + 1}: the compressed stream is damaged in {record} ({error})."
+            ) from error
+
+
+def _decompressed(raw: Any) -> IO[bytes]:
+    start = raw.peek(4)[:4]
+    if start[:2] == b"\x1f\x8b":
+        return gzip.open(raw)  # type: ignore[return-value]
+    if start == b"\x28\xb5\x2f\xfd":
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))  # type: ignore[arg-type]
+    return raw

@@ -1,0 +1,146 @@
+import gzip
+import io
+import sys
+
+import pytest
+import zstandard
+from Bio.Seq import Seq
+from Bio.SeqRecord import SeqRecord
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mlx_esm_hf.pipelines.proteins import RESIDUES, SPECIAL, Protein, Report, clean, read_proteins, tokens
+
+COMPRESSIONS = {"plain": lambda b: b, "gzip": gzip.compress, "zstd": lambda b: zstandard.ZstdCompressor().compress(b)}
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
+@pytest.mark.parametrize(
+    "encode", [str.encode, lambda s: s.replace("\n", "\r\n").encode(), lambda s: s.encode("utf-8-sig")]
+)
+def test_reads_what_people_have(tmp_path, monkeypatch, compress, encode):
+    data = compress(encode("\n>sp|P1|ONE first of two\nMKT\nayi\n\n>two\nG G\n"))
+    path = tmp_path / "proteins.fasta"
+    path.write_bytes(data)
+    expected = [Protein("sp|P1|ONE", "MKTAYI"), Protein("two", "GG")]
+    assert list(read_proteins(path)) == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
+    assert list(read_proteins("-")) == expected
+
+
+def test_reads_what_python_has():
+    records = ["MKT", ("a", "gg"), SeqRecord(Seq("AC"), id="b")]
+    assert list(read_proteins(records)) == [Protein("1", "MKT"), Protein("a", "GG"), Protein("b", "AC")]
+
+
+@pytest.mark.parametrize(
+    ("sequence", "cleaned", "replaced", "gaps"),
+    [
+        ("mktayi", "MKTAYI", 0, 0),
+        ("MK TA\tYI\n", "MKTAYI", 0, 0),
+        ("MKTAYI*", "MKTAYI", 0, 0),
+        ("MKJJJV", "MKXXXV", 3, 0),
+        ("M-K.T", "MKT", 0, 2),
+        ("XBUZO", "XBUZO", 0, 0),
+        ("mk<mask>T", "MK<mask>T", 0, 0),
+    ],
+)
+def test_rules(sequence, cleaned, replaced, gaps):
+    report = Report()
+    assert clean(sequence, report=report) == cleaned
+    assert (report.replaced, report.gaps) == (replaced, gaps)
+
+
+def test_aligned_keeps_gaps():
+    report = Report()
+    assert clean("m-k.T", aligned=True, report=report) == "M-K.T"
+    assert report.gaps == 0
+
+
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        ("", "is empty"),
+        ("*", "is empty"),
+        ("--", "is empty"),
+        ("MK*T", r"stop \(\*\) inside, at 3"),
+        ("MK<pad>T", "token <pad> at 3"),
+        ("MK<masK>T", "token <masK> at 3; known are <mask>"),
+        ("MK3T", "'3' at 3"),
+        ("MKéT", "'é' at 3"),
+    ],
+)
+def test_what_cannot_be_read(sequence, message):
+    with pytest.raises(ValueError, match=message):
+        clean(sequence)
+
+
+@given(st.text(st.sampled_from(RESIDUES + "acj-.*<> \n1é") | st.characters(), max_size=60))
+@example("<mask><mask")
+def test_cleaning_ends_well_or_says_why(text):
+    try:
+        cleaned = clean(text)
+    except ValueError as error:
+        assert str(error)
+        return
+    assert cleaned and clean(cleaned) == cleaned
+    assert all(token in RESIDUES or token in SPECIAL for token in tokens(cleaned))
+    assert "".join(tokens(cleaned)) == cleaned
+
+
+def test_a_bad_record_is_named_and_does_not_lose_the_others(tmp_path):
+    path = tmp_path / "p.fasta"
+    path.write_text(">a\nMKT\n>empty\n>stop in it\nMK*T\nAA\n>\nGG\n")
+    report = Report()
+    assert list(read_proteins(path, report=report)) == [Protein("a", "MKT"), Protein("record_4", "GG")]
+    assert report.left_out == [
+        f"{path}, line 3: 'empty' is empty.",
+        f"{path}, line 4: 'stop' has a stop (*) inside, at 3: split it, or cut it there.",
+    ]
+    with pytest.raises(ValueError, match="line 3: 'empty' is empty"):
+        list(read_proteins(path, report=Report(strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"MKTAYIAK\n", "line 1: this is not FASTA"),
+        (b"\x89PNG\x00\xff\xfe", "line 1: this is not FASTA"),
+        (gzip.compress(b">one\n" + b"MKT" * 1000)[:-20], "damaged in the first record"),
+        (gzip.compress(b">one\n" + b"MKT" * 1000)[:-6] + b"\0" * 6, "damaged in the first record"),
+        (
+            zstandard.ZstdCompressor().compress(b">one\n" + b"MKT" * 1000)[:9] + b"\xff" * 40,
+            "damaged in the first record",
+        ),
+    ],
+    ids=["no title", "binary", "cut gzip", "corrupt gzip", "corrupt zstd"],
+)
+def test_not_fasta(tmp_path, content, message):
+    path = tmp_path / "proteins.fasta"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        list(read_proteins(path))
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_empty_file_has_no_proteins(tmp_path, content):
+    (tmp_path / "none.fasta").write_text(content)
+    assert list(read_proteins(tmp_path / "none.fasta")) == []
+
+
+@given(st.binary(max_size=300) | st.text(st.sampled_from(">\n\r MKTJ*-<mask>;1"), max_size=300).map(str.encode))
+@example(b">\r>\r")
+@example(b"\x1f\x8b")
+@example(b"\x28\xb5\x2f\xfd")
+def test_any_file_is_read_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.fasta"
+    path.write_bytes(data)
+    report = Report()
+    try:
+        proteins = list(read_proteins(path, report=report))
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    assert all(protein.id and protein.sequence for protein in proteins)
+    assert all(str(path) in message and "line" in message for message in report.left_out)

@@ -1,0 +1,229 @@
+"""Runs that are stopped, taken up again, and shared among ranks."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_esm_hf import MLXEsmModel
+from mlx_esm_hf.pipelines import embed, load
+from mlx_esm_hf.pipelines.runs import Item, Run, chunks
+from tests.pipelines.models import write_model
+
+COMMAND = [sys.executable, "-m", "mlx_esm_hf.cli"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("esm2")))
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    """300 proteins, a bad one and a name that comes twice among them."""
+    residues, path = random.Random(0), tmp_path_factory.mktemp("fasta") / "p.fasta"
+    with path.open("w") as file:
+        for i in range(300):
+            sequence = "".join(residues.choices("ACDEFGHIKLMNPQRSTVWY", k=residues.randint(20, 200)))
+            file.write(f">p{i // 2 if i < 4 else i}\n{sequence if i != 7 else ''}\n")
+    return path
+
+
+def command(fasta, folder, output, *options):
+    return [*COMMAND, "embed", fasta, "--model", folder, "--output", output, "--batch-tokens", "256", *options]
+
+
+def digests(output):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.glob("shard-*"))}
+
+
+@pytest.fixture(scope="module")
+def whole(fasta, folder, tmp_path_factory):
+    """A run that nobody disturbs."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    done = subprocess.run(command(fasta, folder, output), capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr  # one record was left out
+    assert "'p7' is empty" in done.stderr
+    return output
+
+
+def kill_and_go_on(fasta, folder, whole, output, kills, seed):
+    """Kill the command `kills` times at random moments after its first shard, then let it end."""
+    moments = random.Random(seed)
+    for _ in range(kills):
+        before = len(digests(output))
+        process = subprocess.Popen(command(fasta, folder, output), stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(digests(output)) <= before:
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command(fasta, folder, output), capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert digests(output) == digests(whole)
+    assert (output / "index.csv").read_bytes() == (whole / "index.csv").read_bytes()
+    assert json.loads((output / "manifest.json").read_text()) == json.loads((whole / "manifest.json").read_text())
+
+
+def test_three_kills_leave_no_trace(fasta, folder, whole, tmp_path):
+    assert len(digests(whole)) > 5
+    kill_and_go_on(fasta, folder, whole, tmp_path / "out", kills=3, seed=0)
+
+
+@pytest.mark.long
+def test_twenty_kills_leave_no_trace(fasta, folder, whole, tmp_path):
+    for seed in range(5):
+        kill_and_go_on(fasta, folder, whole, tmp_path / f"out{seed}", kills=4, seed=seed)
+
+
+def test_ctrl_c_ends_cleanly_and_goes_on(fasta, folder, whole, tmp_path):
+    output = tmp_path / "out"
+    process = subprocess.Popen(command(fasta, folder, output), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not digests(output):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    if process.returncode == 130:  # it may have been done already
+        assert "goes on from there" in errors and "Traceback" not in errors
+    subprocess.run(command(fasta, folder, output), capture_output=True, check=False)
+    assert digests(output) == digests(whole)
+
+
+def test_a_file_format_goes_on_too(fasta, folder, whole, tmp_path):
+    """Its shards are kept until the file is there."""
+    output = tmp_path / "out.npz"
+    process = subprocess.Popen(command(fasta, folder, output), stderr=subprocess.DEVNULL)
+    shards = Path(f"{output}.shards")
+    while process.poll() is None and not digests(shards):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run(command(fasta, folder, output), capture_output=True, check=False)
+    assert not shards.exists()
+    with np.load(output) as file:
+        assert file["mean"].shape == (299, 32) and file["ids"][:3].tolist() == ["p0", "p0", "p1"]
+
+
+def test_other_settings_and_other_input_are_refused(fasta, folder, whole, tmp_path):
+    with pytest.raises(ValueError, match=r"layers: \[3\] there, \[0\] here"):
+        embed(fasta, folder, whole, layers=[0], batch_tokens=256)
+    other = tmp_path / "other.fasta"
+    other.write_bytes(fasta.read_bytes().replace(b"A", b"C", 1))
+    with pytest.raises(ValueError, match="sha256: .* there, .* here"):
+        embed(other, folder, whole, batch_tokens=256)
+    other_model = str(write_model(tmp_path / "model", seed=1))
+    with pytest.raises(ValueError, match="weights: .* there, .* here"):
+        embed(fasta, other_model, whole, batch_tokens=256)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="is no run"):
+        embed(fasta, folder, tmp_path / "mine")
+    assert len(digests(whole)) > 5
+
+
+def test_what_was_done_is_not_done_again(fasta, folder, whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
+    done = []
+    embed(fasta, folder, whole, batch_tokens=256, progress=done.append)
+    assert not done
+    assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
+
+
+def test_batches_of_a_stopped_run_are_kept(fasta, folder, whole, tmp_path):
+    """`--batch-tokens auto` depends on the memory that is free, so the manifest's number counts."""
+    assert load(MLXEsmModel, folder, output=whole).batch_tokens == 256
+
+
+def test_standard_input_streams_and_does_not_resume(folder, tmp_path):
+    arguments = [*COMMAND, "embed", "-", "--model", folder, "--output", tmp_path / "out"]
+    done = subprocess.run(arguments, input=b">a\nMKT\n", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    again = subprocess.run(arguments, input=b">a\nMKT\n", capture_output=True, check=False)
+    assert again.returncode == 1 and b"cannot be taken up again" in again.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="nothing refuses to be written")
+def test_a_folder_that_cannot_be_written(fasta, folder, tmp_path):
+    with pytest.raises(OSError):
+        embed(fasta, folder, "/dev/full/out")
+
+
+def test_a_full_disk_keeps_what_was_done(fasta, folder, tmp_path, monkeypatch):
+    run, items = Run(tmp_path / "out", "embed", {}, {"name": "x", "sha256": "y"}), [item(i) for i in range(6)]
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+
+    def compute(items):
+        return [{"x": np.arange(3)} for _ in items]
+
+    with pytest.raises(OSError, match="shard-00002.safetensors cannot be written .No space left on device.*goes on"):
+        run.compute(items, 1, compute)
+    assert [record.number for record in run.records()] == [0, 1]
+    monkeypatch.undo()
+    Run(tmp_path / "out", "embed", {}, {"name": "x", "sha256": "y"}).compute(items, 1, compute)
+    assert [record.number for record in run.records()] == list(range(6))
+
+
+def item(number):
+    return Item(number, str(number), None, 10, 16, 8)
+
+
+def test_chunks_follow_from_the_items():
+    items = [item(i) for i in range(10)]
+    assert [[i.number for i in chunk.items] for chunk in chunks(items, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    large = [Item(i, "", None, 1, 1, 1 << 27) for i in range(5)]
+    assert [len(chunk.items) for chunk in chunks(large, 1000)] == [2, 2, 1]
+
+
+def test_two_ranks_give_what_one_gives(fasta, folder, whole, tmp_path):
+    output = tmp_path / "out"
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--backend", "ring"]
+    arguments = [str(a) for a in [*launch, "--", *command(fasta, folder, output)]]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+    assert digests(output).keys() == digests(whole).keys(), done.stderr
+    from mlx_esm_hf.pipelines.runs import read_shard
+
+    for ours, theirs in zip(sorted(output.glob("shard-*")), sorted(whole.glob("shard-*")), strict=True):
+        for a, b in zip(read_shard(ours), read_shard(theirs), strict=True):
+            assert (a.number, a.id, a.length) == (b.number, b.id, b.length)
+            np.testing.assert_allclose(a.arrays["mean"], b.arrays["mean"], atol=1e-5)
+
+
+MEASURE = """
+import re, sys
+from mlx_esm_hf.pipelines import embed
+embed(sys.argv[1], sys.argv[2], sys.argv[3], long="window")
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_file(folder, tmp_path):
+    """20,000 proteins in the memory of the first 2,000 of them."""
+    lengths = np.random.default_rng(0).lognormal(5.9, 0.7, 20_000).astype(int).clip(20, 5_000)
+    peaks = []
+    for count in (2_000, 20_000):
+        path = tmp_path / f"{count}.fasta"
+        with path.open("w") as file:
+            for i, length in enumerate(lengths[:count]):
+                file.write(f">p{i}\n{'ACDEFGHIKLMNPQRSTVWY' * (length // 20 + 1)}\n")
+        arguments = [sys.executable, "-c", MEASURE, path, folder, tmp_path / f"out{count}"]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] <= 1.2 * peaks[0], peaks
