@@ -28,6 +28,7 @@ def contacts(
     fasta: Fasta,
     model: Model,
     output: Output,
+    top: Annotated[Path | None, typer.Option(help="Write the most probable contacts to this CSV file, too.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the map of the only protein, .png or .svg.")] = None,
     structure: Annotated[
         Path | None, typer.Option(help="PDB or mmCIF: its contacts and the precision go into the picture.")
@@ -46,13 +47,14 @@ def contacts(
 
     Example: mlx-esm contacts protein.fasta --model facebook/esm2_t6_8M_UR50D --output map.npz --picture map.png
     """
-    with job(output, quiet) as progress:
+    with job(output, quiet, fasta == "-") as progress:
         from mlx_esm_hf import pipelines
 
         report = pipelines.contacts(
             fasta,
             model,
             output,
+            top=top,
             picture=picture,
             structure=structure,
             chain=chain,

@@ -45,7 +45,7 @@ def embed(
 
     Example: mlx-esm embed proteins.fasta --model facebook/esm2_t6_8M_UR50D --output embeddings.h5
     """
-    with job(output, quiet) as progress:
+    with job(output, quiet, fasta == "-") as progress:
         from mlx_esm_hf import pipelines
 
         try:

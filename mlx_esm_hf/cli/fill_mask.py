@@ -43,7 +43,7 @@ def fill_mask(
 
     Example: mlx-esm fill-mask masked.fasta --model facebook/esm2_t6_8M_UR50D --output proposals.csv
     """
-    with job(output, quiet) as progress:
+    with job(output, quiet, fasta == "-") as progress:
         from mlx_esm_hf import pipelines
 
         report = pipelines.fill_mask(

@@ -51,7 +51,7 @@ def generate(
 
     Example: mlx-esm generate --length 100 --samples 4 --model facebook/esm2_t33_650M_UR50D --output designs.fasta
     """
-    with job(output, quiet) as progress:
+    with job(output, quiet, fasta == "-") as progress:
         from mlx_esm_hf import pipelines
 
         report = pipelines.generate(

@@ -21,11 +21,10 @@ if TYPE_CHECKING:
     from mlx_esm_hf.pipelines.runs import Done
 
 LEFT_OUT, STOPPED = 3, 130
-SHOWN = 20  # lines about what was left out
 
 
 @contextmanager
-def job(output: Path | None, quiet: bool) -> Iterator[Callable[[Done], None]]:
+def job(output: Path | None, quiet: bool, stdin: bool = False) -> Iterator[Callable[[Done], None]]:
     """Errors as messages, a progress bar on a terminal, and a line about the work at the end."""
     import mlx.core as mx
 
@@ -45,7 +44,8 @@ def job(output: Path | None, quiet: bool) -> Iterator[Callable[[Done], None]]:
 
             yield progress
     except KeyboardInterrupt:
-        console.print(f"Stopped. What is done is kept; the same command goes on from there ({output}).", markup=False)
+        again = "standard input cannot be taken up again" if stdin else "the same command goes on from there"
+        console.print(f"Stopped. What is done is kept in {output}; {again}.", markup=False)
         raise typer.Exit(STOPPED) from None
     if not quiet and residues:
         seconds = time.perf_counter() - begin
@@ -57,17 +57,19 @@ def job(output: Path | None, quiet: bool) -> Iterator[Callable[[Done], None]]:
 
 def finish(report: object, quiet: bool) -> None:
     """Say what was changed and left out; exit with 3 if something was left out."""
+    import mlx.core as mx
+
     from mlx_esm_hf.pipelines.proteins import Report
 
     assert isinstance(report, Report)
+    if mx.distributed.init().rank() > 0:  # the first one says it
+        return
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     if report.replaced and not quiet:
         console.print(f"{report.replaced} letters outside the alphabet were read as X.")
     if report.gaps and not quiet:
         console.print(f"{report.gaps} gaps were dropped; --aligned keeps them.")
-    for message in report.left_out[:SHOWN]:
+    for message in report.left_out:
         console.print(f"Left out: {message}")
-    if len(report.left_out) > SHOWN:
-        console.print(f"and {len(report.left_out) - SHOWN} more.")
     if report.left_out:
         raise typer.Exit(LEFT_OUT)

@@ -43,7 +43,7 @@ def perplexity(
 
     Example: mlx-esm perplexity proteins.fasta --model facebook/esm2_t6_8M_UR50D --output perplexity.csv
     """
-    with job(output, quiet) as progress:
+    with job(output, quiet, fasta == "-") as progress:
         from mlx_esm_hf import pipelines
 
         report = pipelines.perplexity(

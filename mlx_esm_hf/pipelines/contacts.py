@@ -13,10 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf import MLXEsmModel
-from mlx_esm_hf.pipelines.formats import require, write_npz
-from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, no_progress
-from mlx_esm_hf.pipelines.model import Loaded, Span, load, ramp
-from mlx_esm_hf.pipelines.proteins import STDIN, Protein, Report, Source, read_proteins
+from mlx_esm_hf.pipelines.formats import check_picture, require, write_npz, write_whole
+from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.pipelines.model import Loaded, Span, as_loaded, ramp
+from mlx_esm_hf.pipelines.proteins import Protein, Report, Source, is_stdin, read_proteins, tokens
 from mlx_esm_hf.pipelines.runs import Arrays, Record, Run
 
 SEPARATION = 6  # residues between the partners of a contact, at least (Rao et al. 2020, 3.1)
@@ -30,13 +30,14 @@ def contacts(
     model: str | Loaded,
     output: str | os.PathLike[str] | None = None,
     *,
+    top: str | os.PathLike[str] | None = None,
     picture: str | os.PathLike[str] | None = None,
     structure: str | os.PathLike[str] | None = None,
     chain: str | None = None,
     aligned: bool = False,
     strict: bool = False,
     progress: Progress = no_progress,
-    **loading: object,
+    **loading: Any,
 ) -> Iterator[Record] | Report:
     """The probabilities that two residues of a protein touch (Cβ atoms closer than 8 Å).
 
@@ -44,6 +45,7 @@ def contacts(
         proteins: see `read_proteins`.
         model: one with a trained contact head; ESM-1v has none.
         output: `.npz`, a map for each id; `.csv`, the list of `top_contacts`; or a folder of shards.
+        top: with an `.npz` output, write the list of `top_contacts` to this CSV file, too.
         picture: draw the map of the file's only protein (`.png`, `.svg`, `.pdf`); the output has to be `.npz`.
         structure, chain: for the picture, see `known_contacts`.
         loading: see `load`. With `long="window"` the probability of two residues that share no window is 0.
@@ -51,14 +53,33 @@ def contacts(
     Returns:
         See `embed`; the array is `contacts`, [residues, residues].
     """
+    if chain is not None and structure is None:
+        raise ValueError("A chain is one of a structure: which?")
+    if top is not None:
+        require(top)
+    if top is not None and (output is None or Path(output).suffix != ".npz"):
+        raise ValueError(
+            "A list of top contacts beside the output needs an .npz output; --output TOP.csv writes it alone."
+        )
     protein = None
     if picture is not None:
-        require(picture)
+        check_picture(picture)
         protein = _only_protein(proteins, output, aligned)
     elif structure is not None:
         raise ValueError("A structure is for the picture: where should that go?")
     known = None if protein is None or structure is None else known_contacts(structure, protein.sequence, chain)
-    loaded = model if isinstance(model, Loaded) else load(MLXEsmModel, model, output=output, **loading)  # type: ignore
+
+    def write(path: Path, run: Run) -> None:
+        write_npz(path, run)
+        if protein is not None and picture is not None:
+            (record,) = run.records()
+            write_whole(Path(picture), lambda part: draw(record.arrays["contacts"], part, record.id, known))
+        if top is not None:
+            write_whole(Path(top), lambda part: write_top_contacts(part, run))
+
+    formats = {"": None, ".npz": write, ".csv": write_top_contacts}
+    check_output(output, formats)
+    loaded = as_loaded(MLXEsmModel, model, output, loading)
     loaded.model.base_model.refuse_untrained("contact_head", "contact prediction")
     loaded = replace(loaded, batch_tokens=min(loaded.batch_tokens, ATTENTIONS))
     job = Job(
@@ -67,22 +88,18 @@ def contacts(
         {},
         lambda items: maps(loaded, [item.content for item in items]),
         Cost(lambda tokens: tokens, lambda residues: 4 * residues**2),
-        {"": None, ".npz": write_npz, ".csv": write_top_contacts},
+        formats,
         aligned=aligned,
         strict=strict,
     )
-    result = job.run(proteins, output, progress)
-    if protein is not None and picture is not None and mx.distributed.init().rank() == 0:
-        with np.load(output) as file:  # type: ignore[arg-type]
-            draw(file[protein.id], picture, protein.id, known)
-    return result
+    return job.run(proteins, output, progress)
 
 
 def _only_protein(proteins: Source, output: str | os.PathLike[str] | None, aligned: bool) -> Protein:
     if (
         output is None
         or Path(output).suffix != ".npz"
-        or proteins == STDIN
+        or is_stdin(proteins)
         or not isinstance(proteins, (str, os.PathLike))
     ):
         raise ValueError("A picture needs a FASTA file and an .npz output.")
@@ -160,13 +177,14 @@ def known_contacts(structure: str | os.PathLike[str], sequence: str, chain: str 
     from Bio.PDB.Polypeptide import is_aa
     from Bio.SeqUtils import seq1
 
-    parser: Any = (MMCIFParser if Path(structure).suffix in (".cif", ".mmcif") else PDBParser)(QUIET=True)
+    parser: Any = (MMCIFParser if Path(structure).suffix.lower() in (".cif", ".mmcif") else PDBParser)(QUIET=True)
     try:
         chains = next(iter(parser.get_structure("", os.fspath(structure)))).get_list()
     except (StopIteration, KeyError, ValueError, PDBConstructionException) as error:
         raise ValueError(f"{structure} is no PDB or mmCIF file with atoms in it ({error!r}).") from error
     if chain is not None and chain not in [c.id for c in chains]:
         raise ValueError(f"{structure} has no chain {chain!r}, but {', '.join(c.id for c in chains)}.")
+    residues = "".join(token if len(token) == 1 else "X" for token in tokens(sequence))
     aligner = PairwiseAligner(mode="global", match_score=2, mismatch_score=-1, open_gap_score=-5, extend_gap_score=-0.1)
     aligner.end_gap_score = 0
     best: Any = None
@@ -177,12 +195,12 @@ def known_contacts(structure: str | os.PathLike[str], sequence: str, chain: str 
         if not atoms:
             continue
         letters = "".join(seq1(residue.get_resname(), undef_code="X") for residue in atoms)
-        alignment = aligner.align(sequence, letters)[0]
+        alignment = aligner.align(residues, letters)[0]
         if best is None or alignment.score > best[0]:
             best = alignment.score, alignment, atoms
     if best is None:
         raise ValueError(f"{structure} has no residues of a protein{'' if chain is None else f' in chain {chain!r}'}.")
-    coordinates = np.full((len(sequence), 3), np.nan)
+    coordinates = np.full((len(residues), 3), np.nan)
     for (start, stop), (first, _) in zip(*best[1].aligned, strict=True):
         for k in range(stop - start):
             residue = best[2][first + k]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf import MLXEsmModel
 from mlx_esm_hf.pipelines import formats
-from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, no_progress
-from mlx_esm_hf.pipelines.model import Loaded, Span, blend, load
+from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.pipelines.model import Loaded, Span, as_loaded, blend
 from mlx_esm_hf.pipelines.proteins import Report, Source
 from mlx_esm_hf.pipelines.runs import Arrays, Record
 
@@ -35,7 +36,7 @@ def embed(
     aligned: bool = False,
     strict: bool = False,
     progress: Progress = no_progress,
-    **loading: object,
+    **loading: Any,
 ) -> Iterator[Record] | Report:
     """Embed proteins: hidden states over the residues of each, without <cls>, <eos> and padding (fair-esm's `extract`).
 
@@ -61,7 +62,8 @@ def embed(
         raise ValueError(f"pooling {', '.join(unknown)}: choose from {', '.join(POOLINGS)}.")
     if not layers or not pooling:
         raise ValueError("There is nothing to compute without a layer and a pooling.")
-    loaded = model if isinstance(model, Loaded) else load(MLXEsmModel, model, output=output, **loading)  # type: ignore
+    check_output(output, FORMATS)
+    loaded = as_loaded(MLXEsmModel, model, output, loading)
     config = loaded.model.config
     resolved = resolve_layers(layers, config.num_hidden_layers)
     floats = sum(config.hidden_size * (1 if name != "residues" else 0) for name in pooling) * len(resolved)

@@ -6,12 +6,13 @@ import csv
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mlx_esm_hf import MLXEsmForMaskedLM
-from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, no_progress
-from mlx_esm_hf.pipelines.model import Loaded, load
+from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.pipelines.model import Loaded, as_loaded
 from mlx_esm_hf.pipelines.proteins import Report, Source
 from mlx_esm_hf.pipelines.runs import Arrays, Item, Record, Run
 
@@ -25,7 +26,7 @@ def fill_mask(
     aligned: bool = False,
     strict: bool = False,
     progress: Progress = no_progress,
-    **loading: object,
+    **loading: Any,
 ) -> Iterator[Record] | Report:
     """The most probable tokens at each <mask>, all masks at once, over the whole vocabulary.
 
@@ -39,7 +40,8 @@ def fill_mask(
     """
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: at least one proposal is needed.")
-    loaded = model if isinstance(model, Loaded) else load(MLXEsmForMaskedLM, model, output=output, **loading)  # type: ignore
+    check_output(output, ("", ".csv"))
+    loaded = as_loaded(MLXEsmForMaskedLM, model, output, loading)
     mask = loaded.tokenizer.mask_token_id
     kept = min(top_k, loaded.model.config.vocab_size)
 

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,60 @@ from safetensors.numpy import save_file
 
 from mlx_esm_hf.pipelines.runs import Record, Run
 
+PICTURES = (".png", ".svg", ".pdf")
 # What a file of this suffix is written with, and the extra that brings it.
 WRITERS = {
     ".h5": ("h5py", "hdf5"),
     ".parquet": ("pyarrow", "parquet"),
-    **dict.fromkeys((".png", ".svg", ".pdf"), ("matplotlib", "plots")),
+    **dict.fromkeys(PICTURES, ("matplotlib", "plots")),
 }
 
 
 def require(path: str | os.PathLike[str]) -> None:
     """
     Raises:
-        ValueError: what writes such a file is not installed. To be known before hours of work.
+        ValueError: there is no such folder, or what writes such a file is not installed. To be known before the work.
     """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ValueError(f"{os.fspath(path)} cannot be written: there is no folder {folder}.")
     module, extra = WRITERS.get(os.path.splitext(path)[1], ("", ""))
     if module and importlib.util.find_spec(module) is None:
         raise ValueError(f"{os.fspath(path)} needs {module}: pip install 'mlx-esm-hf[{extra}]'.")
 
 
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        ValueError: a picture of this suffix cannot be drawn.
+    """
+    if os.path.splitext(path)[1] not in PICTURES:
+        raise ValueError(f"{os.fspath(path)}: pictures are told by the suffixes {', '.join(PICTURES)}.")
+    require(path)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file, which is then there as a whole, on the disk, or not at all."""
+    part = path.with_name(f"{path.name}.part{path.suffix}")
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}). The same command goes on from there.") from error
+
+
 def unique_names(run: Run) -> Iterator[tuple[str, Record]]:
     """Each record under its id; the second one with an id under `id#2`, and so on."""
-    seen: dict[str, int] = {}
+    used, counts = {"metadata"}, dict[str, int]()
     for record in run.records():
-        seen[record.id] = seen.get(record.id, 0) + 1
-        yield (record.id if seen[record.id] == 1 else f"{record.id}#{seen[record.id]}"), record
+        name = record.id
+        while name in used:
+            counts[record.id] = counts.get(record.id, 1) + 1
+            name = f"{record.id}#{counts[record.id]}"
+        used.add(name)
+        yield name, record
 
 
 def accession(name: str) -> str:
@@ -156,12 +186,14 @@ def write_parquet(path: Path, run: Run) -> None:
             writer.close()
 
 
-def _groups(run: Run, size: int = 64) -> Iterator[list[Record]]:
-    group: list[Record] = []
+def _groups(run: Run, size: int = 1 << 26) -> Iterator[list[Record]]:
+    """The records in groups of some 64 MB."""
+    group, total = list[Record](), 0
     for record in run.records():
         group.append(record)
-        if len(group) == size:
+        total += sum(array.nbytes for array in record.arrays.values())
+        if total > size:
             yield group
-            group = []
+            group, total = [], 0
     if group:
         yield group

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlx_esm_hf import MLXEsmForMaskedLM
-from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, no_progress
-from mlx_esm_hf.pipelines.model import Loaded, load
+from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.pipelines.model import Loaded, as_loaded
 from mlx_esm_hf.pipelines.proteins import STANDARD, Report, Source
 from mlx_esm_hf.pipelines.runs import Arrays, Item, Record, Run
 
@@ -78,7 +79,7 @@ def generate(
     aligned: bool = False,
     strict: bool = False,
     progress: Progress = no_progress,
-    **loading: object,
+    **loading: Any,
 ) -> Iterator[Design] | Report:
     """Design sequences: fill the masked positions of proteins, or a number of masks.
 
@@ -93,7 +94,7 @@ def generate(
         samples: designs for each protein.
         fixed: positions to keep, such as "1-10,25"; all others are free. By default the masks are free.
         temperature, top_k, top_p: see `Sampling`.
-        seed: equal seeds give equal designs, whatever else is computed beside them.
+        seed: equal seeds give equal designs of equal proteins, whatever else is computed beside them.
         loading: see `load`.
 
     Returns:
@@ -107,7 +108,8 @@ def generate(
         raise ValueError("samples and length must be 1 at least, and sweeps must not be negative.")
     sampling = Sampling(temperature, top_k, top_p)
     kept = None if fixed is None else parse_positions(fixed)
-    loaded = model if isinstance(model, Loaded) else load(MLXEsmForMaskedLM, model, output=output, **loading)  # type: ignore
+    check_output(output, ("", ".fasta", ".fa"))
+    loaded = as_loaded(MLXEsmForMaskedLM, model, output, loading)
     names = loaded.tokenizer.convert_ids_to_tokens
 
     def free(ids: np.ndarray) -> np.ndarray:
@@ -122,40 +124,43 @@ def generate(
             raise ValueError("has no free position: no <mask>, or all is kept")
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
-        drafts = [
-            Draft(item.content, free(item.content), np.random.default_rng([seed, item.number, sample]))
-            for item in items
-            for sample in range(samples)
-        ]
+        drafts = [Draft(item.content, free(item.content), generator(item)) for item in items]
         fill(loaded, drafts, order, sweeps, sampling)
-        groups = [drafts[i : i + samples] for i in range(0, len(drafts), samples)]
-        return [
-            {"ids": np.stack([d.ids for d in group]), "log_probability": np.array([d.mean() for d in group])}
-            for group in groups
-        ]
+        return [{"ids": draft.ids, "log_probability": np.array([draft.drawn.mean()])} for draft in drafts]
 
-    def designs(record: Record) -> Iterator[Design]:
-        for i, (ids, value) in enumerate(zip(record.arrays["ids"], record.arrays["log_probability"], strict=True), 1):
-            yield Design(record.id, i, "".join(names(ids.tolist())), float(value))
+    def generator(item: Item) -> np.random.Generator:
+        return np.random.default_rng([seed, zlib.crc32(item.content.tobytes()), item.number % samples])
+
+    def design(record: Record) -> Design:
+        sequence = "".join(names(record.arrays["ids"].tolist()))
+        return Design(record.id, record.number % samples + 1, sequence, float(record.arrays["log_probability"][0]))
 
     def write(path: Path, run: Run) -> None:
         with open(path, "w", encoding="utf-8") as file:
-            for record in run.records():
-                for d in designs(record):
-                    file.write(f">{d.id}_{d.sample} mean_log_p={d.log_probability:.4f}\n{d.sequence}\n")
+            for d in map(design, run.records()):
+                file.write(f">{d.id}_{d.sample} mean_log_p={d.log_probability:.4f}\n{d.sequence}\n")
 
     settings = {
         **{"length": length, "samples": samples, "order": order, "sweeps": sweeps, "fixed": fixed, "seed": seed},
         **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
     }
-    passes = samples * (1 + sweeps * (order == "gibbs"))
-    cost = Cost(lambda tokens: passes * tokens * tokens, lambda residues: samples * (4 * residues + 8))
-    formats = {"": None, ".fasta": write, ".fa": write}
-    job = Job("generate", loaded, settings, compute, cost, formats, check, aligned, strict)
-    source = proteins if length is None else [("design", "<mask>" * length)]
-    assert source is not None
+    passes = 1 + sweeps * (order == "gibbs")
+    source: Source = proteins if proteins is not None else [("design", "<mask>" * int(length or 0))]
+    job = Job(
+        "generate",
+        loaded,
+        settings,
+        compute,
+        Cost(lambda tokens: passes * tokens * tokens, lambda residues: 4 * residues + 8),
+        {"": None, ".fasta": write, ".fa": write},
+        check,
+        aligned,
+        strict,
+        copies=samples,
+        input={"name": "length", "sha256": ""} if proteins is None else None,  # the settings say it
+    )
     results = job.run(source, output, progress)
-    return results if isinstance(results, Report) else (design for record in results for design in designs(record))
+    return results if isinstance(results, Report) else map(design, results)
 
 
 class Draft:
@@ -164,9 +169,6 @@ class Draft:
     def __init__(self, ids: np.ndarray, free: np.ndarray, random: np.random.Generator):
         self.ids, self.free, self.random = ids.copy(), free, random
         self.drawn = np.zeros(len(free))  # log p of what stands at each free position
-
-    def mean(self) -> float:
-        return float(self.drawn.mean())
 
 
 def fill(loaded: Loaded, drafts: Sequence[Draft], order: str, sweeps: int, sampling: Sampling) -> None:

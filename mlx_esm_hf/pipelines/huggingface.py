@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,14 +62,14 @@ class FillMaskPipeline:
         """
         Args:
             inputs: one or several sequences, each with one <mask> at least.
-            targets: rank these tokens only.
+            targets: rank these tokens only; of one that is not in the vocabulary its first token, with a warning.
 
         Returns:
             Of one sequence with one mask a list of {"score", "token", "token_str", "sequence"}; with several masks a
             list of such lists; of several sequences the list of their results (of a list of one, its only result).
 
         Raises:
-            ValueError: a sequence without a mask, or a target that the vocabulary does not have.
+            ValueError: a sequence without a mask, or no target that the tokenizer knows.
         """
         allowed = None if targets is None else self._target_ids([targets] if isinstance(targets, str) else targets)
         if isinstance(inputs, str):
@@ -109,11 +110,20 @@ class FillMaskPipeline:
 
     def _target_ids(self, targets: Sequence[str]) -> np.ndarray:
         vocabulary = self.tokenizer.get_vocab()
-        if unknown := [target for target in targets if target not in vocabulary]:
-            raise ValueError(f"The targets {', '.join(map(repr, unknown))} are not in the vocabulary.")
-        if not len(targets):
+        ids = set()
+        for target in targets:
+            token = vocabulary.get(target)
+            if token is None:
+                pieces = self.tokenizer(target, add_special_tokens=False)["input_ids"]
+                if not pieces:
+                    continue
+                token = pieces[0]
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                warnings.warn(f"The target {target!r} is not in the vocabulary: {name} takes its place.", stacklevel=3)
+            ids.add(token)
+        if not ids:
             raise ValueError("At least one target must be provided when passed.")
-        return np.array(list({vocabulary[target] for target in targets}))
+        return np.array(list(ids))
 
 
 class FeatureExtractionPipeline:

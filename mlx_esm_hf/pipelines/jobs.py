@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.pipelines.formats import require
+from mlx_esm_hf.pipelines.formats import require, write_whole
 from mlx_esm_hf.pipelines.model import Loaded
-from mlx_esm_hf.pipelines.proteins import STDIN, Protein, Report, Source, read_proteins
-from mlx_esm_hf.pipelines.runs import Arrays, Done, Item, Record, Run, describe, shards_of, stream
+from mlx_esm_hf.pipelines.proteins import Protein, Report, Source, is_stdin, read_proteins
+from mlx_esm_hf.pipelines.runs import (
+    Arrays,
+    Done,
+    Item,
+    Record,
+    Run,
+    describe,
+    discard,
+    shards_of,
+    stream,
+    wait_for_all,
+)
 
 Progress = Callable[[Done], None]
 Write = Callable[[Path, Run], None]
@@ -37,6 +48,8 @@ class Job:
         settings: what results depend on, besides the model.
         compute: the results of items, whose content are token ids, without <cls> and <eos>.
         check: refuses a protein, by ValueError, that this job has nothing to do for.
+        copies: how many records a protein gives.
+        input: what the manifest says of the input; by default what `describe` does.
         formats: what writes the results, by the suffix of the output; "" leaves the folder of shards.
         aligned, strict: how proteins are read.
     """
@@ -50,6 +63,8 @@ class Job:
     check: Callable[[np.ndarray], None] = lambda ids: None
     aligned: bool = False
     strict: bool = False
+    copies: int = 1
+    input: dict[str, str] | None = None
     report: Report = field(default_factory=Report)
 
     def run(
@@ -67,61 +82,66 @@ class Job:
         return self.report
 
     def _stream(self, source: Source) -> Iterator[Record]:
+        self._survey(source)
         self.report = Report(self.strict)
         yield from stream(self._items(source), self.model.batch_tokens, self.compute)
         for message in self.report.left_out:
             warnings.warn(f"left out: {message}", stacklevel=2)
 
     def _write(self, source: Source, output: Path, progress: Progress) -> None:
-        write = format_of(output, self.formats)
-        require(output)
-        if write and output.exists():
-            raise ValueError(f"{output} is there already: choose another output, or remove it.")
+        write = self.formats[output.suffix]
+        folder = shards_of(output) if write else output
+        if mx.distributed.init().size() > 1 and is_stdin(source):
+            raise ValueError("Several ranks cannot share standard input: give them a file.")
         total = self._survey(source)
         self.report = Report(self.strict)
-        folder = shards_of(output) if write else output
         settings = self.model.settings | self.settings | {"aligned": self.aligned}
-        run = Run(folder, self.command, settings, describe(source))
+        run = Run(folder, self.command, settings, self.input or describe(source))
         if run.complete:
             self.report.left_out = run.manifest.get("left_out", [])
         else:
             items = self._items(source)
             run.compute(items, self.model.batch_tokens, self.compute, progress, total, self.report)
         if write and run.first_rank:
-            part = output.with_name(f"{output.name}.part{output.suffix}")
-            write(part, run)
-            os.replace(part, output)
-            shutil.rmtree(folder)
+            if not output.exists():  # else the run was stopped between this and the next line
+                write_whole(output, lambda part: write(part, run))
+            discard(folder)
+        wait_for_all()
 
     def _items(self, source: Source) -> Iterator[Item]:
         before, after = len(self.model.before), len(self.model.after)
-        for number, (protein, ids, problem) in enumerate(self._encoded(source, self.report)):
+        number = 0
+        for protein, ids, problem in self._encoded(source, self.report):
             if problem:
                 raise ValueError(problem)
             spans = self.model.spans(0, len(ids))
-            length = spans[-1].stop  # of what is left
             work = sum(self.cost.work(span.stop - span.start + before + after) for span in spans)
-            yield Item(number, protein.id, ids[:length], length, work, self.cost.size(length))
+            for _ in range(self.copies):
+                yield Item(number, protein.id, ids, len(ids), work, self.cost.size(len(ids)))
+                number += 1
 
     def _encoded(self, source: Source, report: Report) -> Iterator[tuple[Protein, np.ndarray, str]]:
         """The proteins that have work for this job, with their ids, and what is wrong if one is too long."""
         for protein in read_proteins(source, self.aligned, report):
             try:
                 ids = self.model.ids(protein.sequence)
-                self.check(ids)
             except ValueError as error:
-                report.leave_out(f"{protein.id!r} {error}.")
+                report.leave_out(f"{protein.place}: {protein.id!r} {error}.")
                 continue
             try:
-                self.model.check_length(len(ids))
-                problem = ""
+                ids, problem = self.model.fit(ids), ""
             except ValueError as error:
-                problem = f"{protein.id!r} {error}."
+                problem = f"{protein.place}: {protein.id!r} {error}."
+            try:
+                self.check(ids)
+            except ValueError as error:
+                report.leave_out(f"{protein.place}: {protein.id!r} {error}.")
+                continue
             yield protein, ids, problem
 
     def _survey(self, source: Source) -> int | None:
         """Read a file once before the work; returns how many residues it has, None of what can be read only once."""
-        if source == STDIN or not isinstance(source, (str, os.PathLike)):
+        if is_stdin(source) or not isinstance(source, (str, os.PathLike)):
             return None
         total, problems, report = 0, list[str](), Report(self.strict)
         for _, ids, problem in self._encoded(source, report):
@@ -135,11 +155,21 @@ class Job:
         return total
 
 
-def format_of(output: Path, formats: Mapping[str, Write | None]) -> Write | None:
-    if output.suffix not in formats:
-        known = ", ".join(suffix or "none, a folder of shards" for suffix in formats)
+def check_output(output: str | os.PathLike[str] | None, suffixes: Iterable[str]) -> None:
+    """Refuse an output that cannot be written, before a model is loaded for it.
+
+    Raises:
+        ValueError: no format has this suffix, its library is not installed, its folder is missing, or it is there.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    if path.suffix not in suffixes:
+        known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
         raise ValueError(f"{output}: the formats of this command are told by the suffixes {known}.")
-    return formats[output.suffix]
+    require(path)
+    if path.suffix and path.exists() and not shards_of(path).exists():
+        raise ValueError(f"{output} is there already: choose another output, or remove it.")
 
 
 def no_progress(done: Done) -> None:

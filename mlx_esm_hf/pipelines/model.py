@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from mlx.utils import tree_flatten
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_esm_hf import ops
+from mlx_esm_hf.modeling_esm import MLXEsmModel
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.pipelines.batching import batches
 from mlx_esm_hf.pipelines.proteins import tokens
@@ -80,6 +82,7 @@ class Loaded:
             "revision": self.revision,
             "weights": fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("mlx.core."),
+            "device": mx.default_device().type.name,
             "long": self.long,
             "batch_tokens": self.batch_tokens,
         }
@@ -90,13 +93,19 @@ class Loaded:
         Raises:
             ValueError: a token that this model does not have.
         """
-        positions = tokens(sequence)
         try:
-            ids = np.array([self.vocabulary[token] for token in positions], np.int32)
+            return np.array([self.vocabulary[token] for token in tokens(sequence)], np.int32)
         except KeyError as error:
-            raise ValueError(f"{self.name} has no token {error}.") from None
-        assert len(ids) == len(positions)
-        return ids
+            raise ValueError(f"has {error}, which {self.name or 'this model'} has no token for") from None
+
+    def fit(self, ids: np.ndarray) -> np.ndarray:
+        """What is left of a sequence of ids: its beginning, if long proteins are truncated.
+
+        Raises:
+            ValueError: it is too long, and that is to be an error.
+        """
+        self.check_length(len(ids))
+        return ids[: self.longest] if self.long == "truncate" else ids
 
     def check_length(self, length: int) -> None:
         """
@@ -110,13 +119,10 @@ class Loaded:
             )
 
     def spans(self, item: int, length: int) -> list[Span]:
-        """The whole protein; where it is too long its beginning, or windows that overlap by half at least."""
-        self.check_length(length)
+        """The whole protein; where it is too long windows that overlap by half at least."""
         window = self.longest
         if window is None or length <= window:
             return [Span(item, 0, length)]
-        if self.long == "truncate":
-            return [Span(item, 0, window)]
         count = 1 + -(-(length - window) // (window - window // 2))
         starts = [round(i * (length - window) / (count - 1)) for i in range(count)]
         return [Span(item, start, start + window) for start in starts]
@@ -133,6 +139,9 @@ class Loaded:
                 item, start, stop = spans[row]
                 input_ids[line, : lengths[row]] = [*self.before, *sequences[item][start:stop], *self.after]
                 attention_mask[line, : lengths[row]] = 1
+            # One token for each residue, and none of them padding.
+            if ((input_ids != self.tokenizer.pad_token_id) != attention_mask).any():
+                raise ValueError("A sequence holds the token for padding.")
             yield Forward([spans[row] for row in rows], input_ids, attention_mask, before)
 
     def log_probabilities(
@@ -159,18 +168,21 @@ class Loaded:
 
         Of a protein in windows, each position is seen in the one where it is farthest from the edges.
         """
-        spans, variants = [], []
-        for row, position in enumerate(positions):
-            variant = ids.copy()
-            variant[position] = self.tokenizer.mask_token_id
-            variants.append(variant)
-            inside = [span for span in self.spans(row, len(ids)) if span.start <= position < span.stop]
-            if not inside:
-                raise ValueError(f"position {position + 1} is behind the end of what is left of the sequence.")
-            spans.append(max(inside, key=lambda span: ramp(span, len(ids))[position - span.start]))
+        windows = self.spans(0, len(ids))
+        weights = np.full((len(windows), len(ids)), -1, np.float32)
+        for row, window in zip(weights, windows, strict=True):
+            row[window.start : window.stop] = ramp(window, len(ids))
+        best = weights.argmax(axis=0)
         found = np.empty((len(positions), self.model.config.vocab_size), np.float32)
-        for span, rows in self.log_probabilities(variants, spans):
-            found[span.item] = rows[positions[span.item] - span.start]
+        at_once = max(1, 16 * self.batch_tokens // len(ids))  # of a long protein not all copies
+        for first in range(0, len(positions), at_once):
+            group = positions[first : first + at_once]
+            variants = [ids.copy() for _ in group]
+            for variant, position in zip(variants, group, strict=True):
+                variant[position] = self.tokenizer.mask_token_id
+            spans = [windows[best[position]]._replace(item=row) for row, position in enumerate(group)]
+            for span, rows in self.log_probabilities(variants, spans):
+                found[first + span.item] = rows[group[span.item] - span.start]
         return found
 
 
@@ -220,15 +232,44 @@ def load(
         if device not in ("cpu", "gpu"):
             raise ValueError(f"device={device!r} is not one of cpu, gpu.")
         mx.set_default_device(getattr(mx, device))
-    options: dict[str, Any] = {} if cls.__name__ != "MLXEsmModel" else {"add_pooling_layer": False}
-    network = cls.from_pretrained(model, revision=revision or "main", dtype=dtype, **options)
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
+    if issubclass(cls, MLXEsmModel):  # the head that it does without is not worth a report
+        log = logging.getLogger(MLXPreTrainedModel.__module__)
+        level = log.level
+        log.setLevel(logging.ERROR)
+        network = cls.from_pretrained(model, revision=revision or "main", dtype=dtype, add_pooling_layer=False)
+        log.setLevel(level)
+    else:
+        network = cls.from_pretrained(model, revision=revision or "main", dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
     commit = getattr(network.config, "_commit_hash", None) or revision
     batch_tokens = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
     loaded = Loaded(network.eval(), tokenizer, str(model), commit, long, batch_tokens)
-    if mx.distributed.init().size() > 1:  # the ranks have to cut the same batches
+    group = mx.distributed.init()
+    if group.size() > 1:  # the ranks have to cut the same batches; those that do not write may not see the output
+        if group.rank() and batch_tokens == 0:
+            loaded.batch_tokens = 1 << 30
         loaded.batch_tokens = mx.distributed.all_min(mx.array(loaded.batch_tokens), stream=mx.cpu).item()  # type: ignore
     return loaded
+
+
+def as_loaded(
+    cls: type[MLXPreTrainedModel],
+    model: str | os.PathLike[str] | Loaded,
+    output: str | os.PathLike[str] | None,
+    loading: dict[str, Any],
+) -> Loaded:
+    """The model itself if it is loaded, else what `load` makes of it.
+
+    Raises:
+        TypeError: options of loading for a model that is loaded.
+    """
+    if not isinstance(model, Loaded):
+        return load(cls, os.fspath(model), output=output, **loading)
+    if loading:
+        raise TypeError(f"{', '.join(loading)}: this is for `load`, and the model is loaded already.")
+    return model
 
 
 def fingerprint(model: MLXPreTrainedModel) -> str:
@@ -237,6 +278,6 @@ def fingerprint(model: MLXPreTrainedModel) -> str:
     parameters: Any = tree_flatten(model.parameters())
     for name, parameter in sorted(parameters, key=lambda pair: pair[0]):
         flat = parameter.reshape(-1)
-        sample = flat[:: max(1, flat.size // 1024)].astype(mx.float32)
+        sample = flat[:: -(-flat.size // 1024)].astype(mx.float32)
         digest.update(name.encode() + np.array(sample).tobytes())
     return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
@@ -66,13 +67,12 @@ def split(mutant: str) -> list[tuple[str, int, str]]:
 def suggest_first_residue(mutants: Sequence[str], sequence: str) -> int | None:
     """The numbering under which most substitutions have the wild type of the sequence; None if none has."""
     residues, hits = tokens(sequence), Counter[int]()
+    found = set[tuple[str, int]]()
     for mutant in mutants:
-        try:
-            parts = split(mutant)
-        except ValueError:
-            continue
-        for wild_type, number, _ in parts:
-            hits.update(number - place for place, residue in enumerate(residues) if residue == wild_type)
+        with contextlib.suppress(ValueError):
+            found.update((wild_type, number) for wild_type, number, _ in split(mutant))
+    for wild_type, number in found:
+        hits.update(number - place for place, residue in enumerate(residues) if residue == wild_type)
     return hits.most_common(1)[0][0] if hits else None
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from mlx_esm_hf import MLXEsmForMaskedLM
 from mlx_esm_hf.pipelines.formats import write_csv
-from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, no_progress
-from mlx_esm_hf.pipelines.model import Loaded, load
+from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.pipelines.model import Loaded, as_loaded
 from mlx_esm_hf.pipelines.proteins import RESIDUES, STANDARD, Report, Source
 from mlx_esm_hf.pipelines.runs import Arrays, Item, Record
 
 METHODS = ("exact", "one-pass")
+FORMATS = {"": None, ".csv": write_csv}
 
 
 def perplexity(
@@ -26,7 +28,7 @@ def perplexity(
     aligned: bool = False,
     strict: bool = False,
     progress: Progress = no_progress,
-    **loading: object,
+    **loading: Any,
 ) -> Iterator[Record] | Report:
     """The pseudo-perplexity of proteins, e^(-mean log p) over residues, each masked in turn (Salazar et al. 2020).
 
@@ -44,7 +46,8 @@ def perplexity(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")
-    loaded = model if isinstance(model, Loaded) else load(MLXEsmForMaskedLM, model, output=output, **loading)  # type: ignore
+    check_output(output, FORMATS)
+    loaded = as_loaded(MLXEsmForMaskedLM, model, output, loading)
     vocabulary = loaded.vocabulary
     counted = np.array([vocabulary[residue] for residue in RESIDUES if residue != "X"])
 
@@ -63,14 +66,13 @@ def perplexity(
         return results
 
     passes = (lambda tokens: tokens * tokens) if method == "exact" else (lambda tokens: tokens)
-    formats = {"": None, ".csv": write_csv}
     job = Job(
         "perplexity",
         loaded,
         {"method": method},
         compute,
         Cost(passes, lambda residues: 16),
-        formats,
+        FORMATS,
         aligned=aligned,
         strict=strict,
     )

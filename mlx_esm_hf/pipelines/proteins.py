@@ -15,11 +15,13 @@ from itertools import chain
 from typing import IO, Any, NamedTuple
 
 import zstandard
+from Bio.Seq import Seq
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
 STANDARD = "ACDEFGHIKLMNPQRSTVWY"
 RESIDUES = STANDARD + "XBUZO"
 GAPS = "-."
+ALPHABET = frozenset(RESIDUES)
 SPECIAL = ("<mask>", "<cls>", "<eos>", "<unk>")
 TOKEN = re.compile(r"<[^<>]*>|.", re.DOTALL)
 PLAIN = re.compile(f"[{RESIDUES}]+")
@@ -29,10 +31,11 @@ Source = str | os.PathLike | Iterable[Any]
 
 
 class Protein(NamedTuple):
-    """An id, and a sequence of upper-case residues and special tokens, such as `MK<mask>A`."""
+    """An id, a sequence of upper-case residues and special tokens, such as `MK<mask>A`, and where it was found."""
 
     id: str
     sequence: str
+    place: str = ""
 
 
 @dataclass
@@ -48,6 +51,10 @@ class Report:
         if self.strict:
             raise ValueError(message)
         self.left_out.append(message)
+
+
+def is_stdin(source: Source) -> bool:
+    return isinstance(source, str) and source == STDIN
 
 
 def tokens(sequence: str) -> list[str]:
@@ -73,9 +80,10 @@ def clean(sequence: str, aligned: bool = False, report: Report | None = None) ->
         parts.pop()
     cleaned = []
     for place, part in enumerate(parts, 1):
-        letter = part.upper()
-        if letter in RESIDUES or part in SPECIAL:
-            cleaned.append(letter if len(part) == 1 else part)
+        if part in SPECIAL:
+            cleaned.append(part)
+        elif part.isascii() and part.upper() in ALPHABET:
+            cleaned.append(part.upper())
         elif part in GAPS:
             report.gaps += not aligned
             cleaned.append(part if aligned else "")
@@ -110,20 +118,21 @@ def read_proteins(source: Source, aligned: bool = False, report: Report | None =
     records = _from_file(source) if isinstance(source, (str, os.PathLike)) else _from_python(source)
     for place, name, sequence in records:
         try:
-            yield Protein(name, clean(sequence, aligned, report))
+            if not isinstance(sequence, str):
+                raise ValueError(f"is no sequence, but {sequence!r}")
+            yield Protein(name, clean(sequence, aligned, report), place)
         except ValueError as error:
             report.leave_out(f"{place}: {name!r} {error}.")
 
 
-def _from_python(source: Iterable[Any]) -> Iterator[tuple[str, str, str]]:
+def _from_python(source: Iterable[Any]) -> Iterator[tuple[str, str, Any]]:
     for number, record in enumerate(source, 1):
-        if isinstance(record, str):
-            name, sequence = str(number), record
-        elif hasattr(record, "seq"):
-            name, sequence = record.id, record.seq
-        else:
-            name, sequence = record
-        yield f"record {number}", str(name), str(sequence)
+        name, sequence = str(number), record
+        if hasattr(record, "seq"):
+            name, sequence = str(record.id), record.seq
+        elif isinstance(record, (tuple, list)) and len(record) == 2:
+            name, sequence = str(record[0]), record[1]
+        yield f"record {number}", name, str(sequence) if isinstance(sequence, Seq) else sequence
 
 
 class _Lines:
@@ -142,12 +151,12 @@ class _Lines:
 
 
 def _from_file(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, str]]:
-    name = "standard input" if path == STDIN else os.fspath(path)
+    name = "standard input" if is_stdin(path) else os.fspath(path)
     with contextlib.ExitStack() as stack:
-        raw: Any = sys.stdin.buffer if path == STDIN else stack.enter_context(open(path, "rb"))
+        raw: Any = sys.stdin.buffer if is_stdin(path) else stack.enter_context(open(path, "rb"))
         # Bytes that are no UTF-8 do no harm in a title, and in a sequence they are named as what is no residue.
         text = io.TextIOWrapper(_decompressed(raw), encoding="utf-8-sig", errors="replace")
-        stack.callback(text.detach if path == STDIN else text.close)
+        stack.callback(text.detach if is_stdin(path) else text.close)
         lines, record = _Lines(text), "the first record"
         try:
             first = next((line for line in lines if line.strip()), None)
@@ -174,5 +183,32 @@ def _decompressed(raw: Any) -> IO[bytes]:
     if start[:2] == b"\x1f\x8b":
         return gzip.open(raw)  # type: ignore[return-value]
     if start == b"\x28\xb5\x2f\xfd":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))  # type: ignore[arg-type]
+        return io.BufferedReader(_Zstandard(raw))  # type: ignore[return-value]
     return raw
+
+
+class _Zstandard(io.RawIOBase):
+    """Zstandard frames as one stream, whose end has to be the end of a frame (the library's reader does not mind)."""
+
+    def __init__(self, raw: IO[bytes]):
+        self.raw, self.frame, self.data, self.pending = raw, zstandard.ZstdDecompressor().decompressobj(), b"", b""
+        self.inside = False  # a frame
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.data:
+            block = self.pending or self.raw.read(1 << 16)
+            if not block:
+                if self.inside:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self.data, self.pending = self.frame.decompress(block), b""
+            self.inside = not self.frame.eof
+            if self.frame.eof:
+                self.pending = self.frame.unused_data
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+        size = min(len(buffer), len(self.data))
+        buffer[:size], self.data = self.data[:size], self.data[size:]
+        return size

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress, islice
 from pathlib import Path
@@ -20,10 +21,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mlx_esm_hf.pipelines.proteins import STDIN, Report, Source
+from mlx_esm_hf.pipelines.proteins import STDIN, Report, Source, is_stdin
 
 MANIFEST, INDEX = "manifest.json", "index.csv"
 BATCHES = 16  # of a chunk: enough to order by length
@@ -81,7 +82,7 @@ def chunks(items: Iterable[Item], batch_tokens: int) -> Iterator[Chunk]:
 
 def describe(source: Source) -> dict[str, str]:
     """The input of a run for its manifest: a file by its name and its hash, which is that of what was compressed."""
-    if source == STDIN:
+    if is_stdin(source):
         return {"name": STDIN}
     if not isinstance(source, (str, os.PathLike)):
         return {"name": "Python"}
@@ -93,7 +94,7 @@ def describe(source: Source) -> dict[str, str]:
 
 
 class Run:
-    """A folder of shards, with what they were computed from.
+    """A folder of shards, with what they were computed from. `complete`: it was found finished.
 
     Args:
         folder: is made; or that of a run with the same settings and input, which goes on.
@@ -118,6 +119,7 @@ class Run:
                 refused = error
         if self._everywhere(int(refused is not None)):  # the others would wait for it for good
             raise refused or ValueError("The first rank does not go on with this output.")
+        self.complete = bool(self._everywhere(int("records" in self.manifest)))
 
     def _open(self) -> None:
         path = self.folder / MANIFEST
@@ -144,7 +146,9 @@ class Run:
                 )
             self.manifest = before
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if self.folder.exists() and (
+            not self.folder.is_dir() or any(not name.endswith(".part") for name in os.listdir(self.folder))
+        ):
             raise ValueError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write(MANIFEST, json.dumps(self.manifest, indent=1).encode())
@@ -153,11 +157,6 @@ class Run:
     def first_rank(self) -> bool:
         """Whether this is the rank that writes."""
         return bool(self.group.rank() == 0)
-
-    @property
-    def complete(self) -> bool:
-        """Whether a finished run was found, in this folder, on any rank."""
-        return bool(self._everywhere(int(self.first_rank and "records" in self.manifest)))
 
     def compute(
         self,
@@ -170,9 +169,9 @@ class Run:
     ) -> None:
         """Compute what is missing. The report, which fills while items are read, goes into the manifest at the end."""
         rank, size = self.group.rank(), self.group.size()
-        turns, records = chunks(items, batch_tokens), 0
+        turns, records, shards = chunks(items, batch_tokens), 0, 0
         while turn := list(islice(turns, size)):
-            records += sum(len(chunk.items) for chunk in turn)
+            records, shards = records + sum(len(chunk.items) for chunk in turn), shards + len(turn)
             missing = [not self._there(chunk) for chunk in turn]
             mine = rank < len(turn) and missing[rank]
             shard = shard_bytes(turn[rank], compute(turn[rank].items)) if mine else b""
@@ -181,15 +180,23 @@ class Run:
                     self._write(shard_name(chunk), data)
             progress(Done(residues(turn), residues(compress(turn, missing)), total))
         if self.first_rank:
-            self._finish(records, report.left_out if report else [])
-        self._everywhere(0)
+            self._finish(records, shards, report)
 
     def records(self) -> Iterator[Record]:
-        """The results in order, of the shards that are there."""
+        """The results in order, of the shards that are there.
+
+        Raises:
+            ValueError: a shard is damaged, or one of a finished run is missing.
+        """
+        there, all_of_them = len(list(self.folder.glob("shard-*.safetensors"))), self.manifest.get("shards")
+        if all_of_them is not None and there != all_of_them:
+            raise ValueError(f"{self.folder} has {there} of its {all_of_them} shards: remove it, and compute it again.")
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             yield from read_shard(path)
 
-    def _finish(self, records: int, left_out: list[str]) -> None:
+    def _finish(self, records: int, shards: int, report: Report | None) -> None:
+        if not records:
+            raise ValueError("\n".join(["There is nothing to compute.", *(report.left_out if report else [])]))
         index = self.folder / INDEX
         with open(index.with_suffix(".part"), "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
@@ -197,7 +204,7 @@ class Run:
             for path in sorted(self.folder.glob("shard-*.safetensors")):
                 rows.writerows([number, id, length, path.name] for number, id, length in shard_items(path))
         os.replace(index.with_suffix(".part"), index)
-        self.manifest |= {"records": records, "left_out": left_out}
+        self.manifest |= {"records": records, "shards": shards, "left_out": report.left_out if report else []}
         self._write(MANIFEST, json.dumps(self.manifest, indent=1).encode())
 
     def _write(self, name: str, data: bytes) -> None:
@@ -221,9 +228,7 @@ class Run:
 
     def _everywhere(self, value: int) -> int:
         """The sum of what the ranks say; they all wait for it."""
-        if self.group.size() == 1:
-            return value
-        return mx.distributed.all_sum(mx.array(value), group=self.group, stream=mx.cpu).item()  # type: ignore
+        return sum_of_ranks(self.group, value)
 
     def _gather(self, data: bytes) -> list[bytes]:
         if self.group.size() == 1:
@@ -244,6 +249,17 @@ def stream(
             yield Record(item.number, item.id, item.length, arrays)
 
 
+def sum_of_ranks(group: mx.distributed.Group, value: int) -> int:
+    if group.size() == 1:
+        return value
+    return mx.distributed.all_sum(mx.array(value), group=group, stream=mx.cpu).item()  # type: ignore
+
+
+def wait_for_all() -> None:
+    """Until all ranks are here: the launcher ends all of them when one ends with an error code."""
+    sum_of_ranks(mx.distributed.init(), 0)
+
+
 def residues(turn: Iterable[Chunk]) -> int:
     return sum(item.length for chunk in turn for item in chunk.items)
 
@@ -252,7 +268,7 @@ def residues(turn: Iterable[Chunk]) -> int:
 
 
 def shard_name(chunk: Chunk) -> str:
-    return f"shard-{chunk.number:05d}.safetensors"
+    return f"shard-{chunk.number:08d}.safetensors"
 
 
 def shard_bytes(chunk: Chunk, results: Sequence[Arrays]) -> bytes:
@@ -265,14 +281,21 @@ def shard_bytes(chunk: Chunk, results: Sequence[Arrays]) -> bytes:
     return save(tensors, {"records": json.dumps(items)})
 
 
+def opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it; the same command computes it again.") from error
+
+
 def shard_items(path: Path) -> list[tuple[int, str, int]]:
     """Number, id and residues of each record of a shard."""
-    with safe_open(path, framework="numpy") as file:
+    with opened(path) as file:
         return [tuple(item) for item in json.loads(file.metadata()["records"])]
 
 
 def read_shard(path: Path) -> Iterator[Record]:
-    with safe_open(path, framework="numpy") as file:
+    with opened(path) as file:
         names: dict[int, list[str]] = {}
         for key in file.keys():  # noqa: SIM118
             names.setdefault(int(key.partition("/")[0]), []).append(key)
@@ -285,8 +308,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        assert {"command", "settings", "input"} <= manifest.keys()
-    except (ValueError, AssertionError, AttributeError) as error:
+        manifest["command"], manifest["settings"], manifest["input"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the manifest of a run: remove {folder}, or choose another output.") from error
     return manifest
 
@@ -294,6 +317,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def shards_of(output: str | os.PathLike[str]) -> Path:
     """Where the shards are while a file is in the making."""
     return Path(f"{os.fspath(output)}.shards")
+
+
+def discard(folder: Path) -> None:
+    """Remove shards of which something was made. Renamed first, so that no part of them looks like a run."""
+    gone = folder.with_name(f"{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone)
 
 
 def earlier_settings(output: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf import MLXEsmForMaskedLM
-from mlx_esm_hf.pipelines.formats import require
-from mlx_esm_hf.pipelines.jobs import Progress, no_progress
-from mlx_esm_hf.pipelines.model import Loaded, load
+from mlx_esm_hf.pipelines.formats import check_picture, write_whole
+from mlx_esm_hf.pipelines.jobs import Progress, check_output, no_progress
+from mlx_esm_hf.pipelines.model import Loaded, as_loaded
 from mlx_esm_hf.pipelines.mutations import Substitution, parse, read_table, suggest_first_residue
 from mlx_esm_hf.pipelines.proteins import STANDARD, clean, read_proteins, tokens
-from mlx_esm_hf.pipelines.runs import Arrays, Item, Run, shards_of, stream
+from mlx_esm_hf.pipelines.runs import Arrays, Item, Run, discard, shards_of, stream, wait_for_all
 
 METHODS = ("masked-marginals", "wt-marginals", "pseudo-perplexity")
 
@@ -44,7 +42,7 @@ def score(
     first_residue: int = 1,
     picture: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
-    **loading: object,
+    **loading: Any,
 ) -> Scores:
     """Score mutations of a protein: the higher, the more the model expects the mutant.
 
@@ -79,38 +77,52 @@ def score(
     if picture is not None and mutants is not None:
         raise ValueError("A heat map is of all mutations: leave out the list of mutants.")
     if picture is not None:
-        require(picture)
-    if output is not None and Path(output).exists():
-        raise ValueError(f"{output} is there already: choose another output, or remove it.")
+        check_picture(picture)
+    check_output(output, [".csv"])
     wild_type = read_wild_type(sequence)
     columns, rows = _table(mutants, mutant_column, wild_type, first_residue)
     parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
 
     models = [model] if isinstance(model, (str, os.PathLike, Loaded)) else list(model)
     names = [m.name if isinstance(m, Loaded) else str(m) for m in models]
-    if repeated := {name for name in names if names.count(name) > 1} | (set(names) & set(columns)):
-        raise ValueError(f"Two columns would be called {repeated.pop()!r}.")
-    values: dict[int, float] = {}
-    for number, (name, one) in enumerate(zip(names, models, strict=True)):
-        folder = None if output is None else shards_of(f"{os.fspath(output)}.{number + 1}")
-        if not isinstance(one, Loaded):
-            one = load(MLXEsmForMaskedLM, one, output=folder, **loading)  # type: ignore[arg-type]
-        values = _scores(one, wild_type, parsed, method, folder, progress)
-        for index, value in values.items():
+    called = [*columns, *names, *["mean"] * (len(names) > 1)]
+    if repeated := [name for name in called if called.count(name) > 1]:
+        raise ValueError(f"Two columns would be called {repeated[0]!r}.")
+    folder = None if output is None else shards_of(output)
+    unread: dict[int, str] = {}
+    for number, (name, one) in enumerate(zip(names, models, strict=True), 1):
+        part = None if folder is None else folder / str(number)
+        loaded = as_loaded(MLXEsmForMaskedLM, one, part, loading)
+        ids, fitting = _fit(loaded, wild_type, parsed)
+        unread |= {i: f"row {i + 1}: {name} reads {len(ids)} residues." for i in parsed.keys() - fitting.keys()}
+        for index, value in _scores(loaded, ids, fitting, method, part, progress).items():
             rows[index][name] = value
-    columns = [*columns, *names]
+    columns = called
     if len(names) > 1:
-        columns.append("mean")
-        for index in values:
-            rows[index]["mean"] = float(np.mean([rows[index][name] for name in names]))
-    if output is not None and mx.distributed.init().rank() == 0:
-        write_table(Path(output), columns, rows)
-        for number in range(len(names)):
-            shutil.rmtree(shards_of(f"{os.fspath(output)}.{number + 1}"))
-    scores = Scores(columns, rows, left_out)
-    if picture is not None and values:
+        for row in rows:
+            if all(name in row for name in names):
+                row["mean"] = float(np.mean([row[name] for name in names]))
+    scores = Scores(columns, rows, [*left_out, *unread.values()])
+    if output is not None and folder is not None and mx.distributed.init().rank() == 0:
+        if picture is not None:
+            write_whole(Path(picture), lambda part: heat_map(scores, part, mutant_column))
+        write_whole(Path(output), lambda part: write_table(part, columns, rows))
+        discard(folder)
+    elif output is None and picture is not None:
         heat_map(scores, picture, mutant_column)
+    wait_for_all()
     return scores
+
+
+def _fit(
+    loaded: Loaded, wild_type: str, mutants: dict[int, list[Substitution]]
+) -> tuple[np.ndarray, dict[int, list[Substitution]]]:
+    """The ids that this model reads of the wild type, and the mutants within them."""
+    try:
+        ids = loaded.fit(loaded.ids(wild_type))
+    except ValueError as error:
+        raise ValueError(f"The wild type {error}.") from None
+    return ids, {i: m for i, m in mutants.items() if all(s.position < len(ids) for s in m)}
 
 
 def read_wild_type(sequence: str | os.PathLike[str]) -> str:
@@ -148,32 +160,29 @@ def _parse(
             parsed[index] = parse(row[column], wild_type, first_residue)
         except ValueError as error:
             left_out.append(f"row {index + 1}: {error}.")
-    if rows and not parsed:
+    advice = ""
+    if 2 * len(parsed) < len(rows):
         better = suggest_first_residue([row[column] for row in rows], wild_type)
-        advice = f" Most would with --first-residue {better}." if better not in (None, first_residue) else ""
-        raise ValueError(f"No mutation fits the sequence.{advice}\n" + "\n".join(left_out[:5]))
+        if better not in (None, first_residue):
+            advice = f" More would fit with --first-residue {better}."
+    if rows and not parsed:
+        raise ValueError("\n".join([f"No mutation fits the sequence.{advice}", *left_out[:5]]))
+    if advice:
+        left_out.append(f"{len(left_out)} of {len(rows)} mutations.{advice}")
     return parsed, left_out
 
 
 def _scores(
     loaded: Loaded,
-    wild_type: str,
+    ids: np.ndarray,
     mutants: dict[int, list[Substitution]],
     method: str,
     folder: Path | None,
     progress: Progress,
 ) -> dict[int, float]:
     """The score of each mutant, from a run of its own."""
-    ids, vocabulary = loaded.ids(wild_type), loaded.vocabulary
-    spans = loaded.spans(0, len(ids))
-    ids = ids[: spans[-1].stop]  # what is left
-    if behind := [
-        s.position + 1 for substitutions in mutants.values() for s in substitutions if s.position >= len(ids)
-    ]:
-        raise ValueError(
-            f"Residue {min(behind)} is mutated, and {loaded.name} reads {len(ids)}: --long window reads all."
-        )
-    work = sum(span.stop - span.start for span in spans)
+    vocabulary = loaded.vocabulary
+    work = sum(span.stop - span.start for span in loaded.spans(0, len(ids)))
     row_bytes = 4 * loaded.model.config.vocab_size
 
     if method == "pseudo-perplexity":
@@ -202,7 +211,7 @@ def _scores(
             return [{"log_probabilities": loaded.blended_log_probabilities([ids])[0]}]
 
     total = sum(item.length for item in items)
-    settings = {"method": method, "sequence": wild_type}
+    settings = {"method": method, "sequence": ids.tolist()}
     digest = hashlib.sha256(repr(sorted(mutants.items())).encode()).hexdigest()
     run = Run(folder, "score", loaded.settings | settings, {"name": "mutants", "sha256": digest}) if folder else None
     if run and not run.complete:
@@ -235,14 +244,10 @@ def pseudo_log_likelihood(loaded: Loaded, ids: np.ndarray) -> float:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """A CSV file, there as a whole or not at all."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text.getvalue(), encoding="utf-8", newline="")
-    os.replace(part, path)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def heat_map(scores: Scores, path: str | os.PathLike[str], mutant_column: str = "mutant") -> None:

@@ -51,6 +51,8 @@ def test_known_contacts_of_a_structure(tmp_path):
     there = np.setdiff1d(np.arange(len(UBIQUITIN)), [3, 4])
     np.testing.assert_array_equal(known[np.ix_(there, there)], distances[np.ix_(there, there)] < 8)
     assert np.isnan(known[3]).all() and np.isnan(known[:, 4]).all()
+    masked = UBIQUITIN[:10] + "<mask>" + UBIQUITIN[11:]
+    np.testing.assert_array_equal(known_contacts(tmp_path / "p.pdb", masked), known)
     with pytest.raises(ValueError, match="no chain 'B', but A"):
         known_contacts(tmp_path / "p.pdb", UBIQUITIN, "B")
     (tmp_path / "empty.pdb").write_text("nothing\n")
@@ -76,12 +78,13 @@ def test_files(folder, tmp_path):
     fasta.write_text(f">ubq\n{UBIQUITIN}\n")
     write_pdb(tmp_path / "p.pdb", UBIQUITIN)
     picture = tmp_path / "map.png"
-    contacts(fasta, folder, tmp_path / "map.npz", picture=picture, structure=tmp_path / "p.pdb")
+    contacts(fasta, folder, tmp_path / "map.npz", top=tmp_path / "t.csv", picture=picture, structure=tmp_path / "p.pdb")
     assert picture.read_bytes()[:4] == b"\x89PNG"
     (record,) = contacts([UBIQUITIN], folder)
     with np.load(tmp_path / "map.npz") as file:
         np.testing.assert_array_equal(file["ubq"], record.arrays["contacts"])
     contacts(fasta, folder, tmp_path / "top.csv")
+    assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "top.csv").read_bytes()
     rows = list(csv.DictReader((tmp_path / "top.csv").open()))
     assert len(rows) == len(UBIQUITIN)
     probabilities = [float(row["probability"]) for row in rows]
@@ -95,6 +98,9 @@ def test_a_picture_is_of_one_protein(folder, tmp_path):
     (tmp_path / "p.fasta").write_text(">a\nMKT\n>b\nMKT\n")
     with pytest.raises(ValueError, match="holds 2"):
         contacts(tmp_path / "p.fasta", folder, tmp_path / "o.npz", picture=tmp_path / "p.png")
+    for picture in (tmp_path / "map.foo", tmp_path / "nowhere" / "map.png"):
+        with pytest.raises(ValueError, match="map"):
+            contacts(tmp_path / "p.fasta", folder, tmp_path / "o.npz", picture=picture)
     assert not (tmp_path / "o.npz").exists()
 
 

@@ -149,6 +149,30 @@ def read_parquet(output, names, pooling):
     return [{kind: np.array(row[kind], np.float32) for kind in pooling} for row in rows]
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".h5"])
+def test_no_id_hides_another(folder, tmp_path, suffix):
+    records = [(name, "MKT" + "A" * i) for i, name in enumerate(["a", "a", "a#2", "metadata", "sp|a|x"])]
+    embed(records, str(folder), tmp_path / f"o{suffix}", pooling=["residues"])
+    if suffix == ".h5":
+        import h5py
+
+        with h5py.File(tmp_path / "o.h5") as file:
+            lengths = sorted(len(file[key]) for key in file)
+    elif suffix == ".npz":
+        with np.load(tmp_path / "o.npz") as file:
+            lengths = sorted(len(file[key]) for key in file.files if key != "metadata")
+    else:
+        from safetensors.numpy import load_file
+
+        lengths = sorted(len(x) for x in load_file(tmp_path / "o.safetensors").values())
+    assert lengths == [3, 4, 5, 6, 7]
+
+
+def test_options_of_loading_are_for_models_that_are_not_loaded(loaded):
+    with pytest.raises(TypeError, match="poolng, long"):
+        embed(["MKT"], loaded, poolng=["cls"], long="nonsense")
+
+
 def test_windows_of_a_protein_that_fits_change_nothing(tmp_path):
     folder = str(write_model(tmp_path, "ESM-1b", positions=84))  # 80 residues
     plain = list(embed(SEQUENCES, folder, pooling=["mean", "residues"]))
@@ -176,7 +200,7 @@ def test_long_proteins_of_a_file_are_all_named_before_any_work(tmp_path):
     folder = str(write_model(tmp_path / "model", "ESM-1b", positions=34))
     fasta = tmp_path / "p.fasta"
     fasta.write_text(f">a\nMKT\n>b\n{UBIQUITIN}\n>c\n{UBIQUITIN}\n")
-    with pytest.raises(ValueError, match="(?s)nothing was computed.*'b' has 76.*'c' has 76"):
+    with pytest.raises(ValueError, match="(?s)nothing was computed.*line 3: 'b' has 76.*line 5: 'c' has 76"):
         embed(fasta, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -22,15 +22,18 @@ def test_reads_what_people_have(tmp_path, monkeypatch, compress, encode):
     data = compress(encode("\n>sp|P1|ONE first of two\nMKT\nayi\n\n>two\nG G\n"))
     path = tmp_path / "proteins.fasta"
     path.write_bytes(data)
-    expected = [Protein("sp|P1|ONE", "MKTAYI"), Protein("two", "GG")]
+    expected = [Protein("sp|P1|ONE", "MKTAYI", f"{path}, line 2"), Protein("two", "GG", f"{path}, line 6")]
     assert list(read_proteins(path)) == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
-    assert list(read_proteins("-")) == expected
+    assert [p[:2] for p in read_proteins("-")] == [p[:2] for p in expected]
 
 
 def test_reads_what_python_has():
-    records = ["MKT", ("a", "gg"), SeqRecord(Seq("AC"), id="b")]
-    assert list(read_proteins(records)) == [Protein("1", "MKT"), Protein("a", "GG"), Protein("b", "AC")]
+    records = ["MKT", ("a", "gg"), SeqRecord(Seq("AC"), id="b"), ("c", None), ("d", float("nan")), None, (1, 2, 3)]
+    report = Report()
+    assert [p[:2] for p in read_proteins(records, report=report)] == [("1", "MKT"), ("a", "GG"), ("b", "AC")]
+    assert report.left_out[:2] == ["record 4: 'c' is no sequence, but None.", "record 5: 'd' is no sequence, but nan."]
+    assert len(report.left_out) == 4
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,7 @@ def test_aligned_keeps_gaps():
         ("MK<masK>T", "token <masK> at 3; known are <mask>"),
         ("MK3T", "'3' at 3"),
         ("MKéT", "'é' at 3"),
+        ("MKſT", "'ſ' at 3"),
     ],
 )
 def test_what_cannot_be_read(sequence, message):
@@ -92,7 +96,7 @@ def test_a_bad_record_is_named_and_does_not_lose_the_others(tmp_path):
     path = tmp_path / "p.fasta"
     path.write_text(">a\nMKT\n>empty\n>stop in it\nMK*T\nAA\n>\nGG\n")
     report = Report()
-    assert list(read_proteins(path, report=report)) == [Protein("a", "MKT"), Protein("record_4", "GG")]
+    assert [p[:2] for p in read_proteins(path, report=report)] == [("a", "MKT"), ("record_4", "GG")]
     assert report.left_out == [
         f"{path}, line 3: 'empty' is empty.",
         f"{path}, line 4: 'stop' has a stop (*) inside, at 3: split it, or cut it there.",
@@ -112,8 +116,9 @@ def test_a_bad_record_is_named_and_does_not_lose_the_others(tmp_path):
             zstandard.ZstdCompressor().compress(b">one\n" + b"MKT" * 1000)[:9] + b"\xff" * 40,
             "damaged in the first record",
         ),
+        (zstandard.ZstdCompressor().compress(b">one\n" + b"MKT" * 1000)[:-3], "ends within a frame"),
     ],
-    ids=["no title", "binary", "cut gzip", "corrupt gzip", "corrupt zstd"],
+    ids=["no title", "binary", "cut gzip", "corrupt gzip", "corrupt zstd", "cut zstd"],
 )
 def test_not_fasta(tmp_path, content, message):
     path = tmp_path / "proteins.fasta"
@@ -121,6 +126,12 @@ def test_not_fasta(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         list(read_proteins(path))
     assert str(path) in str(error.value)
+
+
+def test_several_zstandard_frames_are_one_file(tmp_path):
+    compress = zstandard.ZstdCompressor().compress
+    (tmp_path / "p.fasta.zst").write_bytes(compress(b">a\nMK") + compress(b"T\n>b\nGG\n"))
+    assert [p[:2] for p in read_proteins(tmp_path / "p.fasta.zst")] == [("a", "MKT"), ("b", "GG")]
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

@@ -16,7 +16,7 @@ import pytest
 from mlx_esm_hf import MLXEsmModel
 from mlx_esm_hf.pipelines import embed, load
 from mlx_esm_hf.pipelines.runs import Item, Run, chunks
-from tests.pipelines.models import write_model
+from tests.pipelines.models import UBIQUITIN, write_model
 
 COMMAND = [sys.executable, "-m", "mlx_esm_hf.cli"]
 
@@ -150,10 +150,15 @@ def test_standard_input_streams_and_does_not_resume(folder, tmp_path):
     assert again.returncode == 1 and b"cannot be taken up again" in again.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="nothing refuses to be written")
 def test_a_folder_that_cannot_be_written(fasta, folder, tmp_path):
-    with pytest.raises(OSError):
-        embed(fasta, folder, "/dev/full/out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="out cannot be written: there is no folder"):
+        embed(fasta, folder, tmp_path / "file" / "out")
+    if os.geteuid():  # root may write everywhere
+        tmp_path.chmod(0o500)
+        with pytest.raises(OSError, match="Permission denied"):
+            embed(fasta, folder, tmp_path / "out")
+        tmp_path.chmod(0o700)
 
 
 def test_a_full_disk_keeps_what_was_done(fasta, folder, tmp_path, monkeypatch):
@@ -171,7 +176,7 @@ def test_a_full_disk_keeps_what_was_done(fasta, folder, tmp_path, monkeypatch):
     def compute(items):
         return [{"x": np.arange(3)} for _ in items]
 
-    with pytest.raises(OSError, match="shard-00002.safetensors cannot be written .No space left on device.*goes on"):
+    with pytest.raises(OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*goes on"):
         run.compute(items, 1, compute)
     assert [record.number for record in run.records()] == [0, 1]
     monkeypatch.undo()
@@ -190,18 +195,78 @@ def test_chunks_follow_from_the_items():
     assert [len(chunk.items) for chunk in chunks(large, 1000)] == [2, 2, 1]
 
 
-def test_two_ranks_give_what_one_gives(fasta, folder, whole, tmp_path):
-    output = tmp_path / "out"
-    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--backend", "ring"]
-    arguments = [str(a) for a in [*launch, "--", *command(fasta, folder, output)]]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
-    assert digests(output).keys() == digests(whole).keys(), done.stderr
-    from mlx_esm_hf.pipelines.runs import read_shard
+def on_two_ranks(*arguments):
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--backend", "ring", "--"]
+    command = [str(a) for a in [*launch, *arguments]]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
-    for ours, theirs in zip(sorted(output.glob("shard-*")), sorted(whole.glob("shard-*")), strict=True):
-        for a, b in zip(read_shard(ours), read_shard(theirs), strict=True):
-            assert (a.number, a.id, a.length) == (b.number, b.id, b.length)
-            np.testing.assert_allclose(a.arrays["mean"], b.arrays["mean"], atol=1e-5)
+
+def test_two_ranks_give_what_one_gives(fasta, folder, whole, tmp_path):
+    done = on_two_ranks(*command(fasta, folder, tmp_path / "out.npz", "--pooling", "mean,residues"))
+    assert done.stdout.count("'p7' is empty") + done.stderr.count("'p7' is empty") == 1, done.stderr
+    embed(fasta, folder, tmp_path / "one.npz", pooling=["mean", "residues"], batch_tokens=256)
+    with np.load(tmp_path / "out.npz") as ours, np.load(tmp_path / "one.npz") as theirs:
+        assert ours.files == theirs.files
+        for name in set(ours.files) - {"metadata"}:
+            np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.npz", "out.npz"]
+
+
+def test_two_ranks_score_what_one_scores(folder, tmp_path):
+    options = ["score", "--sequence", UBIQUITIN, "--model", folder, "--batch-tokens", "256", "--output"]
+    done = on_two_ranks(*COMMAND, *options, tmp_path / "two.csv")
+    subprocess.run([*COMMAND, *options, tmp_path / "one.csv"], check=True, capture_output=True)
+    two, one = ((tmp_path / f"{n}.csv").read_text().splitlines() for n in ("two", "one"))
+    assert len(one) == 20 * len(UBIQUITIN) + 1, done.stderr
+    for a, b in zip(two, one, strict=True):
+        assert a.split(",")[0] == b.split(",")[0]
+        if a != one[0]:
+            assert float(a.split(",")[1]) == pytest.approx(float(b.split(",")[1]), abs=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.csv", "two.csv"]
+
+
+def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, monkeypatch):
+    """After the file is there, and in the middle of removing what it was made from."""
+    output = tmp_path / "out.npz"
+
+    class Killed(Exception):
+        pass
+
+    def kill(*args, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_esm_hf.pipelines.jobs.discard", kill)
+        with pytest.raises(Killed):
+            embed(fasta, folder, output, batch_tokens=256)
+    written = output.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "mlx_esm_hf.pipelines.runs.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or kill()
+        )
+        with pytest.raises(Killed):
+            embed(fasta, folder, output, batch_tokens=256)
+    assert output.read_bytes() == written
+    assert not Path(f"{output}.shards").exists()
+    output.unlink()
+    report = embed(fasta, folder, output, batch_tokens=256)
+    assert output.read_bytes() == written and len(report.left_out) == 1
+
+
+def test_a_lost_or_damaged_shard_is_missed(fasta, folder, tmp_path):
+    output = tmp_path / "out"
+    embed(fasta, folder, output, batch_tokens=256)
+    run = Run.__new__(Run)
+    run.folder, run.manifest = output, json.loads((output / "manifest.json").read_text())
+    assert len(list(run.records())) == 299
+    shard = sorted(output.glob("shard-*"))[2]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:100])
+    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged"):
+        list(run.records())
+    shard.unlink()
+    with pytest.raises(ValueError, match="of its"):
+        list(run.records())
 
 
 MEASURE = """

@@ -84,8 +84,23 @@ def test_fill_mask_csv_is_what_the_arrays_say(folder, tmp_path):
 
 def test_what_has_no_mask_is_left_out(folder, tmp_path):
     report = fill_mask([("a", "MKT"), ("b", "<mask>KT")], folder, tmp_path / "f.csv")
-    assert report.left_out == ["'a' has no <mask>."]
+    assert report.left_out == ["record 1: 'a' has no <mask>."]
     assert {row["id"] for row in csv.DictReader((tmp_path / "f.csv").open())} == {"b"}
+
+
+def test_a_mask_behind_the_cut_is_none(tmp_path):
+    folder = str(write_model(tmp_path / "model", "ESM-1b", positions=34))  # 30 residues
+    report = fill_mask([("a", UBIQUITIN + "<mask>"), ("b", "<mask>")], folder, tmp_path / "f.csv", long="truncate")
+    assert report.left_out == ["record 1: 'a' has no <mask>."]
+
+
+def test_length_goes_on_and_is_not_mixed(folder, tmp_path):
+    generate(None, folder, tmp_path / "out", length=5)
+    before = (tmp_path / "out" / "index.csv").stat().st_mtime_ns
+    generate(None, folder, tmp_path / "out", length=5)
+    assert (tmp_path / "out" / "index.csv").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="length: 5 there, 6 here"):
+        generate(None, folder, tmp_path / "out", length=6)
 
 
 @pytest.mark.parametrize("order", ["confidence", "left-to-right", "gibbs"])
@@ -126,7 +141,9 @@ def test_confidence_fills_the_surest_first(loaded):
 def test_designs_do_not_depend_on_what_is_beside_them(loaded):
     alone = list(generate([("a", MASKED)], loaded, seed=3))
     beside = list(generate([("a", MASKED), ("b", "MK<mask>")], loaded, seed=3))
-    assert beside[0] == alone[0]
+    assert beside[0].sequence == alone[0].sequence
+    after = list(generate([("b", "MK<mask>"), ("a", MASKED)], loaded, seed=3))
+    assert [d.sequence for d in after] == [d.sequence for d in reversed(beside)]
 
 
 def test_fixed_positions_and_a_length(folder, tmp_path):
@@ -140,7 +157,7 @@ def test_fixed_positions_and_a_length(folder, tmp_path):
     with pytest.raises(ValueError, match="Either proteins or a length"):
         generate([UBIQUITIN], folder, length=12)
     report = generate([("short", "MKT"), ("u", UBIQUITIN)], folder, tmp_path / "e.fasta", fixed="76")
-    assert report.left_out == ["'short' has 3 residues, and none at 76, which is to be kept."]
+    assert report.left_out == ["record 1: 'short' has 3 residues, and none at 76, which is to be kept."]
 
 
 @given(

@@ -84,7 +84,7 @@ def test_a_table_keeps_its_columns_and_gets_one_for_each_model_and_their_mean(mo
 
 
 def test_the_right_numbering_is_suggested(models):
-    with pytest.raises(ValueError, match="No mutation fits the sequence. Most would with --first-residue 101"):
+    with pytest.raises(ValueError, match="No mutation fits the sequence. More would fit with --first-residue 101"):
         score(["M101A", "Q102A", "K106R"], WILD, models[0])
 
 
@@ -111,6 +111,19 @@ def test_long_wild_type_in_windows(tmp_path):
         row = score(["M1A"], UBIQUITIN, folder, method=method, long="window").rows[0]
         plain = score(["M1A"], UBIQUITIN[:30], folder, method=method).rows[0]
         assert row[folder] == pytest.approx(plain[folder], abs=1e-4)
+
+
+def test_what_a_model_does_not_read_is_left_out(tmp_path):
+    folder = str(write_model(tmp_path, "ESM-1b", positions=34))
+    found = score(["M1A", f"{UBIQUITIN[40]}41A"], UBIQUITIN, folder, long="truncate", method="wt-marginals")
+    assert folder in found.rows[0] and folder not in found.rows[1]
+    assert found.left_out == [f"row 2: {folder} reads 30 residues."]
+
+
+def test_columns_are_not_overwritten(models, tmp_path):
+    (tmp_path / "in.csv").write_text("mutant,mean\nM1A,mine\n")
+    with pytest.raises(ValueError, match="would be called 'mean'"):
+        score(tmp_path / "in.csv", WILD, models, tmp_path / "out.csv")
 
 
 def test_output_is_not_overwritten(models, tmp_path):
