@@ -3,64 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mlx_esm_hf.cli.jobs import finish, job
-from mlx_esm_hf.cli.options import (
-    Aligned,
-    BatchTokens,
-    Device,
-    Dtype,
-    Fasta,
-    Long,
-    Model,
-    Output,
-    Quiet,
-    Revision,
-    Strict,
-    loading,
-)
+from mlx_esm_hf.cli.jobs import on_proteins
 
 
+@on_proteins
 def contacts(
-    fasta: Fasta,
-    model: Model,
-    output: Output,
     top: Annotated[Path | None, typer.Option(help="Write the most probable contacts to this CSV file, too.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the map of the only protein, .png or .svg.")] = None,
     structure: Annotated[
         Path | None, typer.Option(help="PDB or mmCIF: its contacts and the precision go into the picture.")
     ] = None,
     chain: Annotated[str | None, typer.Option(help="Of the structure; by default the one that fits best.")] = None,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    aligned: Aligned = False,
-    strict: Strict = False,
-    quiet: Quiet = False,
-) -> None:
+) -> dict[str, Any]:
     """Predict which residues touch: a map of probabilities (.npz), or the list of the most probable (.csv).
 
     Example: mlx-esm contacts protein.fasta --model facebook/esm2_t6_8M_UR50D --output map.npz --picture map.png
     """
-    with job(output, quiet, fasta == "-") as progress:
-        from mlx_esm_hf import pipelines
-
-        report = pipelines.contacts(
-            fasta,
-            model,
-            output,
-            top=top,
-            picture=picture,
-            structure=structure,
-            chain=chain,
-            aligned=aligned,
-            strict=strict,
-            progress=progress,
-            **loading(revision, dtype, device, long, batch_tokens),
-        )
-    finish(report, quiet)
+    return {"top": top, "picture": picture, "structure": structure, "chain": chain}

@@ -2,58 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mlx_esm_hf.cli.jobs import finish, job
-from mlx_esm_hf.cli.options import (
-    Aligned,
-    BatchTokens,
-    Device,
-    Dtype,
-    Fasta,
-    Long,
-    Model,
-    Output,
-    Quiet,
-    Revision,
-    Strict,
-    loading,
-)
+from mlx_esm_hf.cli.jobs import on_proteins
 
 
+@on_proteins
 def fill_mask(
-    fasta: Fasta,
-    model: Model,
-    output: Output,
     top_k: Annotated[int, typer.Option(help="Proposals for each mask.", min=1)] = 5,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    aligned: Aligned = False,
-    strict: Strict = False,
-    quiet: Quiet = False,
-) -> None:
+) -> dict[str, Any]:
     """Propose residues for each <mask> in the sequences, most probable first.
 
     The output is a CSV file with a row for each proposal.
 
     Example: mlx-esm fill-mask masked.fasta --model facebook/esm2_t6_8M_UR50D --output proposals.csv
     """
-    with job(output, quiet, fasta == "-") as progress:
-        from mlx_esm_hf import pipelines
-
-        report = pipelines.fill_mask(
-            fasta,
-            model,
-            output,
-            top_k=top_k,
-            aligned=aligned,
-            strict=strict,
-            progress=progress,
-            **loading(revision, dtype, device, long, batch_tokens),
-        )
-    finish(report, quiet)
+    return {"top_k": top_k}

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mlx_esm_hf.cli.jobs import finish, job
-from mlx_esm_hf.cli.options import (
-    Aligned,
-    BatchTokens,
-    Device,
-    Dtype,
-    Long,
-    Model,
-    OptionalFasta,
-    Output,
-    Quiet,
-    Revision,
-    Strict,
-    loading,
-)
+from mlx_esm_hf.cli.jobs import on_proteins
+from mlx_esm_hf.cli.options import OptionalFasta
 
 
+@on_proteins
 def generate(
-    model: Model,
-    output: Output,
     fasta: OptionalFasta = None,
     length: Annotated[int | None, typer.Option(help="Residues of a design from nothing, without FASTA.", min=1)] = None,
     samples: Annotated[int, typer.Option(help="Designs for each protein.", min=1)] = 1,
@@ -36,40 +22,14 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw among so many residues; 0, all.", min=0)] = 0,
     top_p: Annotated[float, typer.Option(help="Draw among the most probable that make up this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal designs.", min=0)] = 0,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    aligned: Aligned = False,
-    strict: Strict = False,
-    quiet: Quiet = False,
-) -> None:
+) -> dict[str, Any]:
     """Design sequences: fill each <mask> of proteins, or --length masks.
 
     The output is a FASTA file.
 
     Example: mlx-esm generate --length 100 --samples 4 --model facebook/esm2_t33_650M_UR50D --output designs.fasta
     """
-    with job(output, quiet, fasta == "-") as progress:
-        from mlx_esm_hf import pipelines
-
-        report = pipelines.generate(
-            fasta,
-            model,
-            output,
-            length=length,
-            samples=samples,
-            order=order,
-            sweeps=sweeps,
-            fixed=fixed,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            aligned=aligned,
-            strict=strict,
-            progress=progress,
-            **loading(revision, dtype, device, long, batch_tokens),
-        )
-    finish(report, quiet)
+    return {
+        **{"length": length, "samples": samples, "order": order, "sweeps": sweeps, "fixed": fixed, "seed": seed},
+        **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
+    }

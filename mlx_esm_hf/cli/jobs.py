@@ -5,22 +5,84 @@ Exit codes: 0, done; 1, an error; 3, done, but some of the input was left out; 1
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mlx_esm_hf.cli.errors import readable_errors
+from mlx_esm_hf.cli.options import (
+    Aligned,
+    BatchTokens,
+    Device,
+    Dtype,
+    Fasta,
+    Long,
+    Model,
+    Output,
+    Quiet,
+    Revision,
+    Strict,
+    loading,
+)
 
 if TYPE_CHECKING:
     from mlx_esm_hf.pipelines.runs import Done
 
 LEFT_OUT, STOPPED = 3, 130
+
+
+def on_proteins(own: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """The command for the function of the same name in `pipelines`: the options that all of them have, and its own.
+
+    Args:
+        own: takes the options of its own, and returns what the function is to be called with.
+    """
+
+    def command(
+        *,
+        fasta: Fasta,
+        model: Model,
+        output: Output,
+        revision: Revision = None,
+        dtype: Dtype = None,
+        device: Device = None,
+        long: Long = "error",
+        batch_tokens: BatchTokens = "auto",
+        aligned: Aligned = False,
+        strict: Strict = False,
+        quiet: Quiet = False,
+        **options: Any,
+    ) -> None:
+        with job(output, quiet, stdin=fasta == "-") as progress:
+            from mlx_esm_hf import pipelines
+
+            arguments = {
+                **own(**options),
+                **loading(revision, dtype, device, long, batch_tokens),
+                **{"aligned": aligned, "strict": strict, "progress": progress},
+            }
+            report = getattr(pipelines, own.__name__)(fasta, model, output, **arguments)
+        finish(report, quiet)
+
+    # What Typer reads: the parameters of both, those of the command's own in front of what is less often needed.
+    shared = list(inspect.signature(command).parameters.values())[:-1]
+    added = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(own).parameters.values()]
+    replaced = {p.name for p in added}
+    parameters = [p for p in [*shared[:3], *added, *shared[3:]] if p in added or p.name not in replaced]
+    hints = get_type_hints(command, include_extras=True) | get_type_hints(own, include_extras=True)
+    command.__annotations__ = {p.name: hints[p.name] for p in parameters}
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(annotation=hints[p.name]) for p in parameters]
+    )
+    command.__name__, command.__doc__ = own.__name__, own.__doc__
+    return command
 
 
 @contextmanager

@@ -2,58 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mlx_esm_hf.cli.jobs import finish, job
-from mlx_esm_hf.cli.options import (
-    Aligned,
-    BatchTokens,
-    Device,
-    Dtype,
-    Fasta,
-    Long,
-    Model,
-    Output,
-    Quiet,
-    Revision,
-    Strict,
-    loading,
-)
+from mlx_esm_hf.cli.jobs import on_proteins
 
 
+@on_proteins
 def perplexity(
-    fasta: Fasta,
-    model: Model,
-    output: Output,
     method: Annotated[str, typer.Option(help="exact (a pass for each residue), or one-pass, an estimate.")] = "exact",
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    aligned: Aligned = False,
-    strict: Strict = False,
-    quiet: Quiet = False,
-) -> None:
+) -> dict[str, Any]:
     """Pseudo-perplexity: how well the model foresees each residue from all others; low is natural.
 
     The output is a CSV file.
 
     Example: mlx-esm perplexity proteins.fasta --model facebook/esm2_t6_8M_UR50D --output perplexity.csv
     """
-    with job(output, quiet, fasta == "-") as progress:
-        from mlx_esm_hf import pipelines
-
-        report = pipelines.perplexity(
-            fasta,
-            model,
-            output,
-            method=method,
-            aligned=aligned,
-            strict=strict,
-            progress=progress,
-            **loading(revision, dtype, device, long, batch_tokens),
-        )
-    finish(report, quiet)
+    return {"method": method}
