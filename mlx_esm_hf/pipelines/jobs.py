@@ -97,6 +97,8 @@ class Job:
         self.report = Report(self.strict)
         settings = self.model.settings | self.settings | {"aligned": self.aligned}
         run = Run(folder, self.command, settings, self.input or describe(source))
+        if write and output.exists() and not run.complete:
+            raise ValueError(f"{output} is there already, and {folder} is not done: move the file away, then go on.")
         if run.complete:
             self.report.left_out = run.manifest.get("left_out", [])
         else:
@@ -140,12 +142,13 @@ class Job:
             yield protein, ids, problem
 
     def _survey(self, source: Source) -> int | None:
-        """Read a file once before the work; returns how many residues it has, None of what can be read only once."""
+        """Read a file once before the work; returns how many residues there are to compute, None if that would use up
+        the source."""
         if is_stdin(source) or not isinstance(source, (str, os.PathLike)):
             return None
         total, problems, report = 0, list[str](), Report(self.strict)
         for _, ids, problem in self._encoded(source, report):
-            total += len(ids)
+            total += len(ids) * self.copies
             problems += [problem] * bool(problem)
         if problems:
             shown = "\n".join(problems[:20]) + (f"\nand {len(problems) - 20} more." if len(problems) > 20 else "")

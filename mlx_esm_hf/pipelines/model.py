@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -234,14 +235,9 @@ def load(
         mx.set_default_device(getattr(mx, device))
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
-    if issubclass(cls, MLXEsmModel):  # the head that it does without is not worth a report
-        log = logging.getLogger(MLXPreTrainedModel.__module__)
-        level = log.level
-        log.setLevel(logging.ERROR)
-        network = cls.from_pretrained(model, revision=revision or "main", dtype=dtype, add_pooling_layer=False)
-        log.setLevel(level)
-    else:
-        network = cls.from_pretrained(model, revision=revision or "main", dtype=dtype)
+    options: dict[str, Any] = {"add_pooling_layer": False} if issubclass(cls, MLXEsmModel) else {}
+    with quiet_about_heads(cls):
+        network = cls.from_pretrained(model, revision=revision or "main", dtype=dtype, **options)
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
     commit = getattr(network.config, "_commit_hash", None) or revision
     batch_tokens = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
@@ -252,6 +248,19 @@ def load(
             loaded.batch_tokens = 1 << 30
         loaded.batch_tokens = mx.distributed.all_min(mx.array(loaded.batch_tokens), stream=mx.cpu).item()  # type: ignore
     return loaded
+
+
+@contextlib.contextmanager
+def quiet_about_heads(cls: type[MLXPreTrainedModel]) -> Iterator[None]:
+    """A model without a head does not report that the checkpoint has one."""
+    log = logging.getLogger(MLXPreTrainedModel.__module__)
+    level = log.level
+    if issubclass(cls, MLXEsmModel):
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def as_loaded(

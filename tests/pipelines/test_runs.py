@@ -253,6 +253,21 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
     assert output.read_bytes() == written and len(report.left_out) == 1
 
 
+def test_a_file_that_came_in_between_is_kept(fasta, folder, tmp_path, monkeypatch):
+    output = tmp_path / "out.npz"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mlx_esm_hf.pipelines.embed.pool", stop)
+        embed(fasta, folder, output, batch_tokens=256)
+    output.write_text("mine")
+    with pytest.raises(ValueError, match="is there already, and .*shards is not done"):
+        embed(fasta, folder, output, batch_tokens=256)
+    assert output.read_text() == "mine"
+
+
+def stop(*arguments):
+    raise KeyboardInterrupt
+
+
 def test_a_lost_or_damaged_shard_is_missed(fasta, folder, tmp_path):
     output = tmp_path / "out"
     embed(fasta, folder, output, batch_tokens=256)
