@@ -42,7 +42,9 @@ def command(fasta, folder, output, *options):
 
 
 def digests(output):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.glob("shard-*"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.glob("shard-*.safetensors"))
+    }
 
 
 @pytest.fixture(scope="module")
