@@ -258,7 +258,7 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
 def test_a_file_that_came_in_between_is_kept(fasta, folder, tmp_path, monkeypatch):
     output = tmp_path / "out.npz"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mlx_esm_hf.pipelines.embed.pool", stop)
+        patch.setattr("mlx_esm_hf.pipelines.runs.shard_bytes", stop)
         embed(fasta, folder, output, batch_tokens=256)
     output.write_text("mine")
     with pytest.raises(ValueError, match="is there already, and .*shards is not done"):
