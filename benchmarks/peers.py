@@ -56,7 +56,7 @@ class Ours:
         self.mx.eval(self.model.parameters())
 
     def about(self) -> dict[str, str]:
-        from mlx_esm_hf.ops import blas
+        from mlx_esm_hf.runtime import blas
 
         kernels = getattr(sys.modules.get("mlx_esm_hf.ops.kernels"), "STATE", "none in this version")
         device = str(self.mx.default_device())

@@ -9,16 +9,16 @@ except ImportError as error:
         f"overwrite each other's library). On a Mac, plain 'mlx-esm-hf' brings it. ({error})"
     ) from error
 
-from mlx_esm_hf import ops
-from mlx_esm_hf.configuration_esm import MLXEsm1Config, MLXEsmConfig
-from mlx_esm_hf.modeling_esm import (
+from mlx_esm_hf import runtime
+from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
+from mlx_esm_hf.models.esm.modeling_esm import (
     MLXEsmForMaskedLM,
     MLXEsmForSequenceClassification,
     MLXEsmForTokenClassification,
     MLXEsmModel,
     MLXEsmPreTrainedModel,
 )
-from mlx_esm_hf.tokenization_esm import Esm1Tokenizer, EsmTokenizer
+from mlx_esm_hf.models.esm.tokenization_esm import Esm1Tokenizer, EsmTokenizer
 from mlx_esm_hf.version import __version__
 
 __all__ = [
@@ -34,4 +34,4 @@ __all__ = [
     "MLXEsmPreTrainedModel",
 ]
 
-ops.prepare()
+runtime.prepare()

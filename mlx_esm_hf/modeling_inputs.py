@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.configuration_esm import MLXEsmConfig
+from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig
 
 IGNORED = -100  # the label of a token that is left out of the loss
 

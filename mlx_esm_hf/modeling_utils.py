@@ -20,8 +20,8 @@ from mlx_esm_hf.checkpoint.names import INV_FREQ, TIED, canonical_names, publish
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
-from mlx_esm_hf.configuration_esm import MLXEsmConfig
 from mlx_esm_hf.modeling_inputs import as_array
+from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import EsmConfig
 
-from mlx_esm_hf.tokenization_esm import EsmTokenizer
+from mlx_esm_hf.models.esm.tokenization_esm import EsmTokenizer
 from tests.vocabulary import write_vocabulary
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -14,7 +14,8 @@ def env() -> None:
     import mlx.core as mx
 
     import mlx_esm_hf
-    from mlx_esm_hf.ops import blas, kernels
+    from mlx_esm_hf.ops import kernels
+    from mlx_esm_hf.runtime import blas
 
     table = Table.grid(padding=(0, 2))
     table.add_row("mlx-esm-hf", mlx_esm_hf.__version__)

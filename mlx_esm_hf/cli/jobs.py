@@ -33,7 +33,7 @@ from mlx_esm_hf.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mlx_esm_hf.pipelines.runs import Done
+    from mlx_esm_hf.runs.run import Done
 
 LEFT_OUT, STOPPED = 3, 130
 
@@ -121,7 +121,7 @@ def finish(report: object, quiet: bool) -> None:
     """Say what was changed and left out; exit with 3 if something was left out."""
     import mlx.core as mx
 
-    from mlx_esm_hf.pipelines.proteins import Report
+    from mlx_esm_hf.data.proteins import Report
 
     assert isinstance(report, Report)
     if mx.distributed.init().rank() > 0:  # the first one says it

@@ -40,7 +40,7 @@ def score(
     """
     with job(output, quiet) as progress:
         from mlx_esm_hf import pipelines
-        from mlx_esm_hf.pipelines.proteins import Report
+        from mlx_esm_hf.data.proteins import Report
 
         scores = pipelines.score(
             mutants,

@@ -11,7 +11,7 @@ from types import ModuleType
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.ops import blas, cpu, gpu, kernels
+from mlx_esm_hf.ops import cpu, gpu, kernels
 from mlx_esm_hf.ops.heads import Rotary, merge_heads, split_heads
 from mlx_esm_hf.ops.packing import Packing
 
@@ -19,33 +19,14 @@ __all__ = [
     "Packing",
     "attention",
     "attention_probabilities",
-    "batch_tokens",
     "gelu",
     "layer_norm",
     "linear",
     "merge_heads",
     "packing",
-    "prepare",
     "softmax",
     "split_heads",
 ]
-
-
-def prepare() -> None:
-    """What the process needs before the first operation: a BLAS, and on a CPU a memory that is kept."""
-    blas.bind()
-    if _backend() is not gpu:
-        cpu.keep_freed_memory()
-
-
-def batch_tokens(hidden_size: int) -> int:
-    """How many tokens at a time bulk work should give the default device: enough to keep it busy, and no more than fit.
-
-    A layer has some 16 arrays of float32 [tokens, hidden_size] at a time; an eighth of the free memory may go to them.
-    """
-    backend = _backend()
-    fitting = (gpu if backend is gpu else cpu).free_memory() // (8 * 16 * 4 * hidden_size)
-    return max(256, min(fitting, 16384 if backend is gpu else 2048))
 
 
 def _backend(*arrays: mx.array | None) -> ModuleType:

@@ -7,36 +7,13 @@ dtypes keep MLX's operations.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import sys
 
 import mlx.core as mx
 
 # Scores of attention that are held at a time, in elements: 4 MB, which stay in the processor's cache. On ESM-2 8M and
 # 600 residues this takes half the time of 16 MB.
 SCORES_AT_A_TIME = 1 << 20
-
-# glibc gives large blocks back to the system as soon as they are free, and an operation then waits for fresh pages,
-# which takes several times as long as itself. These are mallopt's parameters (malloc.h) for the sizes at which it does.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 1 << 30
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 1 GiB of freed memory for the next operation; other C libraries are left alone."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-
-
-def free_memory() -> int:
-    """Bytes that are free; where the system does not say, all there are."""
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-
 
 # The upper tail of the normal distribution for a >= 0 is e^(-a²/2) P(a) / Q(a). Fitted by weighted least squares on
 # 1,200 Chebyshev nodes of [0, 6], so that the error of a times the tail is at most 6.9e-9.

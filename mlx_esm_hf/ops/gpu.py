@@ -19,8 +19,3 @@ def softmax(x: mx.array) -> mx.array:
 
 def scaled_dot_product_attention(query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None) -> mx.array:
     return mx.fast.scaled_dot_product_attention(query, key, value, scale=1.0, mask=mask)
-
-
-def free_memory() -> int:
-    """Bytes of the device that this process has not taken."""
-    return int(mx.device_info()["memory_size"]) - mx.get_active_memory()

@@ -1,5 +1,6 @@
 """Sequences in, answers out: the jobs that people run ESM for, as functions; `mlx-esm` has a command for each."""
 
+from mlx_esm_hf.data.proteins import read_proteins
 from mlx_esm_hf.pipelines.contacts import contacts
 from mlx_esm_hf.pipelines.embed import embed
 from mlx_esm_hf.pipelines.fill_mask import fill_mask
@@ -7,7 +8,6 @@ from mlx_esm_hf.pipelines.generate import generate
 from mlx_esm_hf.pipelines.huggingface import pipeline
 from mlx_esm_hf.pipelines.model import load
 from mlx_esm_hf.pipelines.perplexity import perplexity
-from mlx_esm_hf.pipelines.proteins import read_proteins
 from mlx_esm_hf.pipelines.score import score
 
 __all__ = [

@@ -13,11 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf import MLXEsmModel
-from mlx_esm_hf.pipelines.formats import check_picture, require, write_npz, write_whole
-from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stdin, read_proteins, tokens
 from mlx_esm_hf.pipelines.model import Loaded, Span, as_loaded, ramp
-from mlx_esm_hf.pipelines.proteins import Protein, Report, Source, is_stdin, read_proteins, tokens
-from mlx_esm_hf.pipelines.runs import Arrays, Record, Run
+from mlx_esm_hf.runs.formats import check_picture, require, write_npz, write_whole
+from mlx_esm_hf.runs.job import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.runs.run import Arrays, Record, Run
 
 SEPARATION = 6  # residues between the partners of a contact, at least (Rao et al. 2020, 3.1)
 RANGES = {"all": (6, None), "short": (6, 12), "medium": (12, 24), "long": (24, None)}

@@ -10,11 +10,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf import MLXEsmModel
-from mlx_esm_hf.pipelines import formats
-from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.data.proteins import Report, Source
 from mlx_esm_hf.pipelines.model import Loaded, Span, as_loaded, blend
-from mlx_esm_hf.pipelines.proteins import Report, Source
-from mlx_esm_hf.pipelines.runs import Arrays, Record
+from mlx_esm_hf.runs import formats
+from mlx_esm_hf.runs.job import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.runs.run import Arrays, Record
 
 POOLINGS = ("mean", "cls", "max", "residues")
 FORMATS = {

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_esm_hf import MLXEsmForMaskedLM
-from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.data.proteins import STANDARD, Report, Source
 from mlx_esm_hf.pipelines.model import Loaded, as_loaded
-from mlx_esm_hf.pipelines.proteins import STANDARD, Report, Source
-from mlx_esm_hf.pipelines.runs import Arrays, Item, Record, Run
+from mlx_esm_hf.runs.job import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.runs.run import Arrays, Item, Record, Run
 
 ORDERS = ("confidence", "left-to-right", "gibbs")
 

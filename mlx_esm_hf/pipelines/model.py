@@ -15,12 +15,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mlx_esm_hf import ops
-from mlx_esm_hf.modeling_esm import MLXEsmModel
+from mlx_esm_hf.data.batches import batches
+from mlx_esm_hf.data.proteins import tokens
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
-from mlx_esm_hf.pipelines.batching import batches
-from mlx_esm_hf.pipelines.proteins import tokens
-from mlx_esm_hf.pipelines.runs import earlier_settings
+from mlx_esm_hf.models.esm.modeling_esm import MLXEsmModel
+from mlx_esm_hf.runs.run import earlier_settings
+from mlx_esm_hf.runtime import memory
 
 LONG = ("error", "truncate", "window")
 
@@ -59,7 +59,7 @@ class Loaded:
     batch_tokens: int = 0  # as many as suit the device and fit
 
     def __post_init__(self) -> None:
-        self.batch_tokens = self.batch_tokens or ops.batch_tokens(self.model.config.hidden_size)
+        self.batch_tokens = self.batch_tokens or memory.batch_tokens(self.model.config.hidden_size)
         if self.long not in LONG:
             raise ValueError(f"long={self.long!r} is not one of {', '.join(LONG)}.")
         probe: Any = self.tokenizer("A")["input_ids"]

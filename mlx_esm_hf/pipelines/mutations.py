@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mlx_esm_hf.pipelines.proteins import RESIDUES, tokens
+from mlx_esm_hf.data.proteins import RESIDUES, tokens
 
 SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d{1,9})([A-Za-z])")
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from mlx_esm_hf import MLXEsmForMaskedLM
-from mlx_esm_hf.pipelines.formats import write_csv
-from mlx_esm_hf.pipelines.jobs import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.data.proteins import RESIDUES, STANDARD, Report, Source
 from mlx_esm_hf.pipelines.model import Loaded, as_loaded
-from mlx_esm_hf.pipelines.proteins import RESIDUES, STANDARD, Report, Source
-from mlx_esm_hf.pipelines.runs import Arrays, Item, Record
+from mlx_esm_hf.runs.formats import write_csv
+from mlx_esm_hf.runs.job import Cost, Job, Progress, check_output, no_progress
+from mlx_esm_hf.runs.run import Arrays, Item, Record
 
 METHODS = ("exact", "one-pass")
 FORMATS = {"": None, ".csv": write_csv}

@@ -13,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf import MLXEsmForMaskedLM
-from mlx_esm_hf.pipelines.formats import check_picture, write_whole
-from mlx_esm_hf.pipelines.jobs import Progress, check_output, no_progress
+from mlx_esm_hf.data.proteins import STANDARD, clean, read_proteins, tokens
 from mlx_esm_hf.pipelines.model import Loaded, as_loaded
 from mlx_esm_hf.pipelines.mutations import Substitution, parse, read_table, suggest_first_residue
-from mlx_esm_hf.pipelines.proteins import STANDARD, clean, read_proteins, tokens
-from mlx_esm_hf.pipelines.runs import Arrays, Item, Run, discard, shards_of, stream, wait_for_all
+from mlx_esm_hf.runs.formats import check_picture, write_whole
+from mlx_esm_hf.runs.job import Progress, check_output, no_progress
+from mlx_esm_hf.runs.run import Arrays, Item, Run, discard, shards_of, stream, wait_for_all
 
 METHODS = ("masked-marginals", "wt-marginals", "pseudo-perplexity")
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_esm_hf import MLXEsmForMaskedLM
+from mlx_esm_hf.data.proteins import STANDARD
 from mlx_esm_hf.pipelines import fill_mask, generate, load, perplexity
 from mlx_esm_hf.pipelines.generate import Sampling, parse_positions
 from mlx_esm_hf.pipelines.perplexity import one_pass
-from mlx_esm_hf.pipelines.proteins import STANDARD
 from tests.pipelines.models import (
     UBIQUITIN,
     fair_esm_log_probabilities,

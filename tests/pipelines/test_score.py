@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_esm_hf.data.proteins import STANDARD
 from mlx_esm_hf.pipelines import score
 from mlx_esm_hf.pipelines.mutations import parse, split, suggest_first_residue
-from mlx_esm_hf.pipelines.proteins import STANDARD
 from tests.pipelines.models import (
     UBIQUITIN,
     fair_esm_log_probabilities,

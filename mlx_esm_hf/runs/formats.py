@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mlx_esm_hf.pipelines.runs import Record, Run
+from mlx_esm_hf.runs.run import Record, Run
 
 PICTURES = (".png", ".svg", ".pdf")
 # What a file of this suffix is written with, and the extra that brings it.

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, BertConfig, EsmConfig
 
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmModel
-from mlx_esm_hf.configuration_esm import ESM1_FIELDS, as_mlx_config
+from mlx_esm_hf.models.esm.configuration_esm import ESM1_FIELDS, as_mlx_config
 
 ESM2 = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "hidden_size": 32, "num_attention_heads": 4}
 

@@ -15,7 +15,7 @@ import pytest
 
 from mlx_esm_hf import MLXEsmModel
 from mlx_esm_hf.pipelines import embed, load
-from mlx_esm_hf.pipelines.runs import Item, Run, chunks
+from mlx_esm_hf.runs.run import Item, Run, chunks
 from tests.pipelines.models import UBIQUITIN, write_model
 
 COMMAND = [sys.executable, "-m", "mlx_esm_hf.cli"]
@@ -238,14 +238,12 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_esm_hf.pipelines.jobs.discard", kill)
+        patch.setattr("mlx_esm_hf.runs.job.discard", kill)
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     written = output.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "mlx_esm_hf.pipelines.runs.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or kill()
-        )
+        patch.setattr("mlx_esm_hf.runs.run.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or kill())
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     assert output.read_bytes() == written
@@ -258,7 +256,7 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
 def test_a_file_that_came_in_between_is_kept(fasta, folder, tmp_path, monkeypatch):
     output = tmp_path / "out.npz"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mlx_esm_hf.pipelines.runs.shard_bytes", stop)
+        patch.setattr("mlx_esm_hf.runs.run.shard_bytes", stop)
         embed(fasta, folder, output, batch_tokens=256)
     output.write_text("mine")
     with pytest.raises(ValueError, match="is there already, and .*shards is not done"):

@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mlx_esm_hf.pipelines.proteins import STDIN, Report, Source, is_stdin
+from mlx_esm_hf.data.proteins import STDIN, Report, Source, is_stdin
 
 MANIFEST, INDEX = "manifest.json", "index.csv"
 BATCHES = 16  # of a chunk: enough to order by length

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, EsmTokenizer
 
-from mlx_esm_hf.configuration_esm import MLXEsm1Config
+from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config
 
 # fair-esm, `Alphabet.from_architecture("ESM-1")`: four special tokens, the residues, filler up to a multiple of
 # eight, and the tokens that are appended.

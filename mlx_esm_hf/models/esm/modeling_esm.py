@@ -23,7 +23,6 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.configuration_esm import MLXEsmConfig, as_mlx_config
 from mlx_esm_hf.modeling_inputs import IGNORED, as_array, check_inputs, check_labels, host, labels_at
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
@@ -33,6 +32,7 @@ from mlx_esm_hf.modeling_outputs import (
     MLXTokenClassifierOutput,
 )
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, resized
+from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig, as_mlx_config
 
 # The share of residues that ESM's training replaced by <mask>: 15% were selected, 80% of those masked.
 MASK_RATIO_TRAIN = 0.15 * 0.8

@@ -9,7 +9,7 @@ from Bio.SeqRecord import SeqRecord
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlx_esm_hf.pipelines.proteins import RESIDUES, SPECIAL, Protein, Report, clean, read_proteins, tokens
+from mlx_esm_hf.data.proteins import RESIDUES, SPECIAL, Protein, Report, clean, read_proteins, tokens
 
 COMPRESSIONS = {"plain": lambda b: b, "gzip": gzip.compress, "zstd": lambda b: zstandard.ZstdCompressor().compress(b)}
 

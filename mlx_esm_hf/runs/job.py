@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.pipelines.formats import require, write_whole
+from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stdin, read_proteins
 from mlx_esm_hf.pipelines.model import Loaded
-from mlx_esm_hf.pipelines.proteins import Protein, Report, Source, is_stdin, read_proteins
-from mlx_esm_hf.pipelines.runs import (
+from mlx_esm_hf.runs.formats import require, write_whole
+from mlx_esm_hf.runs.run import (
     Arrays,
     Done,
     Item,

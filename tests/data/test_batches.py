@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_esm_hf.pipelines.batching import batches
+from mlx_esm_hf.data.batches import batches
 
 
 @given(st.lists(st.integers(1, 50)), st.integers(1, 200))

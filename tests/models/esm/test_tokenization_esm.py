@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import mlx_esm_hf
 from mlx_esm_hf import Esm1Tokenizer, MLXEsm1Config
-from mlx_esm_hf.tokenization_esm import ESM1_VOCABULARY
+from mlx_esm_hf.models.esm.tokenization_esm import ESM1_VOCABULARY
 from tests.checkpoints import ESM1
 
 esm = pytest.importorskip("esm")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_esm_hf.ops import blas
+from mlx_esm_hf.runtime import blas
 
 LOAD = """
 import importlib.util, os, sys, warnings
