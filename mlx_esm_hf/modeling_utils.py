@@ -280,6 +280,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         )
 
     @property
+    def max_tokens(self) -> int | None:
+        """Most tokens that a row may have; None where there is no end."""
+        return None
+
+    @property
     def base_model(self) -> Any:
         """The model without its head."""
         return getattr(self, self.base_model_prefix) if self.base_model_prefix in self else self

@@ -440,6 +440,13 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
         super().__init__(config)
         self.config: MLXEsmConfig
 
+    @property
+    def max_tokens(self) -> int | None:
+        """The tokens that a learned table has positions for; the positions of the other families have no end."""
+        if self.config.position_embedding_type != "absolute":
+            return None
+        return self.config.max_position_embeddings - self.config.pad_token_id - 1
+
     def predict_contacts(self, tokens: Any, attention_mask: Any) -> mx.array:
         """Contact probabilities of residue pairs.
 

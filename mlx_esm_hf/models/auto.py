@@ -1,0 +1,100 @@
+"""The class that belongs to a checkpoint, found by the `model_type` of its config; mirrors transformers' `AutoModel`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
+from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
+from mlx_esm_hf.models.esm.modeling_esm import (
+    MLXEsmForMaskedLM,
+    MLXEsmForSequenceClassification,
+    MLXEsmForTokenClassification,
+    MLXEsmModel,
+)
+
+
+class AutoClass:
+    """What the four below have in common. They are never made: `from_pretrained` returns a model of the right class."""
+
+    models: ClassVar[dict[str, type[MLXPreTrainedModel]]]  # model_type: class
+
+    @classmethod
+    def register(cls, config_class: type[PreTrainedConfig], model_class: type[MLXPreTrainedModel]) -> None:
+        """Let `from_pretrained` find a class of your own."""
+        cls.models[config_class.model_type] = model_class
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        """A model with random weights."""
+        return cls._class_for(config.model_type, type(config).__name__)(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint into the class of its `model_type`.
+
+        The arguments, what is returned and what is raised are those of the class's own `from_pretrained`
+        (`MLXPreTrainedModel.from_pretrained`).
+
+        Raises:
+            ValueError: no class is known for this `model_type`.
+
+        Example:
+            >>> model = MLXAutoModelForMaskedLM.from_pretrained("facebook/esm2_t6_8M_UR50D")
+        """
+        source = pretrained_model_name_or_path if config is None else config
+        if isinstance(source, PreTrainedConfig):
+            model_type = source.model_type
+        else:
+            where = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
+            hub = {name: kwargs[name] for name in where if name in kwargs}
+            model_type = PreTrainedConfig.get_config_dict(str(source), **hub)[0].get("model_type", "")
+        model_class = cls._class_for(model_type, str(source))
+        return model_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+
+    @classmethod
+    def _class_for(cls, model_type: str, source: str) -> Any:
+        if model_type not in cls.models:
+            raise ValueError(
+                f"{source} has model_type {model_type!r}; {cls.__name__} knows {', '.join(map(repr, cls.models))}."
+            )
+        return cls.models[model_type]
+
+
+class MLXAutoModel(AutoClass):
+    """A model without a head."""
+
+    models: ClassVar = {MLXEsmConfig.model_type: MLXEsmModel, MLXEsm1Config.model_type: MLXEsmModel}
+
+
+class MLXAutoModelForMaskedLM(AutoClass):
+    """A model with its language-model head."""
+
+    models: ClassVar = {MLXEsmConfig.model_type: MLXEsmForMaskedLM, MLXEsm1Config.model_type: MLXEsmForMaskedLM}
+
+
+class MLXAutoModelForSequenceClassification(AutoClass):
+    """A model with a classifier or regressor over the whole sequence."""
+
+    models: ClassVar = {
+        MLXEsmConfig.model_type: MLXEsmForSequenceClassification,
+        MLXEsm1Config.model_type: MLXEsmForSequenceClassification,
+    }
+
+
+class MLXAutoModelForTokenClassification(AutoClass):
+    """A model with a classifier over each token."""
+
+    models: ClassVar = {
+        MLXEsmConfig.model_type: MLXEsmForTokenClassification,
+        MLXEsm1Config.model_type: MLXEsmForTokenClassification,
+    }
