@@ -203,22 +203,6 @@ class Transformers(Torch):
 class FairEsm(Torch):
     """ESM-2 only: transformers' names are translated, in this order, as a part of some is the whole of others."""
 
-    RENAMES = (
-        ("esm.encoder.layer.", "layers."),
-        ("esm.encoder.", ""),
-        ("esm.embeddings.word_embeddings.", "embed_tokens."),
-        ("esm.contact_head.", "contact_head."),
-        ("attention.self.query.", "self_attn.q_proj."),
-        ("attention.self.key.", "self_attn.k_proj."),
-        ("attention.self.value.", "self_attn.v_proj."),
-        ("attention.self.rotary_embeddings.", "self_attn.rot_emb."),
-        ("attention.output.dense.", "self_attn.out_proj."),
-        ("attention.LayerNorm.", "self_attn_layer_norm."),
-        ("intermediate.dense.", "fc1."),
-        ("output.dense.", "fc2."),
-        ("LayerNorm.", "final_layer_norm."),
-    )
-
     def __init__(self, dtype: str):
         super().__init__(dtype)
         from esm.data import FastaBatchedDataset
@@ -231,13 +215,15 @@ class FairEsm(Torch):
 
         from safetensors.torch import load_file
 
+        from mlx_esm_hf.checkpoint.names import canonical_names, names_in
+        from mlx_esm_hf.models.esm.names import FAIR_ESM, TRANSFORMERS_4
+
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = SimpleNamespace(**json.load(file))
-        state = {}
-        for key, tensor in load_file(os.path.join(folder, "model.safetensors")).items():
-            for theirs, name in self.RENAMES:
-                key = key.replace(theirs, name)
-            state[key] = tensor
+        published = load_file(os.path.join(folder, "model.safetensors"))
+        names = canonical_names(published, (), "esm", [TRANSFORMERS_4], {})
+        ours = {name: published[key] for key, name in names.items()}
+        state = names_in(FAIR_ESM, ours, config.num_hidden_layers, "esm")
         state["lm_head.weight"] = state["embed_tokens.weight"]
         self.model = self.ESM2(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, "ESM-1b", True)
         self.model.load_state_dict(state)

@@ -5,12 +5,10 @@ MLX gathers do not check their indices: a token id or a position outside its tab
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-
-from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig
 
 IGNORED = -100  # the label of a token that is left out of the loss
 
@@ -37,80 +35,127 @@ def host(x: mx.array | None) -> np.ndarray | None:
         return None
 
 
-def check_inputs(
-    config: MLXEsmConfig, input_ids: Any, attention_mask: Any, position_ids: Any, inputs_embeds: Any
-) -> tuple[mx.array | None, mx.array | None, mx.array | None, mx.array | None]:
-    """The four arguments of a forward pass as arrays, a mask without padding as None.
+class Tables(NamedTuple):
+    """The sizes that inputs have to fit.
+
+    Args:
+        vocab_size: rows of the embedding table.
+        hidden_size: D.
+        padding_idx: the id of the padding token.
+        position_rows: rows of a learned position table, whose first `padding_idx` + 1 belong to no token; None, the
+            model has no such table.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    padding_idx: int
+    position_rows: int | None = None
+
+
+class Inputs(NamedTuple):
+    """The arguments of a forward pass as arrays."""
+
+    shape: tuple[int, int]  # (B, L)
+    input_ids: mx.array | None  # int32 [B, L]
+    inputs_embeds: mx.array | None  # [B, L, D]
+    position_ids: mx.array | None  # [B, L] or [1, L]
+    attention_mask: mx.array | None  # [B, L]; None where there is no padding
+    mask_values: np.ndarray | None  # of the mask, read once; None where there is no padding, or while it is traced
+
+
+def check_inputs(input_ids: Any, attention_mask: Any, position_ids: Any, inputs_embeds: Any, tables: Tables) -> Inputs:
+    """Make arrays of the arguments of a forward pass.
 
     Raises:
-        ValueError: see `MLXEsmModel.__call__`.
+        ValueError: neither or both of `input_ids` and `inputs_embeds`, an empty batch, shapes that do not fit, ids
+            outside the vocabulary, a row longer than the position table, a mask of anything but 1 and 0. Values are
+            checked where they are at hand, not while the call is being traced.
     """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     input_ids, inputs_embeds = as_array(input_ids), as_array(inputs_embeds)
-    attention_mask, position_ids = as_array(attention_mask), as_array(position_ids)
+    shape = _shape_of(input_ids, inputs_embeds, tables.hidden_size)
+    attention_mask, mask_values = _check_mask(as_array(attention_mask), shape)
+    if input_ids is not None:
+        _check_ids(input_ids, tables, counts_positions=position_ids is None)
+        input_ids = input_ids.astype(mx.int32)
+    position_ids = _check_positions(as_array(position_ids), shape, tables.position_rows)
+    return Inputs(shape, input_ids, inputs_embeds, position_ids, attention_mask, mask_values)
 
+
+def _shape_of(input_ids: mx.array | None, inputs_embeds: mx.array | None, hidden_size: int) -> tuple[int, int]:
     if input_ids is not None:
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [batch, length], not of shape {input_ids.shape}.")
-        shape = input_ids.shape
+        B, L = input_ids.shape
     else:
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
+        assert inputs_embeds is not None
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != hidden_size:
             raise ValueError(
-                f"inputs_embeds must be [batch, length, {config.hidden_size}], not of shape {inputs_embeds.shape}."
+                f"inputs_embeds must be [batch, length, {hidden_size}], not of shape {inputs_embeds.shape}."
             )
-        shape = inputs_embeds.shape[:2]
-    if 0 in shape:
-        raise ValueError(f"The batch is empty: its shape is {shape}.")
+        B, L, _ = inputs_embeds.shape
+    if B == 0 or L == 0:
+        raise ValueError(f"The batch is empty: its shape is {(B, L)}.")
+    return B, L
 
-    if attention_mask is not None:
-        if attention_mask.shape != shape:
-            raise ValueError(f"attention_mask has the shape {attention_mask.shape}, the input {shape}.")
-        values = host(attention_mask)
-        if values is not None:
-            if not np.isin(values, (0, 1)).all():
-                raise ValueError("attention_mask must hold 1 for tokens and 0 for padding, and nothing else.")
-            if values.all():
-                attention_mask = None
 
-    if input_ids is not None:
-        if not mx.issubdtype(input_ids.dtype, mx.integer):
-            raise ValueError(f"input_ids must be whole numbers, not {input_ids.dtype}.")
-        ids = host(input_ids)
-        if ids is not None:
-            outside = (ids < 0) | (ids >= config.vocab_size)
-            if outside.any():
-                row, column = np.argwhere(outside)[0]
-                raise ValueError(
-                    f"input_ids[{row}, {column}] is {ids[row, column]}: not a token of the vocabulary, which has "
-                    f"{config.vocab_size}. Use the tokenizer that belongs to the checkpoint."
-                )
-            if config.position_embedding_type == "absolute" and position_ids is None:
-                lengths = (ids != config.pad_token_id).sum(axis=1)
-                longest = config.max_position_embeddings - config.pad_token_id - 1
-                if lengths.max() > longest:
-                    raise ValueError(
-                        f"Row {lengths.argmax()} has {lengths.max()} tokens, the position table of this model ends "
-                        f"at {longest} ({longest - 2} residues, <cls> and <eos>). Truncate or split the sequence, or "
-                        "use ESM-2, which has no such limit."
-                    )
-        input_ids = input_ids.astype(mx.int32)
+def _check_mask(attention_mask: mx.array | None, shape: tuple[int, int]) -> tuple[mx.array | None, np.ndarray | None]:
+    """The mask and its values; neither where there is no padding."""
+    if attention_mask is None:
+        return None, None
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask has the shape {attention_mask.shape}, the input {shape}.")
+    values = host(attention_mask)
+    if values is None:
+        return attention_mask, None
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError("attention_mask must hold 1 for tokens and 0 for padding, and nothing else.")
+    return (None, None) if values.all() else (attention_mask, values)
 
-    if position_ids is not None:
-        if position_ids.ndim == 1:
-            position_ids = position_ids[None]
-        if position_ids.shape not in (shape, (1, shape[1])):
-            raise ValueError(f"position_ids have the shape {position_ids.shape}, the input {shape}.")
-        positions = host(position_ids)
-        rows = config.max_position_embeddings
-        if (
-            config.position_embedding_type == "absolute"
-            and positions is not None
-            and (positions.min() < 0 or positions.max() >= rows)
-        ):
+
+def _check_ids(input_ids: mx.array, tables: Tables, counts_positions: bool) -> None:
+    if not mx.issubdtype(input_ids.dtype, mx.integer):
+        raise ValueError(f"input_ids must be whole numbers, not {input_ids.dtype}.")
+    ids = host(input_ids)
+    if ids is None:
+        return
+    outside = (ids < 0) | (ids >= tables.vocab_size)
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise ValueError(
+            f"input_ids[{row}, {column}] is {ids[row, column]}: not a token of the vocabulary, which has "
+            f"{tables.vocab_size}. Use the tokenizer that belongs to the checkpoint."
+        )
+    if tables.position_rows is not None and counts_positions:
+        lengths = (ids != tables.padding_idx).sum(axis=1)
+        longest = tables.position_rows - tables.padding_idx - 1
+        if lengths.max() > longest:
             raise ValueError(
-                f"position_ids reach from {positions.min()} to {positions.max()}; the position table has the rows 0 to "
-                f"{rows - 1}."
+                f"Row {lengths.argmax()} has {lengths.max()} tokens, the position table of this model ends at "
+                f"{longest} ({longest - 2} residues, <cls> and <eos>). Truncate or split the sequence, or use a model "
+                "without such a table, such as ESM-2."
             )
-    return input_ids, attention_mask, position_ids, inputs_embeds
+
+
+def _check_positions(
+    position_ids: mx.array | None, shape: tuple[int, int], position_rows: int | None
+) -> mx.array | None:
+    if position_ids is None:
+        return None
+    if position_ids.ndim == 1:
+        position_ids = position_ids[None]
+    if position_ids.shape not in (shape, (1, shape[1])):
+        raise ValueError(f"position_ids have the shape {position_ids.shape}, the input {shape}.")
+    positions = host(position_ids)
+    if position_rows is None or positions is None:
+        return position_ids
+    if positions.min() < 0 or positions.max() >= position_rows:
+        raise ValueError(
+            f"position_ids reach from {positions.min()} to {positions.max()}; the position table has the rows 0 to "
+            f"{position_rows - 1}."
+        )
+    return position_ids
 
 
 def labels_at(labels: Any, places: np.ndarray) -> bool:
@@ -122,7 +167,7 @@ def labels_at(labels: Any, places: np.ndarray) -> bool:
 
 
 def check_labels(labels: Any, logits: mx.array, ignore_index: int) -> mx.array:
-    """Labels of classes as an array.
+    """Labels of classes as an array [...] for logits [..., C].
 
     Raises:
         ValueError: labels that do not fit the logits, or a class that there is none of.

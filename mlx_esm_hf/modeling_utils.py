@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,15 +14,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.hub import PushToHubMixin, resolve_revision
 
 from mlx_esm_hf.checkpoint.errors import CheckpointError
-from mlx_esm_hf.checkpoint.names import INV_FREQ, TIED, canonical_names, published_names
+from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
 from mlx_esm_hf.modeling_inputs import as_array
-from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig
+from mlx_esm_hf.modeling_layers import TiedDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +38,6 @@ DTYPES = {
     "float64": mx.float64,
     "double": mx.float64,
 }
-
-# The parts of the base model that no checkpoint may lack.
-BODY = ("embeddings.", "encoder.")
 
 # Arguments of transformers' from_pretrained that choose among things MLX has one of.
 WITHOUT_MEANING = {"attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code"}
@@ -67,11 +66,29 @@ def as_dtype(dtype: Any) -> mx.Dtype | None:
 class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     """Base of the models; mirrors transformers' `PreTrainedModel`.
 
+    A model class says what it is, and loading, saving, casting and resizing read that.
+
     Class attributes:
+        config_class: of its config.
         base_model_prefix: the attribute under which a model with a head holds its base model.
+        dialects: the names that its parameters have in checkpoints. `save_pretrained` writes the first one.
+        buffers: endings of the names of arrays that follow from the config: a checkpoint may hold them or not, and they
+            are neither trained nor rounded to another dtype.
+        required: beginnings of the names, in the base model, of parameters that no checkpoint may lack.
+        input_embeddings: the embedding table, as an attribute of the base model.
+        output_embeddings: the projection to the vocabulary, as an attribute of the model; None, it has none. Where
+            `config.tie_word_embeddings` says so, it is the embedding table.
+        vocabulary_biases: names of parameters, beside the two before, that have a number for each token.
     """
 
+    config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     base_model_prefix: ClassVar[str] = ""
+    dialects: ClassVar[tuple[Dialect, ...]] = (Dialect(()),)
+    buffers: ClassVar[tuple[str, ...]] = ()
+    required: ClassVar[tuple[str, ...]] = ()
+    input_embeddings: ClassVar[str] = ""
+    output_embeddings: ClassVar[str | None] = None
+    vocabulary_biases: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -99,52 +116,96 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         torch_dtype: Any = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
-        add_pooling_layer: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load config and weights from the Hub, the cache that torch users share, or a folder.
 
         Args:
-            pretrained_model_name_or_path: an id such as "facebook/esm2_t6_8M_UR50D", or a folder.
+            pretrained_model_name_or_path: an id on the Hub, or a folder.
             config: used instead of the checkpoint's: an object, an id or a folder.
             dtype, torch_dtype: a string, an `mx.Dtype` or torch's object. None and "auto" mean the checkpoint's own,
                 except on the CPU, where half precision runs at a fiftieth of the speed and is loaded as float32.
             output_loading_info: return (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
             ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
-            add_pooling_layer: of `MLXEsmModel`.
-            kwargs: fields of the config to override. `attn_implementation`, `device_map`, `low_cpu_mem_usage` and
-                `trust_remote_code` are accepted and ignored: MLX has one of each, and no code is ever loaded.
+            kwargs: fields of the config to override, and arguments of the class, such as `add_pooling_layer`.
+                `attn_implementation`, `device_map`, `low_cpu_mem_usage` and `trust_remote_code` are accepted and
+                ignored: MLX has one of each, and no code is ever loaded.
 
         Returns:
             The model, in evaluation mode.
 
         Raises:
             OSError: no such repository or file, or no network and nothing in the cache.
-            CheckpointError: a damaged or hostile file, or one without a part of the encoder.
+            CheckpointError: a damaged or hostile file, or one that lacks a part of the base model.
             RuntimeError: parameters of another shape.
             ValueError: a config of another `model_type`, an unknown dtype.
             TypeError: a keyword that is neither an argument nor a field of the config.
-
-        Example:
-            >>> model = MLXEsmForMaskedLM.from_pretrained("facebook/esm2_t6_8M_UR50D")
         """
         source = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         # Asked once, so that config and weights are of one commit, and without a network the cache answers at once.
         hub |= {"revision": resolve_revision(source, revision, **hub), "force_download": force_download}
         overrides = {k: v for k, v in kwargs.items() if k not in WITHOUT_MEANING}
-        config = load_config(source if config is None else config, overrides, subfolder=subfolder, **hub)
+        config_source = source if config is None else config
+        loaded_config, arguments = cls._load_config(config_source, overrides, subfolder=subfolder, **hub)
 
         files = checkpoint_files(source, variant=variant, use_safetensors=use_safetensors, subfolder=subfolder, **hub)
         arrays = load_files(files)
-        untie_if_different(config, arrays)
-        dtype = resolve_dtype(torch_dtype if dtype is None else dtype, config, arrays)
+        cls._untie_if_different(loaded_config, arrays)
+        dtype = resolve_dtype(torch_dtype if dtype is None else dtype, loaded_config, cls._floating(arrays))
 
-        model = cls(config, **({} if add_pooling_layer is None else {"add_pooling_layer": add_pooling_layer}))
+        model = cls(loaded_config, **arguments)
         loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes)
         report_loading(cls.__name__, source, loading_info)
         model.eval()
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def _load_config(
+        cls, source: PreTrainedConfig | str | os.PathLike[str], overrides: dict[str, Any], **hub: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The config of a checkpoint, or a copy of the one given, with some fields set anew; and those of `overrides`
+        that are arguments of the class."""
+        if isinstance(source, PreTrainedConfig):
+            config_dict = source.to_dict()
+        else:
+            config_dict, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
+            if not config_dict:
+                raise OSError(
+                    f"{source} holds no config.json, or an empty one. Pass the checkpoint's config as config=."
+                )
+            config_dict["_name_or_path"] = str(source)
+        config, others = cls.config_class.from_dict(config_dict, return_unused_kwargs=True, **overrides)
+        if unknown := others.keys() - inspect.signature(cls.__init__).parameters.keys():
+            raise TypeError(
+                f"from_pretrained has no argument {', '.join(map(repr, unknown))}, and the config has no such field."
+            )
+        return config, others
+
+    @classmethod
+    def _floating(cls, arrays: dict[str, mx.array]) -> list[mx.array]:
+        """Those of a checkpoint's arrays that have the dtype of the model."""
+        names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
+        return [arrays[key] for key, name in names.items() if cls._casts(name, arrays[key])]
+
+    @classmethod
+    def _untie_if_different(cls, config: Any, arrays: dict[str, mx.array]) -> None:
+        """Keep an output projection that is not the embedding, whatever the config says; as transformers does."""
+        names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
+        held = {name: arrays[key] for key, name in names.items()}
+        for tied, source in cls._tied_weights().items():
+            head = held.get(tied)
+            table = held.get(source, held.get(source.removeprefix(f"{cls.base_model_prefix}.")))
+            if not config.tie_word_embeddings or head is None or table is None:
+                continue
+            if head.shape != table.shape or not mx.array_equal(head, table):
+                logger.warning(
+                    "The config ties %s to %s, but the checkpoint holds different values for them: they are not tied. "
+                    "Set tie_word_embeddings=False to silence this.",
+                    tied,
+                    source,
+                )
+                config.tie_word_embeddings = False
 
     def _assign(
         self, arrays: dict[str, mx.array], dtype: mx.Dtype, source: str, ignore_mismatched_sizes: bool
@@ -157,11 +218,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 f"Shapes differ between {source} and {type(self).__name__}:\n{shapes_of(mismatched)}\nLoad it with the "
                 "config that belongs to it, or pass ignore_mismatched_sizes=True to draw these parameters anew."
             )
-        body = tuple(f"{prefix}{part}" for prefix in ("", f"{self.base_model_prefix}.") for part in BODY)
-        if holes := sorted(name for name in missing if name.startswith(body)):
+        prefix = f"{self.base_model_prefix}."
+        if holes := sorted(name for name in missing if name.removeprefix(prefix).startswith(self.required)):
             raise CheckpointError(
-                f"{source} lacks {len(holes)} parameters of the encoder, {holes[0]!r} among them. It is not a whole "
-                "ESM checkpoint, or its config.json belongs to another one."
+                f"{source} lacks {len(holes)} parameters that a {type(self).__name__} cannot do without, {holes[0]!r} "
+                "among them. It is not a whole checkpoint, or its config.json belongs to another one."
             )
 
         anew = missing | {name for name, _, _ in mismatched}
@@ -169,7 +230,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             array = arrays.pop(key)
             if name in unexpected or name in anew:
                 continue
-            if casts(name, array):
+            if self._casts(name, array):
                 array = array.astype(dtype)
             try:
                 mx.eval(array)
@@ -192,8 +253,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write `config.json` and `model.safetensors`, under the keys of the published repositories (transformers
-        4.x), so that transformers for torch loads them. Files appear when all of them are whole.
+        """Write `config.json` and `model.safetensors`, under the keys of the published repositories, so that
+        transformers for torch loads them. Files appear when all of them are whole.
 
         Args:
             max_shard_size: in bytes, or such as "5GB"; what is larger is written in shards with an index.
@@ -208,9 +269,15 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 "Only safetensors are written; transformers for torch reads them: leave this argument out."
             )
         config = copy.deepcopy(self.config)
-        config.architectures = [type(self).__name__.removeprefix("MLX" if config.model_type == "esm" else "")]
+        architecture = type(self).__name__
+        if config.model_type in CONFIG_MAPPING_NAMES:  # transformers has this model, too
+            architecture = architecture.removeprefix("MLX")
+        config.architectures = [architecture]
         config.dtype = str(self.dtype).rpartition(".")[2]
-        state = published_names(self.state_dict(), config.num_hidden_layers)
+        state = self.state_dict()
+        if self._is_tied():
+            del state[f"{self.output_embeddings}.weight"]
+        state = names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
         with replace_files(save_directory) as folder:
             files = save_safetensors(state, folder, max_shard_size, variant)
             config.save_pretrained(folder)
@@ -224,9 +291,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     def state_dict(self) -> dict[str, mx.array]:
         """{name: array}, a tied output projection included."""
         state = dict(tree_flatten(self.parameters()))
-        if isinstance(decoder := self.get_output_embeddings(), nn.Module) or decoder is None:
-            return state
-        return state | {TIED[0]: decoder.weight}
+        if self._is_tied():
+            state[f"{self.output_embeddings}.weight"] = self.get_output_embeddings().weight
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Assign arrays (MLX, NumPy or torch) under any key dialect that `from_pretrained` reads.
@@ -250,13 +317,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return IncompatibleKeys(sorted(missing), sorted(unexpected))
 
     def _match(self, arrays: Mapping[str, mx.array]) -> tuple[dict[str, str], set[str], set[str], set[Mismatch]]:
-        """{key: parameter name} of a checkpoint's arrays, and the missing, unexpected and mismatched names.
-
-        The rotary frequencies follow from the config, so they are not missed.
-        """
+        """{key: parameter name} of a checkpoint's arrays, and the missing, unexpected and mismatched names."""
         held = dict(tree_flatten(self.parameters()))
-        names = canonical_names(arrays, held, self.base_model_prefix)
-        missing = {name for name in held.keys() - names.values() if not name.endswith(INV_FREQ)}
+        names = canonical_names(arrays, held, self.base_model_prefix, self.dialects, self._tied_weights())
+        missing = {name for name in held.keys() - names.values() if not name.endswith(self.buffers)}
         mismatched = {
             (name, arrays[key].shape, held[name].shape)
             for key, name in names.items()
@@ -265,9 +329,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return names, missing, names.values() - held.keys(), mismatched
 
     def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
-        """(name, array) of each parameter; the rotary frequencies are a buffer, a tied projection is no second one."""
+        """(name, array) of each parameter; buffers are none, and a tied projection is no second one."""
         for name, array in cast(list[tuple[str, mx.array]], tree_flatten(self.parameters())):
-            if not name.endswith(INV_FREQ):
+            if not name.endswith(self.buffers):
                 yield name, array
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -290,18 +354,35 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return getattr(self, self.base_model_prefix) if self.base_model_prefix in self else self
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.base_model.embeddings.word_embeddings
+        return module_at(self.base_model, self.input_embeddings)
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.base_model.embeddings.word_embeddings = value
+        set_module_at(self.base_model, self.input_embeddings, value)
         self.tie_weights()
 
     def get_output_embeddings(self) -> Any:
-        """The projection to the vocabulary, or None in a model without one."""
-        return None
+        """The projection to the vocabulary, a `Linear` or a `TiedDecoder`; None in a model without one."""
+        return None if self.output_embeddings is None else module_at(self, self.output_embeddings)
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        if self.output_embeddings is None:
+            raise ValueError(f"{type(self).__name__} has no output embeddings.")
+        set_module_at(self, self.output_embeddings, new_embeddings)
 
     def tie_weights(self) -> None:
         """Let the output projection read the input embeddings, where the config ties them."""
+        if self.output_embeddings is not None and self.config.tie_word_embeddings:
+            self.set_output_embeddings(TiedDecoder(self.get_input_embeddings()))
+
+    def _is_tied(self) -> bool:
+        return isinstance(self.get_output_embeddings(), TiedDecoder)
+
+    @classmethod
+    def _tied_weights(cls) -> dict[str, str]:
+        """{name of the output projection's weight: the embedding's, which it is where they are tied}"""
+        if cls.output_embeddings is None:
+            return {}
+        return {f"{cls.output_embeddings}.weight": f"{cls.base_model_prefix}.{cls.input_embeddings}.weight"}
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
@@ -311,11 +392,16 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         Returns:
             The embedding table; with no arguments, as it is.
         """
-        table = self.get_input_embeddings()
+        table, decoder = self.get_input_embeddings(), self.get_output_embeddings()
         size = new_num_tokens or table.weight.shape[0]
         if pad_to_multiple_of:
             size += -size % pad_to_multiple_of
         table.weight = resized(table.weight, size)
+        if decoder is not None and not self._is_tied():
+            decoder.weight = resized(decoder.weight, size)
+        held = dict(tree_flatten(self.parameters()))
+        biases = [(name, resized(held[name], size)) for name in self.vocabulary_biases if name in held]
+        self.update(tree_unflatten(biases))
         self.config.vocab_size = self.base_model.config.vocab_size = size
         return table
 
@@ -339,9 +425,16 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 say_once(f"MLX computes on its default device, {mx.default_device()}; .to() and its kin move nothing.")
             else:
                 self.update(
-                    tree_map_with_path(lambda name, x: x.astype(wanted) if casts(name, x) else x, self.parameters())
+                    tree_map_with_path(
+                        lambda name, x: x.astype(wanted) if self._casts(name, x) else x, self.parameters()
+                    )
                 )
         return self
+
+    @classmethod
+    def _casts(cls, name: str, array: mx.array) -> bool:
+        """Whether a change of dtype applies: not to whole numbers, nor to buffers."""
+        return mx.issubdtype(array.dtype, mx.floating) and not name.endswith(cls.buffers)
 
     def float(self: Model) -> Model:
         return self.to(mx.float32)
@@ -363,6 +456,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
     # Parameters that no checkpoint gave
 
+    @property
+    def newly_initialized(self) -> frozenset[str]:
+        """Names of the parameters that the checkpoint lacked."""
+        return self._newly_initialized
+
     def _set_newly_initialized(self, names: Iterable[str]) -> None:
         self._newly_initialized = frozenset(names)
         if self.base_model is not self:
@@ -374,7 +472,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         if any(name.startswith(f"{part}.") for name in self._newly_initialized):
             raise ValueError(
                 f"The checkpoint had no {part}: {task} would answer from random weights. Load one that has it, or "
-                f"train it (.train()) or give it (.load_state_dict()) first. MLXEsmModel needs no head."
+                "train it (.train()) or give it (.load_state_dict()) first."
             )
 
     def train(self: Model, mode: bool = True) -> Model:
@@ -395,53 +493,25 @@ def shapes_of(mismatched: set[Mismatch]) -> str:
     return "\n".join(f"  {name}: {a} in the checkpoint, {b} in the model" for name, a, b in sorted(mismatched))
 
 
-def casts(name: str, array: mx.array) -> bool:
-    """Whether a change of dtype applies: not to whole numbers, nor to the rotary frequencies."""
-    return mx.issubdtype(array.dtype, mx.floating) and not name.endswith(INV_FREQ)
+def module_at(module: nn.Module, path: str) -> Any:
+    """The module under a path such as "embeddings.word_embeddings"."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
-def load_config(
-    source: PreTrainedConfig | str | os.PathLike[str], overrides: dict[str, Any], **hub: Any
-) -> MLXEsmConfig:
-    """The config of a checkpoint, or a copy of the one given, with some fields set anew."""
-    if isinstance(source, PreTrainedConfig):
-        config_dict = source.to_dict()
-    else:
-        config_dict, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
-        if not config_dict:
-            raise OSError(f"{source} holds no config.json, or an empty one. Pass the checkpoint's config as config=.")
-        config_dict["_name_or_path"] = str(source)
-    config, unknown = MLXEsmConfig.from_dict(config_dict, return_unused_kwargs=True, **overrides)
-    if unknown:
-        raise TypeError(
-            f"from_pretrained has no argument {', '.join(map(repr, unknown))}, and the config has no such field."
-        )
-    return config
+def set_module_at(module: nn.Module, path: str, value: Any) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module_at(module, parent) if parent else module, name, value)
 
 
-def untie_if_different(config: MLXEsmConfig, arrays: dict[str, mx.array]) -> None:
-    """Keep an output projection that is not the embedding, whatever the config says; as transformers does."""
-    head = arrays.get(TIED[0])
-    table = arrays.get(TIED[1])
-    if not config.tie_word_embeddings or head is None or table is None:
-        return
-    if head.shape != table.shape or not mx.array_equal(head, table):
-        logger.warning(
-            "The config ties %s to %s, but the checkpoint holds different values for them: they are not tied. Set "
-            "tie_word_embeddings=False to silence this.",
-            *TIED,
-        )
-        config.tie_word_embeddings = False
-
-
-def resolve_dtype(dtype: Any, config: MLXEsmConfig, arrays: dict[str, mx.array]) -> mx.Dtype:
-    """The dtype to load, from what the user, the config and the checkpoint say."""
+def resolve_dtype(dtype: Any, config: PreTrainedConfig, stored: list[mx.array]) -> mx.Dtype:
+    """The dtype to load, from what the user, the config and the checkpoint's floating arrays say."""
     if dtype is not None and dtype != "auto":
         if (wanted := as_dtype(dtype)) is None:
             raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}, 'auto', or their objects.")
         return wanted
-    stored = (array.dtype for name, array in arrays.items() if casts(name, array))
-    wanted = as_dtype(config.dtype) or next(stored, mx.float32)
+    wanted = as_dtype(config.dtype) or (stored[0].dtype if stored else mx.float32)
     if wanted in (mx.float16, mx.bfloat16) and mx.default_device() == mx.cpu:
         say_once(
             "The checkpoint is in half precision, which runs at a fiftieth of the speed on the CPU: it is loaded as "

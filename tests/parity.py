@@ -12,7 +12,6 @@ import contextlib
 import copy
 import ctypes
 import importlib.util
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import torch
 import transformers
 
 import mlx_esm_hf
+from mlx_esm_hf.models.esm.names import FAIR_ESM_1
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -108,37 +108,10 @@ def peers(folder: Path, family: str, head: str, **overrides: Any) -> Peers:
     return Peers(mlx, model, copy.deepcopy(model).double())
 
 
-# fair-esm's parameter names, and what each part of them is called here
-FAIR_ESM_NAMES = {
-    "layers.": "esm.encoder.layer.",
-    "self_attn.q_proj.": "attention.self.query.",
-    "self_attn.k_proj.": "attention.self.key.",
-    "self_attn.v_proj.": "attention.self.value.",
-    "self_attn.bias_": "attention.self.bias_",
-    "self_attn.out_proj.": "attention.output.dense.",
-    "self_attn.rot_emb.": "attention.self.rotary_embeddings.",
-    "self_attn_layer_norm.": "attention.LayerNorm.",
-    "fc1.": "intermediate.dense.",
-    "fc2.": "output.dense.",
-    "final_layer_norm.": "LayerNorm.",
-    "embed_tokens.": "esm.embeddings.word_embeddings.",
-    "embed_positions.": "esm.embeddings.position_embeddings.",
-    "emb_layer_norm_before.": "esm.embeddings.layer_norm.",
-    "emb_layer_norm_after.": "esm.encoder.emb_layer_norm_after.",
-    "embed_out_bias": "lm_head.bias",
-    "embed_out": "lm_head.decoder.weight",
-    "lm_head.weight": "lm_head.decoder.weight",
-    "contact_head.": "esm.contact_head.",
-}
-FAIR_ESM_NAME = re.compile(r"(?:^|(?<=\.))(?:" + "|".join(map(re.escape, FAIR_ESM_NAMES)) + ")")
-
-
-def canonical_name(name: str) -> str:
-    return FAIR_ESM_NAME.sub(lambda match: FAIR_ESM_NAMES[match[0]], name)
-
-
 def from_fair_esm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {canonical_name(name): value for name, value in state.items() if not name.endswith("_float_tensor")}
+    """Gradients of fair-esm's ESM-1 under the names of our masked language model."""
+    names = {key: FAIR_ESM_1.ours(key) or key for key in state}
+    return {name if name.startswith("lm_head.") else f"esm.{name}": state[key] for key, name in names.items()}
 
 
 def fair_esm_peers(family: str, token_dropout: bool = True, final_bias: bool = True, positions: int = 330) -> Peers:
@@ -164,7 +137,7 @@ def fair_esm_peers(family: str, token_dropout: bool = True, final_bias: bool = T
     mlx_config.layer_norm_eps = model.layers[0].final_layer_norm.eps
     randomize(model.eval(), seed=len(family))
     mlx = mlx_esm_hf.MLXEsmForMaskedLM(mlx_config)
-    mlx.load_state_dict(from_fair_esm(model.state_dict()))
+    mlx.load_state_dict(model.state_dict())
     return Peers(mlx.eval(), model, copy.deepcopy(model).double())
 
 

@@ -1,4 +1,4 @@
-"""The class that belongs to a checkpoint, found by the `model_type` of its config; mirrors transformers' `AutoModel`."""
+"""The class that belongs to a checkpoint, by the `model_type` of its config; mirrors transformers' `AutoModel`."""
 
 from __future__ import annotations
 

@@ -13,17 +13,18 @@ import numpy as np
 
 from mlx_esm_hf.ops import cpu, gpu, kernels
 from mlx_esm_hf.ops.heads import Rotary, merge_heads, split_heads
-from mlx_esm_hf.ops.packing import Packing
+from mlx_esm_hf.ops.layout import Layout
 
 __all__ = [
-    "Packing",
+    "Layout",
     "attention",
     "attention_probabilities",
+    "choose_layout",
     "gelu",
     "layer_norm",
     "linear",
     "merge_heads",
-    "packing",
+    "quantized_linear",
     "softmax",
     "split_heads",
 ]
@@ -43,42 +44,73 @@ def linear(
     weight: mx.array,
     bias: mx.array | None = None,
     residual: mx.array | None = None,
-    gelu: bool = False,
+    activation: str | None = None,
 ) -> mx.array:
-    """x · weightᵀ + bias, then GELU if asked for, then + residual.
+    """x · weightᵀ + bias, then the activation, then + residual.
 
     Args:
         x: [..., inputs].
         weight: [outputs, inputs].
         bias: [outputs].
         residual: [..., outputs].
+        activation: "gelu" or "relu".
     """
-    backend = _backend(x, weight, bias, residual)
-    if backend is kernels:
-        return kernels.native.linear(x, weight, bias, residual, gelu)
+    if _backend(x, weight, bias, residual) is kernels:
+        return kernels.linear(x, weight, bias, residual, activation)
     y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    if gelu:
-        y = backend.gelu(y)
+    return _activated(y, residual, activation)
+
+
+def quantized_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    bias: mx.array | None = None,
+    residual: mx.array | None = None,
+    activation: str | None = None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str = "affine",
+) -> mx.array:
+    """`linear` with a weight that `mx.quantize` has made: [outputs, inputs · bits / 32], beside its scales and biases.
+
+    On a CPU MLX's own product of a quantized matrix is 50 times slower than one of the matrix that it stands for.
+    """
+    backend = _backend(x)
+    if backend is not gpu:
+        whole = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
+        return linear(x, whole.astype(x.dtype), bias, residual, activation)
+    y = mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
+    return _activated(y if bias is None else y + bias, residual, activation)
+
+
+def _activated(y: mx.array, residual: mx.array | None, activation: str | None) -> mx.array:
+    if activation == "gelu":
+        y = gelu(y)
+    elif activation == "relu":
+        y = mx.maximum(y, 0)
+    elif activation is not None:
+        raise ValueError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
     return y if residual is None else y + residual
 
 
-def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
-    """Layer norm over the last axis (Ba et al. 2016), `eps` inside the root."""
+def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
+    """Layer norm over the last axis (Ba et al. 2016), `eps` inside the root; it need not have a bias."""
     if _backend(x, weight, bias) is kernels:
-        return kernels.native.layer_norm(x, weight, bias, eps)
+        return kernels.layer_norm(x, weight, bias, eps)
     return mx.fast.layer_norm(x, weight, bias, eps)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x · Φ(x) by the exact error function, as ESM has it (not the tanh approximation)."""
-    backend = _backend(x)
-    return kernels.native.gelu(x) if backend is kernels else backend.gelu(x)
+    return _backend(x).gelu(x)
 
 
 def softmax(x: mx.array) -> mx.array:
     """Softmax over the last axis, summed in float32 or better; the result has the dtype of `x`."""
-    backend = _backend(x)
-    return kernels.native.softmax(x) if backend is kernels else backend.softmax(x)
+    return _backend(x).softmax(x)
 
 
 def attention(
@@ -86,28 +118,30 @@ def attention(
     key: mx.array,
     value: mx.array,
     heads: int,
-    mask: mx.array | Packing | None = None,
+    layout: Layout | None = None,
     rotary: Rotary | None = None,
     bias_kv: tuple[mx.array, mx.array] | None = None,
+    bias: mx.array | None = None,
 ) -> mx.array:
-    """Multi-head attention, softmax(rotate(query / √d) · rotate(key)ᵀ) · value in each head.
+    """Multi-head attention, softmax(rotate(query / √d) · rotate(key)ᵀ + bias) · value in each head.
 
     Args:
-        query, key, value: [B, L, D], d = D / heads.
-        mask: bool [B, 1, 1, L]; False hides a key. At least one key of each row has to be seen. Or the `Packing` of a
-            packed batch (B = 1), each of whose sequences sees itself.
+        query, key, value: [B, L, D], d = D / heads; [1, T, D] of a packed batch.
+        layout: which tokens see which; None, all of a row.
         rotary: cosines and sines of the angles of each position, [B, L, d / 2].
         bias_kv: a key and a value, D numbers each, that every sequence has besides its own (ESM-1).
+        bias: [B or 1, heads, L, L], added to the scores; for a batch that is not packed, without `bias_kv`.
 
     Returns:
         [B, L, D].
     """
-    backend = _backend(query, key, value, *(rotary or ()), *(bias_kv or ()))
+    layout = layout or Layout(query.shape[:2])  # type: ignore[arg-type]
+    backend = _backend(query, key, value, *(rotary or ()), *(bias_kv or ()), bias)
     if backend is kernels:
-        return kernels.attention(query, key, value, heads, mask, rotary, bias_kv)
-    assert not isinstance(mask, Packing), "`packing` packs for the kernels alone"
-    split = split_heads(query, key, value, heads, mask, rotary, bias_kv)
-    return merge_heads(backend.scaled_dot_product_attention(*split))
+        return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias)
+    assert not layout.packed, "`choose_layout` packs for the kernels alone"
+    split = split_heads(query, key, value, heads, layout, rotary, bias_kv)
+    return merge_heads(backend.scaled_dot_product_attention(*split, bias))
 
 
 def attention_probabilities(query: mx.array, key: mx.array, mask: mx.array | None) -> mx.array:
@@ -118,12 +152,22 @@ def attention_probabilities(query: mx.array, key: mx.array, mask: mx.array | Non
     return softmax(scores)
 
 
-def packing(mask: np.ndarray | None, dtype: mx.Dtype) -> Packing | None:
-    """How to compute a batch in `dtype`, real where `mask` [B, L] says, on its real tokens only.
+def choose_layout(
+    shape: tuple[int, int],
+    mask: mx.array | None,
+    values: np.ndarray | None,
+    dtype: mx.Dtype,
+    keep_padding: bool = False,
+) -> Layout:
+    """How to compute a batch in `dtype`: packed where that is faster, which is with our kernels, else as it is.
 
-    None where padding has to stay: on a GPU, whose kernels take rectangles; without our kernels; and where the mask is
-    not known (None, under `mx.compile`) or has no padding.
+    Args:
+        shape: (B, L).
+        mask: [B, L], 0 at padding; None, there is none.
+        values: those of the mask, where they are known (not under `mx.compile`).
+        keep_padding: somebody asks for what becomes of padding.
     """
-    if mask is None or mask.all() or dtype != mx.float32 or _backend() is not kernels:
-        return None
-    return Packing(mask.astype(bool))
+    mask = None if mask is None else mask.astype(mx.bool_)
+    if mask is None or values is None or keep_padding or dtype != mx.float32 or _backend() is not kernels:
+        return Layout(shape, mask)
+    return Layout(shape, packed=values.astype(bool))

@@ -75,7 +75,9 @@ def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
 def gelu(x: mx.array) -> mx.array:
     if x.dtype == mx.float32:
         return _gelu(x)  # type: ignore[return-value]
-    return x * (1 + mx.erf(x * math.sqrt(0.5))) / 2
+    if x.dtype == mx.float64:
+        return x * (1 + mx.erf(x * math.sqrt(0.5))) / 2
+    return _gelu(x.astype(mx.float32)).astype(x.dtype)  # type: ignore[attr-defined]
 
 
 def _softmax_terms(scores: mx.array) -> tuple[mx.array, mx.array]:
@@ -91,31 +93,43 @@ def softmax(x: mx.array) -> mx.array:
     return terms / total
 
 
-def _attention(query: mx.array, key: mx.array, value: mx.array, bias: mx.array) -> mx.array:
+def _attention(query: mx.array, key: mx.array, value: mx.array, added: mx.array | None) -> mx.array:
     key = key.swapaxes(-1, -2)
-    scores = mx.addmm(bias, query, key) if bias.size else query @ key
+    scores = query @ key if added is None else mx.addmm(added, query, key)
     if scores.dtype != mx.float32:
         return softmax(scores) @ value
     terms, total = _softmax_terms(scores)
     return (terms @ value) / total
 
 
-def scaled_dot_product_attention(query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None) -> mx.array:
+def scaled_dot_product_attention(
+    query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None, bias: mx.array | None = None
+) -> mx.array:
     B, H, L, _ = query.shape
     S = key.shape[2]
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-    if mask is None:
-        bias = mx.zeros((B * H, 0, 0))
-    else:
-        bias = mx.where(mask, 0.0, mx.finfo(query.dtype).min).astype(query.dtype)
-        bias = mx.broadcast_to(bias, (B, H, 1, S)).flatten(0, 1)
+    added = _added_to_scores(mask, bias, query.dtype)
+    if added is not None:
+        added = mx.broadcast_to(added, (B, H, added.shape[2], S)).flatten(0, 1)
     rows = max(1, min(L, SCORES_AT_A_TIME // S))
     heads = max(1, SCORES_AT_A_TIME // (rows * S))
-    parts = [
-        mx.concatenate([_attention(query[h, r], key[h], value[h], bias[h]) for r in _blocks(L, rows)], axis=1)
-        for h in _blocks(B * H, heads)
-    ]
+    parts = []
+    for h in _blocks(B * H, heads):
+        blocks = []
+        for r in _blocks(L, rows):
+            of_rows = added
+            if added is not None:
+                of_rows = added[h, r] if bias is not None else added[h]  # a mask is the same for all queries
+            blocks.append(_attention(query[h, r], key[h], value[h], of_rows))
+        parts.append(mx.concatenate(blocks, axis=1))
     return mx.unflatten(mx.concatenate(parts), 0, (B, H))
+
+
+def _added_to_scores(mask: mx.array | None, bias: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
+    """Mask [B, 1, 1, S] and bias [B or 1, H, L, S] as one array that is added to the scores; None without either."""
+    if mask is None:
+        return bias
+    return mx.where(mask, 0.0 if bias is None else bias, mx.finfo(dtype).min).astype(dtype)
 
 
 def _blocks(length: int, size: int) -> list[slice]:

@@ -10,12 +10,18 @@ import mlx.core as mx
 
 @partial(mx.compile, shapeless=True)
 def gelu(x: mx.array) -> mx.array:
-    return x * (1 + mx.erf(x / math.sqrt(2))) / 2
+    """In float32, as torch has it, whatever the dtype of x: half of it would be lost to rounding."""
+    y = x.astype(mx.float32) if x.dtype in (mx.float16, mx.bfloat16) else x
+    return (y * (1 + mx.erf(y / math.sqrt(2))) / 2).astype(x.dtype)
 
 
 def softmax(x: mx.array) -> mx.array:
     return mx.softmax(x, axis=-1, precise=True)
 
 
-def scaled_dot_product_attention(query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None) -> mx.array:
+def scaled_dot_product_attention(
+    query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None, bias: mx.array | None = None
+) -> mx.array:
+    if bias is not None:
+        mask = bias if mask is None else mx.where(mask, bias, mx.finfo(query.dtype).min).astype(query.dtype)
     return mx.fast.scaled_dot_product_attention(query, key, value, scale=1.0, mask=mask)

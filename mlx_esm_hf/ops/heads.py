@@ -6,16 +6,18 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_esm_hf.ops.layout import Layout
+
 Rotary = tuple[mx.array, mx.array]
 
 
 class Heads(NamedTuple):
     """Arguments of the backends' `scaled_dot_product_attention`: the query is scaled, query and key are rotated."""
 
-    query: mx.array
-    key: mx.array
-    value: mx.array
-    mask: mx.array | None
+    query: mx.array  # [B, H, L, d]
+    key: mx.array  # [B, H, S, d], where S is L, or L + 1 with a learned key
+    value: mx.array  # [B, H, S, d]
+    mask: mx.array | None  # bool [B, 1, 1, S], False hides a key
 
 
 def split_heads(
@@ -23,24 +25,20 @@ def split_heads(
     key: mx.array,
     value: mx.array,
     heads: int,
-    mask: mx.array | None = None,
+    layout: Layout | None = None,
     rotary: Rotary | None = None,
     bias_kv: tuple[mx.array, mx.array] | None = None,
 ) -> Heads:
-    """From [B, L, D] to [B, heads, L, D / heads], with the arguments of `ops.attention`."""
-
-    def split(x: mx.array) -> mx.array:
-        return mx.unflatten(x, -1, (heads, -1)).swapaxes(1, 2)
-
+    """From [B, L, D] to [B, heads, L, D / heads], ready to be multiplied; arguments as those of `ops.attention`."""
+    mask = None if layout is None or layout.visible is None else layout.visible[:, None, None, :]
     if bias_kv is not None:
         B, _, D = key.shape
-        key, value = (
-            mx.concatenate([x, mx.broadcast_to(bias.reshape(1, 1, D), (B, 1, D))], axis=1)
-            for x, bias in zip((key, value), bias_kv, strict=True)
-        )
+        bias_k, bias_v = (mx.broadcast_to(bias.reshape(1, 1, D), (B, 1, D)) for bias in bias_kv)
+        key, value = mx.concatenate([key, bias_k], axis=1), mx.concatenate([value, bias_v], axis=1)
         if mask is not None:
             mask = mx.pad(mask, [(0, 0), (0, 0), (0, 0), (0, 1)], constant_values=True)
-    query, key, value = split(query), split(key), split(value)
+
+    query, key, value = (mx.unflatten(x, -1, (heads, -1)).swapaxes(1, 2) for x in (query, key, value))
     query = query * query.shape[-1] ** -0.5
     if rotary is not None:
         query, key = apply_rotary_pos_emb(query, *rotary), apply_rotary_pos_emb(key, *rotary)

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_esm_hf.ops.heads import Rotary
-from mlx_esm_hf.ops.packing import Packing
+from mlx_esm_hf.ops.layout import Layout
 
 # What setup.py leaves behind: {"mlx": the version of mlx-cpu it built with} or {"error": why it could not}.
 BUILD = Path(__file__).with_name("_native.json")
@@ -57,21 +57,35 @@ def _load() -> tuple[Any, str]:
 native, STATE = _load()
 
 
+def linear(
+    x: mx.array, weight: mx.array, bias: mx.array | None, residual: mx.array | None, activation: str | None
+) -> mx.array:
+    return native.linear(x, weight, bias, residual, activation == "gelu")
+
+
+def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
+    return native.layer_norm(x, weight, bias, eps)
+
+
+def gelu(x: mx.array) -> mx.array:
+    return native.gelu(x)
+
+
+def softmax(x: mx.array) -> mx.array:
+    return native.softmax(x)
+
+
 def attention(
     query: mx.array,
     key: mx.array,
     value: mx.array,
     heads: int,
-    mask: mx.array | Packing | None = None,
-    rotary: Rotary | None = None,
-    bias_kv: tuple[mx.array, mx.array] | None = None,
+    layout: Layout,
+    rotary: Rotary | None,
+    bias_kv: tuple[mx.array, mx.array] | None,
+    bias: mx.array | None,
 ) -> mx.array:
-    B, L, _ = query.shape
-    if isinstance(mask, Packing):
-        offsets, seen = mask.offsets, None
-    else:
-        offsets = list(range(0, B * L + 1, L))
-        seen = None if mask is None else mx.broadcast_to(mask[:, 0, 0], (B, L)).flatten()
+    seen = None if layout.visible is None else layout.visible.flatten()
     cos, sin = (x.flatten(0, 1) for x in rotary) if rotary else (None, None)
     bias_k, bias_v = (x.flatten() for x in bias_kv) if bias_kv else (None, None)
-    return native.attention(query, key, value, heads, offsets, seen, cos, sin, bias_k, bias_v)
+    return native.attention(query, key, value, heads, layout.offsets, seen, cos, sin, bias_k, bias_v)

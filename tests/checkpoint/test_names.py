@@ -1,11 +1,16 @@
-"""The table of key dialects, read in both directions; what real files hold is tested in test_modeling_utils."""
+"""Key dialects, read in both directions; what real files hold is tested in test_modeling_utils."""
 
+import argparse
+
+import esm
 import pytest
 from mlx.utils import tree_flatten
 
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig
-from mlx_esm_hf.checkpoint.names import canonical_names, published_names
+from mlx_esm_hf.checkpoint import names
+from mlx_esm_hf.checkpoint.names import names_in
+from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TRANSFORMERS_5
 
 TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 SHAPE = {"hidden_size": 8, "num_hidden_layers": 11, "num_attention_heads": 2, "intermediate_size": 8}
@@ -18,16 +23,42 @@ CONFIGS = {
 }
 
 
+DIALECTS = (TRANSFORMERS_4, TRANSFORMERS_5, FAIR_ESM, FAIR_ESM_1)
+HEAD, TABLE = "lm_head.decoder.weight", "esm.embeddings.word_embeddings.weight"
+
+
+def canonical_names(keys, expected, prefix):
+    return names.canonical_names(keys, expected, prefix, DIALECTS, {HEAD: TABLE})
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_both_directions(kind, task):
-    """Every parameter is published under one key or more, each of which is read back as that parameter."""
+@pytest.mark.parametrize("dialect", DIALECTS, ids=["transformers 4", "transformers 5", "fair-esm", "fair-esm, ESM-1"])
+def test_both_directions(dialect, kind, task):
+    """Every parameter has one key or more in each dialect, each of which is read back as that parameter."""
     model = getattr(mlx_esm_hf, f"MLXEsm{task}")(CONFIGS[kind]())
     parameters = dict(tree_flatten(model.parameters()))
-    published = published_names(model.state_dict(), SHAPE["num_hidden_layers"])
-    names = canonical_names(published, parameters, "esm")
-    assert sorted(names.values()) == sorted(parameters)
-    assert all(published[key] is parameters[name] for key, name in names.items())
+    named = names_in(dialect, model.state_dict(), SHAPE["num_hidden_layers"], "esm")
+    found = canonical_names(named, parameters, "esm")
+    assert sorted(found.values()) == sorted(parameters)
+    assert all(named[key] is parameters[name] for key, name in found.items())
+
+
+@pytest.mark.parametrize("kind", ["esm1", "esm1b", "esm2"])
+def test_fair_esm(kind):
+    """Its own models have these keys, all of them, and no others."""
+    layers = SHAPE["num_hidden_layers"]
+    if kind == "esm2":
+        theirs = esm.ESM2(layers, 8, 2, "ESM-1b")
+    else:
+        args = argparse.Namespace(layers=layers, embed_dim=8, ffn_embed_dim=8, attention_heads=2, token_dropout=True)
+        args.arch = "protein_bert_base" if kind == "esm1" else "roberta_large"
+        args.final_bias, args.max_positions, args.emb_layer_norm_before = True, 1024, True
+        theirs = esm.ProteinBertModel(args, esm.Alphabet.from_architecture("ESM-1" if kind == "esm1" else "ESM-1b"))
+    model = mlx_esm_hf.MLXEsmForMaskedLM(CONFIGS[kind]())
+    dialect = FAIR_ESM_1 if kind == "esm1" else FAIR_ESM
+    named = names_in(dialect, model.state_dict(), layers, "esm")
+    assert named.keys() == theirs.state_dict().keys() - set(dialect.ignored)
 
 
 EXPECTED = {
@@ -78,16 +109,8 @@ def test_the_first_layer_counts():
 
 def test_tied_head():
     """Its key stands for the embedding's where that is absent; where both are there, the embedding's counts."""
-    head, table = "lm_head.decoder.weight", "esm.embeddings.word_embeddings.weight"
+    head, table = HEAD, TABLE
     assert canonical_names([head], WITH_HEAD, "esm") == {head: table}
     assert canonical_names([head, table], WITH_HEAD, "esm") == {table: table}
     assert canonical_names([head, table], WITH_HEAD | {head}, "esm") == {head: head, table: table}
-    assert canonical_names([head], EXPECTED, "esm") == {head: head}
-
-
-def test_published_head():
-    """Written only where it is not the embedding itself."""
-    head, table = "lm_head.decoder.weight", "esm.embeddings.word_embeddings.weight"
-    weight = object()
-    assert published_names({head: weight, table: weight}, 1) == {table: weight}
-    assert published_names({head: 1, table: weight}, 1) == {head: 1, table: weight}
+    assert names.canonical_names([head], EXPECTED, "esm", DIALECTS, {}) == {head: head}

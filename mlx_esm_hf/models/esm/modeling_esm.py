@@ -14,7 +14,6 @@ In the shapes B is the batch, L the tokens, D the hidden size, H the heads, V th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +22,8 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.modeling_inputs import IGNORED, as_array, check_inputs, check_labels, host, labels_at
+from mlx_esm_hf.modeling_inputs import IGNORED, Tables, as_array, check_inputs, check_labels, host, labels_at
+from mlx_esm_hf.modeling_layers import LayerNorm, Linear
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
     MLXBaseModelOutputWithPooling,
@@ -31,23 +31,12 @@ from mlx_esm_hf.modeling_outputs import (
     MLXSequenceClassifierOutput,
     MLXTokenClassifierOutput,
 )
-from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, resized
+from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig, as_mlx_config
+from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TRANSFORMERS_5
 
 # The share of residues that ESM's training replaced by <mask>: 15% were selected, 80% of those masked.
 MASK_RATIO_TRAIN = 0.15 * 0.8
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` as `ops.linear`, which does GELU or adds the residual while the product is in the cache."""
-
-    def __call__(self, x: mx.array, gelu: bool = False, residual: mx.array | None = None) -> mx.array:
-        return ops.linear(x, self.weight, self.get("bias"), residual, gelu)
-
-
-class LayerNorm(nn.LayerNorm):
-    def __call__(self, x: mx.array) -> mx.array:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -> Linear:
@@ -126,6 +115,9 @@ def create_position_ids_from_input_ids(input_ids: mx.array, padding_idx: int) ->
 
 
 class MLXEsmEmbeddings(nn.Module):
+    """Token ids [B, L] to vectors [B, L, D], zero at padding: words under token dropout, positions where they are not
+    rotary, layer norm."""
+
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.config = config
@@ -174,6 +166,11 @@ class MLXEsmEmbeddings(nn.Module):
 
 
 class MLXEsmSelfAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017) from [B, L, D], or [1, T, D] of a packed batch, to the same shape.
+
+    ESM-1 has a learned key and value, `bias_k` and `bias_v`, beside those of the tokens.
+    """
+
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         D = config.hidden_size
@@ -190,25 +187,26 @@ class MLXEsmSelfAttention(nn.Module):
     def __call__(
         self,
         hidden_states: mx.array,
-        attention_mask: mx.array | ops.Packing | None = None,
+        layout: ops.Layout | None = None,
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
-        inputs: tuple[Any, ...] = (
-            self.query(hidden_states),
-            self.key(hidden_states),
-            self.value(hidden_states),
-            self.num_attention_heads,
-            attention_mask,
-            position_embeddings,
-            (self.bias_k, self.bias_v) if "bias_k" in self else None,
-        )
-        if not output_attentions and not (self.training and self.attention_dropout):
-            return ops.attention(*inputs), None
+        """The context [B, L, D], and the probabilities [B, H, L, L] if they are asked for.
 
-        query, key, value, mask = ops.split_heads(*inputs)
-        attentions = self.dropout(ops.attention_probabilities(query, key, mask))
-        context = ops.merge_heads(attentions @ value)
+        Args:
+            layout: which tokens see which; None, all of a row.
+            position_embeddings: cosines and sines of the rotary angles, [B, L, head_dim / 2] each.
+        """
+        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        bias_kv = (self.bias_k, self.bias_v) if "bias_k" in self else None
+        if not output_attentions and not (self.training and self.attention_dropout):
+            # What follows below, in one operation.
+            context = ops.attention(query, key, value, self.num_attention_heads, layout, position_embeddings, bias_kv)
+            return context, None
+
+        heads = ops.split_heads(query, key, value, self.num_attention_heads, layout, position_embeddings, bias_kv)
+        attentions = self.dropout(ops.attention_probabilities(heads.query, heads.key, heads.mask))
+        context = ops.merge_heads(attentions @ heads.value)
         if "bias_k" in self:
             attentions = attentions[..., :-1]  # the learned key is no token
         return context, attentions if output_attentions else None
@@ -224,12 +222,14 @@ class MLXEsmOutput(nn.Module):
         self.dropout = nn.Dropout(self.hidden_dropout)
 
     def __call__(self, hidden_states: mx.array, input_tensor: mx.array) -> mx.array:
-        if isinstance(self.dense, Linear) and not (self.training and self.hidden_dropout):
-            return self.dense(hidden_states, residual=input_tensor)
-        return self.dropout(self.dense(hidden_states)) + input_tensor
+        if self.training and self.hidden_dropout:
+            return self.dropout(self.dense(hidden_states)) + input_tensor
+        return self.dense(hidden_states, residual=input_tensor)
 
 
 class MLXEsmAttention(nn.Module):
+    """Layer norm, attention, projection and residual: [B, L, D] to [B, L, D]."""
+
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.self = MLXEsmSelfAttention(config)
@@ -239,31 +239,29 @@ class MLXEsmAttention(nn.Module):
     def __call__(
         self,
         hidden_states: mx.array,
-        attention_mask: mx.array | ops.Packing | None = None,
+        layout: ops.Layout | None = None,
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
-        context, attentions = self.self(
-            self.LayerNorm(hidden_states), attention_mask, position_embeddings, output_attentions
-        )
+        context, attentions = self.self(self.LayerNorm(hidden_states), layout, position_embeddings, output_attentions)
         return self.output(context, hidden_states), attentions
 
 
 class MLXEsmIntermediate(nn.Module):
+    """The first half of the feed-forward: [B, L, D] to [B, L, intermediate_size], through GELU."""
+
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.dense = linear(config, config.hidden_size, config.intermediate_size)
 
     def __call__(self, hidden_states: mx.array) -> mx.array:
-        # In training GELU stays apart, since its gradient needs what goes into it; and so it does behind a layer that
-        # has taken the place of ours (a quantized one).
-        if isinstance(self.dense, Linear) and not self.training:
-            return self.dense(hidden_states, gelu=True)
-        return ops.gelu(self.dense(hidden_states))
+        if self.training:  # its gradient needs what goes into GELU, which the fused operation does not keep
+            return ops.gelu(self.dense(hidden_states))
+        return self.dense(hidden_states, activation="gelu")
 
 
 class MLXEsmLayer(nn.Module):
-    """A transformer layer with the layer norms before attention and feed-forward."""
+    """A transformer layer, [B, L, D] to [B, L, D], with the layer norms before attention and feed-forward."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
@@ -275,17 +273,17 @@ class MLXEsmLayer(nn.Module):
     def __call__(
         self,
         hidden_states: mx.array,
-        attention_mask: mx.array | ops.Packing | None = None,
+        layout: ops.Layout | None = None,
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
-        hidden_states, attentions = self.attention(
-            hidden_states, attention_mask, position_embeddings, output_attentions
-        )
+        hidden_states, attentions = self.attention(hidden_states, layout, position_embeddings, output_attentions)
         return self.output(self.intermediate(self.LayerNorm(hidden_states)), hidden_states), attentions
 
 
 class MLXEsmEncoder(nn.Module):
+    """The layers, and the layer norm behind the last one: [B, L, D], or [1, T, D] of a packed batch, to the same."""
+
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.layer = [MLXEsmLayer(config) for _ in range(config.num_hidden_layers)]
@@ -295,7 +293,7 @@ class MLXEsmEncoder(nn.Module):
     def __call__(
         self,
         hidden_states: mx.array,
-        attention_mask: mx.array | ops.Packing | None = None,
+        layout: ops.Layout | None = None,
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
@@ -306,7 +304,7 @@ class MLXEsmEncoder(nn.Module):
         for layer in self.layer:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, attentions = layer(hidden_states, attention_mask, position_embeddings, output_attentions)
+            hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
             all_attentions.append(attentions)
         if "emb_layer_norm_after" in self:
             hidden_states = self.emb_layer_norm_after(hidden_states)
@@ -329,6 +327,8 @@ def first_token(hidden_states: mx.array, attention_mask: mx.array | None) -> mx.
 
 
 class MLXEsmPooler(nn.Module):
+    """A dense layer and tanh on the state of <cls>: [B, L, D] to [B, D]."""
+
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.dense = linear(config, config.hidden_size, config.hidden_size)
@@ -371,22 +371,8 @@ class MLXEsmContactPredictionHead(nn.Module):
         return mx.sigmoid(logits)
 
 
-class TiedDecoder:
-    """An output projection that has no weight of its own: it reads the embedding's, whatever that is by now."""
-
-    def __init__(self, word_embeddings: nn.Embedding):
-        self.word_embeddings = word_embeddings
-
-    @property
-    def weight(self) -> mx.array:
-        return self.word_embeddings.weight
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.word_embeddings.as_linear(x)
-
-
 class MLXEsmLMHead(nn.Module):
-    """Scores over the vocabulary; ESM-1 projects directly, the others through a dense layer."""
+    """Scores over the vocabulary, [..., D] to [..., V]; ESM-1 projects directly, the others through a dense layer."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
@@ -407,6 +393,8 @@ class MLXEsmLMHead(nn.Module):
 
 
 class MLXEsmClassificationHead(nn.Module):
+    """Scores of a whole sequence from the state of <cls>: [B, L, D] to [B, num_labels]."""
+
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.dense = linear(config, config.hidden_size, config.hidden_size)
@@ -423,7 +411,14 @@ class MLXEsmClassificationHead(nn.Module):
 
 
 class MLXEsmPreTrainedModel(MLXPreTrainedModel):
+    """What the models of the family have in common: how their checkpoints look, and contacts."""
+
+    config_class = MLXEsmConfig
     base_model_prefix = "esm"
+    dialects = (TRANSFORMERS_4, TRANSFORMERS_5, FAIR_ESM, FAIR_ESM_1)
+    buffers = ("rotary_embeddings.inv_freq",)
+    required = ("embeddings.", "encoder.")
+    input_embeddings = "embeddings.word_embeddings"
 
     def __init__(self, config: PreTrainedConfig):
         config = as_mlx_config(config)
@@ -527,15 +522,14 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
             ValueError: ids outside the vocabulary, rows longer than the position table, an empty batch, a mask of
                 another shape. Checked where the values are at hand, not while the call is being traced.
         """
-        outputs: Any
-        outputs, unpack = self.encode(
+        outputs, layout = self.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
         )
-        sequence_output = unpack(outputs.last_hidden_state)
+        sequence_output = layout.unpack(outputs.last_hidden_state)
         output = MLXBaseModelOutputWithPooling(
             last_hidden_state=sequence_output,
             pooler_output=None if self.pooler is None else self.pooler(sequence_output, as_array(attention_mask)),
-            hidden_states=outputs.hidden_states and tuple(map(unpack, outputs.hidden_states)),
+            hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
         return output if self.returns_dict(return_dict) else output.to_tuple()
@@ -549,53 +543,49 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         labels: Any = None,
-    ) -> tuple[MLXBaseModelOutput, Callable[[mx.array], mx.array]]:
-        """The encoder's outputs, and a function that brings hidden states, or what was made of them, to [B, L, ...].
+    ) -> tuple[Any, ops.Layout]:
+        """The encoder's output, as a head goes on with it, and the layout of the batch.
 
-        Where that is faster (`ops.packing`) the real tokens of the batch are computed alone, as one row, and the
-        function puts them back in their places. Attentions are [B, H, L, L] always. With `labels` [B, L], of which
-        some at padding take part in the loss, padding is computed, as in transformers.
+        Args:
+            labels: [B, L]. Where some at padding take part in the loss padding is computed, as in transformers.
+
+        Returns:
+            An `MLXBaseModelOutput`, whose `last_hidden_state` may be packed, [1, T, D]: the layout's `unpack` brings
+            it, or what a head has made of it, to [B, L, ...]. Hidden states and attentions are those of the batch.
         """
         config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        input_ids, attention_mask, position_ids, inputs_embeds = check_inputs(
-            config, input_ids, attention_mask, position_ids, inputs_embeds
-        )
-        if inputs_embeds is None:
-            inputs_embeds = self.embeddings(input_ids, attention_mask, position_ids)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
+        inputs = check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, self.tables())
+        hidden_states: Any = inputs.inputs_embeds
+        if inputs.input_ids is not None:
+            hidden_states = self.embeddings(inputs.input_ids, inputs.attention_mask, inputs.position_ids)
 
-        real, shape = host(attention_mask), inputs_embeds.shape[:2]
-        needs_padding = (
-            output_attentions
-            or (self.training and config.attention_probs_dropout_prob)
-            or (real is not None and labels_at(labels, real == 0))
+        padding_counts = output_attentions or bool(self.training and config.attention_probs_dropout_prob)
+        if inputs.mask_values is not None:
+            padding_counts = padding_counts or labels_at(labels, inputs.mask_values == 0)
+        layout = ops.choose_layout(
+            inputs.shape, inputs.attention_mask, inputs.mask_values, hidden_states.dtype, padding_counts
         )
-        packing = None if needs_padding else ops.packing(real, inputs_embeds.dtype)
-        if packing is not None:
-            inputs_embeds = packing.pack(inputs_embeds)
-
         position_embeddings = None
         if config.position_embedding_type == "rotary":
-            if position_ids is None:
-                position_ids = mx.arange(shape[1])
-            position_ids = mx.broadcast_to(position_ids, shape)
-            position_embeddings = self.rotary_embeddings(packing.pack(position_ids) if packing else position_ids)
-
-        visible = None
-        if attention_mask is not None:
-            visible = attention_mask.astype(mx.bool_)
-            # A row of nothing but padding sees all of it: softmax over no keys would be 0 / 0.
-            visible = (visible | ~visible.any(axis=1, keepdims=True))[:, None, None, :]
+            positions = mx.arange(inputs.shape[1]) if inputs.position_ids is None else inputs.position_ids
+            position_embeddings = self.rotary_embeddings(layout.pack(mx.broadcast_to(positions, inputs.shape)))
 
         outputs = self.encoder(
-            inputs_embeds, packing or visible, position_embeddings, output_attentions, output_hidden_states
+            layout.pack(hidden_states), layout, position_embeddings, output_attentions, output_hidden_states
         )
-        return outputs, packing.unpack if packing else lambda x: x
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(layout.unpack(x) for x in outputs.hidden_states)
+        return outputs, layout
+
+    def tables(self) -> Tables:
+        """The sizes that inputs have to fit."""
+        config = self.config
+        rows = config.max_position_embeddings if config.position_embedding_type == "absolute" else None
+        return Tables(config.vocab_size, config.hidden_size, config.pad_token_id, rows)
 
 
 class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
@@ -607,32 +597,14 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
         >>> tokenizer.decode(model(**inputs).logits[0, 4].argmax().tolist())
     """
 
+    output_embeddings = "lm_head.decoder"
+    vocabulary_biases = ("lm_head.bias",)
+
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.esm = MLXEsmModel(self.config, add_pooling_layer=False)
         self.lm_head = MLXEsmLMHead(self.config)
         self.tie_weights()
-
-    def get_output_embeddings(self) -> nn.Linear | TiedDecoder:
-        return self.lm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head.decoder = new_embeddings
-
-    def tie_weights(self) -> None:
-        if self.config.tie_word_embeddings:
-            self.lm_head.decoder = TiedDecoder(self.get_input_embeddings())
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
-    ) -> nn.Embedding:
-        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of)
-        size = table.weight.shape[0]
-        if not self.config.tie_word_embeddings:
-            self.lm_head.decoder.weight = resized(self.lm_head.decoder.weight, size)
-        if "bias" in self.lm_head:
-            self.lm_head.bias = resized(self.lm_head.bias, size)
-        return table
 
     def __call__(
         self,
@@ -656,15 +628,14 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
         """
         if labels is None and not self.training:
             self.refuse_untrained("lm_head", "predicting residues")
-        outputs: Any
-        outputs, unpack = self.esm.encode(
+        outputs, layout = self.esm.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
-        logits = unpack(self.lm_head(outputs.last_hidden_state))
+        logits = layout.unpack(self.lm_head(outputs.last_hidden_state))
         output = MLXMaskedLMOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
-            hidden_states=outputs.hidden_states and tuple(map(unpack, outputs.hidden_states)),
+            hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
         return output if self.returns_dict(return_dict) else output.to_tuple()
@@ -761,15 +732,14 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
 
         The other arguments are those of `MLXEsmModel`.
         """
-        outputs: Any
-        outputs, unpack = self.esm.encode(
+        outputs, layout = self.esm.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
-        logits = unpack(self.classifier(self.dropout(outputs.last_hidden_state)))
+        logits = layout.unpack(self.classifier(self.dropout(outputs.last_hidden_state)))
         output = MLXTokenClassifierOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
-            hidden_states=outputs.hidden_states and tuple(map(unpack, outputs.hidden_states)),
+            hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
         return output if self.returns_dict(return_dict) else output.to_tuple()

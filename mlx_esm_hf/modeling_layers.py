@@ -1,0 +1,75 @@
+"""The layers that networks are built of: MLX's, computed by `ops`.
+
+What stands in the place of a `Linear` (a quantized layer, one with an adapter) takes the same arguments: networks never
+ask what a layer is, so a layer that could not fuse the activation or the residual is an error, not a slow path.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_esm_hf import ops
+
+
+class Linear(nn.Linear):
+    """x · weightᵀ + bias, [..., inputs] to [..., outputs]; see `ops.linear` for activation and residual."""
+
+    def __call__(self, x: mx.array, activation: str | None = None, residual: mx.array | None = None) -> mx.array:
+        return ops.linear(x, self.weight, self.get("bias"), residual, activation)
+
+    def to_quantized(
+        self,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        quantize_input: bool = False,
+    ) -> QuantizedLinear:
+        """What `mlx.nn.quantize` calls.
+
+        Raises:
+            ValueError: activations are to be quantized, too.
+        """
+        if quantize_input:
+            raise ValueError("quantize_input=True is not supported: only weights are quantized here.")
+        return QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type, return-value]
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """A `Linear` whose weight MLX has quantized (`mlx.nn.quantize`)."""
+
+    def __call__(self, x: mx.array, activation: str | None = None, residual: mx.array | None = None) -> mx.array:
+        return ops.quantized_linear(
+            x,
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            self.get("bias"),
+            residual,
+            activation,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the last axis, with or without a bias."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.layer_norm(x, self.weight, self.get("bias"), self.eps)
+
+
+class TiedDecoder:
+    """An output projection that has no weight of its own: it reads the embedding's, whatever that is by now."""
+
+    def __init__(self, word_embeddings: nn.Embedding):
+        self.word_embeddings = word_embeddings
+
+    @property
+    def weight(self) -> mx.array:
+        return self.word_embeddings.weight
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[..., D] to [..., vocabulary]"""
+        return self.word_embeddings.as_linear(x)
