@@ -10,6 +10,12 @@ except ImportError as error:
     ) from error
 
 from mlx_esm_hf import runtime
+from mlx_esm_hf.models.auto import (
+    MLXAutoModel,
+    MLXAutoModelForMaskedLM,
+    MLXAutoModelForSequenceClassification,
+    MLXAutoModelForTokenClassification,
+)
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
 from mlx_esm_hf.models.esm.modeling_esm import (
     MLXEsmForMaskedLM,
@@ -25,6 +31,10 @@ __all__ = [
     "__version__",
     "Esm1Tokenizer",
     "EsmTokenizer",
+    "MLXAutoModel",
+    "MLXAutoModelForMaskedLM",
+    "MLXAutoModelForSequenceClassification",
+    "MLXAutoModelForTokenClassification",
     "MLXEsm1Config",
     "MLXEsmConfig",
     "MLXEsmForMaskedLM",

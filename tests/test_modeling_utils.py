@@ -575,7 +575,8 @@ def test_hole_in_the_encoder(hole, tmp_path):
     """transformers draws it anew and warns; no one can want that of a trained encoder."""
     folder = write(tmp_path, without(hole)(torch_model("Model").state_dict(), ""))
     with pytest.raises(
-        CheckpointError, match=f"{folder} lacks 1 parameters that a MLXEsm.* cannot do without, '(esm.)?{hole}' among them"
+        CheckpointError,
+        match=f"{folder} lacks 1 parameters that a MLXEsm.* cannot do without, '(esm.)?{hole}' among them",
     ):
         MLXEsmForMaskedLM.from_pretrained(folder)
     with pytest.raises(CheckpointError, match=f"'{hole}'"):

@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+ACTIVATIONS = (None, "gelu", "relu")
+
+
 def _backend(*arrays: mx.array | None) -> ModuleType:
     """The best one on the default device for arrays of these dtypes."""
     if mx.default_device() != mx.cpu:
@@ -55,6 +58,8 @@ def linear(
         residual: [..., outputs].
         activation: "gelu" or "relu".
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
     if _backend(x, weight, bias, residual) is kernels:
         return kernels.linear(x, weight, bias, residual, activation)
     y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
@@ -91,8 +96,6 @@ def _activated(y: mx.array, residual: mx.array | None, activation: str | None) -
         y = gelu(y)
     elif activation == "relu":
         y = mx.maximum(y, 0)
-    elif activation is not None:
-        raise ValueError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
     return y if residual is None else y + residual
 
 

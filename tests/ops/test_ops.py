@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlx_esm_hf import ops
 from mlx_esm_hf.ops import attention_probabilities as probabilities
 from mlx_esm_hf.ops import cpu, gpu
 
@@ -81,6 +82,28 @@ def test_attention_in_blocks(B, H, L, S, d, masked):
     assert error <= 3 * bar + 1e-6 * np.abs(expected[1]).max()
     through = probabilities(inputs[0], inputs[1], None if mask is None else mx.array(mask)) @ inputs[2]
     assert np.abs(np.array(through) - np.array(ours)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("batch_of_bias", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", [cpu, gpu], ids=["cpu", "gpu"])
+def test_attention_with_a_bias(monkeypatch, backend, masked, batch_of_bias):
+    """An additive bias, as folding has it, beside the mask."""
+    monkeypatch.setattr(ops, "_backend", lambda *arrays: backend)
+    B, L, H, d = 3, 37, 4, 8
+    query, key, value = (numbers(B, L, H * d, seed=i) for i in range(3))
+    bias = numbers(batch_of_bias, H, L, L, seed=4, scale=2)
+    mask = np.random.default_rng(5).random((B, L)) < 0.7 if masked else np.ones((B, L), bool)
+    layout = ops.Layout((B, L), mx.array(mask)) if masked else None
+    ours = ops.attention(*map(mx.array, (query, key, value)), H, layout, bias=mx.array(bias))
+
+    def expected(dtype):
+        q, k, v = (torch.tensor(x, dtype=dtype).unflatten(-1, (H, d)).transpose(1, 2) for x in (query, key, value))
+        hidden = torch.tensor(np.where(mask, 0, -np.inf), dtype=dtype)[:, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, torch.tensor(bias, dtype=dtype) + hidden)
+
+    merged = (x.transpose(1, 2).flatten(2) for x in (expected(torch.float32), expected(torch.float64)))
+    assert_as_good_as_torch(ours, *merged)
 
 
 def test_gradients_are_those_of_mlx():

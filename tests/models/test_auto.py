@@ -1,0 +1,48 @@
+"""The class by model_type."""
+
+import mlx.core as mx
+import pytest
+from transformers import BertConfig
+
+import mlx_esm_hf
+from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig
+
+SHAPE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+CONFIGS = {
+    "esm": lambda: MLXEsmConfig(**SHAPE, vocab_size=33, pad_token_id=1, mask_token_id=32),
+    "esm1": lambda: MLXEsm1Config(**SHAPE),
+}
+TASKS = ("Model", "ModelForMaskedLM", "ModelForSequenceClassification", "ModelForTokenClassification")
+
+
+def classes(task):
+    return getattr(mlx_esm_hf, f"MLXAuto{task}"), getattr(mlx_esm_hf, f"MLXEsm{task.removeprefix('Model') or 'Model'}")
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("task", TASKS)
+def test_the_class_and_its_arguments(tmp_path, task, model_type):
+    auto, expected = classes(task)
+    saved = auto.from_config(CONFIGS[model_type]())
+    assert type(saved) is expected
+    saved.save_pretrained(tmp_path)
+    model, info = auto.from_pretrained(tmp_path, dtype="float16", output_loading_info=True)
+    assert type(model) is expected and model.dtype == mx.float16 and not any(info.values())
+    assert model.config.model_type == model_type
+    by_config = auto.from_pretrained(tmp_path, config=CONFIGS[model_type](), hidden_dropout_prob=0.25)
+    assert by_config.config.hidden_dropout_prob == 0.25
+
+
+def test_arguments_of_the_class(tmp_path):
+    mlx_esm_hf.MLXAutoModel.from_config(CONFIGS["esm"]()).save_pretrained(tmp_path)
+    assert mlx_esm_hf.MLXAutoModel.from_pretrained(tmp_path).pooler is not None
+    assert mlx_esm_hf.MLXAutoModel.from_pretrained(tmp_path, add_pooling_layer=False).pooler is None
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_unknown_family(tmp_path, task):
+    BertConfig().save_pretrained(tmp_path)
+    auto, _ = classes(task)
+    for load, source in ((auto.from_pretrained, tmp_path), (auto.from_config, BertConfig())):
+        with pytest.raises(ValueError, match=f"'bert'; MLXAuto{task} knows 'esm', 'esm1'"):
+            load(source)

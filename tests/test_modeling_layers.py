@@ -1,0 +1,81 @@
+"""The layers that networks are built of: what they fuse is what the parts give, also in a layer that took a place."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_esm_hf import MLXEsmForMaskedLM, ops
+from mlx_esm_hf.modeling_layers import LayerNorm, Linear, QuantizedLinear
+from mlx_esm_hf.ops import gpu
+from tests.parity import batch, config
+
+ACTIVATIONS = {None: lambda x: x, "gelu": nn.gelu, "relu": nn.relu}
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
+    return np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+@pytest.fixture(params=["this device", "gpu backend"])
+def backend(request, monkeypatch):
+    if request.param == "gpu backend":
+        monkeypatch.setattr(ops, "_backend", lambda *arrays: gpu)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_linear(backend, quantized, bias, activation):
+    mx.random.seed(0)
+    layer = Linear(64, 96, bias=bias)
+    x, residual = mx.random.normal((2, 5, 64)), mx.random.normal((2, 5, 96))
+    weight = layer.weight
+    if quantized:
+        weight = mx.dequantize(*mx.quantize(weight, 32, 8), 32, 8)
+        layer = layer.to_quantized(32, 8)
+        assert type(layer) is QuantizedLinear
+    expected = ACTIVATIONS[activation](x @ weight.T + (layer.bias if bias else 0))
+    assert close(layer(x, activation=activation), expected)
+    assert close(layer(x, activation, residual), expected + residual)
+
+
+def test_unknown_activation(backend):
+    with pytest.raises(ValueError, match="'swish'"):
+        mx.eval(Linear(4, 4)(mx.ones((1, 4)), activation="swish"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_norm(backend, bias):
+    layer = LayerNorm(24, eps=1e-5, bias=bias)
+    layer.weight = mx.random.normal((24,))
+    x = 3 + mx.random.normal((7, 24))
+    normal = (x - x.mean(-1, keepdims=True)) * mx.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+    assert close(layer(x), normal * layer.weight + (layer.bias if bias else 0))
+
+
+def test_a_quantized_model_takes_the_same_path():
+    """`mlx.nn.quantize` puts our own layers in, which fuse what the network asks them to."""
+    mx.random.seed(0)
+    model = MLXEsmForMaskedLM(config("ESM-2", hidden_size=64, intermediate_size=128, num_attention_heads=4)).eval()
+    inputs = batch("right", head="lm")
+    # The contact head has one row, which no group fits.
+    nn.quantize(model, 32, 8, class_predicate=lambda name, m: hasattr(m, "to_quantized") and "contact" not in name)
+    layers = [m for name, m in model.named_modules() if name.endswith(("dense", "query", "key", "value"))]
+    assert layers and all(type(layer) is QuantizedLinear for layer in layers)
+    whole = MLXEsmForMaskedLM(model.config).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+            bias = {"bias": module.bias} if "bias" in module else {}
+            dict(whole.named_modules())[name].update({"weight": weight, **bias})
+        elif isinstance(module, nn.LayerNorm):
+            dict(whole.named_modules())[name].update(module.parameters())
+    whole.lm_head.bias = model.lm_head.bias
+    assert close(model(**inputs).logits, whole(**inputs).logits, 1e-4)
+
+
+def test_quantized_activations_are_refused():
+    with pytest.raises(ValueError, match="only weights are quantized"):
+        Linear(64, 64).to_quantized(quantize_input=True)
