@@ -6,6 +6,8 @@ ask what a layer is, so a layer that could not fuse the activation or the residu
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -61,15 +63,20 @@ class LayerNorm(nn.LayerNorm):
 
 
 class TiedDecoder:
-    """An output projection that has no weight of its own: it reads the embedding's, whatever that is by now."""
+    """An output projection that has no weight of its own: it reads the model's input embeddings, whatever they are by
+    now (resized, cast, quantized).
 
-    def __init__(self, word_embeddings: nn.Embedding):
-        self.word_embeddings = word_embeddings
+    Args:
+        model: has `get_input_embeddings()`.
+    """
+
+    def __init__(self, model: Any):
+        self._model = model
 
     @property
     def weight(self) -> mx.array:
-        return self.word_embeddings.weight
+        return self._model.get_input_embeddings().weight
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., D] to [..., vocabulary]"""
-        return self.word_embeddings.as_linear(x)
+        return self._model.get_input_embeddings().as_linear(x)

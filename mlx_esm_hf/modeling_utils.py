@@ -372,7 +372,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     def tie_weights(self) -> None:
         """Let the output projection read the input embeddings, where the config ties them."""
         if self.output_embeddings is not None and self.config.tie_word_embeddings:
-            self.set_output_embeddings(TiedDecoder(self.get_input_embeddings()))
+            self.set_output_embeddings(TiedDecoder(self))
 
     def _is_tied(self) -> bool:
         return isinstance(self.get_output_embeddings(), TiedDecoder)
