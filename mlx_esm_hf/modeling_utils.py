@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -116,6 +117,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         torch_dtype: Any = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+        quantization_config: None = None,
         **kwargs: Any,
     ) -> Any:
         """Load config and weights from the Hub, the cache that torch users share, or a folder.
@@ -127,6 +130,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 except on the CPU, where half precision runs at a fiftieth of the speed and is loaded as float32.
             output_loading_info: return (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
             ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
+            state_dict: arrays (MLX, NumPy or torch) to take instead of the checkpoint's.
+            quantization_config: None. transformers' kinds of quantization are torch's.
             kwargs: fields of the config to override, and arguments of the class, such as `add_pooling_layer`.
                 `attn_implementation`, `device_map`, `low_cpu_mem_usage` and `trust_remote_code` are accepted and
                 ignored: MLX has one of each, and no code is ever loaded.
@@ -138,9 +143,13 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             OSError: no such repository or file, or no network and nothing in the cache.
             CheckpointError: a damaged or hostile file, or one that lacks a part of the base model.
             RuntimeError: parameters of another shape.
-            ValueError: a config of another `model_type`, an unknown dtype.
+            ValueError: a config of another `model_type` or with values that no model can have, an unknown dtype.
             TypeError: a keyword that is neither an argument nor a field of the config.
         """
+        if quantization_config is not None:
+            raise ValueError(
+                "quantization_config is not supported: load the model, then quantize it (mlx.nn.quantize)."
+            )
         source = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         # Asked once, so that config and weights are of one commit, and without a network the cache answers at once.
@@ -149,10 +158,18 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         config_source = source if config is None else config
         loaded_config, arguments = cls._load_config(config_source, overrides, subfolder=subfolder, **hub)
 
-        files = checkpoint_files(source, variant=variant, use_safetensors=use_safetensors, subfolder=subfolder, **hub)
-        arrays = load_files(files)
-        cls._untie_if_different(loaded_config, arrays)
-        dtype = resolve_dtype(torch_dtype if dtype is None else dtype, loaded_config, cls._floating(arrays))
+        if state_dict is not None:
+            arrays = {key: as_array(x) for key, x in state_dict.items()}
+        else:
+            arrays = load_files(
+                checkpoint_files(source, variant=variant, use_safetensors=use_safetensors, subfolder=subfolder, **hub)
+            )
+        names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
+        if not ignore_mismatched_sizes:
+            cls._check_size(loaded_config, names, arrays, source)
+        cls._untie_if_different(loaded_config, names, arrays)
+        floating = [arrays[key].dtype for key, name in names.items() if cls._casts(name, arrays[key])]
+        dtype = resolve_dtype(torch_dtype if dtype is None else dtype, loaded_config, floating)
 
         model = cls(loaded_config, **arguments)
         loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes)
@@ -166,16 +183,12 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     ) -> tuple[Any, dict[str, Any]]:
         """The config of a checkpoint, or a copy of the one given, with some fields set anew; and those of `overrides`
         that are arguments of the class."""
-        if isinstance(source, PreTrainedConfig):
-            config_dict = source.to_dict()
-        else:
-            config_dict, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
-            if not config_dict:
-                raise OSError(
-                    f"{source} holds no config.json, or an empty one. Pass the checkpoint's config as config=."
-                )
-            config_dict["_name_or_path"] = str(source)
-        config, others = cls.config_class.from_dict(config_dict, return_unused_kwargs=True, **overrides)
+        config_dict = source.to_dict() if isinstance(source, PreTrainedConfig) else read_config(str(source), **hub)
+        try:
+            config, others = cls.config_class.from_dict(config_dict, return_unused_kwargs=True, **overrides)
+        except (StrictDataclassError, AttributeError, TypeError) as error:  # what transformers fails with on odd values
+            reason = " ".join(str(error).split())
+            raise ValueError(f"The config of {config_dict.get('_name_or_path') or 'this model'}: {reason}") from error
         if unknown := others.keys() - inspect.signature(cls.__init__).parameters.keys():
             raise TypeError(
                 f"from_pretrained has no argument {', '.join(map(repr, unknown))}, and the config has no such field."
@@ -183,21 +196,31 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return config, others
 
     @classmethod
-    def _floating(cls, arrays: dict[str, mx.array]) -> list[mx.array]:
-        """Those of a checkpoint's arrays that have the dtype of the model."""
-        names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
-        return [arrays[key] for key, name in names.items() if cls._casts(name, arrays[key])]
+    def _check_size(cls, config: Any, names: dict[str, str], arrays: dict[str, mx.array], source: str) -> None:
+        """Refuse a config of other layers than the checkpoint has before a model is built: it may be of any size."""
+        numbers = [int(part) for name in names.values() for part in name.split(".") if part.isdecimal()]
+        if numbers and config.num_hidden_layers > max(numbers) + 1:
+            raise CheckpointError(
+                f"{source}: the config has {config.num_hidden_layers} layers, the checkpoint {max(numbers) + 1}. It is "
+                "not a whole checkpoint, or its config.json belongs to another one."
+            )
+        table = f"{cls.input_embeddings}.weight"
+        for key, name in names.items():
+            if name.removeprefix(f"{cls.base_model_prefix}.") == table:
+                shape = arrays[key].shape
+                if shape[-1] != config.hidden_size:
+                    expected = (config.vocab_size, config.hidden_size)
+                    raise RuntimeError(wrong_shapes(source, cls.__name__, {(name, shape, expected)}))
 
     @classmethod
-    def _untie_if_different(cls, config: Any, arrays: dict[str, mx.array]) -> None:
+    def _untie_if_different(cls, config: Any, names: dict[str, str], arrays: dict[str, mx.array]) -> None:
         """Keep an output projection that is not the embedding, whatever the config says; as transformers does."""
-        names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
-        held = {name: arrays[key] for key, name in names.items()}
+        keys = {name: key for key, name in names.items()}
         for tied, source in cls._tied_weights().items():
-            head = held.get(tied)
-            table = held.get(source, held.get(source.removeprefix(f"{cls.base_model_prefix}.")))
-            if not config.tie_word_embeddings or head is None or table is None:
+            bare = source.removeprefix(f"{cls.base_model_prefix}.")
+            if not config.tie_word_embeddings or tied not in keys or not {source, bare} & keys.keys():
                 continue
+            head, table = arrays[keys[tied]], arrays[keys.get(source) or keys[bare]]
             if head.shape != table.shape or not mx.array_equal(head, table):
                 logger.warning(
                     "The config ties %s to %s, but the checkpoint holds different values for them: they are not tied. "
@@ -214,10 +237,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         no second copy of the checkpoint comes to be."""
         names, missing, unexpected, mismatched = self._match(arrays)
         if mismatched and not ignore_mismatched_sizes:
-            raise RuntimeError(
-                f"Shapes differ between {source} and {type(self).__name__}:\n{shapes_of(mismatched)}\nLoad it with the "
-                "config that belongs to it, or pass ignore_mismatched_sizes=True to draw these parameters anew."
-            )
+            raise RuntimeError(wrong_shapes(source, type(self).__name__, mismatched))
         prefix = f"{self.base_model_prefix}."
         if holes := sorted(name for name in missing if name.removeprefix(prefix).startswith(self.required)):
             raise CheckpointError(
@@ -230,6 +250,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             array = arrays.pop(key)
             if name in unexpected or name in anew:
                 continue
+            if not mx.issubdtype(array.dtype, mx.floating):
+                raise CheckpointError(
+                    f"{source}: {key!r} holds whole numbers ({array.dtype}), the parameter is a floating one. The file "
+                    "is damaged, or of another model."
+                )
             if self._casts(name, array):
                 array = array.astype(dtype)
             try:
@@ -405,6 +430,25 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         self.config.vocab_size = self.base_model.config.vocab_size = size
         return table
 
+    # What scripts for torch call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The call itself."""
+        return self(*args, **kwargs)
+
+    def requires_grad_(self: Model, requires_grad: bool = True) -> Model:
+        """Freeze all parameters, or unfreeze them, as in torch."""
+        if requires_grad:
+            self.unfreeze()
+        else:
+            self.freeze()
+        return self
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it writes from left to right: none here does."""
+        return False
+
     # Devices and dtypes
 
     @property
@@ -493,6 +537,33 @@ def shapes_of(mismatched: set[Mismatch]) -> str:
     return "\n".join(f"  {name}: {a} in the checkpoint, {b} in the model" for name, a, b in sorted(mismatched))
 
 
+def wrong_shapes(source: str, model: str, mismatched: set[Mismatch]) -> str:
+    return (
+        f"Shapes differ between {source} and {model}:\n{shapes_of(mismatched)}\nLoad it with the config that belongs "
+        "to it, or pass ignore_mismatched_sizes=True to draw these parameters anew."
+    )
+
+
+def read_config(source: str, **hub: Any) -> dict[str, Any]:
+    """The fields of a checkpoint's `config.json`.
+
+    Raises:
+        OSError: there is none, it is empty or it is not JSON.
+        ValueError: it holds something else than fields.
+    """
+    config_dict: Any
+    try:
+        config_dict, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    except TypeError:  # transformers looks into what it takes for a dictionary
+        config_dict = "not one"
+    if config_dict and not isinstance(config_dict, dict):
+        raise ValueError(f"The config.json of {source} is JSON, but not of fields and their values.")
+    if not config_dict:
+        raise OSError(f"{source} holds no config.json, or an empty one. Pass the checkpoint's config as config=.")
+    config_dict["_name_or_path"] = source
+    return config_dict
+
+
 def module_at(module: nn.Module, path: str) -> Any:
     """The module under a path such as "embeddings.word_embeddings"."""
     for name in path.split("."):
@@ -505,13 +576,13 @@ def set_module_at(module: nn.Module, path: str, value: Any) -> None:
     setattr(module_at(module, parent) if parent else module, name, value)
 
 
-def resolve_dtype(dtype: Any, config: PreTrainedConfig, stored: list[mx.array]) -> mx.Dtype:
+def resolve_dtype(dtype: Any, config: PreTrainedConfig, stored: list[mx.Dtype]) -> mx.Dtype:
     """The dtype to load, from what the user, the config and the checkpoint's floating arrays say."""
     if dtype is not None and dtype != "auto":
         if (wanted := as_dtype(dtype)) is None:
             raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}, 'auto', or their objects.")
         return wanted
-    wanted = as_dtype(config.dtype) or (stored[0].dtype if stored else mx.float32)
+    wanted = as_dtype(config.dtype) or (stored[0] if stored else mx.float32)
     if wanted in (mx.float16, mx.bfloat16) and mx.default_device() == mx.cpu:
         say_once(
             "The checkpoint is in half precision, which runs at a fiftieth of the speed on the CPU: it is loaded as "

@@ -838,3 +838,71 @@ def test_memory_of_loading(layers, hidden, heads, format, dtype, tmp_path, capsy
             ratio = added[library] / size
             print(f"\n{library}, {dtype} .{format} of {size / 1e6:.0f} MB: {ratio:.3f} x, {seconds:.1f} s")
     assert added["mlx_esm_hf"] <= 1.15 * size
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads = 0: it must be 1 at least"),
+        ({"num_attention_heads": -4}, "num_attention_heads = -4: it must be 1 at least"),
+        ({"intermediate_size": 0}, "intermediate_size = 0: it must be 1 at least"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0: it must be 1 at least"),
+        ({"vocab_size": 10**12}, "vocab_size = 1000000000000: it must be 1 at least, and below"),
+        ({"hidden_size": "32"}, "hidden_size.*expected int, got str"),
+        ({"hidden_size": None}, "hidden_size.*expected int, got NoneType"),
+        ({"id2label": 5}, "'int' object"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps = -1.0"),
+        ({"pad_token_id": 33}, "pad_token_id = 33: not a token of its vocabulary"),
+    ],
+)
+def test_odd_config(fields, message, folder):
+    edit_config(folder, **fields)
+    with pytest.raises(ValueError, match=message):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["3", "null", '"text"', "[1]"])
+def test_config_without_fields(text, folder):
+    (folder / "config.json").write_text(text)
+    with pytest.raises((OSError, ValueError), match="config.json"):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"num_hidden_layers": 10**8}, CheckpointError, "the config has 100000000 layers, the checkpoint 3"),
+        ({"hidden_size": 10**12}, RuntimeError, "word_embeddings.weight: .33, 32. in the checkpoint"),
+    ],
+)
+def test_config_of_another_size_is_noticed_before_a_model_is_built(fields, error, message, folder):
+    edit_config(folder, **fields)
+    with pytest.raises(error, match=message):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+
+
+def test_whole_numbers_are_no_weights(folder):
+    """The bits of float32 under the name of int32 would be finite, wrong numbers."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(CheckpointError, match="holds whole numbers"):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+
+
+def test_state_dict_instead_of_files(folder):
+    (folder / "model.safetensors").unlink()
+    theirs = torch_model()
+    model, info = MLXEsmForMaskedLM.from_pretrained(folder, state_dict=theirs.state_dict(), output_loading_info=True)
+    assert not any(info[kind] for kind in info if kind != "unexpected_keys")
+    assert_close(run(model), run(theirs))
+
+
+def test_what_scripts_for_torch_call(folder):
+    model = MLXEsmForMaskedLM.from_pretrained(folder, quantization_config=None, state_dict=None)
+    assert mx.array_equal(model.forward(**INPUTS).logits, model(**INPUTS).logits)
+    assert not model.can_generate() and not MLXEsmForMaskedLM.can_generate()
+    assert model.requires_grad_(False) is model and model.num_parameters(only_trainable=True) == 0
+    assert model.requires_grad_().num_parameters(only_trainable=True) == model.num_parameters()
+    with pytest.raises(ValueError, match="quantization_config is not supported"):
+        MLXEsmForMaskedLM.from_pretrained(folder, quantization_config={"load_in_8bit": True})

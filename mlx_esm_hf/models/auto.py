@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
+from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, read_config
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
 from mlx_esm_hf.models.esm.modeling_esm import (
     MLXEsmForMaskedLM,
@@ -57,7 +57,7 @@ class AutoClass:
         else:
             where = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
             hub = {name: kwargs[name] for name in where if name in kwargs}
-            model_type = PreTrainedConfig.get_config_dict(str(source), **hub)[0].get("model_type", "")
+            model_type = read_config(str(source), **hub).get("model_type", "")
         model_class = cls._class_for(model_type, str(source))
         return model_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
 

@@ -112,6 +112,36 @@ CONFIG_CLASSES: dict[str, type[MLXEsmConfig]] = {c.model_type: c for c in (MLXEs
 AutoConfig.register(MLXEsm1Config.model_type, MLXEsm1Config)
 
 
+def check_config(config: MLXEsmConfig) -> None:
+    """
+    Raises:
+        ValueError: values that no model here can have.
+    """
+    for option in ("is_decoder", "add_cross_attention", "is_folding_model"):
+        if getattr(config, option, False):
+            raise ValueError(f"{option}=True is not supported: ESM here is an encoder. Set {option}=False.")
+    if config.vocab_size is None or config.pad_token_id is None or config.mask_token_id is None:
+        raise ValueError("The config has to give vocab_size, pad_token_id and mask_token_id.")
+    sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    if config.position_embedding_type == "absolute":
+        sizes.append("max_position_embeddings")
+    for name in sizes:
+        if not 0 < getattr(config, name) < 1 << 31:
+            raise ValueError(f"The config has {name} = {getattr(config, name)}: it must be 1 at least, and below 2^31.")
+    if not 0 <= config.pad_token_id < config.vocab_size:
+        raise ValueError(
+            f"The config has pad_token_id = {config.pad_token_id}: not a token of its vocabulary, which has "
+            f"{config.vocab_size}."
+        )
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"The hidden size ({config.hidden_size}) is not a multiple of the number of attention heads "
+            f"({config.num_attention_heads})."
+        )
+    if not config.layer_norm_eps > 0:
+        raise ValueError(f"The config has layer_norm_eps = {config.layer_norm_eps}: it must be positive.")
+
+
 def as_mlx_config(config: PreTrainedConfig) -> MLXEsmConfig:
     """`config` itself if it is one of ours, else the MLX twin of a plain `EsmConfig`."""
     return config if isinstance(config, MLXEsmConfig) else MLXEsmConfig.from_dict(config.to_dict())

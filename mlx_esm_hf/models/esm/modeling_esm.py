@@ -32,7 +32,7 @@ from mlx_esm_hf.modeling_outputs import (
     MLXTokenClassifierOutput,
 )
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
-from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig, as_mlx_config
+from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig, as_mlx_config, check_config
 from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TRANSFORMERS_5
 
 # The share of residues that ESM's training replaced by <mask>: 15% were selected, 80% of those masked.
@@ -422,16 +422,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig):
         config = as_mlx_config(config)
-        for option in ("is_decoder", "add_cross_attention", "is_folding_model"):
-            if getattr(config, option, False):
-                raise ValueError(f"{option}=True is not supported: ESM here is an encoder. Set {option}=False.")
-        if config.vocab_size is None or config.pad_token_id is None or config.mask_token_id is None:
-            raise ValueError("The config has to give vocab_size, pad_token_id and mask_token_id.")
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(
-                f"The hidden size ({config.hidden_size}) is not a multiple of the number of attention heads "
-                f"({config.num_attention_heads})."
-            )
+        check_config(config)
         super().__init__(config)
         self.config: MLXEsmConfig
 
