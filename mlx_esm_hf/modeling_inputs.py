@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_esm_hf.runtime.process import check_process
+
 IGNORED = -100  # the label of a token that is left out of the loss
 
 
@@ -70,7 +72,9 @@ def check_inputs(input_ids: Any, attention_mask: Any, position_ids: Any, inputs_
         ValueError: neither or both of `input_ids` and `inputs_embeds`, an empty batch, shapes that do not fit, ids
             outside the vocabulary, a row longer than the position table, a mask of anything but 1 and 0. Values are
             checked where they are at hand, not while the call is being traced.
+        RuntimeError: this process was forked from one that has made a model.
     """
+    check_process()
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     input_ids, inputs_embeds = as_array(input_ids), as_array(inputs_embeds)

@@ -25,6 +25,7 @@ from mlx_esm_hf.checkpoint.resolve import checkpoint_files
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
 from mlx_esm_hf.modeling_inputs import as_array
 from mlx_esm_hf.modeling_layers import TiedDecoder
+from mlx_esm_hf.runtime.process import check_process
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
+        check_process()
         self.config = config
         # Names of parameters that a checkpoint should have given and did not; see `refuse_untrained`.
         self._newly_initialized: frozenset[str] = frozenset()
