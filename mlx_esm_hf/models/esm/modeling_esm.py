@@ -14,6 +14,7 @@ In the shapes B is the batch, L the tokens, D the hidden size, H the heads, V th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.modeling_inputs import IGNORED, Tables, as_array, check_inputs, check_labels, host, labels_at
+from mlx_esm_hf.modeling_inputs import IGNORED, Tables, as_array, check_inputs, check_labels, evaluate, host, labels_at
 from mlx_esm_hf.modeling_layers import LayerNorm, Linear
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
@@ -299,20 +300,33 @@ class MLXEsmEncoder(nn.Module):
         output_hidden_states: bool = False,
     ) -> MLXBaseModelOutput:
         # Only what is asked for is held: a reference to each layer's output would keep all of them in memory.
-        all_hidden_states: list[mx.array] = []
+        all_hidden_states = [hidden_states]
         all_attentions: list[Any] = []
-        for layer in self.layer:
+        outputs = self.layers(hidden_states, layout, position_embeddings, output_attentions)
+        for hidden_states, attentions in outputs:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
             all_attentions.append(attentions)
         if "emb_layer_norm_after" in self:
             hidden_states = self.emb_layer_norm_after(hidden_states)
+        all_hidden_states[-1] = hidden_states  # the last one is behind the layer norm
         return MLXBaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
+
+    def layers(
+        self,
+        hidden_states: mx.array,
+        layout: ops.Layout | None,
+        position_embeddings: tuple[mx.array, mx.array] | None,
+        output_attentions: bool,
+    ) -> Iterator[tuple[mx.array, mx.array | None]]:
+        """The output of one layer after the other, [B, L, D], and its attentions [B, H, L, L], or None."""
+        for layer in self.layer:
+            hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
+            yield hidden_states, attentions
 
 
 def first_token(hidden_states: mx.array, attention_mask: mx.array | None) -> mx.array:
@@ -354,20 +368,29 @@ class MLXEsmContactPredictionHead(nn.Module):
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.eos_token_id = config.eos_token_id
+        self.num_layers = config.num_hidden_layers
         self.regression = linear(config, config.num_hidden_layers * config.num_attention_heads, 1)
 
-    def __call__(self, tokens: mx.array, attentions: tuple[mx.array, ...]) -> mx.array:
-        """Contact probabilities [B, residues, residues] from tokens [B, L] and one [B, H, L, L] for each layer."""
+    def __call__(self, tokens: mx.array, attentions: Iterable[mx.array]) -> mx.array:
+        """Contact probabilities [B, residues, residues].
+
+        Args:
+            tokens: [B, L].
+            attentions: [B, H, L, L] of each layer, zero at padding. They are taken one by one, and those of an
+                iterator need not be in memory together.
+        """
         residues = slice(1, None)
-        real = mx.ones(tokens.shape, dtype=attentions[0].dtype)
+        real = mx.ones(tokens.shape, dtype=mx.bool_)
         if self.eos_token_id is not None:
-            real = (tokens != self.eos_token_id).astype(attentions[0].dtype)
+            real = tokens != self.eos_token_id
             residues = slice(1, -1)
-        weights = mx.split(self.regression.weight.reshape(-1, 1, 1), len(attentions))
+        pairs = (real[:, None, :, None] & real[:, None, None, :])[..., residues, residues]
+        weights = mx.split(self.regression.weight.reshape(-1, 1, 1), self.num_layers)
         logits = self.regression.bias
         for attention, weight in zip(attentions, weights, strict=True):
-            attention = (attention * real[:, None, :, None] * real[:, None, None, :])[..., residues, residues]
+            attention = mx.where(pairs, attention[..., residues, residues], 0)
             logits = logits + (average_product_correct(symmetrize(attention)) * weight).sum(axis=1)
+            evaluate(logits)  # and forget this layer's maps: left to itself, MLX has those of many layers at a time
         return mx.sigmoid(logits)
 
 
@@ -451,19 +474,27 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
         """
         base = self.base_model
         base.refuse_untrained("contact_head", "contact prediction")
-        tokens, attention_mask = as_array(tokens), as_array(attention_mask)
-        attentions = base(tokens, attention_mask, output_attentions=True, return_dict=True).attentions
+        tokens, mask = as_array(tokens), as_array(attention_mask).astype(mx.bool_)
+        hidden_states, layout, position_embeddings = base.embed(tokens, attention_mask, keep_padding=True)
 
-        mask = attention_mask.astype(attentions[0].dtype)
-        attentions = [a * mask[:, None, :, None] * mask[:, None, None, :] for a in attentions]
-        first = mx.argmax(attention_mask.astype(mx.int32), axis=1)
+        # Rows that are padded on the left are turned until <cls> is first.
+        first = mx.argmax(mask.astype(mx.int32), axis=1)
         starts = host(first)
-        if starts is None or starts.any():
-            order = (mx.arange(tokens.shape[1]) + first[:, None]) % tokens.shape[1]
+        turned = starts is None or starts.any()
+        order = (mx.arange(tokens.shape[1]) + first[:, None]) % tokens.shape[1]
+        real = mask[:, None, :, None] & mask[:, None, None, :]
+
+        def attentions() -> Iterator[mx.array]:
+            for _, attention in base.encoder.layers(hidden_states, layout, position_embeddings, True):
+                attention = mx.where(real, attention, 0)
+                if turned:
+                    attention = mx.take_along_axis(attention, order[:, None, :, None], axis=2)
+                    attention = mx.take_along_axis(attention, order[:, None, None, :], axis=3)
+                yield attention
+
+        if turned:
             tokens = mx.take_along_axis(tokens, order, axis=1)
-            for axis, index in ((2, order[:, None, :, None]), (3, order[:, None, None, :])):
-                attentions = [mx.take_along_axis(a, index, axis=axis) for a in attentions]
-        return base.contact_head(tokens, tuple(attentions))
+        return base.contact_head(tokens, attentions())
 
 
 class MLXEsmModel(MLXEsmPreTrainedModel):
@@ -549,28 +580,43 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
+        keep_padding = output_attentions or bool(self.training and config.attention_probs_dropout_prob)
+        hidden_states, layout, position_embeddings = self.embed(
+            input_ids, attention_mask, position_ids, inputs_embeds, keep_padding, labels
+        )
+        outputs = self.encoder(hidden_states, layout, position_embeddings, output_attentions, output_hidden_states)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(layout.unpack(x) for x in outputs.hidden_states)
+        return outputs, layout
+
+    def embed(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        keep_padding: bool = False,
+        labels: Any = None,
+    ) -> tuple[mx.array, ops.Layout, tuple[mx.array, mx.array] | None]:
+        """What the encoder takes: the embeddings in their layout, and the rotary angles of each token.
+
+        Args:
+            keep_padding: compute padding, too. So it is where some of it has a label.
+        """
         inputs = check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, self.tables())
         hidden_states: Any = inputs.inputs_embeds
         if inputs.input_ids is not None:
             hidden_states = self.embeddings(inputs.input_ids, inputs.attention_mask, inputs.position_ids)
-
-        padding_counts = output_attentions or bool(self.training and config.attention_probs_dropout_prob)
         if inputs.mask_values is not None:
-            padding_counts = padding_counts or labels_at(labels, inputs.mask_values == 0)
+            keep_padding = keep_padding or labels_at(labels, inputs.mask_values == 0)
         layout = ops.choose_layout(
-            inputs.shape, inputs.attention_mask, inputs.mask_values, hidden_states.dtype, padding_counts
+            inputs.shape, inputs.attention_mask, inputs.mask_values, hidden_states.dtype, keep_padding
         )
         position_embeddings = None
-        if config.position_embedding_type == "rotary":
+        if self.config.position_embedding_type == "rotary":
             positions = mx.arange(inputs.shape[1]) if inputs.position_ids is None else inputs.position_ids
             position_embeddings = self.rotary_embeddings(layout.pack(mx.broadcast_to(positions, inputs.shape)))
-
-        outputs = self.encoder(
-            layout.pack(hidden_states), layout, position_embeddings, output_attentions, output_hidden_states
-        )
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(layout.unpack(x) for x in outputs.hidden_states)
-        return outputs, layout
+        return layout.pack(hidden_states), layout, position_embeddings
 
     def tables(self) -> Tables:
         """The sizes that inputs have to fit."""
