@@ -60,7 +60,7 @@ native, STATE = _load()
 def linear(
     x: mx.array, weight: mx.array, bias: mx.array | None, residual: mx.array | None, activation: str | None
 ) -> mx.array:
-    return native.linear(x, weight, bias, residual, activation == "gelu")
+    return native.linear(x, weight, bias, residual, activation)
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
@@ -88,4 +88,4 @@ def attention(
     seen = None if layout.visible is None else layout.visible.flatten()
     cos, sin = (x.flatten(0, 1) for x in rotary) if rotary else (None, None)
     bias_k, bias_v = (x.flatten() for x in bias_kv) if bias_kv else (None, None)
-    return native.attention(query, key, value, heads, layout.offsets, seen, cos, sin, bias_k, bias_v)
+    return native.attention(query, key, value, heads, layout.offsets, seen, cos, sin, bias_k, bias_v, bias)

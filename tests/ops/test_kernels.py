@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmModel
 from mlx_esm_hf.ops import kernels
-from mlx_esm_hf.ops.packing import Packing
+from mlx_esm_hf.ops.layout import Layout
 
 native = kernels.native
 if native is None:
@@ -29,6 +29,7 @@ if native is None:
 
 EPS = 1e-5
 RAGGED = [0, 1, 1, 18, 300]  # with an empty sequence
+ACTIVATIONS = {None: lambda x: x, "gelu": torch.nn.functional.gelu, "relu": torch.nn.functional.relu}
 F = torch.nn.functional
 
 
@@ -114,13 +115,14 @@ wrappings = pytest.mark.parametrize("wrap", [plain, mx.compile, mx.checkpoint], 
 # What the operations compute, in torch.
 
 
-def torch_linear(x: Any, weight: Any, bias: Any = None, residual: Any = None, gelu: bool = False) -> torch.Tensor:
-    y = F.linear(x, weight, bias)
-    y = F.gelu(y) if gelu else y
+def torch_linear(
+    x: Any, weight: Any, bias: Any = None, residual: Any = None, activation: str | None = None
+) -> torch.Tensor:
+    y = ACTIVATIONS[activation](F.linear(x, weight, bias))
     return y if residual is None else y + residual
 
 
-def torch_layer_norm(x: Any, weight: Any, bias: Any, eps: float = EPS) -> torch.Tensor:
+def torch_layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = EPS) -> torch.Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -139,6 +141,7 @@ def torch_attention(
     sin: Any = None,
     bias_k: Any = None,
     bias_v: Any = None,
+    bias: Any = None,
 ) -> torch.Tensor:
     def split(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(0, 1)
@@ -149,7 +152,7 @@ def torch_attention(
         return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
 
     outputs = [query[:0]]
-    for start, end in itertools.pairwise(offsets):
+    for sequence, (start, end) in enumerate(itertools.pairwise(offsets)):
         part = slice(start, end)
         k, v = (x[part] if b is None else torch.cat([x[part], b[None]]) for x, b in ((key, bias_k), (value, bias_v)))
         q, k, v = split(query[part]), split(k), split(v)
@@ -157,6 +160,8 @@ def torch_attention(
         if cos is not None:
             q, k = rotate(q, part), rotate(k, part)
         scores = q @ k.mT
+        if bias is not None:
+            scores = scores + bias[0 if len(bias) == 1 else sequence]
         if mask is not None:
             hidden = torch.tensor(~mask[part])
             scores = scores.masked_fill(F.pad(hidden, (0, bias_k is not None)), -3e38)
@@ -167,7 +172,11 @@ def torch_attention(
 def attention_inputs(
     heads: int, head_dim: int, offsets: list[int], options: str = "", scale: float = 1.0
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Query, key and value, and the other arguments; `options` of mask, rotary, bias."""
+    """Query, key and value, and the other arguments.
+
+    `options` of: mask; rotary; learned (a key and a value); bias, or one bias for all sequences, which with either have
+    to be of one length.
+    """
     tokens, features = offsets[-1], heads * head_dim
     more: dict[str, Any] = {}
     if "mask" in options:
@@ -178,18 +187,22 @@ def attention_inputs(
     if "rotary" in options:
         angles = numbers(tokens, head_dim // 2, scale=3, seed=6)
         more |= {"cos": np.cos(angles), "sin": np.sin(angles)}
-    if "bias" in options:
+    if "learned" in options:
         more |= {"bias_k": numbers(features, seed=7), "bias_v": numbers(features, seed=8)}
+    if "bias" in options:
+        biases = 1 if "one bias" in options else len(offsets) - 1
+        more["bias"] = numbers(biases, heads, offsets[1], offsets[1], scale=2, seed=9)
     return [numbers(tokens, features, scale=s, seed=i) for i, s in enumerate((scale, scale, 1.0))], more
 
 
 def check_attention(heads: int, head_dim: int, offsets: list[int], options: str = "", scale: float = 1.0) -> None:
     inputs, more = attention_inputs(heads, head_dim, offsets, options, scale)
-    bound = [*inputs, heads, offsets, *(more.get(n) for n in ("mask", "cos", "sin", "bias_k", "bias_v"))]
+    bound = [*inputs, heads, offsets, *(more.get(n) for n in ("mask", "cos", "sin", "bias_k", "bias_v", "bias"))]
     check(native.attention, torch_attention, *bound)
 
 
-OPTIONS = ["", "mask", "rotary", "mask rotary", "bias", "mask bias"]
+OPTIONS = ["", "mask", "rotary", "mask rotary", "learned", "mask learned"]
+BIASED = ["bias", "one bias", "mask bias", "rotary one bias", "mask rotary bias"]
 
 
 # Results
@@ -201,15 +214,24 @@ def test_linear(tokens):
     for outputs, inputs in itertools.product([1, 5, 33, 320, 641], [1, 7, 320, 1283]):
         x, weight = numbers(tokens, inputs), numbers(outputs, inputs, scale=inputs**-0.5, seed=1)
         check(native.linear, torch_linear, x, weight)
-        check(native.linear, torch_linear, x, weight, numbers(outputs, seed=2), numbers(tokens, outputs, seed=3), True)
+        check(
+            native.linear, torch_linear, x, weight, numbers(outputs, seed=2), numbers(tokens, outputs, seed=3), "gelu"
+        )
 
 
 @every_set
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("residual", [None, numbers(2, 9, 33, seed=3)], ids=["", "residual"])
 @pytest.mark.parametrize("bias", [None, numbers(33, seed=2)], ids=["", "bias"])
-def test_linear_options(bias, residual, gelu):
-    check(native.linear, torch_linear, numbers(2, 9, 70), numbers(33, 70, seed=1), bias, residual, gelu)
+def test_linear_options(bias, residual, activation):
+    check(native.linear, torch_linear, numbers(2, 9, 70), numbers(33, 70, seed=1), bias, residual, activation)
+
+
+@every_set
+def test_relu_of_nan_and_infinity():
+    x = mx.array([[np.nan], [np.inf], [-np.inf]])
+    found = np.array(native.linear(x, mx.array([[1.0]]), activation="relu"))
+    np.testing.assert_array_equal(found, [[np.nan], [np.inf], [0]])
 
 
 @every_set
@@ -234,6 +256,7 @@ def test_elementwise(shape, scale):
     check(native.gelu, F.gelu, x)
     check(native.softmax, torch_softmax, x)
     check(native.layer_norm, torch_layer_norm, x, weight, bias, EPS)
+    check(native.layer_norm, torch_layer_norm, x, weight, None, EPS)
     check(native.layer_norm, torch_layer_norm, x + np.float32(10 * scale), weight, bias, EPS)
 
 
@@ -277,7 +300,28 @@ def test_attention_lengths(length):
 
 
 @every_set
-@pytest.mark.parametrize("options", ["mask rotary", "bias"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1, 2, 15, 17, 63, 300])
+def test_attention_with_a_bias(length, batch):
+    offsets = list(range(0, batch * length + 1, length))
+    for options in BIASED:
+        check_attention(3, 16, offsets, options)
+    check_attention(2, 7, offsets, "mask bias", scale=10)
+
+
+@every_set
+def test_a_bias_that_hides_what_it_should():
+    """-inf in the bias hides a key from a query, as the mask does from all."""
+    (q, k, v), more = attention_inputs(2, 8, [0, 20, 40], "mask")
+    hidden = np.where(more["mask"].reshape(2, 1, 1, 20), 0, -np.inf).astype(np.float32)
+    bias = mx.array(np.broadcast_to(hidden, (2, 2, 20, 20)))
+    by_bias = native.attention(*map(mx.array, (q, k, v)), 2, [0, 20, 40], bias=bias)
+    by_mask = native.attention(*map(mx.array, (q, k, v)), 2, [0, 20, 40], mx.array(more["mask"]))
+    np.testing.assert_allclose(np.array(by_bias), np.array(by_mask), rtol=0, atol=1e-6)
+
+
+@every_set
+@pytest.mark.parametrize("options", ["mask rotary", "learned", "bias"])
 def test_attention_of_4000_tokens(options):
     check_attention(1, 20, [0, 4000], options)
 
@@ -310,7 +354,7 @@ def test_neighbours_in_a_batch_change_nothing(options):
     inputs, more = attention_inputs(2, 20, offsets, options)
 
     def attend(part: slice, offsets: list[int], inputs: list[np.ndarray] = inputs) -> np.ndarray:
-        rest = {n: mx.array(x if "bias" in n else x[part]) for n, x in more.items()}
+        rest = {n: mx.array(x if n in ("bias_k", "bias_v") else x[part]) for n, x in more.items()}
         return np.array(native.attention(*(mx.array(x[part]) for x in inputs), 2, offsets, **rest))
 
     together = attend(slice(None), offsets)
@@ -327,9 +371,9 @@ def test_neighbours_in_a_batch_change_nothing(options):
 @every_set
 def test_rows_of_linear_do_not_depend_on_the_others():
     x, weight, bias = (mx.array(numbers(*s, seed=i)) for i, s in enumerate([(600, 77), (41, 77), (41,)]))
-    together = native.linear(x, weight, bias, None, True)
+    together = native.linear(x, weight, bias, None, "gelu")
     for part in (slice(0, 1), slice(5, 22), slice(255, 600)):
-        assert mx.array_equal(native.linear(x[part], weight, bias, None, True), together[part])
+        assert mx.array_equal(native.linear(x[part], weight, bias, None, "gelu"), together[part])
 
 
 @every_set
@@ -337,11 +381,13 @@ def test_rows_of_linear_do_not_depend_on_the_others():
 def test_no_tokens(offsets):
     x, row = mx.zeros((0, 8)), mx.ones((8,))
     for output in (
-        native.linear(x, mx.ones((8, 8)), row, x, True),
+        native.linear(x, mx.ones((8, 8)), row, x, "gelu"),
         native.gelu(x),
         native.softmax(x),
         native.layer_norm(x, row, row, EPS),
+        native.layer_norm(x, row, None, EPS),
         native.attention(x, x, x, 2, offsets),
+        native.attention(x, x, x, 2, offsets, bias=mx.zeros((1, 2, 0, 0))),
         native.attention(x, x, x, 2, offsets, mx.zeros((0,), mx.bool_), mx.zeros((0, 2)), mx.zeros((0, 2))),
         native.attention(x, x, x, 2, offsets, None, None, None, row, row),
     ):
@@ -373,12 +419,12 @@ for call in (
 
 @every_set
 @wrappings
-@pytest.mark.parametrize("gelu", [False, True])
-def test_gradients_of_linear(gelu, wrap):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_linear(activation, wrap):
     shapes = [(2, 19, 45), (33, 45), (33,), (2, 19, 33)]
     inputs = [numbers(*s, seed=i) for i, s in enumerate(shapes)]
     for n in (2, 3, 4):
-        rest = [*[None] * (4 - n), gelu]
+        rest = [*[None] * (4 - n), activation]
         ours, theirs = (lambda *x, f=f, rest=rest: f(*x, *rest) for f in (native.linear, torch_linear))
         check_gradients(ours, theirs, *inputs[:n], wrap=wrap)
 
@@ -391,16 +437,18 @@ def test_gradients_of_elementwise(shape, wrap):
     check_gradients(native.gelu, F.gelu, x, wrap=wrap)
     check_gradients(native.softmax, torch_softmax, x, wrap=wrap)
     check_gradients(lambda *x: native.layer_norm(*x, EPS), torch_layer_norm, x + np.float32(3), weight, bias, wrap=wrap)
+    check_gradients(lambda *x: native.layer_norm(*x, None, EPS), torch_layer_norm, x, weight, wrap=wrap)
 
 
 def check_attention_gradients(heads: int, head_dim: int, offsets: list[int], options: str, wrap: Any = plain) -> None:
     inputs, more = attention_inputs(heads, head_dim, offsets, options)
-    biases = [more.pop(n) for n in ("bias_k", "bias_v") if n in more]
+    trained = [n for n in ("bias_k", "bias_v", "bias") if n in more]
+    biases = [more.pop(n) for n in trained]
 
     def bound(function: Any, convert: Any) -> Any:
         def call(q: Any, k: Any, v: Any, *bias: Any) -> Any:
             rest = {n: convert(x, q) for n, x in more.items()}
-            return function(q, k, v, heads, offsets, **rest, **dict(zip(("bias_k", "bias_v"), bias, strict=False)))
+            return function(q, k, v, heads, offsets, **rest, **dict(zip(trained, bias, strict=True)))
 
         return call
 
@@ -423,8 +471,15 @@ def test_gradients_of_attention(options, wrap):
 @every_set
 @pytest.mark.parametrize(("head_dim", "length"), [(7, 33), (16, 1), (64, 17), (24, 700), (40, 255)])
 def test_gradients_of_attention_sizes(head_dim, length):
-    for options in ("mask bias", "mask" if head_dim % 2 else "mask rotary"):
+    for options in ("mask learned", "mask bias" if head_dim % 2 else "mask rotary bias"):
         check_attention_gradients(2, head_dim, [0, length], options)
+
+
+@every_set
+@wrappings
+@pytest.mark.parametrize("options", BIASED)
+def test_gradients_of_attention_with_a_bias(options, wrap):
+    check_attention_gradients(3, 20, [0, 37, 74, 111], options, wrap)
 
 
 @every_set
@@ -440,7 +495,7 @@ def test_gradients_without_tokens():
     mx.eval([mx.full((2, 8), np.nan) for _ in range(50)])
     for f in (
         lambda b: native.attention(x, x, x, 2, [0, 0, 0], None, None, None, b, b),
-        lambda b: native.linear(x, mx.ones((8, 8)), b, None, True),
+        lambda b: native.linear(x, mx.ones((8, 8)), b, None, "gelu"),
         lambda b: native.layer_norm(x, b, b, EPS),
     ):
         assert mx.array_equal(mx.grad(lambda b, f=f: f(b).sum())(row), mx.zeros(8))
@@ -452,12 +507,13 @@ def test_checkpoint_takes_mask_and_angles_as_arguments():
 import mlx.core as mx
 from mlx_esm_hf.ops.kernels import native
 x, b, mask = mx.random.normal((5, 8)), mx.random.normal((8,)), mx.array([True] * 4 + [False])
-angles = mx.random.normal((5, 2))
+angles, bias = mx.random.normal((5, 2)), mx.random.normal((1, 2, 5, 5))
 cos, sin = mx.cos(angles), mx.sin(angles)
 for f, more in [
     (lambda x, m: native.attention(x, x, x, 2, [0, 5], m), (mask,)),
     (lambda x, m, b: native.attention(x, x, x, 2, [0, 5], m, None, None, b, b), (mask, b)),
     (lambda x, m, c, s: native.attention(x, x, x, 2, [0, 5], m, c, s), (mask, cos, sin)),
+    (lambda x, m, b: native.attention(x, x, x, 2, [0, 5], m, bias=b), (mask, bias)),
 ]:
     plain, again = (mx.grad(lambda x: (g(x, *more) ** 2).sum())(x) for g in (f, mx.checkpoint(f)))
     assert mx.allclose(plain, again, rtol=1e-4, atol=1e-5), (plain, again)
@@ -475,20 +531,23 @@ def operations() -> list[tuple[Callable[..., mx.array], list[mx.array]]]:
     rest = {n: mx.array(x) for n, x in more.items()}
     b = mx.array(numbers(16, seed=9))
     x, qkv = mx.array(numbers(18, 16)), [mx.array(i) for i in (q, k, v)]
-    w = mx.array(numbers(16, 16, scale=0.25, seed=4))
+    w, bias = mx.array(numbers(16, 16, scale=0.25, seed=4)), mx.array(numbers(1, 2, 9, 9, seed=10))
     return [
-        (lambda x, w, b: native.linear(x, w, b, x, True), [x, w, b]),
+        (lambda x, w, b: native.linear(x, w, b, x, "gelu"), [x, w, b]),
+        (lambda x, w, b: native.linear(x, w, b, x, "relu"), [x, w, b]),
         (native.gelu, [x]),
         (native.softmax, [x]),
         (lambda x, w, b: native.layer_norm(x, w, b, EPS), [x, b, b + 1]),
+        (lambda x, w: native.layer_norm(x, w, None, EPS), [x, b]),
         (lambda q, k, v: native.attention(q, k, v, 2, [0, 1, 1, 18], **rest), qkv),
         (lambda q, k, v, b: native.attention(q, k, v, 2, [0, 18], None, None, None, b, b), [*qkv, b]),
+        (lambda q, k, v, bias: native.attention(q, k, v, 2, [0, 9, 18], bias=bias, **rest), [*qkv, bias]),
     ]
 
 
-every_operation = pytest.mark.parametrize(
-    "i", range(6), ids=["linear", "gelu", "softmax", "layer_norm", "rotary", "bias"]
-)
+OPERATIONS = ["linear gelu", "linear relu", "gelu", "softmax", "layer_norm", "layer_norm without bias",
+              "attention rotary", "attention learned", "attention bias"]  # fmt: skip
+every_operation = pytest.mark.parametrize("i", range(9), ids=OPERATIONS)
 
 
 @every_set
@@ -522,12 +581,19 @@ def test_second_derivatives(i):
     def slope(x: mx.array) -> mx.array:
         return (mx.grad(lambda x: (f(x, *arguments[1:]) ** 2).sum())(x) ** 2).sum()
 
-    if i >= 4:
+    if "attention" in OPERATIONS[i]:
         with pytest.raises(RuntimeError, match="no second derivatives.*MLX_ESM_KERNELS=0"):
             mx.eval(mx.grad(slope)(arguments[0]))
         return
     rest = [torch.tensor(np.array(a, np.float64)) for a in arguments[1:]]
-    theirs = [lambda x, w, b: torch_linear(x, w, b, x, True), F.gelu, torch_softmax, torch_layer_norm][i]
+    theirs = [
+        lambda x, w, b: torch_linear(x, w, b, x, "gelu"),
+        lambda x, w, b: torch_linear(x, w, b, x, "relu"),
+        F.gelu,
+        torch_softmax,
+        torch_layer_norm,
+        torch_layer_norm,
+    ][i]
     x = torch.tensor(np.array(arguments[0], np.float64), requires_grad=True)
     first = torch.autograd.grad((theirs(x, *rest) ** 2).sum(), x, create_graph=True)[0]
     expected = torch.autograd.grad((first**2).sum(), x)[0].numpy()
@@ -584,6 +650,7 @@ x34, x4, w54, q = mx.zeros((3, 4)), mx.zeros((4,)), mx.zeros((5, 4)), mx.zeros((
         lambda: native.linear(x34, w54, None, mx.zeros((3, 4))),
         lambda: native.linear(x34.astype(mx.float16), w54),
         lambda: native.linear(x34, w54.astype(mx.bfloat16)),
+        lambda: native.linear(x34, w54, activation="tanh"),
         lambda: native.gelu(x34.astype(mx.float16)),
         lambda: native.softmax(x34.astype(mx.float16)),
         lambda: native.softmax(mx.zeros((3, 0))),
@@ -607,6 +674,22 @@ x34, x4, w54, q = mx.zeros((3, 4)), mx.zeros((4,)), mx.zeros((5, 4)), mx.zeros((
         lambda: native.attention(q, q, q, 8, [0, 6], None, mx.zeros((6, 0)), mx.zeros((6, 0))),
         lambda: native.attention(q, q, q, 2, [0, 6], None, None, None, mx.zeros((8,))),
         lambda: native.attention(q, q, q, 2, [0, 6], None, None, None, mx.zeros((4,)), mx.zeros((4,))),
+        *(
+            lambda shape=shape, offsets=offsets, more=more: native.attention(
+                q, q, q, 2, offsets, bias=mx.zeros(shape), **more
+            )
+            for shape, offsets, more in [
+                ((1, 2, 6, 5), [0, 6], {}),
+                ((2, 2, 6, 6), [0, 6], {}),
+                ((0, 2, 6, 6), [0, 6], {}),
+                ((1, 1, 6, 6), [0, 6], {}),
+                ((2, 6, 6), [0, 6], {}),
+                ((3, 2, 3, 3), [0, 3, 6], {}),
+                ((1, 2, 4, 4), [0, 4, 6], {}),
+                ((1, 2, 6, 6), [0, 6], {"bias_k": mx.zeros((8,)), "bias_v": mx.zeros((8,))}),
+            ]
+        ),
+        lambda: native.attention(q, q, q, 2, [0, 6], bias=mx.zeros((1, 2, 6, 6), mx.float16)),
         lambda: native.choose("nonsense"),
     ],
 )
@@ -615,7 +698,7 @@ def test_wrong_arguments(call):
         call()
 
 
-# Packing
+# Packed batches
 
 
 @pytest.mark.parametrize(
@@ -628,14 +711,14 @@ def test_wrong_arguments(call):
         (["1"], [0, 1]),
     ],
 )
-def test_packing(rows, offsets):
+def test_packed_layout(rows, offsets):
     mask = np.array([[c == "1" for c in row] for row in rows])
-    packing, x = Packing(mask), numbers(*mask.shape, 3)
-    assert packing.offsets == offsets
-    packed = packing.pack(mx.array(x))
+    layout, x = Layout(mask.shape, packed=mask), numbers(*mask.shape, 3)
+    assert layout.offsets == offsets
+    packed = layout.pack(mx.array(x))
     assert np.array_equal(np.array(packed), x[mask][None])
-    assert np.array_equal(np.array(packing.unpack(packed)), x * mask[..., None])
-    assert packing.pack(mx.array(x[..., 0])).shape == (1, offsets[-1])
+    assert np.array_equal(np.array(layout.unpack(packed)), x * mask[..., None])
+    assert layout.pack(mx.array(x[..., 0])).shape == (1, offsets[-1])
 
 
 @functools.cache

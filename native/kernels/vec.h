@@ -4,14 +4,13 @@
 // everything here has internal linkage: an inline function of AVX-512 code must never stand in for a portable one.
 #pragma once
 
-#include <cstdlib>
 #include <utility>
 
 namespace {
 
 constexpr int W = VECTOR_WIDTH;
 using vec = float __attribute__((vector_size(4 * W)));
-using ivec = int __attribute__((vector_size(4 * W)));
+using uvec = unsigned __attribute__((vector_size(4 * W)));
 
 inline vec splat(float x) { return x - vec{}; }
 
@@ -85,7 +84,8 @@ inline vec exp_nonpositive(vec x) {
   vec p = splat(EXP2[6]);
 #pragma GCC unroll 6
   for (int i = 5; i >= 0; i--) p = p * f + EXP2[i];
-  return (vec)((ivec)p + ((ivec)shifted << 23));
+  // Unsigned, since a lane that nobody reads may hold any number, and its sum may then run over.
+  return (vec)((uvec)p + ((uvec)shifted << 23));
 }
 
 // The upper tail of the normal distribution at a >= 0, over e^(-a²/2): P(a) / Q(a). Weighted least squares on [0, 6];
@@ -117,28 +117,5 @@ inline vec gelu_derivative(vec x) {
   vec near = x > 12.0f ? a : x < -12.0f ? -a : x;
   return (x > 0.0f ? 1.0f - tail : tail) + near * bell * 0.3989422804014327f;
 }
-
-// Memory of this thread, at least n floats, aligned for any vector; what was there is gone when it has to grow.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-
-  float* get(long n) {
-    if (n > size_) {
-      std::free(data_);
-      size_ = round_up(n, 64);
-      data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
-      if (!data_) std::abort();  // tens of megabytes: nothing works any more
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  long size_ = 0;
-};
 
 }  // namespace

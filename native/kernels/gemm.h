@@ -1,4 +1,4 @@
-// Matrix products, and the linear layer on them.
+// Matrix products.
 //
 // The lanes of a vector are tokens. A panel is NR tokens, packed feature by feature: [K, NR]. `multiply` takes a panel
 // and a few rows of the other operand, broadcasting their elements from where they lie: weights are neither copied nor
@@ -102,47 +102,6 @@ inline void unpack(const float* panel, long count, long width, Write write) {
       for (int i = 0; i < W; i++) r[i] = i < columns ? load(panel + (k + i) * NR + j * W) : vec{};
       transpose(r);
       for (int i = 0; i < rows; i++) write(j * W + i, k, r[i], columns);
-    }
-  }
-}
-
-// Tokens that are packed at once, weight rows whose products with them stay in the second-level cache, and the depth
-// at which a panel of tokens stays in the first.
-constexpr long TOKENS = 256, OUTPUTS = 16 * MR, DEPTH = 6144 / NR;
-
-struct Linear {
-  const float *x, *weight, *bias, *residual;
-  float* y;
-  long tokens, outputs, inputs;
-  bool gelu;
-  long token_block, output_block, output_blocks;
-};
-
-// One block of tokens times one block of outputs.
-inline void linear_block(const Linear p, long task) {
-  static thread_local Scratch packed_memory, product_memory;
-  const long K = p.inputs;
-  const long t0 = task / p.output_blocks * p.token_block, t1 = least(t0 + p.token_block, p.tokens);
-  const long first = task % p.output_blocks * p.output_block, last = least(first + p.output_block, p.outputs);
-  float* packed = packed_memory.get(p.token_block * K);
-  float* product = product_memory.get(p.token_block * OUTPUTS);
-  for (long t = t0; t < t1; t += NR) pack(p.x + t * K, K, least(NR, t1 - t), K, packed + (t - t0) * K);
-
-  const long depth = round_up(ceil_div(K, ceil_div(K, DEPTH)), 8);
-  for (long n0 = first; n0 < last; n0 += OUTPUTS) {
-    const long N = least(OUTPUTS, last - n0);
-    for (long k = 0; k < K; k += depth)
-      for (long t = 0; t < t1 - t0; t += NR)
-        multiply<true>(N, p.weight + n0 * K + k, K, packed + t * K + k * NR, least(depth, K - k), product + t * N,
-                       k > 0);
-    for (long t = 0; t < t1 - t0; t += NR) {
-      unpack(product + t * N, least(NR, t1 - t0 - t), N, [=](long token, long column, vec v, long columns) {
-        const long n = n0 + column, at = (t0 + t + token) * p.outputs + n;
-        if (p.bias) v += load_columns(p.bias + n, columns);
-        if (p.gelu) v = gelu(v);
-        if (p.residual) v += load_columns(p.residual + at, columns);
-        store_columns(p.y + at, v, columns);
-      });
     }
   }
 }

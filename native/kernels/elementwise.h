@@ -52,7 +52,10 @@ inline Moments moments(const float* x, long width, float eps) {
 
 inline void layer_norm_row(const float* x, const float* weight, const float* bias, float* y, long width, float eps) {
   const Moments m = moments(x, width, eps);
-  for (long i = 0; i < width; i++) y[i] = (x[i] - m.mean) * m.scale * weight[i] + bias[i];
+  if (bias)
+    for (long i = 0; i < width; i++) y[i] = (x[i] - m.mean) * m.scale * weight[i] + bias[i];
+  else
+    for (long i = 0; i < width; i++) y[i] = (x[i] - m.mean) * m.scale * weight[i];
 }
 
 // With h the normalised row and g = dy · weight: dx = (g - mean(g) - h · mean(g · h)) · scale.

@@ -1,14 +1,16 @@
 // The kernels as plain functions on float32 arrays, one table of them for each instruction set.
 //
 // Arrays are row-major and contiguous; `tokens` counts over the whole batch. Results must not overlap inputs. Every
-// function runs on all cores (threads.h).
+// function runs on all cores (threads.h), and throws std::bad_alloc where there is no memory for what lies between.
 #pragma once
 
 namespace mlx_esm {
 
 constexpr float HIDDEN = -3e38f;  // the score of a hidden key: finite, so that a difference of two is not NaN
 
-// softmax(scale · rotate(query) · rotate(key)ᵀ) · value, for each head of each sequence.
+enum class Activation { none, gelu, relu };
+
+// softmax(scale · rotate(query) · rotate(key)ᵀ + bias) · value, for each head of each sequence.
 struct Attention {
   const float *query, *key, *value;  // [tokens, heads * head_dim]
   float* out;                        // [tokens, heads * head_dim]
@@ -18,6 +20,9 @@ struct Attention {
   const bool* mask;              // [tokens], false hides a key; or null
   const float *cos, *sin;        // [tokens, head_dim / 2] rotary angles; or null
   const float *bias_k, *bias_v;  // [heads * head_dim], a key and a value behind each sequence's own; or null
+  const float* bias;             // [biases, heads, length, length], rows are queries, where all sequences are of one
+                                 // length; without bias_k and bias_v; or null
+  long biases;                   // one for each sequence, or one for all of them
   float *maximum, *total;        // [tokens, heads]: softmax's maximum and denominator, for the gradients; or null
 };
 
@@ -26,21 +31,22 @@ struct AttentionGradients {
   const float* dout;
   float *dquery, *dkey, *dvalue;
   float *dbias_k, *dbias_v;  // [sequences, heads * head_dim], to be added up; or null
+  float* dbias;              // of the shape of bias, added up if it is one for all sequences; or null
 };
 
 struct Kernels {
   const char* name;  // of the instruction set
 
-  // y[tokens, outputs] = x[tokens, inputs] · weightᵀ + bias, then GELU if asked for, then + residual. weight is
+  // y[tokens, outputs] = x[tokens, inputs] · weightᵀ + bias, then the activation, then + residual. weight is
   // [outputs, inputs]; bias [outputs] and residual [tokens, outputs] may be null.
   void (*linear)(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
-                 long outputs, long inputs, bool gelu);
+                 long outputs, long inputs, Activation activation);
 
   // x Φ(x), and dy times its derivative.
   void (*gelu)(const float* x, float* y, long size);
   void (*gelu_gradient)(const float* x, const float* dy, float* dx, long size);
 
-  // Rows of `width` to mean 0 and variance 1, then times weight plus bias.
+  // Rows of `width` to mean 0 and variance 1, then times weight plus bias, which may be null.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, long rows, long width,
                      float eps);
   void (*layer_norm_gradient)(const float* x, const float* weight, const float* dy, float* dx, float* dweight,
@@ -54,7 +60,7 @@ struct Kernels {
   void (*attention_gradients)(const AttentionGradients&);
 };
 
-// The tables that were compiled; null for an instruction set of another architecture.
+// The tables that were compiled; those of another architecture than this machine's do not exist.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

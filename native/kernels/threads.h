@@ -6,7 +6,8 @@ namespace mlx_esm {
 int cores();  // as many as there were when the first loop ran; threads are started then, not before
 
 // Call body(context, i) for each i in [0, tasks), in any order, and return when all are done. The calling thread takes
-// part. A call while another thread's loop is running, or from inside one, runs on the calling thread alone.
+// part. A call while another thread's loop is running, or from inside one, runs on the calling thread alone. When a
+// task throws, those not yet begun are left out, and the first exception is thrown again here.
 void parallel_for(long tasks, void (*body)(void*, long), void* context);
 
 template <class F>

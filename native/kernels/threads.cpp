@@ -6,8 +6,11 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace mlx_esm {
@@ -31,17 +34,23 @@ int available_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
+thread_local bool inside_loop = false;  // this thread is at work on a loop's tasks
+
 class Pool {
  public:
-  Pool() : cores_(available_cores()) {
-    for (int i = 1; i < cores_; i++) workers_.emplace_back([this] { work(); });
+  Pool() {
+    try {
+      for (int i = 1, cores = available_cores(); i < cores; i++) workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+      // No more threads are allowed, so it is done with those there are.
+    }
   }
 
-  int cores() const { return cores_; }
+  int cores() const { return workers_.size() + 1; }
 
   void run(long tasks, void (*body)(void*, long), void* context) {
     std::unique_lock<std::mutex> mine(running_, std::defer_lock);
-    if (tasks < 2 || cores_ == 1 || !mine.try_lock()) {
+    if (tasks < 2 || workers_.empty() || inside_loop || !mine.try_lock()) {
       for (long i = 0; i < tasks; i++) body(context, i);
       return;
     }
@@ -58,11 +67,20 @@ class Pool {
     take();
     loop_.fetch_add(1);  // closed: no worker enters any more; those that did are at their last task
     for (int spin = 0; inside_.load(); spin++) spin < SPINS ? pause() : std::this_thread::yield();
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
   void take() {
-    for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, i);
+    inside_loop = true;
+    try {
+      for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, i);
+    } catch (...) {
+      next_.store(tasks_, std::memory_order_relaxed);  // nobody begins another
+      std::lock_guard<std::mutex> lock(failing_);
+      if (!error_) error_ = std::current_exception();
+    }
+    inside_loop = false;
   }
 
   void work() {
@@ -87,8 +105,7 @@ class Pool {
     }
   }
 
-  const int cores_;
-  std::mutex running_, sleep_;
+  std::mutex running_, sleep_, failing_;
   std::condition_variable wake_;
   std::atomic<unsigned> loop_{0};
   std::atomic<int> inside_{0}, sleepers_{0};
@@ -96,6 +113,7 @@ class Pool {
   void (*body_)(void*, long) = nullptr;
   void* context_ = nullptr;
   long tasks_ = 0;
+  std::exception_ptr error_;  // of the loop that is running, the first
   std::vector<std::thread> workers_;
 };
 

@@ -5,8 +5,9 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "attention_gradients.h"
 #include "elementwise.h"
-#include "gemm.h"
+#include "linear.h"
 #include "threads.h"
 
 namespace {
@@ -15,17 +16,11 @@ using mlx_esm::cores;
 using mlx_esm::parallel_for;
 
 void linear(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
-            long outputs, long inputs, bool gelu) {
+            long outputs, long inputs, Activation activation) {
   if (!tokens || !outputs) return;
-  Linear p{x, weight, bias, residual, y, tokens, outputs, inputs, gelu, 0, 0, 0};
-  // Blocks of equal size, a multiple of the cores, then cut along the outputs so that nobody waits long for the last.
-  const long threads = cores();
-  const long blocks = ceil_div(tokens, TOKENS) > 1 ? threads * ceil_div(tokens, threads * TOKENS) : 1;
-  p.token_block = round_up(ceil_div(tokens, blocks), NR);
-  const long pieces = ceil_div(4 * threads, ceil_div(tokens, p.token_block));
-  p.output_block = round_up(ceil_div(outputs, pieces), MR);
-  p.output_blocks = ceil_div(outputs, p.output_block);
-  parallel_for(ceil_div(tokens, p.token_block) * p.output_blocks, [&](long task) { linear_block(p, task); });
+  Linear p{x, weight, bias, residual, y, tokens, outputs, inputs, activation, 0, 0};
+  cut(p, cores());
+  parallel_for(p.token_blocks() * p.output_blocks(), [&](long task) { linear_block(p, task); });
 }
 
 void attention(const Attention& p) {
@@ -36,12 +31,19 @@ void attention(const Attention& p) {
 void attention_gradients(const AttentionGradients& g) {
   const Attention& p = g.forward;
   const long features = p.heads * p.head_dim;
+  if (p.bias && p.biases == 1) {
+    // All sequences add to one gradient of the bias, each head to its own part and in the same order every time.
+    parallel_for(p.heads, [&](long head) {
+      for (long s = 0; s < p.sequences; s++) attention_gradients_task(g, s, head, s > 0);
+    });
+    return;
+  }
   for (long s = 0; p.bias_k && s < p.sequences; s++)
     if (p.offsets[s] == p.offsets[s + 1])  // an empty sequence has no task
       for (float* gradient : {g.dbias_k, g.dbias_v})
         __builtin_memset(gradient + s * features, 0, features * sizeof(float));
-  const auto all = tasks(p, 1L << 40);
-  parallel_for(all.size(), [&](long i) { attention_gradients_task(g, all[i]); });
+  const auto all = tasks(p, 1L << 40);  // all queries of a head are one task
+  parallel_for(all.size(), [&](long i) { attention_gradients_task(g, all[i].sequence, all[i].head, false); });
 }
 
 // Elements or rows in pieces that are worth a thread's while.
@@ -69,8 +71,8 @@ void layer_norm_gradient(const float* x, const float* weight, const float* dy, f
                          long rows, long width, float eps) {
   constexpr long block = 64;
   const long blocks = ceil_div(rows, block);
-  Scratch memory;
-  float* partial = memory.get(2 * blocks * width);
+  Arena arena;
+  float* partial = arena.take(2 * blocks * width);
   __builtin_memset(partial, 0, 2 * blocks * width * sizeof(float));
   pieces(rows, block, [&](long begin, long end) {
     float* sums = partial + begin / block * 2 * width;

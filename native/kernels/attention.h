@@ -1,0 +1,196 @@
+// Attention over sequences that lie one behind the other, without padding and without a matrix of scores in memory.
+//
+// For a panel of NR queries, keys are taken KEYS at a time: scores, their maximum, e^(score - maximum), and their
+// product with the values are added up under a running maximum, which gives the exact softmax (Milakov and Gimelshein
+// 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+#pragma once
+
+#include <vector>
+
+#include "arena.h"
+#include "gemm.h"
+#include "kernels.h"
+
+namespace {
+
+using mlx_esm::Arena;
+using mlx_esm::Attention;
+using mlx_esm::HIDDEN;
+
+constexpr long KEYS = 3840 / NR / MR * MR;  // scores held at a time: KEYS x NR floats, half of a first-level cache
+constexpr long QUERIES = 512;                // of one task; the keys of its head are gathered once for all of them
+
+// A head of a sequence: where it lies, and how its queries, keys and values are brought together.
+struct Head {
+  const Attention& p;
+  long sequence, head;
+  long start, length, keys;  // tokens [start, start + length), and one key more if there is a learned one
+  long offset;               // of the head within a token's features
+
+  Head(const Attention& p, long sequence, long head)
+      : p(p),
+        sequence(sequence),
+        head(head),
+        start(p.offsets[sequence]),
+        length(p.offsets[sequence + 1] - start),
+        keys(length + (p.bias_k ? 1 : 0)),
+        offset(head * p.head_dim) {}
+
+  long features() const { return p.heads * p.head_dim; }                                // of a token
+  long at(long token) const { return (start + token) * features() + offset; }           // its features
+  long statistics_at(long token) const { return (start + token) * p.heads + head; }     // its maximum and total
+  bool hidden(long key) const { return p.mask && key < length && !p.mask[start + key]; }
+
+  long bias_at(long query, long key) const {
+    const long matrix = (p.biases == 1 ? 0 : sequence) * p.heads + head;
+    return (matrix * length + query) * length + key;
+  }
+
+  // Rows [keys, head_dim], rotated.
+  void gather_keys(float* out) const {
+    const long d = p.head_dim, half = d / 2;
+    for (long i = 0; i < length; i++, out += d) {
+      const float* k = p.key + at(i);
+      if (p.cos) {
+        const float *c = p.cos + (start + i) * half, *s = p.sin + (start + i) * half;
+        for (long e = 0; e < half; e++) out[e] = k[e] * c[e] - k[e + half] * s[e];
+        for (long e = 0; e < half; e++) out[e + half] = k[e + half] * c[e] + k[e] * s[e];
+      } else {
+        __builtin_memcpy(out, k, d * sizeof(float));
+      }
+    }
+    if (p.bias_k) __builtin_memcpy(out, p.bias_k + offset, d * sizeof(float));
+  }
+
+  // Rows [keys, head_dim].
+  void gather_values(float* out) const {
+    const long d = p.head_dim;
+    for (long i = 0; i < length; i++, out += d) __builtin_memcpy(out, p.value + at(i), d * sizeof(float));
+    if (p.bias_v) __builtin_memcpy(out, p.bias_v + offset, d * sizeof(float));
+  }
+
+  // The panel [head_dim, NR] of queries from `first` on, scaled, then rotated. `angles` is memory for such a panel.
+  void pack_queries(long first, float* panel, float* angles) const {
+    const long d = p.head_dim;
+    pack(p.query + at(first), features(), least(NR, length - first), d, panel);
+    for (long i = 0; i < d * NR; i += W) store(panel + i, load(panel + i) * p.scale);
+    if (p.cos) rotate(first, panel, angles, 1.0f);
+  }
+
+  // Rotate a panel by its tokens' angles, or (direction -1) back.
+  void rotate(long first, float* panel, float* angles, float direction) const {
+    const long half = p.head_dim / 2, count = least(NR, length - first);
+    float *cosines = angles, *sines = angles + half * NR;
+    pack(p.cos + (start + first) * half, half, count, half, cosines);
+    pack(p.sin + (start + first) * half, half, count, half, sines);
+    for (long i = 0; i < half * NR; i += W) {
+      vec x = load(panel + i), y = load(panel + half * NR + i), c = load(cosines + i), s = load(sines + i) * direction;
+      store(panel + i, x * c - y * s);
+      store(panel + half * NR + i, y * c + x * s);
+    }
+  }
+
+  // The scores [n, NR] of the keys [k, k + n), of which `gathered` has the rows, and the queries from `first` on, whose
+  // panel is `queries`. The product is added to the bias, a tile of which is packed like the queries.
+  void score(const float* gathered, long k, long n, const float* queries, long first, float* scores) const {
+    const long d = p.head_dim;
+    if (p.bias) pack(p.bias + bias_at(first, k), length, least(NR, length - first), n, scores);
+    multiply<true>(n, gathered + k * d, d, queries, d, scores, p.bias != nullptr);
+    for (long i = 0; p.mask && i < n; i++)
+      if (hidden(k + i))
+        for (int j = 0; j < NV; j++) store(scores + i * NR + j * W, splat(HIDDEN));
+  }
+};
+
+// Softmax over the keys so far, for a vector of queries.
+struct Softmax {
+  vec maximum = splat(HIDDEN), total{};
+
+  // Take in n scores, NR apart, and leave e^(score - maximum) in their places. Returns the factor by which whatever was
+  // added up under the old maximum has to shrink.
+  vec add(float* scores, long n) {
+    vec high = maximum;
+    for (long i = 0; i < n; i++) high = max(high, load(scores + i * NR));
+    const vec factor = exp_nonpositive(maximum - high);
+    vec sums{};
+    for (long i = 0; i < n; i++) {
+      vec e = exp_nonpositive(load(scores + i * NR) - high);
+      store(scores + i * NR, e);
+      sums += e;
+    }
+    maximum = high;
+    total = total * factor + sums;
+    return factor;
+  }
+};
+
+// Tasks are (sequence, head, block of queries), the blocks of one head side by side.
+struct Task {
+  long sequence, head, first;
+};
+
+inline std::vector<Task> tasks(const Attention& p, long queries) {
+  std::vector<Task> all;
+  for (long s = 0; s < p.sequences; s++)
+    for (long h = 0; h < p.heads; h++)
+      for (long first = 0; first < p.offsets[s + 1] - p.offsets[s]; first += queries) all.push_back({s, h, first});
+  return all;
+}
+
+// The panel `context` [head_dim, NR] of the queries from `first` on, divided by softmax's denominator, into `out`; and
+// what the gradients need.
+inline void write_context(const Head& head, long first, float* context, const Softmax (&softmax)[NV]) {
+  const Attention& p = head.p;
+  const long count = least(NR, head.length - first);
+  for (int j = 0; j < NV; j++)
+    for (long i = 0; i < p.head_dim; i++) {
+      float* at = context + i * NR + j * W;
+      store(at, load(at) / softmax[j].total);
+    }
+  unpack(context, count, p.head_dim, [&](long token, long column, vec v, long columns) {
+    store_columns(p.out + head.at(first + token) + column, v, columns);
+  });
+  if (!p.maximum) return;
+  float maxima[NR], totals[NR];
+  for (int j = 0; j < NV; j++) {
+    store(maxima + j * W, softmax[j].maximum);
+    store(totals + j * W, softmax[j].total);
+  }
+  for (long i = 0; i < count; i++) {
+    p.maximum[head.statistics_at(first + i)] = maxima[i];
+    p.total[head.statistics_at(first + i)] = totals[i];
+  }
+}
+
+inline void attention_task(const Attention& p, const Task& task) {
+  static thread_local Arena arena;
+  const Head head(p, task.sequence, task.head);
+  const long d = p.head_dim;
+  arena.clear();
+  float* keys = arena.take(head.keys * d);
+  float* values = arena.take(head.keys * d);
+  float* queries = arena.take(d * NR);
+  float* angles = arena.take(d * NR);
+  float* scores = arena.take(KEYS * NR);
+  float* context = arena.take(d * NR);
+  head.gather_keys(keys);
+  head.gather_values(values);
+
+  for (long q = task.first, end = least(task.first + QUERIES, head.length); q < end; q += NR) {
+    head.pack_queries(q, queries, angles);
+    Softmax softmax[NV];
+    for (long k = 0; k < head.keys; k += KEYS) {
+      const long n = least(KEYS, head.keys - k);
+      head.score(keys, k, n, queries, q, scores);
+      for (int j = 0; j < NV; j++) {
+        const vec factor = softmax[j].add(scores + j * W, n);
+        if (k)
+          for (long i = 0; i < d; i++) store(context + i * NR + j * W, load(context + i * NR + j * W) * factor);
+      }
+      multiply<false>(d, values + k * d, d, scores, n, context, k > 0);
+    }
+    write_context(head, q, context, softmax);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,43 @@
+#include "instruction_sets.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace mlx_esm {
+namespace {
+
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> tables;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq"))
+    tables.push_back(avx512_kernels());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(avx2_kernels());
+#endif
+  tables.push_back(portable_kernels());
+  return tables;
+}
+
+std::atomic<const Kernels*> chosen = supported().front();  // read by the threads of MLX's streams
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen.load(); }
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (auto table : supported()) names.push_back(table->name);
+  return names;
+}
+
+void choose(const std::string& name) {
+  for (auto table : supported())
+    if (name == table->name) {
+      chosen.store(table);
+      return;
+    }
+  throw std::invalid_argument("This machine has no kernels called " + name);
+}
+
+}  // namespace mlx_esm
