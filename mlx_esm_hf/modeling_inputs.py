@@ -27,6 +27,8 @@ def as_array(x: Any) -> Any:
         x = np.asarray(x)
     except ValueError as error:
         raise ValueError("The rows have different lengths: tokenize with padding=True.") from error
+    if x.dtype == object:
+        raise ValueError(f"{x.tolist()!r:.100} is no array of numbers.")
     return mx.array(x)
 
 

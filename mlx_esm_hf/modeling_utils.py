@@ -160,6 +160,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         config_source = source if config is None else config
         loaded_config, arguments = cls._load_config(config_source, overrides, subfolder=subfolder, **hub)
 
+        if not os.path.isdir(source):
+            loaded_config._commit_hash = getattr(hub["revision"], "resolved", None)
         if state_dict is not None:
             arrays = {key: as_array(x) for key, x in state_dict.items()}
         else:
