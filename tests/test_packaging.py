@@ -1,0 +1,79 @@
+"""Versions that stand in more than one file, which have to stay one: of MLX, of Python, of torch and fair-esm."""
+
+import configparser
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+LINUX = {"platform_system": "Linux", "extra": ""}
+
+
+@pytest.fixture(scope="module")
+def setup():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+@pytest.fixture(scope="module")
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def requirements(text):
+    """The requirements in a value of setup.cfg that hold on Linux, by their names."""
+    lines = [Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return {line.name: line for line in lines if line.marker is None or line.marker.evaluate(LINUX)}
+
+
+def workflow(name):
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
+
+
+def test_kernels_are_built_with_the_mlx_that_is_installed(setup, pyproject):
+    installed = requirements(setup["options"]["install_requires"])["mlx"]
+    built = requirements("\n".join(pyproject["build-system"]["requires"]))["mlx"]
+    assert re.fullmatch(r"==\d+(\.\d+)+", str(built.specifier)), "one version, not a range"
+    assert installed.specifier == built.specifier
+
+
+def test_pythons(setup, pyproject):
+    """Those of the classifiers are tested, have wheels, and are in the image that wheels are built in."""
+    named = re.findall(r":: Python :: (3\.\d+)", setup["metadata"]["classifiers"])
+    assert workflow("tests.yml")["jobs"]["tests"]["strategy"]["matrix"]["python"] == named
+    tags = [f"cp{python.replace('.', '')}" for python in named]
+    minors = ",".join(python.partition(".")[2] for python in named)
+    assert pyproject["tool"]["cibuildwheel"]["build"].startswith(f"cp3{{{minors}}}-")
+    dockerfile = (ROOT / ".github" / "manylinux" / "Dockerfile").read_text()
+    copies = re.findall(r"^COPY --from=python:(\S+)-bookworm /usr/local /opt/python/(\w+)-(\w+)$", dockerfile, re.M)
+    assert copies == [(python, tag, tag) for python, tag in zip(named, tags, strict=True)]
+
+
+def test_oldest_python(setup, pyproject):
+    oldest = min(re.findall(r":: Python :: 3\.(\d+)", setup["metadata"]["classifiers"]), key=int)
+    assert setup["options"]["python_requires"] == f">=3.{oldest}"
+    assert setup["mypy"]["python_version"] == f"3.{oldest}"
+    assert pyproject["tool"]["ruff"]["target-version"] == f"py3{oldest}"
+
+
+@pytest.mark.parametrize("package", ["torch", "fair-esm"])
+def test_benchmarks_run_what_the_tests_hold_to(setup, package):
+    extras = setup["options.extras_require"]
+    assert requirements(extras["benchmarks"])[package] == requirements(extras["test"])[package]
+
+
+def test_image_that_is_built_is_the_one_that_is_used(pyproject):
+    settings = pyproject["tool"]["cibuildwheel"]
+    images = {settings[f"manylinux-{machine}-image"] for machine in ("x86_64", "aarch64")}
+    commands = [step.get("run", "") for step in workflow("wheels.yml")["jobs"]["linux"]["steps"]]
+    assert len(images) == 1 and f"docker build --tag {images.pop()} .github/manylinux" in commands
