@@ -41,10 +41,20 @@ def workflow(name):
 
 
 def test_kernels_are_built_with_the_mlx_that_is_installed(setup, pyproject):
-    installed = requirements(setup["options"]["install_requires"])["mlx"]
+    installed = requirements(setup["options.extras_require"]["cpu"])["mlx"]
     built = requirements("\n".join(pyproject["build-system"]["requires"]))["mlx"]
     assert re.fullmatch(r"==\d+(\.\d+)+", str(built.specifier)), "one version, not a range"
     assert installed.specifier == built.specifier
+
+
+def test_who_needs_no_kernels_is_bound_to_no_version(setup, pyproject):
+    """CUDA's users, Macs, and an environment with another package that wants a newer MLX."""
+    everywhere = requirements(setup["options"]["install_requires"])["mlx"]
+    built = requirements("\n".join(pyproject["build-system"]["requires"]))["mlx"]
+    version = str(built.specifier).removeprefix("==")
+    assert version in everywhere.specifier and "0.99" in everywhere.specifier
+    for extra in ("cuda12", "cuda13"):
+        assert not requirements(setup["options.extras_require"][extra])["mlx"].specifier
 
 
 def test_pythons(setup, pyproject):
