@@ -62,8 +62,8 @@ class AutoClass:
         return model_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
 
     @classmethod
-    def _class_for(cls, model_type: str, source: str) -> Any:
-        if model_type not in cls.models:
+    def _class_for(cls, model_type: Any, source: str) -> Any:
+        if not isinstance(model_type, str) or model_type not in cls.models:
             raise ValueError(
                 f"{source} has model_type {model_type!r}; {cls.__name__} knows {', '.join(map(repr, cls.models))}."
             )

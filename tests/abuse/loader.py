@@ -1,0 +1,33 @@
+"""Loads checkpoints one after the other, in a process that may die of one: `python -m tests.abuse.loader FOLDER ...`
+
+For each a line of JSON: {"folder", "outcome", "error", "logits"}. The outcome is "loaded", "refused" (by an error that is
+meant for a user) or "bug" (any other).
+"""
+
+import json
+import sys
+import traceback
+
+from mlx_esm_hf import MLXAutoModelForMaskedLM
+
+IDS = [[0, 20, 15, 32, 6, 7, 11, 4, 2]]
+MEANT_FOR_USERS = (OSError, ValueError)
+
+
+def attempt(folder):
+    try:
+        logits = MLXAutoModelForMaskedLM.from_pretrained(folder)(IDS, return_dict=True).logits
+        return {"outcome": "loaded", "logits": logits.tolist()}
+    except MEANT_FOR_USERS as error:
+        return {"outcome": "refused", "error": f"{type(error).__name__}: {error}"}
+    except RuntimeError as error:  # documented: parameters of another shape
+        if "Shapes differ" in str(error):
+            return {"outcome": "refused", "error": f"{type(error).__name__}: {error}"}
+        return {"outcome": "bug", "error": traceback.format_exc()}
+    except Exception:
+        return {"outcome": "bug", "error": traceback.format_exc()}
+
+
+if __name__ == "__main__":
+    for folder in sys.argv[1:]:
+        print(json.dumps({"folder": folder, **attempt(folder)}), flush=True)
