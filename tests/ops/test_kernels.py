@@ -19,8 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_esm_hf import MLXEsmConfig, MLXEsmModel
-from mlx_esm_hf.ops import kernels
+from mlx_esm_hf import MLXEsmConfig, MLXEsmModel, ops
+from mlx_esm_hf.ops import cpu, kernels
 from mlx_esm_hf.ops.layout import Layout
 
 native = kernels.native
@@ -634,6 +634,42 @@ def test_threads_at_once():
             assert np.array_equal(result, expected)
 
 
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("operands", "error"),
+    [("x, w", "std::bad_alloc"), ("column, column", "there is no memory for a result of 17592186044416 bytes")],
+    ids=["in the work", "for its result"],
+)
+def test_want_of_memory_is_an_error_and_leaves_the_queue_free(operands, error):
+    """It comes more often than there are places in the queue."""
+    process = python(f"""
+import resource
+from pathlib import Path
+import mlx.core as mx
+from mlx_esm_hf.ops.kernels import native
+
+mx.set_default_device(mx.cpu)
+x, w = mx.zeros((16, 1 << 21)), mx.zeros((1, 1 << 21))  # of which 128 MB are packed
+column, small = mx.zeros((1 << 21, 1)), mx.ones((4, 4))
+mx.eval(x, w, column, native.linear(small, small))
+size = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (int(size.split()[1]) * 1024 + (64 << 20), resource.RLIM_INFINITY))
+for _ in range(10):
+    try:
+        mx.eval(native.linear({operands}))
+    except RuntimeError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert mx.array_equal(native.linear(small, small), small @ small)
+assert mx.array_equal(native.linear(x, w), mx.zeros((16, 1)))
+""")
+    assert process.returncode == 0, process.stderr
+    errors = process.stdout.splitlines()
+    assert len(errors) == 10 and all(error in line for line in errors), errors
+
+
 # Arguments
 
 
@@ -696,6 +732,33 @@ x34, x4, w54, q = mx.zeros((3, 4)), mx.zeros((4,)), mx.zeros((5, 4)), mx.zeros((
 def test_wrong_arguments(call):
     with pytest.raises(ValueError):
         call()
+
+
+# As the backend of `ops`
+
+
+def test_a_batch_through_ops(monkeypatch):
+    """What `ops` hands on, mask, angles and bias of a padded batch, arrives: the same as on MLX's operations."""
+    B, L, H, d = 3, 17, 4, 8
+    query, key, value = (mx.array(numbers(B, L, H * d, seed=i)) for i in range(3))
+    angles, bias = mx.array(numbers(B, L, d // 2, seed=3)), mx.array(numbers(B, H, L, L, seed=4))
+    layout = ops.Layout((B, L), mx.array(np.random.default_rng(5).random((B, L)) < 0.7))
+    learned = (mx.array(numbers(1, 1, H * d, seed=6)), mx.array(numbers(1, 1, H * d, seed=7)))
+    weight, row = mx.array(numbers(9, H * d, seed=8)), mx.array(numbers(H * d, seed=9))
+    residual = mx.array(numbers(B, L, 9, seed=10))
+    calls = [
+        lambda: ops.attention(query, key, value, H, layout, (mx.cos(angles), mx.sin(angles)), None, bias),
+        lambda: ops.attention(query, key, value, H, layout, None, learned),
+        lambda: ops.linear(query, weight, None, residual, "relu"),
+        lambda: ops.linear(query, weight, row[:9], residual, "gelu"),
+        lambda: ops.layer_norm(query, row, None, EPS),
+        lambda: ops.layer_norm(query, row, row, EPS),
+    ]
+    for call in calls:
+        monkeypatch.setattr(ops, "_backend", lambda *arrays: kernels)
+        ours = call()
+        monkeypatch.setattr(ops, "_backend", lambda *arrays: cpu)
+        assert norm(ours - call()) <= 1e-5
 
 
 # Packed batches
