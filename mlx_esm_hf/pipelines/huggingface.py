@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmModel
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
+from mlx_esm_hf.models.auto import MLXAutoModel, MLXAutoModelForMaskedLM
+from mlx_esm_hf.pipelines.protein_model import load_network
 
 
 def pipeline(
@@ -32,18 +33,17 @@ def pipeline(
     """
     if task not in TASKS:
         raise KeyError(f"Unknown task {task}, available tasks are {sorted(TASKS)}")
-    cls, network = TASKS[task]
-    loaded: Any = model
+    cls, auto_class = TASKS[task]
     if isinstance(model, MLXPreTrainedModel):
         if tokenizer is None:
             raise ValueError("A model that is given as an object needs its tokenizer: pipeline(..., tokenizer=...).")
+        network = model
     else:
         tokenizer = tokenizer or model
-        options = {} if network is MLXEsmForMaskedLM else {"add_pooling_layer": False}
-        loaded = network.from_pretrained(model, **options, **loading)
+        network = load_network(auto_class, model, **loading)
     if isinstance(tokenizer, str):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=loading.get("revision", "main"))
-    return cls(loaded.eval(), tokenizer)
+    return cls(network.eval(), tokenizer)
 
 
 class FillMaskPipeline:
@@ -161,6 +161,6 @@ class FeatureExtractionPipeline:
 
 
 TASKS: dict[str, tuple[Any, Any]] = {
-    "fill-mask": (FillMaskPipeline, MLXEsmForMaskedLM),
-    "feature-extraction": (FeatureExtractionPipeline, MLXEsmModel),
+    "fill-mask": (FillMaskPipeline, MLXAutoModelForMaskedLM),
+    "feature-extraction": (FeatureExtractionPipeline, MLXAutoModel),
 }
