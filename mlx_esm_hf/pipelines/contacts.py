@@ -19,7 +19,7 @@ from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs.formats import write_npz
 from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
-from mlx_esm_hf.runs.outputs import check_output, check_picture, check_writable
+from mlx_esm_hf.runs.outputs import check_outputs, check_picture
 from mlx_esm_hf.runs.run import Run
 
 SEPARATION = 6  # residues between the partners of a contact, at least (Rao et al. 2020, 3.1)
@@ -57,7 +57,7 @@ def contacts(
         See `embed`; the array is `contacts`, [residues, residues].
     """
     _check_others(output, top, picture, structure, chain)
-    check_output(output, FORMATS)
+    check_outputs(output, FORMATS, picture, top)
     protein = None if picture is None else _only_protein(proteins, output, aligned)
     known = None if protein is None or structure is None else known_contacts(structure, protein.sequence, chain)
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
@@ -94,14 +94,11 @@ def _check_others(output: Any, top: Any, picture: Any, structure: Any, chain: st
         raise ValueError("A chain is one of a structure: which?")
     if structure is not None and picture is None:
         raise ValueError("A structure is for the picture: where should that go?")
-    if top is not None:
-        check_writable(top)
-        if output is None or Path(output).suffix != ".npz":
-            raise ValueError(
-                "A list of top contacts beside the output needs an .npz output; --output TOP.csv writes it alone."
-            )
-    if picture is not None:
-        check_picture(picture)
+    if top is not None and (output is None or Path(output).suffix != ".npz"):
+        raise ValueError(
+            "A list of top contacts beside the output needs an .npz output; --output TOP.csv writes it alone."
+        )
+    check_picture(picture)
 
 
 def _only_protein(proteins: Source, output: str | os.PathLike[str] | None, aligned: bool) -> Protein:

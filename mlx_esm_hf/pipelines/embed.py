@@ -17,7 +17,7 @@ from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs import formats
 from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
-from mlx_esm_hf.runs.outputs import check_output
+from mlx_esm_hf.runs.outputs import check_outputs
 
 POOLINGS = ("mean", "cls", "max", "residues")
 FORMATS: dict[str, WriteRun | None] = {
@@ -65,7 +65,7 @@ def embed(
         raise ValueError(f"pooling {', '.join(unknown)}: choose from {', '.join(POOLINGS)}.")
     if not layers or not pooling:
         raise ValueError("There is nothing to compute without a layer and a pooling.")
-    check_output(output, FORMATS)
+    check_outputs(output, FORMATS)
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
     config = protein_model.network.config
     resolved = resolve_layers(layers, config.num_hidden_layers)

@@ -15,7 +15,7 @@ from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.pipelines.protein_job import ProteinJob
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
-from mlx_esm_hf.runs.outputs import check_output
+from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import Run
 
 
@@ -42,7 +42,7 @@ def fill_mask(
     """
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: at least one proposal is needed.")
-    check_output(output, ("", ".csv"))
+    check_outputs(output, ("", ".csv"))
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
     vocabulary = protein_model.vocabulary
     kept = min(top_k, protein_model.network.config.vocab_size)

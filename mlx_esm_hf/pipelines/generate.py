@@ -17,7 +17,7 @@ from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.pipelines.protein_job import ProteinJob
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
-from mlx_esm_hf.runs.outputs import check_output
+from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import Run
 
 ORDERS = ("confidence", "left-to-right", "gibbs")
@@ -110,7 +110,7 @@ def generate(
         raise ValueError("samples and length must be 1 at least, and sweeps must not be negative.")
     sampling = Sampling(temperature, top_k, top_p)
     kept = None if fixed is None else parse_positions(fixed)
-    check_output(output, ("", ".fasta", ".fa"))
+    check_outputs(output, ("", ".fasta", ".fa"))
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
 
     def free(ids: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun, one_pass_work
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs.formats import write_csv
 from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
-from mlx_esm_hf.runs.outputs import check_output
+from mlx_esm_hf.runs.outputs import check_outputs
 
 METHODS = ("exact", "one-pass")
 FORMATS: dict[str, WriteRun | None] = {"": None, ".csv": write_csv}
@@ -48,7 +48,7 @@ def perplexity(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")
-    check_output(output, FORMATS)
+    check_outputs(output, FORMATS)
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
 
     def compute(items: Sequence[Item]) -> list[Arrays]:

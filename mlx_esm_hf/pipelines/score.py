@@ -18,8 +18,9 @@ from mlx_esm_hf.pipelines.mutations import Substitution, parse, read_table, sugg
 from mlx_esm_hf.pipelines.protein_job import CHUNK_BATCHES
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs import ranks
+from mlx_esm_hf.runs.files import Write
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress, stream
-from mlx_esm_hf.runs.outputs import Write, check_output, check_picture, shards_of, write_files
+from mlx_esm_hf.runs.outputs import check_outputs, check_picture, shards_of, write_files, write_new
 from mlx_esm_hf.runs.run import compute_run
 
 Mutant = list[Substitution]
@@ -80,9 +81,8 @@ def score(
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")
     if picture is not None and mutants is not None:
         raise ValueError("A heat map is of all mutations: leave out the list of mutants.")
-    if picture is not None:
-        check_picture(picture)
-    check_output(output, [".csv"])
+    check_picture(picture)
+    check_outputs(output, [".csv"], picture)
     wild_type = read_wild_type(sequence)
     columns, rows = _table(mutants, mutant_column, wild_type, first_residue)
     parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
@@ -107,11 +107,11 @@ def score(
             if all(name in row for name in names):
                 row["mean"] = float(np.mean([row[name] for name in names]))
     scores = Scores(columns, rows, [*left_out, *unread.values()])
-    _write(scores, output, shards, picture, mutant_column)
+    _write_all(scores, output, shards, picture, mutant_column)
     return scores
 
 
-def _write(
+def _write_all(
     scores: Scores,
     output: str | os.PathLike[str] | None,
     shards: Path | None,
@@ -125,8 +125,9 @@ def _write(
         files[Path(output)] = lambda path: write_table(path, scores.columns, scores.rows)
     if shards is not None:
         ranks.on_first(lambda: write_files(files, shards))
-    elif picture is not None:
-        heat_map(scores, picture, mutant_column)
+    else:
+        for path, write in files.items():
+            write_new(path, write)
 
 
 def _score(

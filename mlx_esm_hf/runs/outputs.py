@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_esm_hf.runs.files import Write, part_of, place, remove_parts, replace_file, to_disk
 from mlx_esm_hf.runs.run import MANIFEST, read_manifest
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -19,42 +21,63 @@ LIBRARIES = {
     **dict.fromkeys(PICTURES, ("matplotlib", "plots")),
 }
 
-Write = Callable[[Path], None]
+WRITTEN = "written.json"  # beside the shards: which of the files are there, and how to know them
 
 
-def check_output(output: str | os.PathLike[str] | None, suffixes: Iterable[str]) -> None:
-    """Refuse an output that cannot be written, before a model is loaded for it.
+def check_outputs(
+    output: str | os.PathLike[str] | None, suffixes: Iterable[str], *others: str | os.PathLike[str] | None
+) -> None:
+    """Refuse outputs that cannot be written, before a model is loaded for them.
 
     Args:
-        output: None, there is none.
-        suffixes: of the formats that the command has; "" is a folder of shards.
+        output: a file, or a folder of shards; None, there is none.
+        suffixes: of the formats that the command has for it; "" is a folder of shards.
+        others: files to be written beside it.
 
     Raises:
-        ValueError: no format has this suffix, its library is not installed, its folder is missing, or it is there.
+        ValueError: no format has this suffix, a library is not installed, a folder is missing, or a file is there.
     """
-    if output is None:
-        return
-    path = Path(output)
-    if path.suffix not in suffixes:
-        known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
-        raise ValueError(f"{output}: the formats of this command are told by the suffixes {known}.")
-    check_writable(path)
-    shards = shards_of(path)
-    if path.suffix and path.exists():
-        if not shards.exists():
-            raise ValueError(f"{output} is there already: choose another output, or remove it.")
-        if (shards / MANIFEST).exists() and "shards" not in read_manifest(shards):
-            raise ValueError(f"{output} is there already, and {shards} is not done: move the file away, then go on.")
+    paths = [Path(other) for other in others if other is not None]
+    if output is not None:
+        path = Path(output)
+        if path.suffix not in suffixes:
+            known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
+            raise ValueError(f"{output}: the formats of this command are told by the suffixes {known}.")
+        check_writable(path)
+        if path.suffix:
+            paths.append(path)
+    for path in paths:
+        check_writable(path)
+        if paths.count(path) > 1:
+            raise ValueError(f"{path} is to be written twice: choose another name for one of the files.")
+    refuse_existing(paths, None if output is None else shards_of(output))
 
 
-def check_picture(path: str | os.PathLike[str]) -> None:
+def refuse_existing(paths: Iterable[Path], shards: Path | None) -> None:
+    """Nothing that is there is ever written over.
+
+    Args:
+        paths: of files that are to be made.
+        shards: of which they are made; files that were made of them before are no others.
+
+    Raises:
+        ValueError: there is another file, or anything else, under one of the names.
+    """
+    written = {} if shards is None else read_written(shards)
+    for path in paths:
+        if os.path.lexists(path) and not is_written(path, written):
+            if shards is not None and shards.exists():
+                raise ValueError(f"{path} is there already, and {shards} is not done: move the file away, then go on.")
+            raise ValueError(f"{path} is there already: choose another output, or remove it.")
+
+
+def check_picture(path: str | os.PathLike[str] | None) -> None:
     """
     Raises:
         ValueError: a picture of this suffix cannot be drawn.
     """
-    if os.path.splitext(path)[1] not in PICTURES:
+    if path is not None and os.path.splitext(path)[1] not in PICTURES:
         raise ValueError(f"{os.fspath(path)}: pictures are told by the suffixes {', '.join(PICTURES)}.")
-    check_writable(path)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -86,28 +109,65 @@ def earlier_settings(output: str | os.PathLike[str] | None) -> dict[str, Any]:
 
 
 def write_files(files: Mapping[Path, Write], shards: Path) -> None:
-    """Let each function make its file, then remove the shards that they were made from.
+    """Let each function make its file, if it did not before the run was stopped, then remove the shards.
 
-    Args:
-        files: what makes each of them. The last one is written last; if it is there, the run was stopped between this
-            and the removal of the shards.
+    Raises:
+        ValueError: something else is there by now.
+        OSError: a file cannot be written.
     """
-    if not list(files)[-1].exists():
-        for path, write in files.items():
-            write_whole(path, write)
+    written = read_written(shards)
+
+    def remember(path: Path, part: Path) -> None:
+        written[os.path.abspath(path)] = identity(part)
+        replace_file(shards / WRITTEN, json.dumps(written).encode())
+
+    for path, write in files.items():
+        if not is_written(path, written):
+            write_new(path, write, remember)
     discard(shards)
 
 
-def write_whole(path: Path, write: Write) -> None:
-    """Let a function make a file, which is then there as a whole, on the disk, or not at all."""
-    part = path.with_name(f"{path.name}.part{path.suffix}")
+def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] | None = None) -> None:
+    """Let a function make a file where there is none.
+
+    Args:
+        remember: is told the path and the file that will get this name, before it gets it.
+
+    Raises:
+        ValueError: something is there by now.
+        OSError: the file cannot be written.
+    """
+    remove_parts(path)
     try:
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with part_of(path) as part:
+            write(part)
+            to_disk(part)
+            if remember is not None:
+                remember(path, part)
+            place(part, path)
+    except FileExistsError:
+        raise ValueError(f"{path} is there already, since the work began: move it away, then go on.") from None
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error}). The same command goes on from there.") from error
+
+
+def read_written(shards: Path) -> dict[str, list[int]]:
+    """{path: identity} of the files that were made of these shards."""
+    try:
+        return json.loads((shards / WRITTEN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def is_written(path: Path, written: Mapping[str, list[int]]) -> bool:
+    """Whether the file that is there is the one that was written."""
+    return path.exists() and identity(path) == written.get(os.path.abspath(path))
+
+
+def identity(path: Path) -> list[int]:
+    """What stays with a file when it is renamed, and is that of no other."""
+    found = path.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def discard(folder: Path) -> None:

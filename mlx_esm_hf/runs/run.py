@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_esm_hf.runs import ranks
+from mlx_esm_hf.runs.files import replace_file
 from mlx_esm_hf.runs.job import Chunk, Job, OnProgress, Progress, Result, chunks
 from mlx_esm_hf.runs.shards import read_shard, shard_bytes, shard_items, shard_name
 
@@ -90,7 +91,7 @@ class Run:
             self.manifest = before
             return
         if self.folder.exists() and (
-            not self.folder.is_dir() or any(not name.endswith(".part") for name in os.listdir(self.folder))
+            not self.folder.is_dir() or any(".part" not in name for name in os.listdir(self.folder))
         ):
             raise ValueError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,18 +141,7 @@ class Run:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file into the folder, which is then there as a whole, on the disk, or not at all."""
-        part = self.folder / f"{name}.part"
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.folder / name)
-        except OSError as error:
-            raise OSError(
-                f"{self.folder / name} cannot be written ({error.strerror}). What was done before is whole; the same "
-                "command goes on from there."
-            ) from error
+        replace_file(self.folder / name, data)
 
     def _write_manifest(self) -> None:
         self.write(MANIFEST, json.dumps(self.manifest, indent=1).encode())

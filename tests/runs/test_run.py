@@ -19,7 +19,8 @@ from mlx_esm_hf.runs.job import Item, Job, chunks, no_progress
 from mlx_esm_hf.runs.run import Run, compute_run, read_manifest
 from tests.pipelines.models import UBIQUITIN, write_model
 
-COMMAND = [sys.executable, "-m", "mlx_esm_hf.cli"]
+# Without torch, which transformers would import: that takes seconds each time.
+COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from mlx_esm_hf.cli import app; app()"]
 
 
 @pytest.fixture(scope="module")
