@@ -16,7 +16,7 @@ from mlx_esm_hf.data.proteins import STDIN, Protein, Report, Source, is_stdin, r
 from mlx_esm_hf.pipelines.protein_model import ProteinModel
 from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, stream
-from mlx_esm_hf.runs.outputs import shards_of, write_files
+from mlx_esm_hf.runs.outputs import claimed, shards_of, write_files
 from mlx_esm_hf.runs.run import Run, compute_run
 
 CHUNK_BATCHES = 16  # of a chunk: enough to order by length
@@ -99,13 +99,14 @@ class ProteinJob:
         report = Report(self.strict)
         job = self._job(source, self.input or describe(source), report, total)
         writer = formats[output.suffix]
-        if writer is None:
-            compute_run(job, output, on_progress)
-            return report
-        run = compute_run(job, shards_of(output), on_progress)
-        writers = {**(others or {}), output: writer}
-        files = {path: writing(write, run) for path, write in writers.items()}
-        ranks.on_first(lambda: write_files(files, run.folder))
+        others = others or {}
+        with claimed(output, others):
+            if writer is None:
+                compute_run(job, output, on_progress)
+                return report
+            run = compute_run(job, shards_of(output), on_progress)
+            files = {path: writing(write, run) for path, write in {**others, output: writer}.items()}
+            ranks.on_first(lambda: write_files(files, run.folder))
         return report
 
     def _job(self, source: Source, input: dict[str, str], report: Report, total: int | None) -> Job:

@@ -20,7 +20,7 @@ from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.files import Write
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress, stream
-from mlx_esm_hf.runs.outputs import check_outputs, check_picture, shards_of, write_files, write_new
+from mlx_esm_hf.runs.outputs import check_outputs, check_picture, claimed, shards_of, write_files, write_new
 from mlx_esm_hf.runs.run import compute_run
 
 Mutant = list[Substitution]
@@ -92,23 +92,39 @@ def score(
     columns += [*names, "mean"] if len(names) > 1 else names
     if repeated := [name for name in columns if columns.count(name) > 1]:
         raise ValueError(f"Two columns would be called {repeated[0]!r}.")
-    shards = None if output is None else shards_of(output)
+    scores = Scores(columns, rows, left_out)
+    with claimed(None if output is None else Path(output), [] if picture is None else [Path(picture)]):
+        shards = None if output is None else shards_of(output)
+        _fill(scores, dict(zip(names, models, strict=True)), wild_type, parsed, method, shards, loading, progress)
+        _write_all(scores, output, shards, picture, mutant_column)
+    return scores
+
+
+def _fill(
+    scores: Scores,
+    models: dict[str, str | ProteinModel],
+    wild_type: str,
+    mutants: dict[int, Mutant],
+    method: str,
+    shards: Path | None,
+    loading: dict[str, Any],
+    on_progress: OnProgress,
+) -> None:
+    """Put the scores of each model into its column, one model after the other, and their mean."""
     unread: dict[int, str] = {}
-    for number, (name, one) in enumerate(zip(names, models, strict=True), 1):
+    for number, (name, model) in enumerate(models.items(), 1):
         gc.collect()  # the model before: one whose parts refer to it does not go by itself
         folder = None if shards is None else shards / str(number)
-        values, length = _score(one, wild_type, parsed, method, folder, loading, progress)
-        beyond = [i for i, mutant in parsed.items() if any(s.position >= length for s in mutant)]
+        values, length = _score(model, wild_type, mutants, method, folder, loading, on_progress)
+        beyond = [i for i, mutant in mutants.items() if any(s.position >= length for s in mutant)]
         unread |= {i: f"row {i + 1}: {name} reads {length} residues." for i in beyond}
         for index, value in values.items():
-            rows[index][name] = value
-    if len(names) > 1:
-        for row in rows:
-            if all(name in row for name in names):
-                row["mean"] = float(np.mean([row[name] for name in names]))
-    scores = Scores(columns, rows, [*left_out, *unread.values()])
-    _write_all(scores, output, shards, picture, mutant_column)
-    return scores
+            scores.rows[index][name] = value
+    scores.left_out.extend(unread.values())
+    if len(models) > 1:
+        for row in scores.rows:
+            if all(name in row for name in models):
+                row["mean"] = float(np.mean([row[name] for name in models]))
 
 
 def _write_all(

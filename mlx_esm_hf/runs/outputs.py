@@ -6,11 +6,14 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.files import Write, part_of, place, remove_parts, replace_file, to_disk
+from mlx_esm_hf.runs.lock import locked
 from mlx_esm_hf.runs.run import MANIFEST, read_manifest
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -69,6 +72,22 @@ def refuse_existing(paths: Iterable[Path], shards: Path | None) -> None:
             if shards is not None and shards.exists():
                 raise ValueError(f"{path} is there already, and {shards} is not done: move the file away, then go on.")
             raise ValueError(f"{path} is there already: choose another output, or remove it.")
+
+
+@contextmanager
+def claimed(output: Path | None, others: Iterable[Path] = ()) -> Iterator[None]:
+    """While these files are made, or this folder of shards, by this process and no other.
+
+    Raises:
+        ValueError: another process makes them, or has just made them.
+    """
+    if output is None:
+        yield
+        return
+    paths = [*others, output] if output.suffix else []
+    with locked(output):
+        ranks.on_first(lambda: refuse_existing(paths, shards_of(output)))
+        yield
 
 
 def check_picture(path: str | os.PathLike[str] | None) -> None:
