@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_esm_hf import MLXEsmModel
+from mlx_esm_hf import MLXAutoModel
 from mlx_esm_hf.pipelines import embed, load
-from mlx_esm_hf.runs.run import Item, Run, chunks
+from mlx_esm_hf.runs.job import Item, Job, chunks, no_progress
+from mlx_esm_hf.runs.run import Run, compute_run, read_manifest
 from tests.pipelines.models import UBIQUITIN, write_model
 
-COMMAND = [sys.executable, "-m", "mlx_esm_hf.cli"]
+# Without torch, which transformers would import: that takes seconds each time.
+COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from mlx_esm_hf.cli import app; app()"]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_what_was_done_is_not_done_again(fasta, folder, whole):
 
 def test_batches_of_a_stopped_run_are_kept(fasta, folder, whole, tmp_path):
     """`--batch-tokens auto` depends on the memory that is free, so the manifest's number counts."""
-    assert load(MLXEsmModel, folder, output=whole).batch_tokens == 256
+    assert load(MLXAutoModel, folder, output=whole).batch_tokens == 256
 
 
 def test_standard_input_streams_and_does_not_resume(folder, tmp_path):
@@ -163,36 +165,41 @@ def test_a_folder_that_cannot_be_written(fasta, folder, tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_a_full_disk_keeps_what_was_done(fasta, folder, tmp_path, monkeypatch):
-    run, items = Run(tmp_path / "out", "embed", {}, {"name": "x", "sha256": "y"}), [item(i) for i in range(6)]
-    fsync, calls = os.fsync, []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-
-    def compute(items):
-        return [{"x": np.arange(3)} for _ in items]
-
-    with pytest.raises(OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*goes on"):
-        run.compute(items, 1, compute)
-    assert [record.number for record in run.records()] == [0, 1]
-    monkeypatch.undo()
-    Run(tmp_path / "out", "embed", {}, {"name": "x", "sha256": "y"}).compute(items, 1, compute)
-    assert [record.number for record in run.records()] == list(range(6))
-
-
 def item(number):
     return Item(number, str(number), None, 10, 16, 8)
 
 
+def small_job(count=6):
+    """A shard for each of some items."""
+
+    def compute(items):
+        return [{"x": np.arange(3)} for _ in items]
+
+    return Job("test", {}, {"name": "x", "sha256": "y"}, lambda: map(item, range(count)), compute, chunk_work=16)
+
+
+def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 4:  # after the manifest and two shards
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*goes on"):
+        compute_run(small_job(), tmp_path / "out", no_progress)
+    run = Run(tmp_path / "out", read_manifest(tmp_path / "out"))
+    assert not run.finished and [result.number for result in run.results()] == [0, 1]
+    monkeypatch.undo()
+    run = compute_run(small_job(), tmp_path / "out", no_progress)
+    assert run.finished and [result.number for result in run.results()] == list(range(6))
+
+
 def test_chunks_follow_from_the_items():
     items = [item(i) for i in range(10)]
-    assert [[i.number for i in chunk.items] for chunk in chunks(items, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [[i.number for i in chunk.items] for chunk in chunks(items, 64)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     large = [Item(i, "", None, 1, 1, 1 << 27) for i in range(5)]
     assert [len(chunk.items) for chunk in chunks(large, 1000)] == [2, 2, 1]
 
@@ -238,12 +245,14 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_esm_hf.runs.job.discard", kill)
+        patch.setattr("mlx_esm_hf.runs.outputs.discard", kill)
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     written = output.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_esm_hf.runs.run.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or kill())
+        patch.setattr(
+            "mlx_esm_hf.runs.outputs.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or kill()
+        )
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     assert output.read_bytes() == written
@@ -271,17 +280,16 @@ def stop(*arguments):
 def test_a_lost_or_damaged_shard_is_missed(fasta, folder, tmp_path):
     output = tmp_path / "out"
     embed(fasta, folder, output, batch_tokens=256)
-    run = Run.__new__(Run)
-    run.folder, run.manifest = output, json.loads((output / "manifest.json").read_text())
-    assert len(list(run.records())) == 299
+    run = Run(output, read_manifest(output))
+    assert len(list(run.results())) == 299
     shard = sorted(output.glob("shard-*"))[2]
     data = shard.read_bytes()
     shard.write_bytes(data[:100])
     with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged"):
-        list(run.records())
+        list(run.results())
     shard.unlink()
     with pytest.raises(ValueError, match="of its"):
-        list(run.records())
+        list(run.results())
 
 
 MEASURE = """
