@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from mlx_esm_hf.pipelines.protein_model import ProteinModel
 from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, stream
 from mlx_esm_hf.runs.outputs import claimed, shards_of, write_files
-from mlx_esm_hf.runs.run import Run, compute_run
+from mlx_esm_hf.runs.run import Run, compute_run, sha256_of
 
 CHUNK_BATCHES = 16  # of a chunk: enough to order by length
 
@@ -178,11 +177,7 @@ def describe(source: Source) -> dict[str, str]:
         return {"name": STDIN}
     if not isinstance(source, (str, os.PathLike)):
         return {"name": "Python"}
-    digest = hashlib.sha256()
-    with open(source, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"name": os.path.basename(source), "sha256": digest.hexdigest()}
+    return {"name": os.path.basename(source), "sha256": sha256_of(source)}
 
 
 def writing(write: WriteRun, run: Run) -> Callable[[Path], None]:

@@ -1,8 +1,8 @@
 """Runs: jobs whose results are written while they are computed, and that are taken up where they stopped.
 
 Chunks follow from the input and the settings alone. Each becomes one shard, a file that is there as a whole or not at
-all; a run that is started again computes the shards that are missing. The manifest says what the shards were computed
-with, and a run with other settings is refused.
+all, with a checksum. A run that is started again, finished or not, computes the shards that are missing or damaged. The
+manifest says what the shards were computed with, and a run with other settings is refused.
 
 Several ranks take turns at the chunks; the first one is given the shards of all and writes them.
 """
@@ -10,20 +10,23 @@ Several ranks take turns at the chunks; the first one is given the shards of all
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
 from mlx_esm_hf.runs import ranks
-from mlx_esm_hf.runs.files import replace_file
+from mlx_esm_hf.runs.files import GO_ON, replace_file
 from mlx_esm_hf.runs.job import Chunk, Job, OnProgress, Progress, Result, chunks
 from mlx_esm_hf.runs.shards import read_shard, shard_bytes, shard_items, shard_name
 
 MANIFEST, INDEX = "manifest.json", "index.csv"
+CHECKSUMS = "checksums.txt"  # as sha256sum has them, which can check them: sha256sum -c checksums.txt
 
 
 def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
@@ -53,7 +56,7 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
             data = shard_bytes(chunk, job.compute(chunk.items))
         for chunk, shard in zip(turn, ranks.gather(data), strict=False):
             if shard and ranks.rank() == 0:
-                run.write(shard_name(chunk.number), shard)
+                run.add(shard_name(chunk.number), shard)
         on_progress(Progress(residues(turn), residues(compress(turn, missing)), job.total))
     ranks.on_first(lambda: run.finish(items, shards, job.left_out))
     return run
@@ -74,6 +77,7 @@ class Run:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder = folder
         self.manifest = json.loads(json.dumps(manifest))
+        self.checksums: dict[str, str] = {}
 
     @property
     def finished(self) -> bool:
@@ -89,6 +93,12 @@ class Run:
             before = read_manifest(self.folder)
             self._refuse_another(before)
             self.manifest = before
+            self.checksums = read_checksums(self.folder / CHECKSUMS)
+            if self.finished and not self._intact():
+                for key in ("items", "shards", "left_out"):
+                    del self.manifest[key]
+            if not self.finished:
+                self._write_checksums()  # without what a kill cut off
             return
         if self.folder.exists() and (
             not self.folder.is_dir() or any(".part" not in name for name in os.listdir(self.folder))
@@ -117,51 +127,86 @@ class Run:
             )
 
     def has(self, chunk: Chunk) -> bool:
-        """Whether the shard of a chunk is there."""
-        return (self.folder / shard_name(chunk.number)).exists()
+        """Whether the shard of a chunk is there, as it was written."""
+        return self._is_intact(shard_name(chunk.number))
+
+    def _is_intact(self, name: str) -> bool:
+        path = self.folder / name
+        return name in self.checksums and path.is_file() and sha256_of(path) == self.checksums[name]
+
+    def _intact(self) -> bool:
+        """Whether all of a finished run is there."""
+        names = [INDEX, *(path.name for path in self.shards())]
+        return self.checksums.keys() == set(names) and all(self._is_intact(name) for name in names)
 
     def shards(self) -> list[Path]:
-        """The shards that are there, in order."""
-        return sorted(self.folder.glob("shard-*.safetensors"))
+        """The shards of a finished run, in order."""
+        return [self.folder / shard_name(number) for number in range(self.manifest["shards"])]
 
     def results(self) -> Iterator[Result]:
-        """The results in order, of the shards that are there.
+        """The results of a finished run, in order.
 
         Raises:
-            ValueError: a shard is damaged, or one of a finished run is missing.
+            ValueError: a shard is damaged or missing.
         """
-        shards = self.shards()
-        if self.finished and len(shards) != self.manifest["shards"]:
-            raise ValueError(
-                f"{self.folder} has {len(shards)} of its {self.manifest['shards']} shards: remove it, and compute it "
-                "again."
-            )
-        for path in shards:
+        for path in self.shards():
             yield from read_shard(path)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file into the folder, which is then there as a whole, on the disk, or not at all."""
+    def add(self, name: str, data: bytes) -> None:
+        """Write a file into the folder, and its checksum."""
         replace_file(self.folder / name, data)
+        self.checksums[name] = hashlib.sha256(data).hexdigest()
+        path = self.folder / CHECKSUMS
+        try:
+            with open(path, "a", encoding="ascii") as file:
+                file.write(f"{self.checksums[name]}  {name}\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error.strerror}). {GO_ON}") from error
+
+    def _write_checksums(self) -> None:
+        lines = [f"{checksum}  {name}\n" for name, checksum in sorted(self.checksums.items())]
+        replace_file(self.folder / CHECKSUMS, "".join(lines).encode())
 
     def _write_manifest(self) -> None:
-        self.write(MANIFEST, json.dumps(self.manifest, indent=1).encode())
+        replace_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
 
     def finish(self, items: int, shards: int, left_out: list[str]) -> None:
-        """Write the index, and into the manifest that all is there.
+        """Write the index and the checksums, and into the manifest that all is there.
 
         Raises:
             ValueError: there were no items.
         """
         if not items:
             raise ValueError("\n".join(["There is nothing to compute.", *left_out]))
+        self.manifest |= {"items": items, "shards": shards, "left_out": left_out}
         table = io.StringIO()
         rows = csv.writer(table)
         rows.writerow(["number", "id", "length", "shard"])
         for path in self.shards():
             rows.writerows([number, id, length, path.name] for number, id, length in shard_items(path))
-        self.write(INDEX, table.getvalue().encode())
-        self.manifest |= {"items": items, "shards": shards, "left_out": left_out}
+        self.add(INDEX, table.getvalue().encode())
+        self._write_checksums()
         self._write_manifest()
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """{name: checksum}, of the last line for each name; lines that are none, such as one that a kill cut off, do not
+    count."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="ascii", errors="replace").split("\n")
+    return {match[2]: match[1] for line in lines if (match := re.fullmatch(r"([0-9a-f]{64})  (\S+)", line))}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def read_shard(path: Path) -> Iterator[Result]:
     """The results in a shard.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged or missing.
     """
     with _opened(path) as file:
         names: dict[int, list[str]] = {}
@@ -53,5 +53,5 @@ def shard_items(path: Path) -> list[tuple[int, str, int]]:
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it; the same command computes it again.") from error
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is damaged or missing ({error}); the same command computes it again.") from error

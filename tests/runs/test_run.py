@@ -183,17 +183,19 @@ def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 4:  # after the manifest and two shards
+        if len(calls) == 6:  # after the manifest and two shards with their checksums
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*goes on"):
         compute_run(small_job(), tmp_path / "out", no_progress)
-    run = Run(tmp_path / "out", read_manifest(tmp_path / "out"))
-    assert not run.finished and [result.number for result in run.results()] == [0, 1]
+    assert not Run(tmp_path / "out", read_manifest(tmp_path / "out")).finished
+    assert len(digests(tmp_path / "out")) == 2
     monkeypatch.undo()
-    run = compute_run(small_job(), tmp_path / "out", no_progress)
+    computed = []
+    run = compute_run(small_job(), tmp_path / "out", computed.append)
+    assert [progress.computed for progress in computed] == [0, 0, 10, 10, 10, 10]
     assert run.finished and [result.number for result in run.results()] == list(range(6))
 
 
@@ -277,18 +279,83 @@ def stop(*arguments):
     raise KeyboardInterrupt
 
 
-def test_a_lost_or_damaged_shard_is_missed(fasta, folder, tmp_path):
-    output = tmp_path / "out"
-    embed(fasta, folder, output, batch_tokens=256)
-    run = Run(output, read_manifest(output))
-    assert len(list(run.results())) == 299
-    shard = sorted(output.glob("shard-*"))[2]
-    data = shard.read_bytes()
-    shard.write_bytes(data[:100])
-    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged"):
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def flip(path):
+    """A bit of the last number: the file opens as if nothing were wrong."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {"deleted": Path.unlink, "cut": cut, "a bit flipped": flip}
+
+
+@pytest.mark.parametrize("name", ["shard-00000002.safetensors", "index.csv", "checksums.txt"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_finished_run_is_looked_at_again(name, damage, tmp_path):
+    """What is missing or damaged is computed anew, and nothing else."""
+    folder = tmp_path / "out"
+    compute_run(small_job(), folder, no_progress)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder / name)
+    assert (folder / name).exists() is (damage is not Path.unlink)
+    told = []
+    run = compute_run(small_job(), folder, told.append)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [result.number for result in run.results()] == list(range(6))
+    computed = sum(progress.computed for progress in told)
+    if name.startswith("shard"):
+        assert computed == 10
+    elif name == "index.csv":
+        assert computed == 0
+    again = []
+    compute_run(small_job(), folder, again.append)
+    assert again == []
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_shard_of_a_stopped_run_is_looked_at_again(damage, tmp_path):
+    folder, whole = tmp_path / "out", tmp_path / "whole"
+    job = small_job()
+
+    def stop_at_four(items):
+        if items[0].number == 4:
+            raise KeyboardInterrupt
+        return small_job().compute(items)
+
+    job.compute = stop_at_four
+    with pytest.raises(KeyboardInterrupt):
+        compute_run(job, folder, no_progress)
+    assert len(digests(folder)) == 4
+    damage(folder / "shard-00000001.safetensors")
+    told = []
+    compute_run(small_job(), folder, told.append)
+    assert [progress.computed for progress in told] == [0, 10, 0, 0, 10, 10]
+    compute_run(small_job(), whole, no_progress)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path):
+    compute_run(small_job(), tmp_path / "out", no_progress)
+    lines = (tmp_path / "out" / "checksums.txt").read_text().splitlines()
+    named = dict(reversed(line.split("  ")) for line in lines)
+    files = {path.name for path in (tmp_path / "out").iterdir()} - {"checksums.txt", "manifest.json"}
+    assert named.keys() == files
+    for name, checksum in named.items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == checksum
+
+
+def test_a_shard_that_is_lost_while_it_is_read(tmp_path):
+    run = compute_run(small_job(), tmp_path / "out", no_progress)
+    shard = tmp_path / "out" / "shard-00000002.safetensors"
+    cut(shard)
+    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged or missing.*computes it again"):
         list(run.results())
     shard.unlink()
-    with pytest.raises(ValueError, match="of its"):
+    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged or missing.*computes it again"):
         list(run.results())
 
 
