@@ -43,10 +43,10 @@ class Ours:
 
         import mlx_esm_hf
         from mlx_esm_hf.pipelines.embed import embeddings
-        from mlx_esm_hf.pipelines.model import Loaded
+        from mlx_esm_hf.pipelines.protein_model import ProteinModel
 
         self.mx, self.library, self.Tokenizer, self.dtype = mx, mlx_esm_hf, EsmTokenizer, dtype
-        self.embeddings, self.Loaded = embeddings, Loaded
+        self.embeddings, self.ProteinModel = embeddings, ProteinModel
         check_dtype(mx.default_device() == mx.cpu, dtype)
 
     def load(self, folder: str) -> None:
@@ -63,8 +63,9 @@ class Ours:
         return {"version": version("mlx-esm-hf"), "device": device, "BLAS": blas.bind(), "kernels": kernels}
 
     def embed(self, sequences: list[str]) -> np.ndarray:
-        loaded, last = self.Loaded(self.model.esm, self.tokenizer), self.model.config.num_hidden_layers
-        found = self.embeddings(loaded, [loaded.ids(sequence) for sequence in sequences], [last], ["mean"])
+        model, last = self.ProteinModel(self.model.esm, self.tokenizer), self.model.config.num_hidden_layers
+        ids = [model.vocabulary.encode(sequence) for sequence in sequences]
+        found = self.embeddings(model, ids, [last], ["mean"])
         return np.stack([arrays["mean"] for arrays in found])
 
     def hidden(self, ids: list[list[int]]) -> Any:

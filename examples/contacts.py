@@ -8,6 +8,6 @@ from mlx_esm_hf.pipelines.contacts import top_contacts
 checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
 ubiquitin = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 
-(record,) = contacts([ubiquitin], checkpoint)
-for i, j, probability in top_contacts(record.arrays["contacts"], 10):
+(result,) = contacts([ubiquitin], checkpoint)
+for i, j, probability in top_contacts(result.arrays["contacts"], 10):
     print(f"{ubiquitin[i - 1]}{i:<3} {ubiquitin[j - 1]}{j:<3} {probability:.3f}")

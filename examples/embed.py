@@ -10,10 +10,10 @@ from mlx_esm_hf.pipelines import embed
 checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
 fasta = Path(__file__).with_name("proteins.fasta")
 
-records = list(embed(fasta, checkpoint))
-vectors = np.stack([record.arrays["mean"] for record in records])
+results = list(embed(fasta, checkpoint))
+vectors = np.stack([result.arrays["mean"] for result in results])
 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 
 similarity = vectors @ vectors[0]
 for i in np.argsort(-similarity)[:5]:
-    print(f"{similarity[i]:.3f}  {records[i].id}")
+    print(f"{similarity[i]:.3f}  {results[i].id}")

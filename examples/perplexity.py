@@ -9,5 +9,5 @@ checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
 ubiquitin = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 shuffled = "".join(random.Random(0).sample(ubiquitin, len(ubiquitin)))
 
-for record in perplexity([("ubiquitin", ubiquitin), ("shuffled", shuffled)], checkpoint):
-    print(f"{record.id:10} {record.arrays['pseudo_perplexity'][0]:6.2f}")
+for result in perplexity([("ubiquitin", ubiquitin), ("shuffled", shuffled)], checkpoint):
+    print(f"{result.id:10} {result.arrays['pseudo_perplexity'][0]:6.2f}")

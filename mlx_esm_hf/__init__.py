@@ -1,4 +1,13 @@
-"""Meta's ESM protein language models on MLX, behind the interface of Hugging Face transformers."""
+"""Meta's ESM protein language models on MLX, behind the interface of Hugging Face transformers.
+
+The public names are imported when they are used: transformers, which most of them need, takes seconds where torch is
+installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 try:
     import mlx.core  # noqa: F401
@@ -10,22 +19,24 @@ except ImportError as error:
     ) from error
 
 from mlx_esm_hf import runtime
-from mlx_esm_hf.models.auto import (
-    MLXAutoModel,
-    MLXAutoModelForMaskedLM,
-    MLXAutoModelForSequenceClassification,
-    MLXAutoModelForTokenClassification,
-)
-from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
-from mlx_esm_hf.models.esm.modeling_esm import (
-    MLXEsmForMaskedLM,
-    MLXEsmForSequenceClassification,
-    MLXEsmForTokenClassification,
-    MLXEsmModel,
-    MLXEsmPreTrainedModel,
-)
-from mlx_esm_hf.models.esm.tokenization_esm import Esm1Tokenizer, EsmTokenizer
 from mlx_esm_hf.version import __version__
+
+if TYPE_CHECKING:
+    from mlx_esm_hf.models.auto import (
+        MLXAutoModel,
+        MLXAutoModelForMaskedLM,
+        MLXAutoModelForSequenceClassification,
+        MLXAutoModelForTokenClassification,
+    )
+    from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
+    from mlx_esm_hf.models.esm.modeling_esm import (
+        MLXEsmForMaskedLM,
+        MLXEsmForSequenceClassification,
+        MLXEsmForTokenClassification,
+        MLXEsmModel,
+        MLXEsmPreTrainedModel,
+    )
+    from mlx_esm_hf.models.esm.tokenization_esm import Esm1Tokenizer, EsmTokenizer
 
 __all__ = [
     "__version__",
@@ -43,5 +54,35 @@ __all__ = [
     "MLXEsmModel",
     "MLXEsmPreTrainedModel",
 ]
+
+# The module that has each public name.
+HOMES = {
+    "Esm1Tokenizer": "mlx_esm_hf.models.esm.tokenization_esm",
+    "EsmTokenizer": "mlx_esm_hf.models.esm.tokenization_esm",
+    "MLXAutoModel": "mlx_esm_hf.models.auto",
+    "MLXAutoModelForMaskedLM": "mlx_esm_hf.models.auto",
+    "MLXAutoModelForSequenceClassification": "mlx_esm_hf.models.auto",
+    "MLXAutoModelForTokenClassification": "mlx_esm_hf.models.auto",
+    "MLXEsm1Config": "mlx_esm_hf.models.esm.configuration_esm",
+    "MLXEsmConfig": "mlx_esm_hf.models.esm.configuration_esm",
+    "MLXEsmForMaskedLM": "mlx_esm_hf.models.esm.modeling_esm",
+    "MLXEsmForSequenceClassification": "mlx_esm_hf.models.esm.modeling_esm",
+    "MLXEsmForTokenClassification": "mlx_esm_hf.models.esm.modeling_esm",
+    "MLXEsmModel": "mlx_esm_hf.models.esm.modeling_esm",
+    "MLXEsmPreTrainedModel": "mlx_esm_hf.models.esm.modeling_esm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(HOMES[name]), name)
+    globals()[name] = value  # the next time this function is not asked
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 runtime.prepare()

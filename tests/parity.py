@@ -1,8 +1,8 @@
 """What the parity tests share: the same small random model in MLX and in torch, a float64 oracle, and the bar.
 
-The bar: at real tokens, the error of float32 MLX against the float64 oracle is at most 3 times the error of float32
-torch against it, plus 1e-6 of the output's scale (its largest absolute value). It holds for the largest error and for
-the root mean square. Every comparison is kept, and `report` makes the table that closes the test session.
+The bar: at real tokens, the error of MLX against the float64 oracle is at most 3 times the error of torch in the same
+precision, plus a floor, a small part of the output's scale (its largest absolute value). It holds for the largest error
+and for the root mean square. Every comparison is kept, and `report` makes the table that closes the test session.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import esm as fair_esm
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -141,6 +142,19 @@ def fair_esm_peers(family: str, token_dropout: bool = True, final_bias: bool = T
     return Peers(mlx.eval(), model, copy.deepcopy(model).double())
 
 
+def in_precision(model: Peers, precision: str) -> Peers:
+    """Copies of peers in "float16" or "bfloat16".
+
+    The float64 oracle has their rounded weights, so what is compared is how they compute. `inv_freq` stays in float32
+    in torch, too, as it does here.
+    """
+    mlx, theirs = copy.deepcopy(model.mlx).to(precision), copy.deepcopy(model.torch).to(getattr(torch, precision))
+    for name, buffer in model.torch.named_buffers():
+        if name.endswith("inv_freq"):
+            theirs.get_buffer(name).data = buffer.clone()
+    return Peers(mlx, theirs, copy.deepcopy(theirs).double())
+
+
 @contextlib.contextmanager
 def true_float64() -> Iterator[None]:
     """What asks for float32 in the midst of a float64 model gets float64.
@@ -223,7 +237,10 @@ def for_torch(inputs: Mapping[str, Any], model: torch.nn.Module) -> dict[str, to
 
 
 def as_numpy(x: Any) -> np.ndarray:
-    return x.numpy() if isinstance(x, torch.Tensor) else np.array(x)
+    """An array of MLX or torch; bfloat16, which NumPy does not have, becomes float32."""
+    if isinstance(x, torch.Tensor):
+        return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).numpy()
+    return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
 
 def mask_of(inputs: Mapping[str, Any]) -> np.ndarray:
@@ -256,10 +273,10 @@ def fair_esm_answers(model: torch.nn.Module, tokens: np.ndarray) -> Answers:
     with torch.no_grad():
         output = model(torch.from_numpy(tokens), repr_layers=range(model.num_layers + 1), return_contacts=True)
     return {
-        "logits": [output["logits"].numpy()],
-        "hidden_states": [output["representations"][layer].numpy() for layer in range(model.num_layers + 1)],
-        "attentions": [a.numpy() for a in output["attentions"].unbind(1)],
-        "contacts": [output["contacts"].numpy()],
+        "logits": [as_numpy(output["logits"])],
+        "hidden_states": [as_numpy(output["representations"][layer]) for layer in range(model.num_layers + 1)],
+        "attentions": [as_numpy(a) for a in output["attentions"].unbind(1)],
+        "contacts": [as_numpy(output["contacts"])],
     }
 
 
@@ -273,11 +290,13 @@ def at_real_tokens(name: str, value: np.ndarray, real: np.ndarray) -> np.ndarray
 
 # The bar
 
-RATIO, FLOOR = 3, 1e-6
+RATIO = 3
+FLOORS = {"float32": 1e-6, "float16": 2**-11, "bfloat16": 2**-8}  # in half precision that of rounding the result
 MEASURES = {"max": lambda x: np.abs(x).max(), "rms": lambda x: np.sqrt((x * x).mean())}
 
 
 class Comparison(NamedTuple):
+    precision: str
     model: str
     output: str
     family: str
@@ -287,65 +306,86 @@ class Comparison(NamedTuple):
     scale: float
 
     @property
+    def floor(self) -> float:
+        return FLOORS[self.precision] * self.scale
+
+    @property
     def allowed(self) -> float:
-        return RATIO * self.torch_error + FLOOR * self.scale
+        return RATIO * self.torch_error + self.floor
 
     @property
     def ratio(self) -> float:
         """Our error over torch's, where ours is above the floor; 0 where it is below."""
-        return self.error / max(self.torch_error, 1e-30) if self.error > FLOOR * self.scale else 0.0
+        return self.error / max(self.torch_error, 1e-30) if self.error > self.floor else 0.0
 
 
 COMPARISONS: list[Comparison] = []
 
 
-def hold(model: str, output: str, family: str, ours: Any, float32: Any, float64: Any, scale: float = 0.0) -> None:
+def hold(
+    model: str,
+    output: str,
+    family: str,
+    ours: Any,
+    theirs: Any,
+    float64: Any,
+    scale: float = 0.0,
+    precision: str = "float32",
+) -> None:
     """Hold one output to the bar. `scale` is its own, unless a larger one is given."""
-    ours, float32, float64 = (np.asarray(x, dtype=np.float64) for x in (ours, float32, float64))
-    assert ours.shape == float32.shape == float64.shape, output
+    ours, theirs, float64 = (np.asarray(x, dtype=np.float64) for x in (ours, theirs, float64))
+    assert ours.shape == theirs.shape == float64.shape, output
     assert np.isfinite(float64).all() and np.isfinite(ours).all(), output
     scale = max(scale, np.abs(float64).max())
     for name, measure in MEASURES.items():
-        comparison = Comparison(model, output, family, name, measure(ours - float64), measure(float32 - float64), scale)
+        errors = measure(ours - float64), measure(theirs - float64)
+        comparison = Comparison(precision, model, output, family, name, *errors, scale)
         COMPARISONS.append(comparison)
         assert comparison.error <= comparison.allowed, (
-            f"{family} {model} {output}: {name} error {comparison.error:.3g}, allowed {comparison.allowed:.3g} "
-            f"(torch {comparison.torch_error:.3g}, scale {scale:.3g})"
+            f"{precision} {family} {model} {output}: {name} error {comparison.error:.3g}, allowed "
+            f"{comparison.allowed:.3g} (torch {comparison.torch_error:.3g}, scale {scale:.3g})"
         )
 
 
 def hold_all(
-    model: Peers, family: str, inputs: Mapping[str, Any], float32: Answers, *float64: tuple[str, Answers]
+    model: Peers,
+    family: str,
+    inputs: Mapping[str, Any],
+    theirs: Answers,
+    *float64: tuple[str, Answers],
+    precision: str = "float32",
 ) -> None:
     """Hold all outputs of a model to the bar, against each (name, float64 answers)."""
     real = np.array(inputs["attention_mask"] if "inputs_embeds" in inputs else mask_of(inputs), dtype=bool)
     complete, brief = answers(model.mlx, inputs), answers(model.mlx, inputs, attentions=False)
-    assert complete.keys() == float32.keys() == brief.keys() | ({"attentions", "contacts"} & float32.keys())
+    assert complete.keys() == theirs.keys() == brief.keys() | ({"attentions", "contacts"} & theirs.keys())
     for ours in complete, brief:
         for oracle, wanted in float64:
             for name, layers in ours.items():
-                for layer in zip(layers, float32[name], wanted[name], strict=True):
+                for layer in zip(layers, theirs[name], wanted[name], strict=True):
                     compared = (at_real_tokens(name, value, real) for value in layer)
-                    hold(type(model.mlx).__name__ + oracle, name, family, *compared)
+                    hold(type(model.mlx).__name__ + oracle, name, family, *compared, precision=precision)
 
 
 def report() -> list[str]:
-    """The worst of each model and output, over all families and inputs."""
-    columns = f"{'compared':>8} {'max ratio':>9} {'rms ratio':>9} {'error/scale':>11} {'of bar':>7}"
-    lines = [f"{'model':44} {'output':18} {columns}  worst family"]
-    for model, output in sorted({(c.model, c.output) for c in COMPARISONS}):
-        rows = [c for c in COMPARISONS if (c.model, c.output) == (model, output)]
+    """The worst of each precision, model and output, over all families and inputs."""
+    columns = f"{'compared':>8} {'max ratio':>9} {'rms ratio':>9} {'ours':>8} {'torch':>8} {'of bar':>7}"
+    lines = [f"{'':8} {'model':44} {'output':18} {columns}  worst family"]
+    for precision, model, output in sorted({c[:3] for c in COMPARISONS}):
+        rows = [c for c in COMPARISONS if c[:3] == (precision, model, output)]
         ratios = {measure: max(c.ratio for c in rows if c.measure == measure) for measure in MEASURES}
         worst = max(rows, key=lambda c: c.error / max(c.allowed, 1e-30))
-        largest = max(c.error / max(c.scale, 1e-30) for c in rows)
+        largest = max(rows, key=lambda c: c.error / max(c.scale, 1e-30))
         shown = [f"{ratio:9.2f}" if ratio else f"{'-':>9}" for ratio in ratios.values()]
+        errors = [error / max(largest.scale, 1e-30) for error in (largest.error, largest.torch_error)]
         lines.append(
-            f"{model:44} {output:18} {len(rows) // 2:8} {' '.join(shown)} {largest:11.1e} "
-            f"{worst.error / max(worst.allowed, 1e-30):7.0%}  {worst.family}"
+            f"{precision:8} {model:44} {output:18} {len(rows) // 2:8} {' '.join(shown)} {errors[0]:8.1e} "
+            f"{errors[1]:8.1e} {worst.error / max(worst.allowed, 1e-30):7.0%}  {worst.family}"
         )
+    floors = ", ".join(f"{floor:.1e} in {precision}" for precision, floor in FLOORS.items())
     return [
         *lines,
-        "ratio: error of MLX / error of torch, both float32 against float64; - where MLX errs by less than 1e-6 of the "
-        "scale.",
-        f"of bar: error of MLX / ({RATIO} x error of torch + {FLOOR:g} x scale).",
+        "ratio: error of MLX / error of torch, both against float64; - where MLX errs by less than the floor.",
+        "ours, torch: the largest error of MLX over the scale of the output, and that of torch there.",
+        f"of bar: error of MLX / ({RATIO} x error of torch + floor). Floors, over the scale: {floors}.",
     ]

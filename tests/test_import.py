@@ -1,6 +1,7 @@
 """What `import mlx_esm_hf` needs, and what it does not."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -62,5 +63,29 @@ def test_no_source_imports_torch(source):
 
 
 def test_public_names():
-    assert all(hasattr(mlx_esm_hf, name) for name in mlx_esm_hf.__all__)
-    assert mlx_esm_hf.__version__
+    assert sorted(mlx_esm_hf.__all__) == sorted([*mlx_esm_hf.HOMES, "__version__"])
+    for name, home in mlx_esm_hf.HOMES.items():
+        assert getattr(mlx_esm_hf, name) is getattr(importlib.import_module(home), name)
+    assert set(mlx_esm_hf.__all__) <= set(dir(mlx_esm_hf))
+    with pytest.raises(AttributeError, match="'mlx_esm_hf' has no attribute 'EsmModel'"):
+        mlx_esm_hf.EsmModel  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'EsmModel'"):
+        from mlx_esm_hf import EsmModel  # noqa: F401
+
+
+HEAVY = "print(sorted({'transformers', 'torch', 'numpy'} & {name for name, module in sys.modules.items() if module}))"
+
+
+def test_import_leaves_what_is_heavy_for_later():
+    assert python(f"import mlx_esm_hf\n{HEAVY}") == "[]\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"]])
+def test_help_imports_nothing_that_computes(arguments):
+    script = f"""
+from mlx_esm_hf.cli import app
+app({arguments!r}, standalone_mode=False)
+{HEAVY}
+"""
+    said = python(script)
+    assert "proteins" in said and said.endswith("[]\n"), said

@@ -1,19 +1,21 @@
-"""The command `mlx-esm`: one file a command, each a thin face on a function of the package."""
+"""The command `mlx-esm`: one file a command, each a thin face on a function of the package.
+
+What computes is imported by a command when it runs, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import typer
 
-from mlx_esm_hf.cli.contacts import contacts
-from mlx_esm_hf.cli.embed import embed
-from mlx_esm_hf.cli.env import env
-from mlx_esm_hf.cli.fill_mask import fill_mask
-from mlx_esm_hf.cli.generate import generate
-from mlx_esm_hf.cli.perplexity import perplexity
-from mlx_esm_hf.cli.score import score
+from mlx_esm_hf.cli import contacts, embed, env, fill_mask, generate, perplexity, score
 
 app = typer.Typer(
     help="Meta's ESM protein language models on MLX.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-for command in (embed, fill_mask, score, contacts, perplexity, generate, env):
-    app.command()(command)
+app.command("embed")(embed.command)
+app.command("fill-mask")(fill_mask.command)
+app.command("score")(score.command)
+app.command("contacts")(contacts.command)
+app.command("perplexity")(perplexity.command)
+app.command("generate")(generate.command)
+app.command("env")(env.command)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-def env() -> None:
+def command() -> None:
     """Print versions, the device, our kernels and the BLAS that matmul on the CPU uses, and the speed of matmul."""
     import mlx.core as mx
 

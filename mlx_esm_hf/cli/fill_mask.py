@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.jobs import on_proteins
+from mlx_esm_hf.cli.options import (
+    Aligned,
+    BatchTokens,
+    Device,
+    Dtype,
+    Fasta,
+    Long,
+    Model,
+    Output,
+    Quiet,
+    Revision,
+    Strict,
+    tokens_of,
+)
+from mlx_esm_hf.cli.running import running
 
 
-@on_proteins
-def fill_mask(
+def command(
+    fasta: Fasta,
+    model: Model,
+    output: Output,
     top_k: Annotated[int, typer.Option(help="Proposals for each mask.", min=1)] = 5,
-) -> dict[str, Any]:
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    long: Long = "error",
+    batch_tokens: BatchTokens = "auto",
+    aligned: Aligned = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
     """Propose residues for each <mask> in the sequences, most probable first.
 
     The output is a CSV file with a row for each proposal.
 
     Example: mlx-esm fill-mask masked.fasta --model facebook/esm2_t6_8M_UR50D --output proposals.csv
     """
-    return {"top_k": top_k}
+    with running(output, quiet, stdin=fasta == "-") as run:
+        from mlx_esm_hf import pipelines
+
+        report = pipelines.fill_mask(
+            fasta,
+            model,
+            output,
+            top_k=top_k,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            long=long,
+            batch_tokens=tokens_of(batch_tokens),
+            aligned=aligned,
+            strict=strict,
+            progress=run.show,
+        )
+    run.finish(output, report)

@@ -29,14 +29,17 @@ Strict = Annotated[bool, typer.Option("--strict", help="Stop at a bad record ins
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
 
-def loading(
-    revision: str | None, dtype: str | None, device: str | None, long: str, batch_tokens: str
-) -> dict[str, object]:
-    """The arguments of `pipelines.load`."""
-    if batch_tokens != "auto" and (not batch_tokens.isdecimal() or int(batch_tokens) < 1):
+def tokens_of(batch_tokens: str) -> int | None:
+    """The number that --batch-tokens gives; None for auto.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if batch_tokens == "auto":
+        return None
+    if not batch_tokens.isdecimal() or int(batch_tokens) < 1:
         raise ValueError(f"--batch-tokens {batch_tokens}: auto, or a number of tokens, is needed.")
-    budget = None if batch_tokens == "auto" else int(batch_tokens)
-    return {"revision": revision, "dtype": dtype, "device": device, "long": long, "batch_tokens": budget}
+    return int(batch_tokens)
 
 
 def listed(text: str) -> list[str]:

@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.jobs import on_proteins
+from mlx_esm_hf.cli.options import (
+    Aligned,
+    BatchTokens,
+    Device,
+    Dtype,
+    Fasta,
+    Long,
+    Model,
+    Output,
+    Quiet,
+    Revision,
+    Strict,
+    tokens_of,
+)
+from mlx_esm_hf.cli.running import running
 
 
-@on_proteins
-def perplexity(
+def command(
+    fasta: Fasta,
+    model: Model,
+    output: Output,
     method: Annotated[str, typer.Option(help="exact (a pass for each residue), or one-pass, an estimate.")] = "exact",
-) -> dict[str, Any]:
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    long: Long = "error",
+    batch_tokens: BatchTokens = "auto",
+    aligned: Aligned = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
     """Pseudo-perplexity: how well the model foresees each residue from all others; low is natural.
 
     The output is a CSV file.
 
     Example: mlx-esm perplexity proteins.fasta --model facebook/esm2_t6_8M_UR50D --output perplexity.csv
     """
-    return {"method": method}
+    with running(output, quiet, stdin=fasta == "-") as run:
+        from mlx_esm_hf import pipelines
+
+        report = pipelines.perplexity(
+            fasta,
+            model,
+            output,
+            method=method,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            long=long,
+            batch_tokens=tokens_of(batch_tokens),
+            aligned=aligned,
+            strict=strict,
+            progress=run.show,
+        )
+    run.finish(output, report)

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.jobs import finish, job
-from mlx_esm_hf.cli.options import BatchTokens, Device, Dtype, Long, Quiet, Revision, loading
+from mlx_esm_hf.cli.options import BatchTokens, Device, Dtype, Long, Quiet, Revision, tokens_of
+from mlx_esm_hf.cli.running import running
 
 
-def score(
+def command(
     sequence: Annotated[str, typer.Option(help="The wild type, or a FASTA file with it.")],
     model: Annotated[list[str], typer.Option(help="A model on the Hub, or a folder; once for each of several.")],
     output: Annotated[Path, typer.Option(help="The CSV file to write.")],
@@ -38,7 +38,7 @@ def score(
 
     Example: mlx-esm score mutants.csv --sequence MKTAYIAKQR --model facebook/esm1v_t33_650M_UR90S_1 --output scores.csv
     """
-    with job(output, quiet) as progress:
+    with running(output, quiet) as run:
         from mlx_esm_hf import pipelines
         from mlx_esm_hf.data.proteins import Report
 
@@ -51,7 +51,11 @@ def score(
             mutant_column=mutant_column,
             first_residue=first_residue,
             picture=picture,
-            progress=progress,
-            **loading(revision, dtype, device, long, batch_tokens),
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            long=long,
+            batch_tokens=tokens_of(batch_tokens),
+            progress=run.show,
         )
-    finish(Report(left_out=scores.left_out), quiet)
+    run.finish(output, Report(left_out=scores.left_out))

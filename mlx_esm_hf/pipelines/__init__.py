@@ -6,8 +6,8 @@ from mlx_esm_hf.pipelines.embed import embed
 from mlx_esm_hf.pipelines.fill_mask import fill_mask
 from mlx_esm_hf.pipelines.generate import generate
 from mlx_esm_hf.pipelines.huggingface import pipeline
-from mlx_esm_hf.pipelines.model import load
 from mlx_esm_hf.pipelines.perplexity import perplexity
+from mlx_esm_hf.pipelines.protein_model import load
 from mlx_esm_hf.pipelines.score import score
 
 __all__ = [

@@ -12,12 +12,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf import MLXEsmModel
 from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stdin, read_proteins, tokens
-from mlx_esm_hf.pipelines.model import Loaded, Span, as_loaded, ramp
-from mlx_esm_hf.runs.formats import check_picture, require, write_npz, write_whole
-from mlx_esm_hf.runs.job import Cost, Job, Progress, check_output, no_progress
-from mlx_esm_hf.runs.run import Arrays, Record, Run
+from mlx_esm_hf.data.windows import Window, ramp
+from mlx_esm_hf.models.auto import MLXAutoModel
+from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun
+from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
+from mlx_esm_hf.runs.formats import write_npz
+from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.outputs import check_outputs, check_picture
+from mlx_esm_hf.runs.run import Run
 
 SEPARATION = 6  # residues between the partners of a contact, at least (Rao et al. 2020, 3.1)
 RANGES = {"all": (6, None), "short": (6, 12), "medium": (12, 24), "long": (24, None)}
@@ -27,7 +30,7 @@ ATTENTIONS = 512  # tokens of a batch at most: attention maps of all layers are 
 
 def contacts(
     proteins: Source,
-    model: str | Loaded,
+    model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
     top: str | os.PathLike[str] | None = None,
@@ -36,9 +39,9 @@ def contacts(
     chain: str | None = None,
     aligned: bool = False,
     strict: bool = False,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     **loading: Any,
-) -> Iterator[Record] | Report:
+) -> Iterator[Result] | Report:
     """The probabilities that two residues of a protein touch (Cβ atoms closer than 8 Å).
 
     Args:
@@ -53,55 +56,55 @@ def contacts(
     Returns:
         See `embed`; the array is `contacts`, [residues, residues].
     """
+    _check_others(output, top, picture, structure, chain)
+    check_outputs(output, FORMATS, picture, top)
+    protein = None if picture is None else _only_protein(proteins, output, aligned)
+    known = None if protein is None or structure is None else known_contacts(structure, protein.sequence, chain)
+    protein_model = as_protein_model(MLXAutoModel, model, output, loading)
+    _check_head(protein_model)
+    protein_model = replace(protein_model, batch_tokens=min(protein_model.batch_tokens, ATTENTIONS))
+
+    def compute(items: Sequence[Item]) -> list[Arrays]:
+        return maps(protein_model, [item.content for item in items])
+
+    def size(residues: int) -> int:
+        return 4 * residues**2
+
+    def write_picture(path: Path, run: Run) -> None:
+        (result,) = run.results()
+        draw(result.arrays["contacts"], path, result.id, known)
+
+    others: dict[Path, WriteRun] = {}
+    if picture is not None:
+        others[Path(picture)] = write_picture
+    if top is not None:
+        others[Path(top)] = write_top_contacts
+    job = ProteinJob("contacts", protein_model, {}, compute, size, aligned=aligned, strict=strict)
+    if output is None:
+        return job.stream(proteins)
+    return job.write(proteins, Path(output), FORMATS, progress, others)
+
+
+def _check_others(output: Any, top: Any, picture: Any, structure: Any, chain: str | None) -> None:
+    """
+    Raises:
+        ValueError: files beside the output that do not go with it or with each other.
+    """
     if chain is not None and structure is None:
         raise ValueError("A chain is one of a structure: which?")
-    if top is not None:
-        require(top)
+    if structure is not None and picture is None:
+        raise ValueError("A structure is for the picture: where should that go?")
     if top is not None and (output is None or Path(output).suffix != ".npz"):
         raise ValueError(
             "A list of top contacts beside the output needs an .npz output; --output TOP.csv writes it alone."
         )
-    protein = None
-    if picture is not None:
-        check_picture(picture)
-        protein = _only_protein(proteins, output, aligned)
-    elif structure is not None:
-        raise ValueError("A structure is for the picture: where should that go?")
-    known = None if protein is None or structure is None else known_contacts(structure, protein.sequence, chain)
-
-    def write(path: Path, run: Run) -> None:
-        write_npz(path, run)
-        if protein is not None and picture is not None:
-            (record,) = run.records()
-            write_whole(Path(picture), lambda part: draw(record.arrays["contacts"], part, record.id, known))
-        if top is not None:
-            write_whole(Path(top), lambda part: write_top_contacts(part, run))
-
-    formats = {"": None, ".npz": write, ".csv": write_top_contacts}
-    check_output(output, formats)
-    loaded = as_loaded(MLXEsmModel, model, output, loading)
-    loaded.model.base_model.refuse_untrained("contact_head", "contact prediction")
-    loaded = replace(loaded, batch_tokens=min(loaded.batch_tokens, ATTENTIONS))
-    job = Job(
-        "contacts",
-        loaded,
-        {},
-        lambda items: maps(loaded, [item.content for item in items]),
-        Cost(lambda tokens: tokens, lambda residues: 4 * residues**2),
-        formats,
-        aligned=aligned,
-        strict=strict,
-    )
-    return job.run(proteins, output, progress)
+    check_picture(picture)
 
 
 def _only_protein(proteins: Source, output: str | os.PathLike[str] | None, aligned: bool) -> Protein:
-    if (
-        output is None
-        or Path(output).suffix != ".npz"
-        or is_stdin(proteins)
-        or not isinstance(proteins, (str, os.PathLike))
-    ):
+    """The protein whose map is drawn."""
+    is_file = isinstance(proteins, (str, os.PathLike)) and not is_stdin(proteins)
+    if output is None or Path(output).suffix != ".npz" or not is_file:
         raise ValueError("A picture needs a FASTA file and an .npz output.")
     found = list(read_proteins(proteins, aligned))
     if len(found) != 1:
@@ -109,29 +112,41 @@ def _only_protein(proteins: Source, output: str | os.PathLike[str] | None, align
     return found[0]
 
 
-def maps(loaded: Loaded, sequences: Sequence[np.ndarray]) -> list[Arrays]:
+def _check_head(model: ProteinModel) -> None:
+    """
+    Raises:
+        ValueError: the model cannot predict contacts, or its checkpoint had no weights for that.
+    """
+    if not hasattr(model.network, "predict_contacts"):
+        raise ValueError(
+            f"{model.name or 'This model'} has no contact head: a {type(model.network).__name__} does not predict "
+            "contacts. Take ESM-1b or ESM-2."
+        )
+    model.network.base_model.refuse_untrained("contact_head", "contact prediction")
+
+
+def maps(model: ProteinModel, sequences: Sequence[np.ndarray]) -> list[Arrays]:
     """The contact maps of sequences of ids."""
     totals = [np.zeros((len(ids), len(ids)), np.float32) for ids in sequences]
-    weights: dict[int, np.ndarray] = {}
-    spans = [loaded.spans(item, len(ids)) for item, ids in enumerate(sequences)]
-    for batch in loaded.forwards(sequences, [span for group in spans for span in group]):
-        predicted = np.array(loaded.model.predict_contacts(batch.input_ids, batch.attention_mask).astype(mx.float32))
-        for span, one in zip(batch.spans, predicted, strict=True):
-            size = span.stop - span.start
-            window = (slice(span.start, span.stop),) * 2
-            if len(spans[span.item]) == 1:
-                totals[span.item][window] = one[:size, :size]
+    weights: dict[int, np.ndarray] = {}  # of the proteins in several windows
+    for batch in model.batches(sequences):
+        predicted = np.array(model.network.predict_contacts(batch.input_ids, batch.attention_mask).astype(mx.float32))
+        for window, one in zip(batch.windows, predicted, strict=True):
+            index, size = window.sequence, window.length
+            square = (slice(window.start, window.stop),) * 2
+            if size == len(sequences[index]):
+                totals[index][square] = one[:size, :size]
                 continue
-            weight = _pair_weights(span, len(sequences[span.item]))
-            totals[span.item][window] += weight * one[:size, :size]
-            weights.setdefault(span.item, np.zeros_like(totals[span.item]))[window] += weight
-    for item, weight in weights.items():
-        totals[item] /= np.where(weight > 0, weight, 1)
+            weight = _pair_weights(window, len(sequences[index]))
+            totals[index][square] += weight * one[:size, :size]
+            weights.setdefault(index, np.zeros_like(totals[index]))[square] += weight
+    for index, weight in weights.items():
+        totals[index] /= np.where(weight > 0, weight, 1)
     return [{"contacts": total} for total in totals]
 
 
-def _pair_weights(span: Span, length: int) -> np.ndarray:
-    weight = ramp(span, length)
+def _pair_weights(window: Window, length: int) -> np.ndarray:
+    weight = ramp(window, length)
     return np.minimum(weight[:, None], weight[None, :])
 
 
@@ -149,12 +164,16 @@ def top_contacts(
 
 
 def write_top_contacts(path: Path, run: Run) -> None:
+    """A row for each of the `top_contacts` of each protein."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["record", "id", "i", "j", "probability"])
-        for record in run.records():
-            for i, j, probability in top_contacts(record.arrays["contacts"]):
-                table.writerow([record.number, record.id, i, j, f"{probability:.6f}"])
+        table.writerow(["number", "id", "i", "j", "probability"])
+        for result in run.results():
+            for i, j, probability in top_contacts(result.arrays["contacts"]):
+                table.writerow([result.number, result.id, i, j, f"{probability:.6f}"])
+
+
+FORMATS: dict[str, WriteRun | None] = {"": None, ".npz": write_npz, ".csv": write_top_contacts}
 
 
 # A known structure
@@ -171,42 +190,55 @@ def known_contacts(structure: str | os.PathLike[str], sequence: str, chain: str 
     Raises:
         ValueError: not a structure, no such chain, or no protein in it.
     """
-    from Bio.Align import PairwiseAligner
-    from Bio.PDB import MMCIFParser, PDBParser
-    from Bio.PDB.PDBExceptions import PDBConstructionException
-    from Bio.PDB.Polypeptide import is_aa
-    from Bio.SeqUtils import seq1
-
-    parser: Any = (MMCIFParser if Path(structure).suffix.lower() in (".cif", ".mmcif") else PDBParser)(QUIET=True)
-    try:
-        chains = next(iter(parser.get_structure("", os.fspath(structure)))).get_list()
-    except (StopIteration, KeyError, ValueError, PDBConstructionException) as error:
-        raise ValueError(f"{structure} is no PDB or mmCIF file with atoms in it ({error!r}).") from error
-    if chain is not None and chain not in [c.id for c in chains]:
-        raise ValueError(f"{structure} has no chain {chain!r}, but {', '.join(c.id for c in chains)}.")
-    residues = "".join(token if len(token) == 1 else "X" for token in tokens(sequence))
-    aligner = PairwiseAligner(mode="global", match_score=2, mismatch_score=-1, open_gap_score=-5, extend_gap_score=-0.1)
-    aligner.end_gap_score = 0
-    best: Any = None
-    for one in chains:
-        if chain is not None and one.id != chain:
-            continue
-        atoms = [residue for residue in one if is_aa(residue, standard=False) and ("CB" in residue or "CA" in residue)]
-        if not atoms:
-            continue
-        letters = "".join(seq1(residue.get_resname(), undef_code="X") for residue in atoms)
-        alignment = aligner.align(residues, letters)[0]
-        if best is None or alignment.score > best[0]:
-            best = alignment.score, alignment, atoms
-    if best is None:
+    chains = structure_chains(structure)
+    if chain is not None:
+        if chain not in [one.id for one in chains]:
+            raise ValueError(f"{structure} has no chain {chain!r}, but {', '.join(one.id for one in chains)}.")
+        chains = [one for one in chains if one.id == chain]
+    alignments = [best for one in chains if (best := align_chain(one, sequence)) is not None]
+    if not alignments:
         raise ValueError(f"{structure} has no residues of a protein{'' if chain is None else f' in chain {chain!r}'}.")
-    coordinates = np.full((len(residues), 3), np.nan)
-    for (start, stop), (first, _) in zip(*best[1].aligned, strict=True):
+    alignment, residues = max(alignments, key=lambda pair: pair[0].score)
+    coordinates = np.full((len(tokens(sequence)), 3), np.nan)
+    for (start, stop), (first, _) in zip(*alignment.aligned, strict=True):
         for k in range(stop - start):
-            residue = best[2][first + k]
+            residue = residues[first + k]
             coordinates[start + k] = residue["CB" if "CB" in residue else "CA"].coord
     distances = np.linalg.norm(coordinates[:, None] - coordinates[None], axis=-1)
     return np.where(np.isnan(distances), np.nan, distances < DISTANCE)
+
+
+def structure_chains(structure: str | os.PathLike[str]) -> list[Any]:
+    """The chains of the first model in a PDB or mmCIF file, as Biopython has them.
+
+    Raises:
+        ValueError: it is not a structure.
+    """
+    from Bio.PDB import MMCIFParser, PDBParser
+    from Bio.PDB.PDBExceptions import PDBConstructionException
+
+    parser: Any = (MMCIFParser if Path(structure).suffix.lower() in (".cif", ".mmcif") else PDBParser)(QUIET=True)
+    try:
+        return next(iter(parser.get_structure("", os.fspath(structure)))).get_list()
+    except (StopIteration, KeyError, ValueError, PDBConstructionException) as error:
+        raise ValueError(f"{structure} is no PDB or mmCIF file with atoms in it ({error!r}).") from error
+
+
+def align_chain(chain: Any, sequence: str) -> tuple[Any, list[Any]] | None:
+    """The best alignment of a sequence to the residues of a chain that have a Cβ or Cα atom, and those residues; None
+    if there are none."""
+    from Bio.Align import PairwiseAligner
+    from Bio.PDB.Polypeptide import is_aa
+    from Bio.SeqUtils import seq1
+
+    residues = [residue for residue in chain if is_aa(residue, standard=False) and ("CB" in residue or "CA" in residue)]
+    if not residues:
+        return None
+    aligner = PairwiseAligner(mode="global", match_score=2, mismatch_score=-1, open_gap_score=-5, extend_gap_score=-0.1)
+    aligner.end_gap_score = 0
+    ours = "".join(token if len(token) == 1 else "X" for token in tokens(sequence))
+    theirs = "".join(seq1(residue.get_resname(), undef_code="X") for residue in residues)
+    return aligner.align(ours, theirs)[0], residues
 
 
 def precision(probabilities: np.ndarray, known: np.ndarray, fraction: float = 1.0) -> dict[str, float]:

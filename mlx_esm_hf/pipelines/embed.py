@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf import MLXEsmModel
 from mlx_esm_hf.data.proteins import Report, Source
-from mlx_esm_hf.pipelines.model import Loaded, Span, as_loaded, blend
+from mlx_esm_hf.data.windows import Window, blend
+from mlx_esm_hf.models.auto import MLXAutoModel
+from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun
+from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs import formats
-from mlx_esm_hf.runs.job import Cost, Job, Progress, check_output, no_progress
-from mlx_esm_hf.runs.run import Arrays, Record
+from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.outputs import check_outputs
 
 POOLINGS = ("mean", "cls", "max", "residues")
-FORMATS = {
+FORMATS: dict[str, WriteRun | None] = {
     "": None,
     ".safetensors": formats.write_safetensors,
     ".npz": formats.write_npz,
@@ -28,16 +31,16 @@ FORMATS = {
 
 def embed(
     proteins: Source,
-    model: str | Loaded,
+    model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
     layers: Sequence[int] = (-1,),
     pooling: Sequence[str] = ("mean",),
     aligned: bool = False,
     strict: bool = False,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     **loading: Any,
-) -> Iterator[Record] | Report:
+) -> Iterator[Result] | Report:
     """Embed proteins: hidden states over the residues of each, without <cls>, <eos> and padding (fair-esm's `extract`).
 
     Args:
@@ -49,36 +52,43 @@ def embed(
         loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` of `load`.
 
     Returns:
-        Without an output, an iterator over records, whose `arrays` has one entry, [hidden_size] or
+        Without an output, an iterator over results, whose `arrays` has one entry, [hidden_size] or
         [residues, hidden_size], for each pooling, called `mean.6` where there are several layers. With an output, a
         report of what was changed and left out.
 
     Example:
-        >>> for record in embed(["MKTAYIAKQR"], "facebook/esm2_t6_8M_UR50D"):
-        ...     record.id, record.arrays["mean"].shape
+        >>> for result in embed(["MKTAYIAKQR"], "facebook/esm2_t6_8M_UR50D"):
+        ...     result.id, result.arrays["mean"].shape
         ('1', (320,))
     """
     if unknown := [name for name in pooling if name not in POOLINGS]:
         raise ValueError(f"pooling {', '.join(unknown)}: choose from {', '.join(POOLINGS)}.")
     if not layers or not pooling:
         raise ValueError("There is nothing to compute without a layer and a pooling.")
-    check_output(output, FORMATS)
-    loaded = as_loaded(MLXEsmModel, model, output, loading)
-    config = loaded.model.config
+    check_outputs(output, FORMATS)
+    protein_model = as_protein_model(MLXAutoModel, model, output, loading)
+    config = protein_model.network.config
     resolved = resolve_layers(layers, config.num_hidden_layers)
-    floats = sum(config.hidden_size * (1 if name != "residues" else 0) for name in pooling) * len(resolved)
-    each = config.hidden_size * len(resolved) * ("residues" in pooling)
-    job = Job(
+
+    def compute(items: Sequence[Item]) -> list[Arrays]:
+        return embeddings(protein_model, [item.content for item in items], resolved, pooling)
+
+    def size(residues: int) -> int:
+        rows = sum(residues if name == "residues" else 1 for name in pooling)
+        return 4 * config.hidden_size * len(resolved) * rows
+
+    job = ProteinJob(
         "embed",
-        loaded,
+        protein_model,
         {"layers": resolved, "pooling": list(pooling)},
-        lambda items: embeddings(loaded, [item.content for item in items], resolved, pooling),
-        Cost(lambda tokens: tokens, lambda residues: 4 * (floats + each * residues)),
-        FORMATS,
+        compute,
+        size,
         aligned=aligned,
         strict=strict,
     )
-    return job.run(proteins, output, progress)
+    if output is None:
+        return job.stream(proteins)
+    return job.write(proteins, Path(output), FORMATS, progress)
 
 
 def resolve_layers(layers: Sequence[int], last: int) -> list[int]:
@@ -93,42 +103,52 @@ def resolve_layers(layers: Sequence[int], last: int) -> list[int]:
 
 
 def embeddings(
-    loaded: Loaded, sequences: Sequence[np.ndarray], layers: Sequence[int], pooling: Sequence[str]
+    model: ProteinModel, sequences: Sequence[np.ndarray], layers: Sequence[int], pooling: Sequence[str]
 ) -> list[Arrays]:
     """The results of `embed` for sequences of ids."""
-    last = loaded.model.config.num_hidden_layers
-    spans = [loaded.spans(item, len(ids)) for item, ids in enumerate(sequences)]
-    pending: list[list[tuple[Span, np.ndarray, np.ndarray]]] = [[] for _ in sequences]  # windows until all are there
+    counts = [len(model.windows(i, len(ids))) for i, ids in enumerate(sequences)]
+    parts: list[list[WindowStates]] = [[] for _ in sequences]  # until those of all windows are there
     results: list[Arrays] = [{} for _ in sequences]
-    for batch in loaded.forwards(sequences, [span for group in spans for span in group]):
-        outputs = loaded.model.base_model(
-            batch.input_ids, batch.attention_mask, output_hidden_states=list(layers) != [last]
-        )
-        hidden = [outputs.last_hidden_state if layer == last else outputs.hidden_states[layer] for layer in layers]
-        states = np.array(mx.stack(hidden, axis=1).astype(mx.float32))  # [B, layers, L, D]
-        for span, row in zip(batch.spans, states, strict=True):
-            residues = row[:, batch.first : batch.first + span.stop - span.start]
-            parts = pending[span.item]
-            parts.append((span, row[:, 0], residues))
-            if len(parts) == len(spans[span.item]):
-                results[span.item] = pool(parts, len(sequences[span.item]), layers, pooling)
-                parts.clear()
+    for batch in model.batches(sequences):
+        states = hidden_states(model, batch.input_ids, batch.attention_mask, layers)
+        for window, row in zip(batch.windows, states, strict=True):
+            index = window.sequence
+            residues = row[:, batch.first : batch.first + window.length]
+            parts[index].append((window, row[:, 0], residues))
+            if len(parts[index]) == counts[index]:
+                results[index] = pool(parts[index], len(sequences[index]), layers, pooling)
+                parts[index].clear()
     return results
 
 
-def pool(
-    parts: Sequence[tuple[Span, np.ndarray, np.ndarray]], length: int, layers: Sequence[int], pooling: Sequence[str]
-) -> Arrays:
-    """One protein's results, from <cls> [layers, D] and residues [layers, positions, D] of its windows."""
+def hidden_states(
+    model: ProteinModel, input_ids: np.ndarray, attention_mask: np.ndarray, layers: Sequence[int]
+) -> np.ndarray:
+    """The states after some layers, [B, layers, L, D], float32."""
+    network = model.network.base_model
+    last = network.config.num_hidden_layers
+    outputs = network(input_ids, attention_mask, output_hidden_states=list(layers) != [last])
+    states = [outputs.last_hidden_state if layer == last else outputs.hidden_states[layer] for layer in layers]
+    return np.array(mx.stack(states, axis=1).astype(mx.float32))
+
+
+# A window with its states of <cls>, [layers, D], and of its residues, [layers, positions, D].
+WindowStates = tuple[Window, np.ndarray, np.ndarray]
+
+
+def pool(parts: Sequence[WindowStates], length: int, layers: Sequence[int], pooling: Sequence[str]) -> Arrays:
+    """One protein's results from its windows."""
     arrays = {}
     for i, layer in enumerate(layers):
-        states = blend([(span, residues[i]) for span, _, residues in parts], length)
-        pooled = {
-            "mean": lambda states=states: states.mean(axis=0, dtype=np.float64),
-            "max": lambda states=states: states.max(axis=0),
-            "cls": lambda i=i: np.mean([cls[i] for _, cls, _ in parts], axis=0),
-            "residues": lambda states=states: states.copy(),
-        }
+        residues = blend([(window, states[i]) for window, _, states in parts], length)
         for name in pooling:
-            arrays[name if len(layers) == 1 else f"{name}.{layer}"] = pooled[name]().astype(np.float32, copy=False)
+            if name == "mean":
+                pooled = residues.mean(axis=0, dtype=np.float64)
+            elif name == "max":
+                pooled = residues.max(axis=0)
+            elif name == "cls":
+                pooled = np.mean([cls[i] for _, cls, _ in parts], axis=0)
+            else:
+                pooled = residues.copy()
+            arrays[name if len(layers) == 1 else f"{name}.{layer}"] = pooled.astype(np.float32, copy=False)
     return arrays

@@ -10,24 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf import MLXEsmForMaskedLM
 from mlx_esm_hf.data.proteins import Report, Source
-from mlx_esm_hf.pipelines.model import Loaded, as_loaded
-from mlx_esm_hf.runs.job import Cost, Job, Progress, check_output, no_progress
-from mlx_esm_hf.runs.run import Arrays, Item, Record, Run
+from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+from mlx_esm_hf.pipelines.protein_job import ProteinJob
+from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
+from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.outputs import check_outputs
+from mlx_esm_hf.runs.run import Run
 
 
 def fill_mask(
     proteins: Source,
-    model: str | Loaded,
+    model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
     top_k: int = 5,
     aligned: bool = False,
     strict: bool = False,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     **loading: Any,
-) -> Iterator[Record] | Report:
+) -> Iterator[Result] | Report:
     """The most probable tokens at each <mask>, all masks at once, over the whole vocabulary.
 
     Args:
@@ -40,36 +42,46 @@ def fill_mask(
     """
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: at least one proposal is needed.")
-    check_output(output, ("", ".csv"))
-    loaded = as_loaded(MLXEsmForMaskedLM, model, output, loading)
-    mask = loaded.tokenizer.mask_token_id
-    kept = min(top_k, loaded.model.config.vocab_size)
+    check_outputs(output, ("", ".csv"))
+    protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
+    vocabulary = protein_model.vocabulary
+    kept = min(top_k, protein_model.network.config.vocab_size)
 
     def check(ids: np.ndarray) -> None:
-        if not (ids == mask).any():
+        if not (ids == vocabulary.mask).any():
             raise ValueError("has no <mask>")
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
-        sequences, results = [item.content for item in items], list[Arrays]()
-        for ids, rows in zip(sequences, loaded.blended_log_probabilities(sequences), strict=True):
-            positions = np.flatnonzero(ids == mask)
-            order = np.argsort(-rows[positions], axis=1, kind="stable")[:, :kept]
-            scores = np.exp(np.take_along_axis(rows[positions], order, axis=1))
-            results.append({"positions": positions, "tokens": order, "scores": scores})
-        return results
+        return proposals(protein_model, [item.content for item in items], kept)
+
+    def size(residues: int) -> int:
+        return 12 * kept * residues
 
     def write(path: Path, run: Run) -> None:
         with open(path, "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(["record", "id", "position", "rank", "token", "score"])
-            for record in run.records():
-                a = record.arrays
-                for position, tokens, scores in zip(a["positions"], a["tokens"], a["scores"], strict=True):
-                    for rank, (token, score) in enumerate(zip(tokens.tolist(), scores.tolist(), strict=True), 1):
-                        name = loaded.tokenizer.convert_ids_to_tokens(token)
-                        table.writerow([record.number, record.id, position + 1, rank, name, score])
+            table.writerow(["number", "id", "position", "rank", "token", "score"])
+            for result in run.results():
+                a = result.arrays
+                for position, ids, scores in zip(a["positions"], a["tokens"], a["scores"], strict=True):
+                    ranked = zip(vocabulary.decode(ids), scores.tolist(), strict=True)
+                    for rank, (token, score) in enumerate(ranked, 1):
+                        table.writerow([result.number, result.id, position + 1, rank, token, score])
 
-    cost = Cost(lambda tokens: tokens, lambda residues: 12 * kept * residues)
-    formats = {"": None, ".csv": write}
-    job = Job("fill-mask", loaded, {"top_k": top_k}, compute, cost, formats, check, aligned, strict)
-    return job.run(proteins, output, progress)
+    job = ProteinJob(
+        "fill-mask", protein_model, {"top_k": top_k}, compute, size, check=check, aligned=aligned, strict=strict
+    )
+    if output is None:
+        return job.stream(proteins)
+    return job.write(proteins, Path(output), {"": None, ".csv": write}, progress)
+
+
+def proposals(model: ProteinModel, sequences: Sequence[np.ndarray], count: int) -> list[Arrays]:
+    """The results of `fill_mask` for sequences of ids."""
+    results: list[Arrays] = []
+    for ids, rows in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
+        positions = np.flatnonzero(ids == model.vocabulary.mask)
+        order = np.argsort(-rows[positions], axis=1, kind="stable")[:, :count]
+        scores = np.exp(np.take_along_axis(rows[positions], order, axis=1))
+        results.append({"positions": positions, "tokens": order, "scores": scores})
+    return results

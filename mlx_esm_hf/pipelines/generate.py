@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_esm_hf import MLXEsmForMaskedLM
 from mlx_esm_hf.data.proteins import STANDARD, Report, Source
-from mlx_esm_hf.pipelines.model import Loaded, as_loaded
-from mlx_esm_hf.runs.job import Cost, Job, Progress, check_output, no_progress
-from mlx_esm_hf.runs.run import Arrays, Item, Record, Run
+from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+from mlx_esm_hf.pipelines.protein_job import ProteinJob
+from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
+from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.outputs import check_outputs
+from mlx_esm_hf.runs.run import Run
 
 ORDERS = ("confidence", "left-to-right", "gibbs")
 
@@ -64,7 +66,7 @@ class Sampling:
 
 def generate(
     proteins: Source | None,
-    model: str | Loaded,
+    model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
     length: int | None = None,
@@ -78,7 +80,7 @@ def generate(
     seed: int = 0,
     aligned: bool = False,
     strict: bool = False,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     **loading: Any,
 ) -> Iterator[Design] | Report:
     """Design sequences: fill the masked positions of proteins, or a number of masks.
@@ -108,13 +110,12 @@ def generate(
         raise ValueError("samples and length must be 1 at least, and sweeps must not be negative.")
     sampling = Sampling(temperature, top_k, top_p)
     kept = None if fixed is None else parse_positions(fixed)
-    check_output(output, ("", ".fasta", ".fa"))
-    loaded = as_loaded(MLXEsmForMaskedLM, model, output, loading)
-    names = loaded.tokenizer.convert_ids_to_tokens
+    check_outputs(output, ("", ".fasta", ".fa"))
+    protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
 
     def free(ids: np.ndarray) -> np.ndarray:
         if kept is None:
-            return np.flatnonzero(ids == loaded.tokenizer.mask_token_id)
+            return np.flatnonzero(ids == protein_model.vocabulary.mask)
         return np.setdiff1d(np.arange(len(ids)), kept)
 
     def check(ids: np.ndarray) -> None:
@@ -125,42 +126,64 @@ def generate(
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
         drafts = [Draft(item.content, free(item.content), generator(item)) for item in items]
-        fill(loaded, drafts, order, sweeps, sampling)
+        fill(protein_model, drafts, order, sweeps, sampling)
         return [{"ids": draft.ids, "log_probability": np.array([draft.drawn.mean()])} for draft in drafts]
 
     def generator(item: Item) -> np.random.Generator:
         return np.random.default_rng([seed, zlib.crc32(item.content.tobytes()), item.number % samples])
 
-    def design(record: Record) -> Design:
-        sequence = "".join(names(record.arrays["ids"].tolist()))
-        return Design(record.id, record.number % samples + 1, sequence, float(record.arrays["log_probability"][0]))
+    def size(residues: int) -> int:
+        return 4 * residues + 8
+
+    def work(tokens: int) -> int:
+        passes = 1 + sweeps if order == "gibbs" else 1
+        return passes * tokens * tokens
+
+    def design(result: Result) -> Design:
+        sequence = "".join(protein_model.vocabulary.decode(result.arrays["ids"]))
+        return Design(result.id, result.number % samples + 1, sequence, float(result.arrays["log_probability"][0]))
 
     def write(path: Path, run: Run) -> None:
-        with open(path, "w", encoding="utf-8") as file:
-            for d in map(design, run.records()):
-                file.write(f">{d.id}_{d.sample} mean_log_p={d.log_probability:.4f}\n{d.sequence}\n")
+        write_fasta(path, map(design, run.results()))
 
-    settings = {
-        **{"length": length, "samples": samples, "order": order, "sweeps": sweeps, "fixed": fixed, "seed": seed},
-        **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
-    }
-    passes = 1 + sweeps * (order == "gibbs")
-    source: Source = proteins if proteins is not None else [("design", "<mask>" * int(length or 0))]
-    job = Job(
+    source: Source
+    if proteins is not None:
+        source, described = proteins, None
+    else:
+        source, described = [("design", "<mask>" * int(length or 0))], {"name": "length", "sha256": ""}
+    job = ProteinJob(
         "generate",
-        loaded,
-        settings,
+        protein_model,
+        {
+            "length": length,
+            "samples": samples,
+            "order": order,
+            "sweeps": sweeps,
+            "fixed": fixed,
+            "seed": seed,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        },
         compute,
-        Cost(lambda tokens: passes * tokens * tokens, lambda residues: 4 * residues + 8),
-        {"": None, ".fasta": write, ".fa": write},
+        size,
+        work,
         check,
+        samples,
+        described,  # of a length the settings say it all
         aligned,
         strict,
-        copies=samples,
-        input={"name": "length", "sha256": ""} if proteins is None else None,  # the settings say it
     )
-    results = job.run(source, output, progress)
-    return results if isinstance(results, Report) else map(design, results)
+    if output is None:
+        return map(design, job.stream(source))
+    return job.write(source, Path(output), {"": None, ".fasta": write, ".fa": write}, progress)
+
+
+def write_fasta(path: Path, designs: Iterable[Design]) -> None:
+    """A record for each design, called by the protein's id and the number of the sample."""
+    with open(path, "w", encoding="utf-8") as file:
+        for d in designs:
+            file.write(f">{d.id}_{d.sample} mean_log_p={d.log_probability:.4f}\n{d.sequence}\n")
 
 
 class Draft:
@@ -171,30 +194,34 @@ class Draft:
         self.drawn = np.zeros(len(free))  # log p of what stands at each free position
 
 
-def fill(loaded: Loaded, drafts: Sequence[Draft], order: str, sweeps: int, sampling: Sampling) -> None:
+def fill(model: ProteinModel, drafts: Sequence[Draft], order: str, sweeps: int, sampling: Sampling) -> None:
     """Fill the free positions of all drafts side by side, one of each in a pass."""
-    mask = loaded.tokenizer.mask_token_id
-    standard = np.array([loaded.vocabulary[residue] for residue in STANDARD])
+    mask = model.vocabulary.mask
+    standard = np.array([model.vocabulary.ids[residue] for residue in STANDARD])
     for draft in drafts:
         draft.ids[draft.free] = mask
-    if order == "gibbs":
-        plans = [np.concatenate([d.random.permutation(len(d.free)) for _ in range(1 + sweeps)]) for d in drafts]
-    else:
-        plans = [np.arange(len(draft.free)) for draft in drafts]
+    plans = [plan(draft, order, sweeps) for draft in drafts]
     for step in range(max(map(len, plans), default=0)):
-        active = [(draft, plan) for draft, plan in zip(drafts, plans, strict=True) if step < len(plan)]
-        for draft, plan in active:
-            if order != "confidence":
-                draft.ids[draft.free[plan[step]]] = mask
-        rows = loaded.blended_log_probabilities([draft.ids for draft, _ in active])
-        for (draft, plan), row in zip(active, rows, strict=True):
+        active = [(draft, places[step]) for draft, places in zip(drafts, plans, strict=True) if step < len(places)]
+        if order != "confidence":
+            for draft, place in active:
+                draft.ids[draft.free[place]] = mask
+        rows = model.blended_log_probabilities([draft.ids for draft, _ in active])
+        for (draft, place), row in zip(active, rows, strict=True):
             answers = row[draft.free][:, standard]
-            place = plan[step]
             if order == "confidence":
                 place = np.where(draft.ids[draft.free] == mask, answers.max(axis=1), -np.inf).argmax()
             residue = sampling.draw(answers[place], draft.random)
             draft.ids[draft.free[place]] = standard[residue]
             draft.drawn[place] = answers[place, residue]
+
+
+def plan(draft: Draft, order: str, sweeps: int) -> np.ndarray:
+    """Which free position is filled in each pass; with "confidence" only their number counts."""
+    count = len(draft.free)
+    if order == "gibbs":
+        return np.concatenate([draft.random.permutation(count) for _ in range(1 + sweeps)])
+    return np.arange(count)
 
 
 def parse_positions(text: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
 )
+from mlx_esm_hf.pipelines.protein_model import load_network
 
 # Arguments of `from_pretrained` that the tokenizer has, too.
 SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
@@ -63,7 +64,7 @@ def pipeline(
         network = model
     else:
         tokenizer = tokenizer or model
-        network = auto_class.from_pretrained(model, **loading)
+        network = load_network(auto_class, model, **loading)
     if isinstance(tokenizer, str):
         shared = {name: loading[name] for name in SHARED if name in loading}
         if tokenizer == model and getattr(network.config, "_commit_hash", None):

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf import MLXEsmForMaskedLM
 from mlx_esm_hf.data.proteins import RESIDUES, STANDARD, Report, Source
-from mlx_esm_hf.pipelines.model import Loaded, as_loaded
+from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun, one_pass_work
+from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs.formats import write_csv
-from mlx_esm_hf.runs.job import Cost, Job, Progress, check_output, no_progress
-from mlx_esm_hf.runs.run import Arrays, Item, Record
+from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.outputs import check_outputs
 
 METHODS = ("exact", "one-pass")
-FORMATS = {"": None, ".csv": write_csv}
+FORMATS: dict[str, WriteRun | None] = {"": None, ".csv": write_csv}
 
 
 def perplexity(
     proteins: Source,
-    model: str | Loaded,
+    model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
     method: str = "exact",
     aligned: bool = False,
     strict: bool = False,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     **loading: Any,
-) -> Iterator[Record] | Report:
+) -> Iterator[Result] | Report:
     """The pseudo-perplexity of proteins, e^(-mean log p) over residues, each masked in turn (Salazar et al. 2020).
 
     Unknown residues (X), gaps and special tokens do not count.
@@ -46,37 +48,47 @@ def perplexity(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")
-    check_output(output, FORMATS)
-    loaded = as_loaded(MLXEsmForMaskedLM, model, output, loading)
-    vocabulary = loaded.vocabulary
-    counted = np.array([vocabulary[residue] for residue in RESIDUES if residue != "X"])
+    check_outputs(output, FORMATS)
+    protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
-        results, sequences = [], [item.content for item in items]
-        plain = loaded.blended_log_probabilities(sequences)
-        for ids, log_probabilities in zip(sequences, plain, strict=True):
-            positions = np.flatnonzero(np.isin(ids, counted))
-            seen = one_pass(log_probabilities[positions, ids[positions]])
-            arrays = {"one_pass_estimate": _perplexity(seen)}
-            if method == "exact":
-                rows = loaded.masked_log_probabilities(ids, positions.tolist())
-                exact = _perplexity(rows[np.arange(len(positions)), ids[positions]])
-                arrays = {"pseudo_perplexity": exact, **arrays}
-            results.append(arrays)
-        return results
+        return perplexities(protein_model, [item.content for item in items], method)
 
-    passes = (lambda tokens: tokens * tokens) if method == "exact" else (lambda tokens: tokens)
-    job = Job(
+    def size(residues: int) -> int:
+        return 16
+
+    job = ProteinJob(
         "perplexity",
-        loaded,
+        protein_model,
         {"method": method},
         compute,
-        Cost(passes, lambda residues: 16),
-        FORMATS,
+        size,
+        work=pass_for_each_token if method == "exact" else one_pass_work,
         aligned=aligned,
         strict=strict,
     )
-    return job.run(proteins, output, progress)
+    if output is None:
+        return job.stream(proteins)
+    return job.write(proteins, Path(output), FORMATS, progress)
+
+
+def pass_for_each_token(tokens: int) -> int:
+    return tokens * tokens
+
+
+def perplexities(model: ProteinModel, sequences: Sequence[np.ndarray], method: str) -> list[Arrays]:
+    """The results of `perplexity` for sequences of ids."""
+    counted = np.array([model.vocabulary.ids[residue] for residue in RESIDUES if residue != "X"])
+    results: list[Arrays] = []
+    for ids, plain in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
+        positions = np.flatnonzero(np.isin(ids, counted))
+        arrays = {}
+        if method == "exact":
+            rows = model.masked_log_probabilities(ids, positions.tolist())
+            arrays["pseudo_perplexity"] = _perplexity(rows[np.arange(len(positions)), ids[positions]])
+        arrays["one_pass_estimate"] = _perplexity(one_pass(plain[positions, ids[positions]]))
+        results.append(arrays)
+    return results
 
 
 def one_pass(log_probabilities: np.ndarray) -> np.ndarray:

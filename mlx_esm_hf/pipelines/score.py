@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf import MLXEsmForMaskedLM
 from mlx_esm_hf.data.proteins import STANDARD, clean, read_proteins, tokens
-from mlx_esm_hf.pipelines.model import Loaded, as_loaded
+from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.pipelines.mutations import Substitution, parse, read_table, suggest_first_residue
-from mlx_esm_hf.runs.formats import check_picture, write_whole
-from mlx_esm_hf.runs.job import Progress, check_output, no_progress
-from mlx_esm_hf.runs.run import Arrays, Item, Run, discard, shards_of, stream, wait_for_all
+from mlx_esm_hf.pipelines.protein_job import CHUNK_BATCHES
+from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
+from mlx_esm_hf.runs import ranks
+from mlx_esm_hf.runs.files import Write
+from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress, stream
+from mlx_esm_hf.runs.outputs import check_outputs, check_picture, claimed, shards_of, write_files, write_new
+from mlx_esm_hf.runs.run import compute_run
+
+Mutant = list[Substitution]
 
 METHODS = ("masked-marginals", "wt-marginals", "pseudo-perplexity")
 
@@ -34,14 +39,14 @@ class Scores(NamedTuple):
 def score(
     mutants: str | os.PathLike[str] | Sequence[str] | None,
     sequence: str | os.PathLike[str],
-    model: str | Loaded | Sequence[str | Loaded],
+    model: str | ProteinModel | Sequence[str | ProteinModel],
     output: str | os.PathLike[str] | None = None,
     *,
     method: str = "masked-marginals",
     mutant_column: str = "mutant",
     first_residue: int = 1,
     picture: str | os.PathLike[str] | None = None,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     **loading: Any,
 ) -> Scores:
     """Score mutations of a protein: the higher, the more the model expects the mutant.
@@ -76,53 +81,165 @@ def score(
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")
     if picture is not None and mutants is not None:
         raise ValueError("A heat map is of all mutations: leave out the list of mutants.")
-    if picture is not None:
-        check_picture(picture)
-    check_output(output, [".csv"])
+    check_picture(picture)
+    check_outputs(output, [".csv"], picture)
     wild_type = read_wild_type(sequence)
     columns, rows = _table(mutants, mutant_column, wild_type, first_residue)
     parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
 
-    models = [model] if isinstance(model, (str, os.PathLike, Loaded)) else list(model)
-    names = [m.name if isinstance(m, Loaded) else str(m) for m in models]
-    called = [*columns, *names, *["mean"] * (len(names) > 1)]
-    if repeated := [name for name in called if called.count(name) > 1]:
+    models = [model] if isinstance(model, (str, os.PathLike, ProteinModel)) else list(model)
+    names = [m.name if isinstance(m, ProteinModel) else str(m) for m in models]
+    columns += [*names, "mean"] if len(names) > 1 else names
+    if repeated := [name for name in columns if columns.count(name) > 1]:
         raise ValueError(f"Two columns would be called {repeated[0]!r}.")
-    folder = None if output is None else shards_of(output)
-    unread: dict[int, str] = {}
-    for number, (name, one) in enumerate(zip(names, models, strict=True), 1):
-        part = None if folder is None else folder / str(number)
-        loaded = as_loaded(MLXEsmForMaskedLM, one, part, loading)
-        ids, fitting = _fit(loaded, wild_type, parsed)
-        unread |= {i: f"row {i + 1}: {name} reads {len(ids)} residues." for i in parsed.keys() - fitting.keys()}
-        for index, value in _scores(loaded, ids, fitting, method, part, progress).items():
-            rows[index][name] = value
-    columns = called
-    if len(names) > 1:
-        for row in rows:
-            if all(name in row for name in names):
-                row["mean"] = float(np.mean([row[name] for name in names]))
-    scores = Scores(columns, rows, [*left_out, *unread.values()])
-    if output is not None and folder is not None and mx.distributed.init().rank() == 0:
-        if picture is not None:
-            write_whole(Path(picture), lambda part: heat_map(scores, part, mutant_column))
-        write_whole(Path(output), lambda part: write_table(part, columns, rows))
-        discard(folder)
-    elif output is None and picture is not None:
-        heat_map(scores, picture, mutant_column)
-    wait_for_all()
+    scores = Scores(columns, rows, left_out)
+    with claimed(None if output is None else Path(output), [] if picture is None else [Path(picture)]):
+        shards = None if output is None else shards_of(output)
+        _fill(scores, dict(zip(names, models, strict=True)), wild_type, parsed, method, shards, loading, progress)
+        _write_all(scores, output, shards, picture, mutant_column)
     return scores
 
 
-def _fit(
-    loaded: Loaded, wild_type: str, mutants: dict[int, list[Substitution]]
-) -> tuple[np.ndarray, dict[int, list[Substitution]]]:
-    """The ids that this model reads of the wild type, and the mutants within them."""
+def _fill(
+    scores: Scores,
+    models: dict[str, str | ProteinModel],
+    wild_type: str,
+    mutants: dict[int, Mutant],
+    method: str,
+    shards: Path | None,
+    loading: dict[str, Any],
+    on_progress: OnProgress,
+) -> None:
+    """Put the scores of each model into its column, one model after the other, and their mean."""
+    unread: dict[int, str] = {}
+    for number, (name, model) in enumerate(models.items(), 1):
+        gc.collect()  # the model before: one whose parts refer to it does not go by itself
+        folder = None if shards is None else shards / str(number)
+        values, length = _score(model, wild_type, mutants, method, folder, loading, on_progress)
+        beyond = [i for i, mutant in mutants.items() if any(s.position >= length for s in mutant)]
+        unread |= {i: f"row {i + 1}: {name} reads {length} residues." for i in beyond}
+        for index, value in values.items():
+            scores.rows[index][name] = value
+    scores.left_out.extend(unread.values())
+    if len(models) > 1:
+        for row in scores.rows:
+            if all(name in row for name in models):
+                row["mean"] = float(np.mean([row[name] for name in models]))
+
+
+def _write_all(
+    scores: Scores,
+    output: str | os.PathLike[str] | None,
+    shards: Path | None,
+    picture: str | os.PathLike[str] | None,
+    mutant_column: str,
+) -> None:
+    files: dict[Path, Write] = {}
+    if picture is not None:
+        files[Path(picture)] = lambda path: heat_map(scores, path, mutant_column)
+    if output is not None:
+        files[Path(output)] = lambda path: write_table(path, scores.columns, scores.rows)
+    if shards is not None:
+        ranks.on_first(lambda: write_files(files, shards))
+    else:
+        for path, write in files.items():
+            write_new(path, write)
+
+
+def _score(
+    model: str | ProteinModel,
+    wild_type: str,
+    mutants: dict[int, Mutant],
+    method: str,
+    folder: Path | None,
+    loading: dict[str, Any],
+    on_progress: OnProgress,
+) -> tuple[dict[int, float], int]:
+    """The score of each mutant to one model, from a run of its own, and how many residues of the wild type it reads.
+
+    The model lives no longer than this call, so that there is one at a time.
+    """
+    protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, folder, loading)
+    vocabulary = protein_model.vocabulary
     try:
-        ids = loaded.fit(loaded.ids(wild_type))
+        ids = vocabulary.encode(wild_type)
+        protein_model.refuse_long(len(ids))
+        ids = protein_model.cut(ids)
     except ValueError as error:
         raise ValueError(f"The wild type {error}.") from None
-    return ids, {i: m for i, m in mutants.items() if all(s.position < len(ids) for s in m)}
+    within = {i: m for i, m in mutants.items() if all(s.position < len(ids) for s in m)}
+    job = _job(protein_model, ids, within, method)
+    if folder is None:
+        results = list(stream(job))
+    else:
+        run = compute_run(job, folder, on_progress)
+        if ranks.rank() > 0:  # the first one writes the table
+            return {}, len(ids)
+        results = list(run.results())
+    if method == "pseudo-perplexity":
+        return {result.number: float(result.arrays["score"][0]) for result in results}, len(ids)
+    return _differences(results, within, method, vocabulary.ids), len(ids)
+
+
+def _job(model: ProteinModel, ids: np.ndarray, mutants: dict[int, Mutant], method: str) -> Job:
+    """What a method has to compute for these mutants of a wild type."""
+    pass_work = sum(window.length for window in model.windows(0, len(ids)))
+    row_bytes = 4 * model.network.config.vocab_size
+
+    def pseudo_perplexities(items: Sequence[Item]) -> list[Arrays]:
+        variants = [mutated(ids, item.content, model.vocabulary.ids) for item in items]
+        return [{"score": np.array([pseudo_log_likelihood(model, variant)])} for variant in variants]
+
+    def masked_rows(items: Sequence[Item]) -> list[Arrays]:
+        rows = model.masked_log_probabilities(ids, [item.content for item in items])
+        return [{"log_probabilities": row} for row in rows]
+
+    def all_rows(items: Sequence[Item]) -> list[Arrays]:
+        return [{"log_probabilities": model.blended_log_probabilities([ids])[0]} for _ in items]
+
+    if method == "pseudo-perplexity":
+        compute = pseudo_perplexities
+        items = [Item(i, mutant_name(m), m, len(ids), pass_work * len(ids), 8) for i, m in mutants.items()]
+    elif method == "masked-marginals":
+        compute = masked_rows
+        positions = sorted({s.position for mutant in mutants.values() for s in mutant})
+        items = [Item(p, str(p + 1), p, len(ids), pass_work, row_bytes) for p in positions]
+    else:
+        compute = all_rows
+        items = [Item(0, "wild type", None, len(ids), pass_work, row_bytes * len(ids))]
+    digest = hashlib.sha256(repr(sorted(mutants.items())).encode()).hexdigest()
+    return Job(
+        command="score",
+        settings=model.settings | {"method": method, "sequence": ids.tolist()},
+        input={"name": "mutants", "sha256": digest},
+        items=lambda: items,
+        compute=compute,
+        chunk_work=CHUNK_BATCHES * model.batch_tokens,
+        total=sum(item.length for item in items),
+    )
+
+
+def _differences(
+    results: Sequence[Result], mutants: dict[int, Mutant], method: str, token_ids: dict[str, int]
+) -> dict[int, float]:
+    """Log p of the mutant's residues less that of the wild type's, summed over the substitutions."""
+    if method == "masked-marginals":
+        table = {result.number: result.arrays["log_probabilities"] for result in results}
+    else:
+        table = dict(enumerate(results[0].arrays["log_probabilities"]))
+    scores = {}
+    for index, mutant in mutants.items():
+        gains = [table[s.position][token_ids[s.mutant]] - table[s.position][token_ids[s.wild_type]] for s in mutant]
+        scores[index] = float(sum(gains))
+    return scores
+
+
+def mutated(ids: np.ndarray, mutant: Mutant, token_ids: dict[str, int]) -> np.ndarray:
+    """The ids of a mutant of a wild type."""
+    ids = ids.copy()
+    for substitution in mutant:
+        ids[substitution.position] = token_ids[substitution.mutant]
+    return ids
 
 
 def read_wild_type(sequence: str | os.PathLike[str]) -> str:
@@ -153,8 +270,9 @@ def _table(
 
 def _parse(
     rows: list[dict[str, Any]], column: str, wild_type: str, first_residue: int
-) -> tuple[dict[int, list[Substitution]], list[str]]:
-    parsed, left_out = {}, []
+) -> tuple[dict[int, Mutant], list[str]]:
+    parsed: dict[int, Mutant] = {}
+    left_out: list[str] = []
     for index, row in enumerate(rows):
         try:
             parsed[index] = parse(row[column], wild_type, first_residue)
@@ -172,74 +290,14 @@ def _parse(
     return parsed, left_out
 
 
-def _scores(
-    loaded: Loaded,
-    ids: np.ndarray,
-    mutants: dict[int, list[Substitution]],
-    method: str,
-    folder: Path | None,
-    progress: Progress,
-) -> dict[int, float]:
-    """The score of each mutant, from a run of its own."""
-    vocabulary = loaded.vocabulary
-    work = sum(span.stop - span.start for span in loaded.spans(0, len(ids)))
-    row_bytes = 4 * loaded.model.config.vocab_size
-
-    if method == "pseudo-perplexity":
-
-        def compute(items: Sequence[Item]) -> list[Arrays]:
-            return [{"score": np.array([pseudo_log_likelihood(loaded, mutated(ids, item.content))])} for item in items]
-
-        def mutated(ids: np.ndarray, substitutions: list[Substitution]) -> np.ndarray:
-            ids = ids.copy()
-            for substitution in substitutions:
-                ids[substitution.position] = vocabulary[substitution.mutant]
-            return ids
-
-        items = [Item(i, mutant_name(m), m, len(ids), work * len(ids), 8) for i, m in mutants.items()]
-    elif method == "masked-marginals":
-        positions = sorted({s.position for substitutions in mutants.values() for s in substitutions})
-        items = [Item(position, str(position + 1), position, len(ids), work, row_bytes) for position in positions]
-
-        def compute(items: Sequence[Item]) -> list[Arrays]:
-            rows = loaded.masked_log_probabilities(ids, [item.content for item in items])
-            return [{"log_probabilities": row} for row in rows]
-    else:
-        items = [Item(0, "wild type", None, len(ids), work, row_bytes * len(ids))]
-
-        def compute(items: Sequence[Item]) -> list[Arrays]:
-            return [{"log_probabilities": loaded.blended_log_probabilities([ids])[0]}]
-
-    total = sum(item.length for item in items)
-    settings = {"method": method, "sequence": ids.tolist()}
-    digest = hashlib.sha256(repr(sorted(mutants.items())).encode()).hexdigest()
-    run = Run(folder, "score", loaded.settings | settings, {"name": "mutants", "sha256": digest}) if folder else None
-    if run and not run.complete:
-        run.compute(items, loaded.batch_tokens, compute, progress, total)
-    if run and not run.first_rank:
-        return {}
-    found = list(run.records() if run else stream(items, loaded.batch_tokens, compute))
-    if method == "pseudo-perplexity":
-        return {record.number: float(record.arrays["score"][0]) for record in found}
-    if method == "masked-marginals":
-        table = {record.number: record.arrays["log_probabilities"] for record in found}
-    else:
-        table = dict(enumerate(found[0].arrays["log_probabilities"])) if found else {}
-    return {
-        index: float(
-            sum(table[s.position][vocabulary[s.mutant]] - table[s.position][vocabulary[s.wild_type]] for s in m)
-        )
-        for index, m in mutants.items()
-    }
-
-
-def mutant_name(substitutions: Sequence[Substitution]) -> str:
+def mutant_name(substitutions: Mutant) -> str:
+    """Such as A42G:L7P, residues counted from 1."""
     return ":".join(f"{s.wild_type}{s.position + 1}{s.mutant}" for s in substitutions)
 
 
-def pseudo_log_likelihood(loaded: Loaded, ids: np.ndarray) -> float:
+def pseudo_log_likelihood(model: ProteinModel, ids: np.ndarray) -> float:
     """The sum of log p over all positions, each masked in turn (Salazar et al. 2020, arXiv:1910.14659)."""
-    rows = loaded.masked_log_probabilities(ids, range(len(ids)))
+    rows = model.masked_log_probabilities(ids, range(len(ids)))
     return float(rows[np.arange(len(ids)), ids].sum(dtype=np.float64))
 
 

@@ -1,179 +1,101 @@
-"""What the jobs on proteins have in common: read, check, compute in chunks, write, and say what was left out."""
+"""What a run computes: items, chunk by chunk, into results."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stdin, read_proteins
-from mlx_esm_hf.pipelines.model import Loaded
-from mlx_esm_hf.runs.formats import require, write_whole
-from mlx_esm_hf.runs.run import (
-    Arrays,
-    Done,
-    Item,
-    Record,
-    Run,
-    describe,
-    discard,
-    shards_of,
-    stream,
-    wait_for_all,
-)
+CHUNK_BYTES = 1 << 28  # of results, which are in memory until they are written
 
-Progress = Callable[[Done], None]
-Write = Callable[[Path, Run], None]
+Arrays = dict[str, np.ndarray]
 
 
-class Cost(NamedTuple):
-    """What a protein of so many residues takes: tokens through the model, and bytes of results."""
+class Item(NamedTuple):
+    """What one result is computed from."""
 
-    work: Callable[[int], int]
-    size: Callable[[int], int]
+    number: int
+    id: str
+    content: Any
+    length: int  # residues
+    work: int  # in units of the job's own
+    size: int  # bytes of its results
+
+
+class Chunk(NamedTuple):
+    """Items that are computed together."""
+
+    number: int
+    items: list[Item]
+
+
+class Result(NamedTuple):
+    """What was computed of one item."""
+
+    number: int
+    id: str
+    length: int
+    arrays: Arrays
+
+
+class Progress(NamedTuple):
+    """What is told after each step, in residues: those that are done now, those of them just computed, those of all."""
+
+    residues: int
+    computed: int
+    total: int | None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def no_progress(progress: Progress) -> None:
+    """Tell nobody."""
 
 
 @dataclass
 class Job:
-    """One of the jobs, with the model and the settings it was asked with.
+    """Items, a function that computes them, and what their results depend on.
 
     Args:
         command: its name.
-        settings: what results depend on, besides the model.
-        compute: the results of items, whose content are token ids, without <cls> and <eos>.
-        check: refuses a protein, by ValueError, that this job has nothing to do for.
-        copies: how many records a protein gives.
-        input: what the manifest says of the input; by default what `describe` does.
-        formats: what writes the results, by the suffix of the output; "" leaves the folder of shards.
-        aligned, strict: how proteins are read.
+        settings: what the results depend on, besides the input.
+        input: what the manifest says of the input. With a "sha256" the run can be taken up again.
+        items: reads the items from the beginning, in order; always the same ones.
+        compute: the arrays of each of some items.
+        chunk_work: how much work makes a chunk.
+        total: residues of all items, if that is known.
+        left_out: what could not be made an item, and why; it fills while items are read.
     """
 
     command: str
-    model: Loaded
     settings: dict[str, Any]
+    input: dict[str, str]
+    items: Callable[[], Iterable[Item]]
     compute: Callable[[Sequence[Item]], Sequence[Arrays]]
-    cost: Cost
-    formats: Mapping[str, Write | None]
-    check: Callable[[np.ndarray], None] = lambda ids: None
-    aligned: bool = False
-    strict: bool = False
-    copies: int = 1
-    input: dict[str, str] | None = None
-    report: Report = field(default_factory=Report)
-
-    def run(
-        self, source: Source, output: str | os.PathLike[str] | None, progress: Progress
-    ) -> Iterator[Record] | Report:
-        """Without an output the results, in the order of the proteins, computed while they are read; with one, a
-        report of what was changed and left out.
-
-        Raises:
-            ValueError: input that cannot be read; proteins that are too long, of a file all of them, before any work.
-        """
-        if output is None:
-            return self._stream(source)
-        self._write(source, Path(output), progress)
-        return self.report
-
-    def _stream(self, source: Source) -> Iterator[Record]:
-        self._survey(source)
-        self.report = Report(self.strict)
-        yield from stream(self._items(source), self.model.batch_tokens, self.compute)
-        for message in self.report.left_out:
-            warnings.warn(f"left out: {message}", stacklevel=2)
-
-    def _write(self, source: Source, output: Path, progress: Progress) -> None:
-        write = self.formats[output.suffix]
-        folder = shards_of(output) if write else output
-        if mx.distributed.init().size() > 1 and is_stdin(source):
-            raise ValueError("Several ranks cannot share standard input: give them a file.")
-        total = self._survey(source)
-        self.report = Report(self.strict)
-        settings = self.model.settings | self.settings | {"aligned": self.aligned}
-        run = Run(folder, self.command, settings, self.input or describe(source))
-        if write and output.exists() and not run.complete:
-            raise ValueError(f"{output} is there already, and {folder} is not done: move the file away, then go on.")
-        if run.complete:
-            self.report.left_out = run.manifest.get("left_out", [])
-        else:
-            items = self._items(source)
-            run.compute(items, self.model.batch_tokens, self.compute, progress, total, self.report)
-        if write and run.first_rank:
-            if not output.exists():  # else the run was stopped between this and the next line
-                write_whole(output, lambda part: write(part, run))
-            discard(folder)
-        wait_for_all()
-
-    def _items(self, source: Source) -> Iterator[Item]:
-        before, after = len(self.model.before), len(self.model.after)
-        number = 0
-        for protein, ids, problem in self._encoded(source, self.report):
-            if problem:
-                raise ValueError(problem)
-            spans = self.model.spans(0, len(ids))
-            work = sum(self.cost.work(span.stop - span.start + before + after) for span in spans)
-            for _ in range(self.copies):
-                yield Item(number, protein.id, ids, len(ids), work, self.cost.size(len(ids)))
-                number += 1
-
-    def _encoded(self, source: Source, report: Report) -> Iterator[tuple[Protein, np.ndarray, str]]:
-        """The proteins that have work for this job, with their ids, and what is wrong if one is too long."""
-        for protein in read_proteins(source, self.aligned, report):
-            try:
-                ids = self.model.ids(protein.sequence)
-            except ValueError as error:
-                report.leave_out(f"{protein.place}: {protein.id!r} {error}.")
-                continue
-            try:
-                ids, problem = self.model.fit(ids), ""
-            except ValueError as error:
-                problem = f"{protein.place}: {protein.id!r} {error}."
-            try:
-                self.check(ids)
-            except ValueError as error:
-                report.leave_out(f"{protein.place}: {protein.id!r} {error}.")
-                continue
-            yield protein, ids, problem
-
-    def _survey(self, source: Source) -> int | None:
-        """Read a file once before the work; returns how many residues there are to compute, None if that would use up
-        the source."""
-        if is_stdin(source) or not isinstance(source, (str, os.PathLike)):
-            return None
-        total, problems, report = 0, list[str](), Report(self.strict)
-        for _, ids, problem in self._encoded(source, report):
-            total += len(ids) * self.copies
-            problems += [problem] * bool(problem)
-        if problems:
-            shown = "\n".join(problems[:20]) + (f"\nand {len(problems) - 20} more." if len(problems) > 20 else "")
-            raise ValueError(f"{source}: nothing was computed.\n{shown}")
-        if not total:
-            raise ValueError("\n".join([f"{source} holds no proteins.", *report.left_out]))
-        return total
+    chunk_work: int
+    total: int | None = None
+    left_out: list[str] = field(default_factory=list)
 
 
-def check_output(output: str | os.PathLike[str] | None, suffixes: Iterable[str]) -> None:
-    """Refuse an output that cannot be written, before a model is loaded for it.
-
-    Raises:
-        ValueError: no format has this suffix, its library is not installed, its folder is missing, or it is there.
-    """
-    if output is None:
-        return
-    path = Path(output)
-    if path.suffix not in suffixes:
-        known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
-        raise ValueError(f"{output}: the formats of this command are told by the suffixes {known}.")
-    require(path)
-    if path.suffix and path.exists() and not shards_of(path).exists():
-        raise ValueError(f"{output} is there already: choose another output, or remove it.")
+def chunks(items: Iterable[Item], chunk_work: int) -> Iterator[Chunk]:
+    """The items in order, as many at a time as make so much work, or fill `CHUNK_BYTES`."""
+    chunk: list[Item] = []
+    number = work = size = 0
+    for item in items:
+        if chunk and (work + item.work > chunk_work or size + item.size > CHUNK_BYTES):
+            yield Chunk(number, chunk)
+            number, chunk, work, size = number + 1, [], 0, 0
+        chunk.append(item)
+        work, size = work + item.work, size + item.size
+    if chunk:
+        yield Chunk(number, chunk)
 
 
-def no_progress(done: Done) -> None:
-    pass
+def stream(job: Job) -> Iterator[Result]:
+    """The results in order, computed chunk by chunk while the items are read, and written nowhere."""
+    for chunk in chunks(job.items(), job.chunk_work):
+        for item, arrays in zip(chunk.items, job.compute(chunk.items), strict=True):
+            yield Result(item.number, item.id, item.length, arrays)

@@ -1,7 +1,7 @@
 """Loads checkpoints one after the other, in a process that may die of one: `python -m tests.abuse.loader FOLDER ...`
 
-For each a line of JSON: {"folder", "outcome", "error", "logits"}. The outcome is "loaded", "refused" (by an error that is
-meant for a user) or "bug" (any other).
+For each a line of JSON: {"folder", "outcome", "error", "logits"}. The outcome is "loaded", "refused" (by an error that
+is meant for a user) or "bug" (any other).
 """
 
 import json

@@ -78,6 +78,17 @@ def test_embed_esm1_has_no_eos_to_leave_out(run, tmp_path):
     np.testing.assert_allclose(means(output)[0][0], states.mean(axis=0), atol=1e-5)
 
 
+def test_embed_esm1_in_a_process_that_knows_nothing_of_it(tmp_path):
+    """Its tokenizer is found by the config's `model_type`, without an import by the user."""
+    MLXEsmModel(MLXEsm1Config(**SMALL)).save_pretrained(tmp_path / "esm1")
+    Esm1Tokenizer().save_pretrained(tmp_path / "esm1")
+    (tmp_path / "in.fasta").write_text(">a\nMKTAYI\n")
+    command = [sys.executable, "-m", "mlx_esm_hf.cli", "embed", tmp_path / "in.fasta", "--model", tmp_path / "esm1"]
+    done = subprocess.run([*command, "--output", tmp_path / "out.npz"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "LOAD REPORT" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("fasta", "message"),
     [

@@ -7,7 +7,7 @@ import mlx.core as mx
 import torch
 
 from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsmConfig, MLXEsmForMaskedLM
-from mlx_esm_hf.pipelines.model import Loaded
+from mlx_esm_hf.pipelines.protein_model import ProteinModel
 from tests.vocabulary import write_vocabulary
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -51,7 +51,7 @@ def fair_esm_pair(family):
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = EsmTokenizer(write_vocabulary(folder))
     alphabet = fair_esm.Alphabet.from_architecture("ESM-1" if family == "ESM-1" else "ESM-1b")
-    return peers.torch, alphabet, Loaded(peers.mlx, tokenizer, family)
+    return peers.torch, alphabet, ProteinModel(peers.mlx, tokenizer, family)
 
 
 def fair_esm_tokens(alphabet, sequence):

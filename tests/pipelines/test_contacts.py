@@ -1,11 +1,13 @@
 import csv
 from pathlib import Path
 
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
 
-from mlx_esm_hf.pipelines import contacts
+from mlx_esm_hf import MLXAutoModel
+from mlx_esm_hf.pipelines import contacts, load
 from mlx_esm_hf.pipelines.contacts import known_contacts, precision, top_contacts
 from tests.pipelines.models import UBIQUITIN, fair_esm_pair, fair_esm_tokens, write_model
 
@@ -15,11 +17,11 @@ SEQUENCES = [UBIQUITIN, "MKTAYIAKQR", UBIQUITIN[:40]]
 @pytest.mark.parametrize("family", ["ESM-1", "ESM-1b", "ESM-2"])
 def test_maps_are_fair_esm_s(family):
     model, alphabet, ours = fair_esm_pair(family)
-    loaded = type(ours)(ours.model.esm, ours.tokenizer)
-    for sequence, record in zip(SEQUENCES, contacts(SEQUENCES, loaded), strict=True):
+    loaded = type(ours)(ours.network.esm, ours.tokenizer)
+    for sequence, result in zip(SEQUENCES, contacts(SEQUENCES, loaded), strict=True):
         with torch.no_grad():
             theirs = model.predict_contacts(fair_esm_tokens(alphabet, sequence))[0].numpy()
-        np.testing.assert_allclose(record.arrays["contacts"], theirs, atol=1e-5)
+        np.testing.assert_allclose(result.arrays["contacts"], theirs, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +82,9 @@ def test_files(folder, tmp_path):
     picture = tmp_path / "map.png"
     contacts(fasta, folder, tmp_path / "map.npz", top=tmp_path / "t.csv", picture=picture, structure=tmp_path / "p.pdb")
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    (record,) = contacts([UBIQUITIN], folder)
+    (result,) = contacts([UBIQUITIN], folder)
     with np.load(tmp_path / "map.npz") as file:
-        np.testing.assert_array_equal(file["ubq"], record.arrays["contacts"])
+        np.testing.assert_array_equal(file["ubq"], result.arrays["contacts"])
     contacts(fasta, folder, tmp_path / "top.csv")
     assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "top.csv").read_bytes()
     rows = list(csv.DictReader((tmp_path / "top.csv").open()))
@@ -90,8 +92,8 @@ def test_files(folder, tmp_path):
     probabilities = [float(row["probability"]) for row in rows]
     assert probabilities == sorted(probabilities, reverse=True)
     assert all(int(row["j"]) - int(row["i"]) >= 6 for row in rows)
-    i, j, p = top_contacts(record.arrays["contacts"])[0]
-    assert record.arrays["contacts"][i - 1, j - 1] == np.float32(p)
+    i, j, p = top_contacts(result.arrays["contacts"])[0]
+    assert result.arrays["contacts"][i - 1, j - 1] == np.float32(p)
 
 
 def test_a_picture_is_of_one_protein(folder, tmp_path):
@@ -113,6 +115,13 @@ def test_windows(tmp_path):
     found = long.arrays["contacts"]
     assert found.shape == (152, 152) and found[0, 151] == 0 and found[0, 70] > 0
     np.testing.assert_array_equal(found, found.T)
+
+
+def test_a_model_without_a_contact_head_is_refused(folder):
+    model = load(MLXAutoModel, folder)
+    model.network = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="has no contact head: a Linear does not predict contacts"):
+        contacts(["MKT"], model)
 
 
 def test_a_model_without_a_trained_contact_head_is_refused(folder, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmModel
+from mlx_esm_hf import MLXAutoModel, MLXEsmForMaskedLM
 from mlx_esm_hf.pipelines import embed, load
 from tests.pipelines.models import UBIQUITIN, fair_esm_pair, fair_esm_tokens, write_model
 
@@ -18,41 +18,41 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return load(MLXEsmModel, str(folder))
+    return load(MLXAutoModel, str(folder))
 
 
 @pytest.mark.parametrize("family", ["ESM-1", "ESM-1b", "ESM-2"])
 def test_all_layers_as_fair_esm_extracts_them(family):
     model, alphabet, ours = fair_esm_pair(family)
-    ours = type(ours)(ours.model.esm, ours.tokenizer)
+    ours = type(ours)(ours.network.esm, ours.tokenizer)
     layers = list(range(model.num_layers + 1))
     found = embed(SEQUENCES, ours, layers=layers, pooling=["mean", "cls", "residues"])
-    for sequence, record in zip(SEQUENCES, found, strict=True):
+    for sequence, result in zip(SEQUENCES, found, strict=True):
         with torch.no_grad():
             theirs = model(fair_esm_tokens(alphabet, sequence), repr_layers=layers)["representations"]
         for layer in layers:
             states = theirs[layer][0].float().numpy()
             residues = states[1 : len(sequence) + 1]
             scale = np.abs(states).max()
-            arrays = record.arrays
+            arrays = result.arrays
             np.testing.assert_allclose(arrays[f"residues.{layer}"], residues, atol=1e-5 * scale)
             np.testing.assert_allclose(arrays[f"mean.{layer}"], residues.mean(0), atol=1e-5 * scale)
             np.testing.assert_allclose(arrays[f"cls.{layer}"], states[0], atol=1e-5 * scale)
 
 
 def test_poolings_belong_together(loaded):
-    for record in embed(SEQUENCES, loaded, pooling=["mean", "max", "residues"]):
-        residues = record.arrays["residues"]
-        assert residues.shape == (record.length, 32)
-        np.testing.assert_allclose(record.arrays["mean"], residues.mean(0), atol=1e-6)
-        np.testing.assert_array_equal(record.arrays["max"], residues.max(0))
+    for result in embed(SEQUENCES, loaded, pooling=["mean", "max", "residues"]):
+        residues = result.arrays["residues"]
+        assert residues.shape == (result.length, 32)
+        np.testing.assert_allclose(result.arrays["mean"], residues.mean(0), atol=1e-6)
+        np.testing.assert_array_equal(result.arrays["max"], residues.max(0))
 
 
 def test_a_run_of_unknown_letters_keeps_its_places(loaded):
-    (record,) = embed(["MKJJJV"], loaded, pooling=["residues"])
+    (result,) = embed(["MKJJJV"], loaded, pooling=["residues"])
     (expected,) = embed(["MKXXXV"], loaded, pooling=["residues"])
-    assert record.length == 6
-    np.testing.assert_array_equal(record.arrays["residues"], expected.arrays["residues"])
+    assert result.length == 6
+    np.testing.assert_array_equal(result.arrays["residues"], expected.arrays["residues"])
 
 
 def test_negative_layers(loaded):
@@ -67,7 +67,7 @@ def test_negative_layers(loaded):
 def test_formats_hold_the_same(folder, tmp_path, suffix, pooling):
     names = ["sp|P12345|ONE", "two", "two", "a/b", "five"]
     records = list(zip(names, SEQUENCES, strict=True))
-    expected = [record.arrays for record in embed(records, str(folder), pooling=pooling)]
+    expected = [result.arrays for result in embed(records, str(folder), pooling=pooling)]
     output = tmp_path / f"out{suffix}"
     embed(records, str(folder), output, pooling=pooling)
     read = {
@@ -97,7 +97,7 @@ def read_shards(output, names, pooling):
     assert [row["id"] for row in rows] == names
     assert [int(row["length"]) for row in rows] == [len(s) for s in SEQUENCES]
     manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["records"] == 5
+    assert manifest["items"] == 5
     assert {"model", "revision", "dtype", "layers", "pooling"} <= manifest["settings"].keys()
     tensors = [load_file(output / row["shard"]) for row in rows]
     return [{kind: t[f"{i:08d}/{kind}"] for kind in pooling} for i, t in enumerate(tensors)]
@@ -214,8 +214,8 @@ def test_batches_do_not_change_answers(folder):
 
 
 def test_half_precision_gives_float32(folder):
-    (record,) = embed(["MKTAYI"], str(folder), dtype="bfloat16")
-    assert record.arrays["mean"].dtype == np.float32
+    (result,) = embed(["MKTAYI"], str(folder), dtype="bfloat16")
+    assert result.arrays["mean"].dtype == np.float32
 
 
 def test_base_model_of_a_masked_lm_is_the_same(folder, loaded):

@@ -8,7 +8,7 @@ from Bio import SeqIO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_esm_hf import MLXEsmForMaskedLM
+from mlx_esm_hf import MLXAutoModelForMaskedLM
 from mlx_esm_hf.data.proteins import STANDARD
 from mlx_esm_hf.pipelines import fill_mask, generate, load, perplexity
 from mlx_esm_hf.pipelines.generate import Sampling, parse_positions
@@ -31,14 +31,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return load(MLXEsmForMaskedLM, folder)
+    return load(MLXAutoModelForMaskedLM, folder)
 
 
 @pytest.mark.parametrize("family", ["ESM-1", "ESM-1b", "ESM-2"])
 def test_pseudo_perplexity_position_by_position(family):
     model, alphabet, ours = fair_esm_pair(family)
     sequences = ["MKTAYIXKQR", "GG", UBIQUITIN[:25]]
-    for sequence, record in zip(sequences, perplexity(sequences, ours), strict=True):
+    for sequence, result in zip(sequences, perplexity(sequences, ours), strict=True):
         tokens, answers = fair_esm_tokens(alphabet, sequence), []
         for place, residue in enumerate(sequence, 1):
             if residue != "X":
@@ -46,7 +46,7 @@ def test_pseudo_perplexity_position_by_position(family):
                 masked[0, place] = alphabet.mask_idx
                 answers.append(fair_esm_log_probabilities(model, masked)[place, alphabet.get_idx(residue)])
         expected = np.exp(-np.mean(answers))
-        assert record.arrays["pseudo_perplexity"][0] == pytest.approx(expected, rel=1e-4)
+        assert result.arrays["pseudo_perplexity"][0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_one_pass_alone_is_the_estimate_beside_the_exact(loaded):
@@ -75,9 +75,9 @@ def test_perplexity_csv(folder, tmp_path):
 def test_fill_mask_csv_is_what_the_arrays_say(folder, tmp_path):
     fill_mask([("a", MASKED), ("b", "<mask>KT")], folder, tmp_path / "f.csv", top_k=3)
     rows = list(csv.DictReader((tmp_path / "f.csv").open()))
-    records = list(fill_mask([("a", MASKED), ("b", "<mask>KT")], folder, top_k=3))
+    results = list(fill_mask([("a", MASKED), ("b", "<mask>KT")], folder, top_k=3))
     assert [int(row["position"]) for row in rows] == [6] * 3 + [7] * 3 + [8] * 3 + [1] * 3
-    scores = np.concatenate([record.arrays["scores"].ravel() for record in records])
+    scores = np.concatenate([result.arrays["scores"].ravel() for result in results])
     np.testing.assert_allclose([float(row["score"]) for row in rows], scores)
     assert [int(row["rank"]) for row in rows] == [1, 2, 3] * 4
 
@@ -118,8 +118,8 @@ def test_designs_keep_what_is_not_free(loaded, order):
 
 def test_left_to_right_at_temperature_zero_takes_the_best_each_time(loaded):
     (design,) = generate(["MK<mask><mask>A"], loaded, order="left-to-right", temperature=0)
-    ids = loaded.ids("MK<mask><mask>A")
-    standard = [loaded.vocabulary[residue] for residue in STANDARD]
+    ids = loaded.vocabulary.encode("MK<mask><mask>A")
+    standard = [loaded.vocabulary.ids[residue] for residue in STANDARD]
     for place in (2, 3):
         row = loaded.blended_log_probabilities([ids])[0][place, standard]
         ids[place] = standard[row.argmax()]
@@ -128,8 +128,8 @@ def test_left_to_right_at_temperature_zero_takes_the_best_each_time(loaded):
 
 def test_confidence_fills_the_surest_first(loaded):
     (design,) = generate(["MK<mask>YI<mask>A"], loaded, temperature=0)
-    ids = loaded.ids("MK<mask>YI<mask>A")
-    standard = [loaded.vocabulary[residue] for residue in STANDARD]
+    ids = loaded.vocabulary.encode("MK<mask>YI<mask>A")
+    standard = [loaded.vocabulary.ids[residue] for residue in STANDARD]
     for _ in range(2):
         rows = loaded.blended_log_probabilities([ids])[0][:, standard]
         free = np.flatnonzero(ids == loaded.tokenizer.mask_token_id)

@@ -1,12 +1,14 @@
 import csv
 import itertools
 import re
+import weakref
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_esm_hf import MLXAutoModelForMaskedLM
 from mlx_esm_hf.data.proteins import STANDARD
 from mlx_esm_hf.pipelines import score
 from mlx_esm_hf.pipelines.mutations import parse, split, suggest_first_residue
@@ -168,3 +170,20 @@ def test_suggestion_undoes_a_shift(first, data):
     places = data.draw(st.sets(st.integers(0, len(UBIQUITIN) - 1), min_size=15))
     mutants = [f"{UBIQUITIN[place]}{place + first}A" for place in places]
     assert suggest_first_residue(mutants, UBIQUITIN) == first
+
+
+@pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "pseudo-perplexity"])
+def test_no_two_models_at_once(models, tmp_path, monkeypatch, method):
+    """When a model is loaded, those before it are gone."""
+    load, alive = MLXAutoModelForMaskedLM.from_pretrained, []
+
+    def watched(*args, **kwargs):
+        assert [network for network in alive if network() is not None] == []
+        network = load(*args, **kwargs)
+        alive.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(MLXAutoModelForMaskedLM, "from_pretrained", watched)
+    score(MUTANTS, WILD, [*models, str(write_model(tmp_path / "third", seed=2))], tmp_path / "o.csv", method=method)
+    score(MUTANTS, WILD, models, method=method)
+    assert len(alive) == 5

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_esm_hf import MLXEsmModel
+from mlx_esm_hf import MLXAutoModel
 from mlx_esm_hf.pipelines import embed, load
-from mlx_esm_hf.runs.run import Item, Run, chunks
+from mlx_esm_hf.runs.job import Item, Job, chunks, no_progress
+from mlx_esm_hf.runs.run import Run, compute_run, read_manifest
 from tests.pipelines.models import UBIQUITIN, write_model
 
-COMMAND = [sys.executable, "-m", "mlx_esm_hf.cli"]
+# Without torch, which transformers would import: that takes seconds each time.
+COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from mlx_esm_hf.cli import app; app()"]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_what_was_done_is_not_done_again(fasta, folder, whole):
 
 def test_batches_of_a_stopped_run_are_kept(fasta, folder, whole, tmp_path):
     """`--batch-tokens auto` depends on the memory that is free, so the manifest's number counts."""
-    assert load(MLXEsmModel, folder, output=whole).batch_tokens == 256
+    assert load(MLXAutoModel, folder, output=whole).batch_tokens == 256
 
 
 def test_standard_input_streams_and_does_not_resume(folder, tmp_path):
@@ -163,36 +165,43 @@ def test_a_folder_that_cannot_be_written(fasta, folder, tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_a_full_disk_keeps_what_was_done(fasta, folder, tmp_path, monkeypatch):
-    run, items = Run(tmp_path / "out", "embed", {}, {"name": "x", "sha256": "y"}), [item(i) for i in range(6)]
-    fsync, calls = os.fsync, []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-
-    def compute(items):
-        return [{"x": np.arange(3)} for _ in items]
-
-    with pytest.raises(OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*goes on"):
-        run.compute(items, 1, compute)
-    assert [record.number for record in run.records()] == [0, 1]
-    monkeypatch.undo()
-    Run(tmp_path / "out", "embed", {}, {"name": "x", "sha256": "y"}).compute(items, 1, compute)
-    assert [record.number for record in run.records()] == list(range(6))
-
-
 def item(number):
     return Item(number, str(number), None, 10, 16, 8)
 
 
+def small_job(count=6):
+    """A shard for each of some items."""
+
+    def compute(items):
+        return [{"x": np.arange(3)} for _ in items]
+
+    return Job("test", {}, {"name": "x", "sha256": "y"}, lambda: map(item, range(count)), compute, chunk_work=16)
+
+
+def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 6:  # after the manifest and two shards with their checksums
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*goes on"):
+        compute_run(small_job(), tmp_path / "out", no_progress)
+    assert not Run(tmp_path / "out", read_manifest(tmp_path / "out")).finished
+    assert len(digests(tmp_path / "out")) == 2
+    monkeypatch.undo()
+    computed = []
+    run = compute_run(small_job(), tmp_path / "out", computed.append)
+    assert [progress.computed for progress in computed] == [0, 0, 10, 10, 10, 10]
+    assert run.finished and [result.number for result in run.results()] == list(range(6))
+
+
 def test_chunks_follow_from_the_items():
     items = [item(i) for i in range(10)]
-    assert [[i.number for i in chunk.items] for chunk in chunks(items, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [[i.number for i in chunk.items] for chunk in chunks(items, 64)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     large = [Item(i, "", None, 1, 1, 1 << 27) for i in range(5)]
     assert [len(chunk.items) for chunk in chunks(large, 1000)] == [2, 2, 1]
 
@@ -238,12 +247,14 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_esm_hf.runs.job.discard", kill)
+        patch.setattr("mlx_esm_hf.runs.outputs.discard", kill)
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     written = output.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_esm_hf.runs.run.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or kill())
+        patch.setattr(
+            "mlx_esm_hf.runs.outputs.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or kill()
+        )
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     assert output.read_bytes() == written
@@ -268,20 +279,84 @@ def stop(*arguments):
     raise KeyboardInterrupt
 
 
-def test_a_lost_or_damaged_shard_is_missed(fasta, folder, tmp_path):
-    output = tmp_path / "out"
-    embed(fasta, folder, output, batch_tokens=256)
-    run = Run.__new__(Run)
-    run.folder, run.manifest = output, json.loads((output / "manifest.json").read_text())
-    assert len(list(run.records())) == 299
-    shard = sorted(output.glob("shard-*"))[2]
-    data = shard.read_bytes()
-    shard.write_bytes(data[:100])
-    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged"):
-        list(run.records())
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def flip(path):
+    """A bit of the last number: the file opens as if nothing were wrong."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {"deleted": Path.unlink, "cut": cut, "a bit flipped": flip}
+
+
+@pytest.mark.parametrize("name", ["shard-00000002.safetensors", "index.csv", "checksums.txt"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_finished_run_is_looked_at_again(name, damage, tmp_path):
+    """What is missing or damaged is computed anew, and nothing else."""
+    folder = tmp_path / "out"
+    compute_run(small_job(), folder, no_progress)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder / name)
+    assert (folder / name).exists() is (damage is not Path.unlink)
+    told = []
+    run = compute_run(small_job(), folder, told.append)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [result.number for result in run.results()] == list(range(6))
+    computed = sum(progress.computed for progress in told)
+    if name.startswith("shard"):
+        assert computed == 10
+    elif name == "index.csv":
+        assert computed == 0
+    again = []
+    compute_run(small_job(), folder, again.append)
+    assert again == []
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_shard_of_a_stopped_run_is_looked_at_again(damage, tmp_path):
+    folder, whole = tmp_path / "out", tmp_path / "whole"
+    job = small_job()
+
+    def stop_at_four(items):
+        if items[0].number == 4:
+            raise KeyboardInterrupt
+        return small_job().compute(items)
+
+    job.compute = stop_at_four
+    with pytest.raises(KeyboardInterrupt):
+        compute_run(job, folder, no_progress)
+    assert len(digests(folder)) == 4
+    damage(folder / "shard-00000001.safetensors")
+    told = []
+    compute_run(small_job(), folder, told.append)
+    assert [progress.computed for progress in told] == [0, 10, 0, 0, 10, 10]
+    compute_run(small_job(), whole, no_progress)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path):
+    compute_run(small_job(), tmp_path / "out", no_progress)
+    lines = (tmp_path / "out" / "checksums.txt").read_text().splitlines()
+    named = dict(reversed(line.split("  ")) for line in lines)
+    files = {path.name for path in (tmp_path / "out").iterdir()} - {"checksums.txt", "manifest.json"}
+    assert named.keys() == files
+    for name, checksum in named.items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == checksum
+
+
+def test_a_shard_that_is_lost_while_it_is_read(tmp_path):
+    run = compute_run(small_job(), tmp_path / "out", no_progress)
+    shard = tmp_path / "out" / "shard-00000002.safetensors"
+    cut(shard)
+    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged or missing.*computes it again"):
+        list(run.results())
     shard.unlink()
-    with pytest.raises(ValueError, match="of its"):
-        list(run.records())
+    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged or missing.*computes it again"):
+        list(run.results())
 
 
 MEASURE = """

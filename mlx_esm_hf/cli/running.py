@@ -1,0 +1,91 @@
+"""What a command shows while it runs, and how it ends.
+
+Exit codes: 0, done; 1, an error; 3, done, but some of the input was left out; 130, stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+if TYPE_CHECKING:
+    from mlx_esm_hf.runs.job import Progress
+
+FAILED, LEFT_OUT, STOPPED = 1, 3, 130
+# What loading and running raise for bad input; their messages say what to do. Others are bugs and show where.
+EXPECTED = (OSError, ValueError, TypeError, RuntimeError)
+
+
+class Running:
+    """A command at work, on the terminal."""
+
+    def __init__(self, console: Console, quiet: bool):
+        self.console, self.quiet = console, quiet
+        self.residues, self.begin = 0, time.perf_counter()
+        columns = (TaskProgressColumn(), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+        self.bar = Bar(*columns, console=console, disable=quiet or not console.is_terminal)
+        self.task = self.bar.add_task("", total=None, speed="")
+
+    def show(self, progress: Progress) -> None:
+        """Move the bar; the jobs call this."""
+        self.residues += progress.computed
+        speed = f"{self.residues / (time.perf_counter() - self.begin):,.0f} residues/s"
+        self.bar.update(self.task, total=progress.total, advance=progress.residues, speed=speed)
+
+    def finish(self, output: Path, report: Any) -> None:
+        """Say what was computed, changed and left out; exit with 3 if something was left out.
+
+        Args:
+            report: the `Report` that a job returns for an output.
+        """
+        if self.residues and not self.quiet:
+            seconds = time.perf_counter() - self.begin
+            speed = f"{self.residues / seconds:,.0f} residues/s"
+            self.console.print(f"{self.residues:,} residues in {seconds:.1f} s ({speed}): {output}")
+        if report.replaced and not self.quiet:
+            self.console.print(f"{report.replaced} letters outside the alphabet were read as X.")
+        if report.gaps and not self.quiet:
+            self.console.print(f"{report.gaps} gaps were dropped; --aligned keeps them.")
+        if report.left_out and not other_rank():
+            for message in report.left_out:
+                self.console.print(f"Left out: {message}")
+            raise typer.Exit(LEFT_OUT)
+
+
+@contextmanager
+def running(output: Path | None, quiet: bool = False, stdin: bool = False) -> Iterator[Running]:
+    """Around the work of a command: a progress bar on a terminal, and errors as messages.
+
+    Args:
+        output: what the command writes.
+        quiet: print nothing but errors.
+        stdin: the input comes from standard input.
+    """
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    run = Running(console, quiet or other_rank())
+    try:
+        with run.bar:
+            yield run
+    except EXPECTED as error:
+        console.print(f"[bold red]Error:[/] {escape(str(error))}", markup=True)
+        raise typer.Exit(FAILED) from error
+    except KeyboardInterrupt:
+        again = "standard input cannot be taken up again" if stdin else "the same command goes on from there"
+        console.print(f"Stopped. What is done is kept in {output}; {again}.")
+        raise typer.Exit(STOPPED) from None
+
+
+def other_rank() -> bool:
+    """Whether another process of this run, the first rank, does the talking."""
+    import mlx.core as mx
+
+    return mx.distributed.init().rank() > 0

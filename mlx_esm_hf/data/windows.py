@@ -1,0 +1,62 @@
+"""Windows over proteins that are longer than a model takes, and their results put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Window(NamedTuple):
+    """A stretch of positions of one of several sequences, which goes through the model at once."""
+
+    sequence: int  # its index
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+def cut_windows(sequence: int, length: int, longest: int | None) -> list[Window]:
+    """All of a sequence in one window; where it is longer than that, windows that overlap by half at least.
+
+    Args:
+        sequence: its index, for the windows.
+        longest: most positions of a window; None, there is no limit.
+    """
+    if longest is None or length <= longest:
+        return [Window(sequence, 0, length)]
+    step = longest - longest // 2
+    count = 1 + -(-(length - longest) // step)
+    starts = [round(i * (length - longest) / (count - 1)) for i in range(count)]
+    return [Window(sequence, start, start + longest) for start in starts]
+
+
+def ramp(window: Window, length: int) -> np.ndarray:
+    """How much each position of a window counts where windows overlap: less towards an edge that is no end.
+
+    [positions of the window], float32.
+    """
+    places = np.arange(window.start, window.stop)
+    left = np.where(window.start > 0, places - window.start + 1, window.length)
+    right = np.where(window.stop < length, window.stop - places, window.length)
+    return np.minimum(left, right).astype(np.float32)
+
+
+def blend(parts: Sequence[tuple[Window, np.ndarray]], length: int) -> np.ndarray:
+    """Arrays [positions, ...] of windows as one array [length, ...], weighted by `ramp` where they overlap.
+
+    A single window is handed on as it is.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    shape = (length, *parts[0][1].shape[1:])
+    total, weights = np.zeros(shape, np.float32), np.zeros(length, np.float32)
+    for window, values in parts:
+        weight = ramp(window, length)
+        total[window.start : window.stop] += values * weight.reshape(-1, *[1] * (values.ndim - 1))
+        weights[window.start : window.stop] += weight
+    return total / weights.reshape(-1, *[1] * (total.ndim - 1))

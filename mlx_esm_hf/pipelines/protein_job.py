@@ -1,0 +1,185 @@
+"""What the jobs on proteins have in common: read, check, compute in chunks, write, and say what was left out."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_esm_hf.data.proteins import STDIN, Protein, Report, Source, is_stdin, read_proteins
+from mlx_esm_hf.pipelines.protein_model import ProteinModel
+from mlx_esm_hf.runs import ranks
+from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, stream
+from mlx_esm_hf.runs.outputs import claimed, shards_of, write_files
+from mlx_esm_hf.runs.run import Run, compute_run, sha256_of
+
+CHUNK_BATCHES = 16  # of a chunk: enough to order by length
+
+WriteRun = Callable[[Path, Run], None]
+
+
+def any_protein(ids: np.ndarray) -> None:
+    """The check of a job that has something to do for every protein."""
+
+
+def one_pass_work(tokens: int) -> int:
+    """The work of a job that takes one pass: all tokens once."""
+    return tokens
+
+
+@dataclass
+class ProteinJob:
+    """A job whose items are proteins.
+
+    Args:
+        command: its name.
+        model: that it asks.
+        settings: what results depend on, besides the model.
+        compute: the results of items, whose contents are sequences of ids.
+        size: bytes of the results of a protein of so many residues.
+        work: tokens that go through the model for a window of so many tokens.
+        check: refuses a sequence of ids, by ValueError, that this job has nothing to do for.
+        copies: how many results a protein gives.
+        input: what the manifest says of the input; by default what `describe` does.
+        aligned, strict: how proteins are read.
+    """
+
+    command: str
+    model: ProteinModel
+    settings: dict[str, Any]
+    compute: Callable[[Sequence[Item]], Sequence[Arrays]]
+    size: Callable[[int], int]
+    work: Callable[[int], int] = one_pass_work
+    check: Callable[[np.ndarray], None] = any_protein
+    copies: int = 1
+    input: dict[str, str] | None = None
+    aligned: bool = False
+    strict: bool = False
+
+    def stream(self, source: Source) -> Iterator[Result]:
+        """The results in the order of the proteins, computed while they are read. Warns of what was left out.
+
+        Raises:
+            ValueError: input that cannot be read; a protein that is too long, of a file all of them, before any work.
+        """
+        self._survey(source)
+        report = Report(self.strict)
+        yield from stream(self._job(source, {}, report, None))
+        for message in report.left_out:
+            warnings.warn(f"left out: {message}", stacklevel=2)
+
+    def write(
+        self,
+        source: Source,
+        output: Path,
+        formats: Mapping[str, WriteRun | None],
+        on_progress: OnProgress,
+        others: Mapping[Path, WriteRun] | None = None,
+    ) -> Report:
+        """Write the results; returns what was changed and left out.
+
+        Args:
+            output: a file, or a folder of shards.
+            formats: what writes a file, by its suffix; None leaves the folder of shards.
+            others: files to be written beside it, and what writes them.
+
+        Raises:
+            ValueError: as `stream`; a folder that holds something else.
+            OSError: what cannot be written.
+        """
+        if ranks.size() > 1 and is_stdin(source):
+            raise ValueError("Several ranks cannot share standard input: give them a file.")
+        total = self._survey(source)
+        report = Report(self.strict)
+        job = self._job(source, self.input or describe(source), report, total)
+        writer = formats[output.suffix]
+        others = others or {}
+        with claimed(output, others):
+            if writer is None:
+                compute_run(job, output, on_progress)
+                return report
+            run = compute_run(job, shards_of(output), on_progress)
+            files = {path: writing(write, run) for path, write in {**others, output: writer}.items()}
+            ranks.on_first(lambda: write_files(files, run.folder))
+        return report
+
+    def _job(self, source: Source, input: dict[str, str], report: Report, total: int | None) -> Job:
+        return Job(
+            command=self.command,
+            settings=self.model.settings | self.settings | {"aligned": self.aligned},
+            input=input,
+            items=lambda: self._items(source, report),
+            compute=self.compute,
+            chunk_work=CHUNK_BATCHES * self.model.batch_tokens,
+            total=total,
+            left_out=report.left_out,
+        )
+
+    def _items(self, source: Source, report: Report) -> Iterator[Item]:
+        number = 0
+        for protein, ids in self._read(source, report):
+            self._refuse(protein, ids)
+            windows = self.model.windows(0, len(ids))
+            work = sum(self.work(window.length + self.model.vocabulary.around) for window in windows)
+            for _ in range(self.copies):
+                yield Item(number, protein.id, ids, len(ids), work, self.size(len(ids)))
+                number += 1
+
+    def _read(self, source: Source, report: Report) -> Iterator[tuple[Protein, np.ndarray]]:
+        """The proteins that have work for this job, with their ids; the others are left to the report."""
+        for protein in read_proteins(source, self.aligned, report):
+            try:
+                ids = self.model.cut(self.model.vocabulary.encode(protein.sequence))
+                self.check(ids)
+            except ValueError as error:
+                report.leave_out(f"{protein.place}: {protein.id!r} {error}.")
+                continue
+            yield protein, ids
+
+    def _refuse(self, protein: Protein, ids: np.ndarray) -> None:
+        """
+        Raises:
+            ValueError: a protein that is too long, if that is to be an error.
+        """
+        try:
+            self.model.refuse_long(len(ids))
+        except ValueError as error:
+            raise ValueError(f"{protein.place}: {protein.id!r} {error}.") from None
+
+    def _survey(self, source: Source) -> int | None:
+        """Read a file once before the work; returns how many residues there are to compute, None if that would use up
+        the source."""
+        if is_stdin(source) or not isinstance(source, (str, os.PathLike)):
+            return None
+        total, problems, report = 0, list[str](), Report(self.strict)
+        for protein, ids in self._read(source, report):
+            total += len(ids) * self.copies
+            try:
+                self._refuse(protein, ids)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            shown = "\n".join(problems[:20]) + (f"\nand {len(problems) - 20} more." if len(problems) > 20 else "")
+            raise ValueError(f"{source}: nothing was computed.\n{shown}")
+        if not total:
+            raise ValueError("\n".join([f"{source} holds no proteins.", *report.left_out]))
+        return total
+
+
+def describe(source: Source) -> dict[str, str]:
+    """The input of a run for its manifest: a file by its name and its hash, which is that of what was compressed."""
+    if is_stdin(source):
+        return {"name": STDIN}
+    if not isinstance(source, (str, os.PathLike)):
+        return {"name": "Python"}
+    return {"name": os.path.basename(source), "sha256": sha256_of(source)}
+
+
+def writing(write: WriteRun, run: Run) -> Callable[[Path], None]:
+    """What writes this run."""
+    return lambda path: write(path, run)

@@ -1,0 +1,57 @@
+"""The files of a run's results: a safetensors file for each chunk, with tensors called "<number>/<name>"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from mlx_esm_hf.runs.job import Arrays, Chunk, Result
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:08d}.safetensors"
+
+
+def shard_bytes(chunk: Chunk, results: Sequence[Arrays]) -> bytes:
+    """A shard; the metadata has one entry, [number, id, length] of each item, since their order can vary."""
+    items = [[item.number, item.id, item.length] for item in chunk.items]
+    tensors = {
+        f"{item.number:08d}/{name}": np.ascontiguousarray(array)
+        for item, arrays in zip(chunk.items, results, strict=True)
+        for name, array in arrays.items()
+    }
+    return save(tensors, {"items": json.dumps(items)})
+
+
+def read_shard(path: Path) -> Iterator[Result]:
+    """The results in a shard.
+
+    Raises:
+        ValueError: it is damaged or missing.
+    """
+    with _opened(path) as file:
+        names: dict[int, list[str]] = {}
+        for key in file.keys():  # noqa: SIM118
+            names.setdefault(int(key.partition("/")[0]), []).append(key)
+        for number, id, length in json.loads(file.metadata()["items"]):
+            arrays = {key.partition("/")[2]: file.get_tensor(key) for key in names.get(number, [])}
+            yield Result(number, id, length, arrays)
+
+
+def shard_items(path: Path) -> list[tuple[int, str, int]]:
+    """Number, id and residues of each item of a shard."""
+    with _opened(path) as file:
+        return [tuple(item) for item in json.loads(file.metadata()["items"])]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is damaged or missing ({error}); the same command computes it again.") from error

@@ -1,0 +1,172 @@
+"""The files that a job is asked for: none is ever written over, and each is there as a whole or not at all."""
+
+import os
+
+import numpy as np
+import pytest
+
+from mlx_esm_hf.pipelines import contacts, embed, fill_mask, generate, perplexity, score
+from mlx_esm_hf.runs.files import part_of, place, remove_parts, replace_file
+from tests.pipelines.models import UBIQUITIN, write_model
+
+WILD = UBIQUITIN[:10]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("esm2")))
+
+
+@pytest.fixture
+def fasta(tmp_path):
+    path = tmp_path / "in.fasta"
+    path.write_text(f">a\n{WILD}<mask>\n")
+    return path
+
+
+def call(job, fasta, folder, files):
+    """A job with the files that it can write, by their suffixes."""
+    if job == "embed":
+        return embed(fasta, folder, files[".npz"])
+    if job == "fill_mask":
+        return fill_mask(fasta, folder, files[".csv"])
+    if job == "perplexity":
+        return perplexity(fasta, folder, files[".csv"])
+    if job == "generate":
+        return generate(fasta, folder, files[".fasta"])
+    if job == "score":
+        return score(None, WILD, folder, files[".csv"], picture=files[".png"])
+    if job == "score without an output":
+        return score(None, WILD, folder, picture=files[".png"])
+    return contacts(fasta, folder, files[".npz"], top=files[".csv"], picture=files[".png"])
+
+
+FILES = {
+    "embed": [".npz"],
+    "fill_mask": [".csv"],
+    "perplexity": [".csv"],
+    "generate": [".fasta"],
+    "score": [".csv", ".png"],
+    "score without an output": [".png"],
+    "contacts": [".npz", ".csv", ".png"],
+}
+EACH = [(job, suffix) for job, suffixes in FILES.items() for suffix in suffixes]
+
+
+@pytest.fixture
+def files(tmp_path):
+    return {suffix: tmp_path / f"out{suffix}" for suffix in (".npz", ".csv", ".fasta", ".png")}
+
+
+@pytest.mark.parametrize(("job", "suffix"), EACH)
+@pytest.mark.parametrize("kind", ["file", "link to nowhere"])
+def test_what_is_there_is_kept(job, suffix, kind, fasta, folder, files, tmp_path):
+    if kind == "file":
+        files[suffix].write_text("mine")
+    else:
+        files[suffix].symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"out{suffix} is there already: choose another output, or remove it"):
+        call(job, fasta, folder, files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.fasta", f"out{suffix}"]
+    if kind == "file":
+        assert files[suffix].read_text() == "mine"
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(*args, **kwargs):
+    raise Killed
+
+
+@pytest.mark.parametrize(("job", "suffix"), [(job, s) for job, s in EACH if job != "score without an output"])
+def test_what_came_after_a_stop_is_kept(job, suffix, fasta, folder, files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("mlx_esm_hf.runs.outputs.write_new", kill)
+        call(job, fasta, folder, files)
+    files[suffix].write_text("mine")
+    with pytest.raises(ValueError, match=f"out{suffix} is there already, and .*shards is not done: move the file away"):
+        call(job, fasta, folder, files)
+    assert files[suffix].read_text() == "mine"
+    files[suffix].unlink()
+    call(job, fasta, folder, files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["in.fasta", *(f"out{s}" for s in FILES[job])])
+
+
+@pytest.mark.parametrize("job", ["score", "contacts"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_stop_between_the_files_ends_well(job, after, fasta, folder, files, tmp_path, monkeypatch):
+    """What the run wrote itself before it was stopped is not in its way, and is not written again."""
+    from mlx_esm_hf.runs import outputs
+
+    def place_and_die(part, path):
+        place(part, path)
+        if sum(files[suffix].exists() for suffix in FILES[job]) == after:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(outputs, "place", place_and_die)
+        call(job, fasta, folder, files)
+    there = {path: path.stat().st_ino for path in files.values() if path.exists()}
+    assert len(there) == after
+    call(job, fasta, folder, files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["in.fasta", *(f"out{s}" for s in FILES[job])])
+    assert {path: path.stat().st_ino for path in there} == there
+
+
+def test_what_comes_while_the_work_goes_on_is_kept(fasta, folder, tmp_path, monkeypatch):
+    output = tmp_path / "out.npz"
+    embeddings = "mlx_esm_hf.pipelines.protein_job.compute_run"
+    from mlx_esm_hf.pipelines.protein_job import compute_run
+
+    def slow(*args):
+        run = compute_run(*args)
+        output.write_text("mine")
+        return run
+
+    monkeypatch.setattr(embeddings, slow)
+    with pytest.raises(ValueError, match="out.npz is there already, since the work began: move it away, then go on"):
+        embed(fasta, folder, output)
+    monkeypatch.undo()
+    assert output.read_text() == "mine"
+    output.unlink()
+    embed(fasta, folder, output)
+    with np.load(output) as file:
+        assert file["ids"].tolist() == ["a"]
+
+
+def test_two_files_of_one_name(fasta, folder, tmp_path):
+    with pytest.raises(ValueError, match="out.npz is to be written twice"):
+        contacts(fasta, folder, tmp_path / "out.npz", top=tmp_path / "out.npz")
+
+
+def test_parts_have_names_of_their_own(tmp_path):
+    """A link that waits under the name that is written is replaced, never followed."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out.npz").symlink_to(tmp_path / "precious")
+    replace_file(tmp_path / "out.npz", b"ours")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "out.npz").is_symlink() and (tmp_path / "out.npz").read_bytes() == b"ours"
+    with part_of(tmp_path / "out.npz") as one, part_of(tmp_path / "out.npz") as two:
+        assert one != two
+    with part_of(tmp_path / "out.npz") as left:
+        os.link(left, tmp_path / "killed")
+    (tmp_path / "killed").rename(left)
+    remove_parts(tmp_path / "out.npz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npz", "precious"]
+
+
+def test_placing_never_replaces_even_without_links(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    (tmp_path / "out").write_text("mine")
+    (tmp_path / "part").write_text("ours")
+    for _ in range(2):
+        with pytest.raises(FileExistsError):
+            place(tmp_path / "part", tmp_path / "out")
+        monkeypatch.setattr(os, "link", no_links)
+    (tmp_path / "out").unlink()
+    place(tmp_path / "part", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "ours"
