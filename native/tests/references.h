@@ -111,8 +111,9 @@ struct ExactAttention {
     double maximum = -INFINITY, total = 0, along = 0;
     for (long i = 0; i < keys; i++) {
       const bool learned = i == length;
-      k[i] = learned ? Doubles(p.bias_k + h * d, p.bias_k + (h + 1) * d) : rotated(p.key + (start + i) * D + h * d, start + i, 1);
-      const float* value = learned ? p.bias_v + h * d : p.value + (start + i) * D + h * d;
+      const long at = (start + i) * D + h * d;
+      k[i] = learned ? Doubles(p.bias_k + h * d, p.bias_k + (h + 1) * d) : rotated(p.key + at, start + i, 1);
+      const float* value = learned ? p.bias_v + h * d : p.value + at;
       v[i].assign(value, value + d);
       for (long e = 0; e < d; e++) probability[i] += p.scale * q[e] * k[i][e];
       if (p.bias) probability[i] += p.bias[bias_at(s, h, t - start, i, length)];
