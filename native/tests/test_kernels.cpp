@@ -252,7 +252,8 @@ void loop(long tasks, const std::string& what) {
 }
 
 void test_threads() {
-  expect(cores() >= 1, "there is a core");
+  use_threads(3);
+  expect(threads() == 3, "as many threads as are asked for");
   for (int round = 0; round < 200; round++)
     for (long tasks : {0, 1, 2, 3, 50}) loop(tasks, "a loop does each task once");
   parallel_for(20, [&](long) { loop(30, "a loop inside a loop does each task once"); });
