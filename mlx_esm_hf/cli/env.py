@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def command() -> None:
-    """Print versions, the device, our kernels, their threads and the BLAS that matmul on the CPU uses, and the speed of matmul."""
+    """Print versions, the device, our kernels and their threads, the BLAS that matmul on the CPU uses, and its speed."""
     import mlx.core as mx
 
     import mlx_esm_hf
