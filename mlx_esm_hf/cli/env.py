@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def command() -> None:
-    """Print versions, the device, our kernels and their threads, the BLAS that matmul on the CPU uses, and its speed."""
+    """Print versions, the device, our kernels and their threads, the BLAS that matmul on the CPU uses, its speed."""
     import mlx.core as mx
 
     import mlx_esm_hf

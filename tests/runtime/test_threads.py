@@ -102,24 +102,40 @@ print(native.threads(), 1 + len(os.listdir("/proc/self/task")) - before, STATE.r
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="for Linux")
-@pytest.mark.parametrize(
-    ("cores", "wish"), [(0, None), (1, None), (0, "1"), (1, "2")], ids=["all", "one core", "OMP 1", "one core, OMP 2"]
-)
-def test_threads_of_the_kernels(cores, wish):
+def run(*arguments, **environment):
+    """What Python says where OMP_NUM_THREADS is not set, unless in `environment`."""
+    without = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=without | environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+@pytest.fixture
+def native():
     from mlx_esm_hf.ops import kernels
 
     if kernels.native is None:
         pytest.skip(f"the kernels are {kernels.STATE}")
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    if wish is not None:
-        environment["OMP_NUM_THREADS"] = wish
-    counted = subprocess.run(
-        [sys.executable, "-c", COUNT, str(cores)], env=environment, capture_output=True, text=True, check=True
-    ).stdout.split()
-    if cores == 1 or wish == "1":
-        expected = 1
-    else:
-        limits = thread_limits()
-        expected = min(n for name, n in limits.items() if name != "OMP_NUM_THREADS")
-    assert counted == [str(expected)] * 3
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(
+    ("cores", "environment"), [(1, {}), (0, {"OMP_NUM_THREADS": "1"}), (1, {"OMP_NUM_THREADS": "2"})]
+)
+def test_one_thread(cores, environment):
+    assert run("-c", COUNT, str(cores), **environment).split() == ["1", "1", "1"]
+
+
+@pytest.mark.usefixtures("native")
+def test_a_thread_for_each_core(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert run("-c", COUNT, "0").split() == [str(min(thread_limits().values()))] * 3
+
+
+@pytest.mark.usefixtures("native")
+def test_env_says_the_number_and_why():
+    (row,) = [
+        line for line in run("-m", "mlx_esm_hf.cli", "env", OMP_NUM_THREADS="1").splitlines() if "threads of" in line
+    ]
+    assert row.split("  ")[1].strip().startswith("1 (the least of: cores ") and row.rstrip().endswith(
+        "OMP_NUM_THREADS 1)"
+    )
