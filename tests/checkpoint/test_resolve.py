@@ -119,6 +119,13 @@ def load_elsewhere(library, environment):
     assert torch.allclose(torch.tensor(json.loads(done.stdout)), expected, atol=1e-5 * expected.abs().max().item())
 
 
+def downloads(server):
+    """The names of the files that were sent so far."""
+    places = ("/resolve/", "/cdn/")
+    sent = [path for method, path, _ in server.requests if method == "GET" and any(place in path for place in places)]
+    return [path.rpartition("/")[2] for path in sent]
+
+
 def test_cache_is_shared(tmp_path):
     """By id from the Hub into the cache of HF_HOME; from there, the Hub being gone, to transformers."""
     save_shards(torch_model(), tmp_path / "repo")
@@ -126,7 +133,7 @@ def test_cache_is_shared(tmp_path):
     with hub.serve(server) as url:
         environment = hub.environment(url, tmp_path / "home")
         load_elsewhere("mlx_esm_hf", environment)
-    got = [path.rpartition("/")[2] for method, path, _ in server.requests if method == "GET" and "resolve" in path]
+    got = downloads(server)
     assert sorted(got) == sorted(file.name for file in (tmp_path / "repo").iterdir())  # each file once, and no other
     load_elsewhere("transformers", environment | {"HF_HUB_OFFLINE": "1"})
 
@@ -198,32 +205,33 @@ def test_one_question(format, server, tmp_path, request):
 
 
 def test_force_download(server, tmp_path):
-    def downloads():
+    for _ in range(2):
         del server.requests[:]
         MLXEsmForMaskedLM.from_pretrained(ID, cache_dir=tmp_path / "cache", force_download=True)
-        return [path.rpartition("/")[2] for method, path, _ in server.requests if method == "GET" and "resolve" in path]
-
-    assert downloads() == downloads() == ["config.json", "model.safetensors"]
+        assert downloads(server) == ["config.json", "model.safetensors"]
 
 
 def test_config_of_another_repo(server, tmp_path):
     """Its revision is its own."""
     (tmp_path / "no_weights").mkdir()
-    server.repos["someone/config", "main"] = tmp_path / "no_weights"
     torch_model().config.save_pretrained(tmp_path / "no_weights")
+    server.push("someone/config", tmp_path / "no_weights")
     (tmp_path / "save" / "config.json").unlink()
+    server.push(ID, tmp_path / "save")
     MLXEsmForMaskedLM.from_pretrained(ID, config="someone/config", cache_dir=tmp_path / "cache")
 
 
 def test_token(server, tmp_path):
-    """It is sent with every request, and without it the repo is not there."""
+    """It is sent with every request to the Hub, and to no other host; without it the repo is not there."""
     options = {"cache_dir": tmp_path / "cache"}
-    for token in (False, "hf_wrong"):
-        with pytest.raises(OSError, match="(?s)someone/secret is not a local folder .* pass a token"):
-            MLXEsmForMaskedLM.from_pretrained("someone/secret", token=token, **options)
+    with pytest.raises(OSError, match="(?s)someone/secret is not a local folder .* pass a token"):
+        MLXEsmForMaskedLM.from_pretrained("someone/secret", token=False, **options)
+    with pytest.raises(OSError, match="Invalid credentials in Authorization header"):
+        MLXEsmForMaskedLM.from_pretrained("someone/secret", token="hf_wrong", **options)
     del server.requests[:]
     MLXEsmForMaskedLM.from_pretrained("someone/secret", token="hf_secret", **options)
-    assert {token for _, _, token in server.requests} == {"hf_secret"}
+    assert {token for _, path, token in server.requests if "/cdn/" not in path} == {"hf_secret"}
+    assert [token for _, path, token in server.requests if "/cdn/" in path] == [None]
 
 
 def test_absent_on_the_hub(server, tmp_path):
@@ -239,6 +247,7 @@ def test_absent_on_the_hub(server, tmp_path):
 def test_missing_shard_on_the_hub(server, tmp_path):
     shard = sorted((tmp_path / "save_shards").glob("*-of-*"))[1]
     shard.unlink()
+    server.push(ID, tmp_path / "save_shards", "save_shards")
     with pytest.raises(OSError, match=f"{ID} does not appear to have .*{shard.name}"):
         MLXEsmForMaskedLM.from_pretrained(ID, revision="save_shards", cache_dir=tmp_path / "cache")
 
