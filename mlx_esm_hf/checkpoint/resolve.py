@@ -111,6 +111,7 @@ def find_file(
     if os.path.isdir(repo_id_or_dir):
         path = os.path.join(repo_id_or_dir, path)
         return path if os.path.isfile(path) else None
+    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     commit = getattr(revision, "resolved", None)
     if commit and not force_download:
         known = try_to_load_from_cache(repo_id_or_dir, path, cache_dir=cache_dir, revision=commit)
