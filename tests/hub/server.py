@@ -16,9 +16,12 @@ from threading import Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import yaml
+
 from tests.hub.repository import GITATTRIBUTES, Repository, etag, git_name, is_large, read_folder
 
 LFS = "application/vnd.git-lfs+json"
+METADATA = re.compile(r"---\n(.*?)\n---", re.DOTALL)
 
 
 @dataclass
@@ -197,8 +200,9 @@ class Hub:
         match rest:
             case [] | ["revision", _]:
                 commit = self.at(repo, rest[1] if rest else "main")
-                siblings = [{"rfilename": path} for path in repo.commits[commit].files]
-                return as_json({"id": repo_id, "sha": commit, "siblings": siblings, "private": repo.private})
+                files = repo.commits[commit].files
+                info = {"id": repo_id, "sha": commit, "private": repo.private, "cardData": card_data(files)}
+                return as_json(info | {"siblings": [{"rfilename": path} for path in files]})
             case ["tree", revision, *folder]:
                 return as_json(self.tree(request, repo, self.at(repo, revision), "/".join(folder)))
             case ["refs"]:
@@ -282,9 +286,7 @@ class Hub:
 
     def validate(self, request: Request) -> Answer:
         """The metadata of a card; the Hub checks more than that it is there."""
-        import yaml
-
-        match = re.match(r"---\n(.*?)\n---", request.json()["content"], re.DOTALL)
+        match = METADATA.match(request.json()["content"])
         if match is None:
             return as_json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
         try:
@@ -419,6 +421,12 @@ def describe(path: str, body: bytes) -> dict[str, Any]:
         entry["oid"] = git_name(pointer.encode())
         entry["lfs"] = {"oid": etag(path, body), "size": len(body), "pointerSize": len(pointer)}
     return entry
+
+
+def card_data(files: dict[str, bytes]) -> Any:
+    """The metadata of a repository's card."""
+    match = METADATA.match(files.get("README.md", b"").decode())
+    return yaml.safe_load(match.group(1)) if match else None
 
 
 @contextmanager
