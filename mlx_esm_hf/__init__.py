@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         MLXEsmPreTrainedModel,
     )
     from mlx_esm_hf.models.esm.tokenization_esm import Esm1Tokenizer, EsmTokenizer
+    from mlx_esm_hf.pipelines.huggingface import pipeline
 
 __all__ = [
     "__version__",
@@ -53,6 +54,7 @@ __all__ = [
     "MLXEsmForTokenClassification",
     "MLXEsmModel",
     "MLXEsmPreTrainedModel",
+    "pipeline",
 ]
 
 # The module that has each public name.
@@ -70,6 +72,7 @@ HOMES = {
     "MLXEsmForTokenClassification": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmModel": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmPreTrainedModel": "mlx_esm_hf.models.esm.modeling_esm",
+    "pipeline": "mlx_esm_hf.pipelines.huggingface",
 }
 
 

@@ -53,6 +53,8 @@ def bind() -> str:
     if not is_reference(libraries["cblas_sgemm"]):
         return os.path.basename(libraries["cblas_sgemm"]) or "unknown BLAS"
 
+    if os.environ.get("MLX_ESM_BLAS") == "0":  # the user's choice
+        return REFERENCE
     if "cblas_sgemm" not in slots:
         remedy = "this build of MLX cannot be redirected to OpenBLAS, use one that links it"
     elif (openblas := _openblas()) is None:
