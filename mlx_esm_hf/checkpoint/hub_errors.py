@@ -38,7 +38,7 @@ def hub_error(error: Exception, what: str, repo_id: str, revision: str | None = 
     elif isinstance(answer, RepositoryNotFoundError):
         advice = f"{place} has no repository {repo_id}, or it is private: log in (`hf auth login`) or pass a token"
     elif isinstance(answer, RevisionNotFoundError):
-        advice = f"{repo_id} has no branch, tag or commit {revision!r}"
+        advice = f"{repo_id} has no branch, tag or commit '{revision}'"
     elif answer is not None:
         advice = f"{place} answered {status_of(answer)}"
     elif any(isinstance(e, HTTPError) for e in reasons):
