@@ -63,8 +63,8 @@ def find_shards(repo_id_or_dir: str, index: str, **hub: Any) -> list[str]:
         paths = list(pool.map(lambda name: find_file(repo_id_or_dir, name, **hub), names))
     if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
         raise OSError(
-            f"{repo_id_or_dir} does not appear to have {', '.join(missing)}, of which its index "
-            f"{os.path.basename(index)} says that weights are in there. It is not a whole checkpoint."
+            f"{repo_id_or_dir} does not appear to have a file named {' or '.join(missing)}, but its index "
+            f"{os.path.basename(index)} says that weights are in it. It is not a whole checkpoint."
         )
     return [path for path in paths if path is not None]
 
