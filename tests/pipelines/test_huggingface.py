@@ -133,13 +133,12 @@ def test_model_and_tokenizer_of_one_commit(folder, tmp_path, monkeypatch):
     hub = Hub({("me/esm", "main"): one}, private={"me/esm": "secret"})
     with serve(hub) as endpoint:
         use(monkeypatch, endpoint)
-        answer, commit = hub.answer, hub.commit("me/esm", "main")
+        answer = hub.answer
 
-        def push_after_weights(path, token):
-            result = answer(path, token)
-            if path.endswith("model.safetensors"):
-                hub.repos = {("me/esm", commit): one, ("me/esm", "main"): two}
-                hub.commit = lambda repo, revision: commit if revision == commit else "0" * 40
+        def push_after_weights(request):
+            result = answer(request)
+            if request.path.endswith("model.safetensors"):
+                hub.push("me/esm", two)
             return result
 
         hub.answer = push_after_weights
