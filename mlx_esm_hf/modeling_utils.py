@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -23,6 +24,7 @@ from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
+from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
 from mlx_esm_hf.modeling_layers import TiedDecoder
 from mlx_esm_hf.runtime.process import check_process
@@ -314,6 +316,49 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """Publish model and config on the Hub, in one commit, with a model card if the repository has none.
+
+        Args:
+            max_shard_size: as in `save_pretrained`.
+            repo_id, commit_message, commit_description, private, token, revision, create_pr, tags: as in
+                `mlx_esm_hf.hub.publish`.
+
+        Returns:
+            huggingface_hub's `CommitInfo`, with `commit_url`, `oid` and, of a pull request, `pr_url`.
+
+        Raises:
+            OSError: the Hub refused, or did not answer.
+            ValueError: `private` for a repository that is public.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size or "50GB")
+            publication = publish(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                tags=tags,
+                base_model=hub_id(self.config._name_or_path),
+            )
+        return publication.commit
 
     # Parameters
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -747,30 +746,6 @@ def test_arguments_without_meaning(folder):
     assert not said
     assert model.config.to_dict() == MLXEsmForMaskedLM.from_pretrained(folder).config.to_dict()
     assert not model.training
-
-
-def test_push_to_hub(folder, monkeypatch):
-    """transformers' own mixin, which saves and uploads; only what it says to the Hub is caught here."""
-    pushed = []
-    hub = SimpleNamespace(
-        create_repo=lambda repo_id, **options: SimpleNamespace(repo_id=repo_id),
-        create_commit=lambda repo_id, operations, **options: pushed.append(
-            (repo_id, {op.path_in_repo for op in operations}, options["commit_message"])
-        ),
-    )
-    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
-    card = SimpleNamespace(save=lambda path: Path(path).touch())
-    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *args, **options: card)
-    model = MLXEsmForMaskedLM.from_pretrained(folder)
-    model.push_to_hub("someone/esm", commit_message="First")
-    model.save_pretrained(folder, push_to_hub=True, max_shard_size="60KB")
-    files = {"README.md", "config.json"}
-    shards = {file.name for file in folder.iterdir()} - files
-    assert len(shards) == 3
-    assert pushed == [
-        ("someone/esm", files | {"model.safetensors"}, "First"),
-        (folder.name, files | shards, "Upload MLXEsmForMaskedLM"),
-    ]
 
 
 # Memory
