@@ -1,7 +1,12 @@
-"""Versions that stand in more than one file, which have to stay one: of MLX, of Python, of torch and fair-esm."""
+"""Versions that stand in more than one file, which have to stay one; installs, which build the kernels or say why."""
 
 import configparser
+import importlib.util
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,3 +92,70 @@ def test_image_that_is_built_is_the_one_that_is_used(pyproject):
     images = {settings[f"manylinux-{machine}-image"] for machine in ("x86_64", "aarch64")}
     commands = [step.get("run", "") for step in workflow("wheels.yml")["jobs"]["linux"]["steps"]]
     assert len(images) == 1 and f"docker build --tag {images.pop()} .github/manylinux" in commands
+
+
+def load_setup():
+    """The module setup.py, without running it."""
+    specification = importlib.util.spec_from_file_location("package_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_what_is_missing_to_build_the_kernels(tmp_path):
+    missing = load_setup().missing
+    (tmp_path / "Python.h").touch()
+    assert missing(f"{sys.executable} -O2", tmp_path) is None
+    no_compiler = missing("c++-of-nowhere -O2", tmp_path)
+    assert "no C++ compiler, 'c++-of-nowhere -O2'" in no_compiler and "apt install g++" in no_compiler
+    no_headers = missing(sys.executable, tmp_path / "include")
+    assert f"{tmp_path / 'include'} has no Python.h" in no_headers and "apt install python3-dev" in no_headers
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="for Linux, where there are kernels")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what git has, where `pip install` may leave its `build/`."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE)
+    if listed.returncode != 0:
+        pytest.skip("needs a checkout")
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        (tmp_path / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "checkout" / name)
+    return tmp_path / "checkout"
+
+
+def install(checkout, target, **environment):
+    """Install into the folder `target`. Returns what is known of the kernels there, and whether there are some."""
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, checkout]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = target / "mlx_esm_hf" / "ops"
+    return json.loads((folder / "_native.json").read_text()), len(list(folder.glob("_native*.so"))) == 1
+
+
+@linux
+@pytest.mark.long
+def test_each_install_from_a_checkout_builds_the_kernels(checkout, tmp_path, pyproject):
+    version = str(requirements("\n".join(pyproject["build-system"]["requires"]))["mlx"].specifier).removeprefix("==")
+    for target in (tmp_path / "first", tmp_path / "second"):
+        assert install(checkout, target) == ({"mlx": version}, True)
+
+
+@linux
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("c++-of-nowhere", "there is no C++ compiler, 'c++-of-nowhere': install g++"),
+        ("false", "It needs g++ 11 or newer"),
+    ],
+)
+def test_an_install_that_cannot_build_the_kernels_says_why(checkout, tmp_path, compiler, reason):
+    state, kernels = install(checkout, tmp_path / "target", CXX=compiler)
+    assert reason in state["error"] and not kernels
+    show = "from mlx_esm_hf.ops import kernels; print(kernels.STATE)"
+    shown = subprocess.run([sys.executable, "-c", show], cwd=tmp_path / "target", capture_output=True, text=True)
+    assert shown.stdout.strip() == f"off: not built ({state['error']})", shown.stderr

@@ -10,12 +10,13 @@ from rich.table import Table
 
 
 def command() -> None:
-    """Print versions, the device, our kernels and the BLAS that matmul on the CPU uses, and the speed of matmul."""
+    """Print versions, the device, our kernels and their threads, the BLAS that matmul on the CPU uses, its speed."""
     import mlx.core as mx
 
     import mlx_esm_hf
     from mlx_esm_hf.ops import kernels
     from mlx_esm_hf.runtime import blas
+    from mlx_esm_hf.runtime.threads import thread_limits
 
     table = Table.grid(padding=(0, 2))
     table.add_row("mlx-esm-hf", mlx_esm_hf.__version__)
@@ -25,6 +26,9 @@ def command() -> None:
     table.add_row("platform", platform.platform())
     table.add_row("device", str(mx.default_device()))
     table.add_row("kernels on the CPU", kernels.STATE)
+    if kernels.native is not None:
+        bounds = ", ".join(f"{name} {number}" for name, number in thread_limits().items())
+        table.add_row("threads of the kernels", f"{kernels.native.threads()} (the least of: {bounds})")
     table.add_row("BLAS on the CPU", blas.bind())
     table.add_row("float32 matmul", f"{blas.gemm_gflops():.0f} GFLOP/s")
     Console(soft_wrap=True, highlight=False).print(table)

@@ -7,9 +7,12 @@ chooses it instead of the machine's best.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
+import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -19,39 +22,79 @@ import mlx.core as mx
 
 from mlx_esm_hf.ops.heads import Rotary
 from mlx_esm_hf.ops.layout import Layout
+from mlx_esm_hf.runtime.threads import thread_limits
 
 # What setup.py leaves behind: {"mlx": the version of mlx-cpu it built with} or {"error": why it could not}.
 BUILD = Path(__file__).with_name("_native.json")
+CHOSEN_OFF = "off (MLX_ESM_KERNELS=0)"
+AGAIN = (
+    "install mlx-esm-hf again, by pip's --force-reinstall --no-cache-dir, on Linux with a C++ compiler (g++ 11 or "
+    "newer) and Python's headers (Debian and Ubuntu: apt install g++ python3-dev)"
+)
 
 
 def _load() -> tuple[Any, str]:
     """The module with the kernels, or None; and what `mlx-esm env` says of them."""
     wish = os.environ.get("MLX_ESM_KERNELS", "")
     if wish == "0":
-        return None, "off (MLX_ESM_KERNELS=0)"
+        return None, CHOSEN_OFF
+    misfit = _misfit()
+    if misfit:
+        return None, f"off: {misfit}"
     try:
-        build = json.loads(BUILD.read_text())
-        built_with = build.get("mlx")
-    except (OSError, ValueError, AttributeError):
-        return None, "off: not built (they are for Linux, and need a C++ compiler when this package is installed)"
-    if built_with is None:
-        return None, f"off: not built ({build.get('error')})"
-    try:
-        installed = version("mlx-cpu")
-    except PackageNotFoundError:
-        installed = "none"
-    if installed != built_with:
-        return None, f"off: built with mlx-cpu {built_with}, installed is {installed}; install mlx-esm-hf again"
-    try:
-        module: ModuleType = importlib.import_module("mlx_esm_hf.ops._native")
-    except ImportError as error:
-        return None, f"off: they cannot be loaded ({error})"
+        module = importlib.import_module("mlx_esm_hf.ops._native")
+        module.use_threads(min(thread_limits().values()))
+        _try(module)
+    except Exception as error:  # whatever a binary of another library does, MLX can go on without it
+        return None, f"off: they do not work here ({type(error).__name__}: {error}); {AGAIN}"
     if wish not in ("", "1"):
         if wish not in module.instruction_sets():
             known = ", ".join(module.instruction_sets())
             raise ValueError(f"MLX_ESM_KERNELS={wish}: this machine has {known}; 0 turns the kernels off.")
         module.choose(wish)
-    return module, f"{module.instruction_set()}, {module.cores()} cores"
+    return module, f"{module.instruction_set()}, threads: {module.threads()}"
+
+
+def _misfit() -> str | None:
+    """Why the module should not be loaded, and the cure; None where it should."""
+    try:
+        build = json.loads(BUILD.read_text())
+        built_with = build.get("mlx")
+    except (OSError, ValueError, AttributeError):
+        return f"not built; {AGAIN}"
+    if built_with is None:
+        return f"not built ({build.get('error')})"
+    try:
+        installed = version("mlx-cpu")
+    except PackageNotFoundError:
+        installed = "none"
+    if installed != built_with:
+        return f'built with mlx-cpu {built_with}, installed is {installed}; pip install "mlx[cpu]=={built_with}"'
+    return None
+
+
+def _try(module: ModuleType) -> None:
+    """Run one kernel, and raise where that fails.
+
+    It runs on a stream of its own: a stream has a thread, and a process that forks before it has made a model must not
+    have started the one of MLX's default stream, for which the child would wait.
+    """
+    with mx.stream(mx.new_stream(mx.cpu)):
+        found = module.linear(mx.array([[1.0, 2.0]]), mx.array([[3.0, 4.0]])).item()
+    if found != 11:
+        raise ArithmeticError(f"1 · 3 + 2 · 4 is 11, not {found}")
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Say once why there are no kernels where there should be: on a Linux CPU, unless they were turned off."""
+    if native is None and STATE != CHOSEN_OFF and sys.platform == "linux" and not mx.is_available(mx.gpu):
+        warnings.warn(
+            f"The kernels for CPUs are {STATE}. Without them models give the same answers several times more slowly; "
+            "with MLX_ESM_KERNELS=0 this is not said.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 native, STATE = _load()

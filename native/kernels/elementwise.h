@@ -66,7 +66,8 @@ inline void layer_norm_gradient_row(const float* x, const float* weight, const f
                        return load_columns(dy + i, n) * load_columns(weight + i, n);
                      }) / width;
   const float along = sum_row(width, [&](long i, long n) {
-                        return load_columns(dy + i, n) * load_columns(weight + i, n) * (load_columns(x + i, n) - m.mean);
+                        const vec g = load_columns(dy + i, n) * load_columns(weight + i, n);
+                        return g * (load_columns(x + i, n) - m.mean);
                       }) * m.scale / width;
   for (long i = 0; i < width; i++) {
     const float h = (x[i] - m.mean) * m.scale;

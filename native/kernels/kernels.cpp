@@ -12,14 +12,14 @@
 
 namespace {
 
-using mlx_esm::cores;
 using mlx_esm::parallel_for;
+using mlx_esm::threads;
 
 void linear(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
             long outputs, long inputs, Activation activation) {
   if (!tokens || !outputs) return;
   Linear p{x, weight, bias, residual, y, tokens, outputs, inputs, activation, 0, 0};
-  cut(p, cores());
+  cut(p, threads());
   parallel_for(p.token_blocks() * p.output_blocks(), [&](long task) { linear_block(p, task); });
 }
 

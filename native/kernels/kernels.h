@@ -1,7 +1,8 @@
 // The kernels as plain functions on float32 arrays, one table of them for each instruction set.
 //
 // Arrays are row-major and contiguous; `tokens` counts over the whole batch. Results must not overlap inputs. Every
-// function runs on all cores (threads.h), and throws std::bad_alloc where there is no memory for what lies between.
+// function runs on several threads (threads.h), and throws std::bad_alloc where there is no memory for what lies
+// between.
 #pragma once
 
 namespace mlx_esm {

@@ -1,7 +1,6 @@
 #include "threads.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -28,11 +27,7 @@ inline void pause() {
 // one operation of a model to the next, and too short to disturb anyone else.
 constexpr int SPINS = 2000;
 
-int available_cores() {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return std::max(1u, std::thread::hardware_concurrency());
-}
+std::atomic<int> wanted = std::max(1u, std::thread::hardware_concurrency());
 
 thread_local bool inside_loop = false;  // this thread is at work on a loop's tasks
 
@@ -40,17 +35,17 @@ class Pool {
  public:
   Pool() {
     try {
-      for (int i = 1, cores = available_cores(); i < cores; i++) workers_.emplace_back([this] { work(); });
+      for (int i = 1, n = wanted; i < n; i++) workers_.emplace_back([this] { work(); });
     } catch (const std::system_error&) {
       // No more threads are allowed, so it is done with those there are.
     }
   }
 
-  int cores() const { return workers_.size() + 1; }
+  int threads() const { return workers_.size() + 1; }
 
   void run(long tasks, void (*body)(void*, long), void* context) {
     std::unique_lock<std::mutex> mine(running_, std::defer_lock);
-    if (tasks < 2 || workers_.empty() || inside_loop || !mine.try_lock()) {
+    if (workers_.empty() || inside_loop || !mine.try_lock()) {
       for (long i = 0; i < tasks; i++) body(context, i);
       return;
     }
@@ -136,11 +131,18 @@ Pool& pool() {
 
 }  // namespace
 
-int cores() {
+void use_threads(int n) { wanted = std::max(1, n); }
+
+int threads() {
   Pool* pool = pool_of_process.load();
-  return pool ? pool->cores() : available_cores();
+  return pool ? pool->threads() : wanted.load();
 }
 
-void parallel_for(long tasks, void (*body)(void*, long), void* context) { pool().run(tasks, body, context); }
+void parallel_for(long tasks, void (*body)(void*, long), void* context) {
+  if (tasks > 1)
+    pool().run(tasks, body, context);
+  else if (tasks == 1)
+    body(context, 0);  // which needs no threads, so none are started
+}
 
 }  // namespace mlx_esm

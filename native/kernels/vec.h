@@ -11,6 +11,7 @@ namespace {
 constexpr int W = VECTOR_WIDTH;
 using vec = float __attribute__((vector_size(4 * W)));
 using uvec = unsigned __attribute__((vector_size(4 * W)));
+using ivec = int __attribute__((vector_size(4 * W)));
 
 inline vec splat(float x) { return x - vec{}; }
 
@@ -51,11 +52,21 @@ inline long least(long a, long b) { return a < b ? a : b; }
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 inline long round_up(long a, long b) { return ceil_div(a, b) * b; }
 
+// The lanes L of a and, counted from W on, of b.
+template <int... L>
+inline vec lanes(vec a, vec b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, L...);
+#else  // GCC 11
+  return __builtin_shuffle(a, b, ivec{L...});
+#endif
+}
+
 // Exchange the off-diagonal blocks of size S in a 2S x 2S block: a stage of transposing.
 template <int S, int... L>
 inline void exchange(vec& a, vec& b, std::integer_sequence<int, L...>) {
-  vec low = __builtin_shufflevector(a, b, ((L & S) ? W + L - S : L)...);
-  b = __builtin_shufflevector(a, b, ((L & S) ? W + L : L + S)...);
+  const vec low = lanes<((L & S) ? W + L - S : L)...>(a, b);
+  b = lanes<((L & S) ? W + L : L + S)...>(a, b);
   a = low;
 }
 

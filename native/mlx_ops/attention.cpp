@@ -128,7 +128,8 @@ class AttentionGradient : public Operation {
       : Operation(s,
                   [](const Arrays&) -> Arrays {
                     throw std::runtime_error(
-                        "Attention's kernel has no second derivatives, nor gradients under vmap: set MLX_ESM_KERNELS=0");
+                        "Attention's kernel has no second derivatives, nor gradients under vmap: "
+                        "set MLX_ESM_KERNELS=0");
                   }),
         at_(std::move(at)) {}
 

@@ -52,7 +52,8 @@ NB_MODULE(_native, m) {
       "query"_a, "key"_a, "value"_a, "heads"_a, "offsets"_a, "mask"_a = none, "cos"_a = none, "sin"_a = none,
       "bias_k"_a = none, "bias_v"_a = none, "bias"_a = none);
 
-  m.def("cores", &mlx_esm::cores);
+  m.def("use_threads", &mlx_esm::use_threads, "n"_a);
+  m.def("threads", &mlx_esm::threads);
   m.def("instruction_sets", &mlx_esm::instruction_sets);
   m.def("instruction_set", [] { return mlx_esm::kernels().name; });
   m.def("choose", &mlx_esm::choose, "name"_a);

@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 namespace mlx_esm {
 namespace {
@@ -74,6 +76,14 @@ Arrays Operation::vjp(const Arrays& primals, const Arrays& cotangents, const std
 std::pair<Arrays, std::vector<int>> Operation::vmap(const Arrays& inputs, const std::vector<int>& axes) {
   Arrays outputs = mx::vmap(plain_, axes)(inputs);
   return {outputs, std::vector<int>(outputs.size(), 0)};
+}
+
+void Operation::allocate(array& output) const {
+  auto memory = mx::allocator::malloc(output.nbytes());
+  if (!memory.buffer().ptr())
+    throw std::runtime_error(std::string(name()) + ": there is no memory for a result of " +
+                             std::to_string(output.nbytes()) + " bytes");
+  output.set_data(std::move(memory));
 }
 
 Operation::Function Operation::of(const Arrays& primals, const std::vector<int>& argnums) const {

@@ -65,7 +65,7 @@ class Operation : public mx::Primitive {
   template <class Make>
   void run(Arrays& outputs, Make make) {
     auto place = std::make_shared<Place>();
-    for (auto& output : outputs) output.set_data(mx::allocator::malloc(output.nbytes()));
+    for (auto& output : outputs) allocate(output);
     mx::cpu::get_command_encoder(stream()).dispatch([work = make(), place = std::move(place)]() mutable {
       const auto until_done = std::move(place);  // also when the work throws; MLX may keep the task for a while
       work();
@@ -73,6 +73,9 @@ class Operation : public mx::Primitive {
   }
 
  private:
+  // Throws std::runtime_error where there is no memory, which MLX itself does not notice.
+  void allocate(array& output) const;
+
   // The plain function of the arguments `argnums` alone.
   Function of(const Arrays& primals, const std::vector<int>& argnums) const;
 

@@ -6,10 +6,12 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,8 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_esm_hf import MLXEsmConfig, MLXEsmModel
-from mlx_esm_hf.ops import kernels
+from mlx_esm_hf import MLXEsmConfig, MLXEsmModel, ops
+from mlx_esm_hf.ops import cpu, kernels
 from mlx_esm_hf.ops.layout import Layout
 
 native = kernels.native
@@ -634,6 +636,42 @@ def test_threads_at_once():
             assert np.array_equal(result, expected)
 
 
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("operands", "error"),
+    [("x, w", "std::bad_alloc"), ("column, column", "there is no memory for a result of 17592186044416 bytes")],
+    ids=["in the work", "for its result"],
+)
+def test_want_of_memory_is_an_error_and_leaves_the_queue_free(operands, error):
+    """It comes more often than there are places in the queue."""
+    process = python(f"""
+import resource
+from pathlib import Path
+import mlx.core as mx
+from mlx_esm_hf.ops.kernels import native
+
+mx.set_default_device(mx.cpu)
+x, w = mx.zeros((16, 1 << 21)), mx.zeros((1, 1 << 21))  # of which 128 MB are packed
+column, small = mx.zeros((1 << 21, 1)), mx.ones((4, 4))
+mx.eval(x, w, column, native.linear(small, small))
+size = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (int(size.split()[1]) * 1024 + (64 << 20), resource.RLIM_INFINITY))
+for _ in range(10):
+    try:
+        mx.eval(native.linear({operands}))
+    except RuntimeError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert mx.array_equal(native.linear(small, small), small @ small)
+assert mx.array_equal(native.linear(x, w), mx.zeros((16, 1)))
+""")
+    assert process.returncode == 0, process.stderr
+    errors = process.stdout.splitlines()
+    assert len(errors) == 10 and all(error in line for line in errors), errors
+
+
 # Arguments
 
 
@@ -698,6 +736,33 @@ def test_wrong_arguments(call):
         call()
 
 
+# As the backend of `ops`
+
+
+def test_a_batch_through_ops(monkeypatch):
+    """What `ops` hands on, mask, angles and bias of a padded batch, arrives: the same as on MLX's operations."""
+    B, L, H, d = 3, 17, 4, 8
+    query, key, value = (mx.array(numbers(B, L, H * d, seed=i)) for i in range(3))
+    angles, bias = mx.array(numbers(B, L, d // 2, seed=3)), mx.array(numbers(B, H, L, L, seed=4))
+    layout = ops.Layout((B, L), mx.array(np.random.default_rng(5).random((B, L)) < 0.7))
+    learned = (mx.array(numbers(1, 1, H * d, seed=6)), mx.array(numbers(1, 1, H * d, seed=7)))
+    weight, row = mx.array(numbers(9, H * d, seed=8)), mx.array(numbers(H * d, seed=9))
+    residual = mx.array(numbers(B, L, 9, seed=10))
+    calls = [
+        lambda: ops.attention(query, key, value, H, layout, (mx.cos(angles), mx.sin(angles)), None, bias),
+        lambda: ops.attention(query, key, value, H, layout, None, learned),
+        lambda: ops.linear(query, weight, None, residual, "relu"),
+        lambda: ops.linear(query, weight, row[:9], residual, "gelu"),
+        lambda: ops.layer_norm(query, row, None, EPS),
+        lambda: ops.layer_norm(query, row, row, EPS),
+    ]
+    for call in calls:
+        monkeypatch.setattr(ops, "_backend", lambda *arrays: kernels)
+        ours = call()
+        monkeypatch.setattr(ops, "_backend", lambda *arrays: cpu)
+        assert norm(ours - call()) <= 1e-5
+
+
 # Packed batches
 
 
@@ -751,10 +816,11 @@ def test_model_on_any_mask_is_each_sequence_alone(kind, mask):
 # Switching
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
-    )
+def python(code: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run in `folder`, whose modules come before all others."""
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_switching_by_environment(monkeypatch):
@@ -762,7 +828,7 @@ def test_switching_by_environment(monkeypatch):
     with ThreadPoolExecutor(2) as threads:
         off, portable = threads.map(lambda wish: python(show, MLX_ESM_KERNELS=wish), ["0", "portable"])
     assert off.stdout.strip() == "None|off (MLX_ESM_KERNELS=0)"
-    assert portable.stdout.strip() == f"portable|portable, {native.cores()} cores"
+    assert portable.stdout.strip() == f"portable|portable, threads: {native.threads()}"
     monkeypatch.setenv("MLX_ESM_KERNELS", "nonsense")
     with pytest.raises(ValueError, match="MLX_ESM_KERNELS=nonsense.*" + ", ".join(native.instruction_sets())):
         kernels._load()
@@ -771,8 +837,8 @@ def test_switching_by_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("build", "state"),
     [
-        (None, "not built (they are for Linux"),
-        ("{unreadable", "not built (they are for Linux"),
+        (None, "not built; install mlx-esm-hf again, by pip's"),
+        ("{unreadable", "not built; install mlx-esm-hf again, by pip's"),
         (json.dumps({"error": "no compiler"}), "not built (no compiler)"),
         (json.dumps({"mlx": "0.1"}), "built with mlx-cpu 0.1, installed is "),
     ],
@@ -784,3 +850,61 @@ def test_kernels_that_do_not_fit_are_left_out(build, state, tmp_path, monkeypatc
         kernels.BUILD.write_text(build)
     module, said = kernels._load()
     assert module is None and said.startswith("off: ") and state in said
+
+
+SHOW_STATE = """
+import numpy as np
+import mlx_esm_hf
+print("imported", flush=True)
+from mlx_esm_hf import MLXEsmConfig, MLXEsmModel
+from mlx_esm_hf.ops import kernels
+config = MLXEsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, hidden_size=8, num_hidden_layers=1,
+                      num_attention_heads=2, intermediate_size=8, position_embedding_type="rotary")
+for _ in range(2):
+    assert np.isfinite(np.array(MLXEsmModel(config)([[0, 5, 2]]).last_hidden_state)).all()
+print(kernels.STATE)
+"""
+
+
+def without_kernels(folder: Path, **files: str) -> Path:
+    """A copy of the package without kernels, and with files of its own where they would be."""
+    package = Path(kernels.__file__).parents[1]
+    ignored = shutil.ignore_patterns("_native*", "__pycache__")
+    ops_folder = shutil.copytree(package, folder / "mlx_esm_hf", ignore=ignored) / "ops"
+    for name, text in files.items():
+        (ops_folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux" or mx.is_available(mx.gpu), reason="for Linux without a GPU")
+def test_missing_kernels_are_told_once(tmp_path):
+    folder = without_kernels(tmp_path)
+    told = python(SHOW_STATE, folder, PYTHONWARNINGS="always")
+    _, state = told.stdout.splitlines()
+    assert state.startswith("off: not built; install mlx-esm-hf again") and "g++" in state and "python3-dev" in state
+    assert told.stderr.count("RuntimeWarning") == told.stderr.count(f"The kernels for CPUs are {state}.") == 1
+    importing = python("import mlx_esm_hf.ops.kernels", folder, PYTHONWARNINGS="always")
+    chosen = python(SHOW_STATE, folder, PYTHONWARNINGS="always", MLX_ESM_KERNELS="0")
+    assert "kernels" not in importing.stderr + chosen.stderr and chosen.returncode == importing.returncode == 0
+
+
+WRONG_NUMBERS = "import mlx.core as mx\nuse_threads = linear = lambda *arguments: mx.array(10.5)"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("_native.so", "of another machine", "ImportError: "),
+        ("_native.py", "", "AttributeError: "),
+        ("_native.py", WRONG_NUMBERS, "ArithmeticError: 1 · 3 + 2 · 4 is 11, not 10.5"),
+    ],
+    ids=["no library", "nothing in it", "wrong numbers"],
+)
+def test_a_module_that_does_not_work_is_left_out(tmp_path, file, content, reason):
+    """It is noticed when the module is loaded, and models are computed without it."""
+    files = {"_native.json": kernels.BUILD.read_text(), file: content}
+    process = python(SHOW_STATE, without_kernels(tmp_path, **files))
+    assert process.returncode == 0, process.stderr
+    _, state = process.stdout.splitlines()
+    assert state.startswith(f"off: they do not work here ({reason}") and "install mlx-esm-hf again" in state
+    assert state in process.stderr

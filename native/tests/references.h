@@ -1,0 +1,174 @@
+// What the kernels compute, as plain loops over doubles.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+inline double exact_gelu(double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
+
+inline double exact_gelu_derivative(double x) {
+  return 0.5 * std::erfc(-x / std::sqrt(2.0)) + x * std::exp(-x * x / 2) / std::sqrt(2 * M_PI);
+}
+
+inline double activated(double x, mlx_esm::Activation activation) {
+  switch (activation) {
+    case mlx_esm::Activation::gelu:
+      return exact_gelu(x);
+    case mlx_esm::Activation::relu:
+      return x > 0 ? x : 0;
+    default:
+      return x;
+  }
+}
+
+inline Doubles exact_linear(const Floats& x, const Floats& weight, const float* bias, const float* residual,
+                            long tokens, long outputs, long inputs, mlx_esm::Activation activation) {
+  Doubles y(tokens * outputs);
+  for (long t = 0; t < tokens; t++)
+    for (long n = 0; n < outputs; n++) {
+      double sum = bias ? bias[n] : 0;
+      for (long k = 0; k < inputs; k++) sum += double(x[t * inputs + k]) * weight[n * inputs + k];
+      y[t * outputs + n] = activated(sum, activation) + (residual ? residual[t * outputs + n] : 0);
+    }
+  return y;
+}
+
+struct ExactLayerNorm {
+  Doubles y, dx, dweight, dbias;
+
+  ExactLayerNorm(const Floats& x, const Floats& weight, const float* bias, const Floats& dy, long rows, long width,
+                 double eps)
+      : y(rows * width), dx(rows * width), dweight(width), dbias(width) {
+    for (long r = 0; r < rows; r++) {
+      double mean = 0, variance = 0, mean_g = 0, mean_gh = 0;
+      for (long i = 0; i < width; i++) mean += x[r * width + i] / double(width);
+      for (long i = 0; i < width; i++) variance += std::pow(x[r * width + i] - mean, 2) / width;
+      const double scale = 1 / std::sqrt(variance + eps);
+      auto h = [&](long i) { return (x[r * width + i] - mean) * scale; };
+      auto g = [&](long i) { return double(dy[r * width + i]) * weight[i]; };
+      for (long i = 0; i < width; i++) {
+        mean_g += g(i) / width;
+        mean_gh += g(i) * h(i) / width;
+      }
+      for (long i = 0; i < width; i++) {
+        y[r * width + i] = h(i) * weight[i] + (bias ? bias[i] : 0);
+        dx[r * width + i] = (g(i) - mean_g - h(i) * mean_gh) * scale;
+        dweight[i] += dy[r * width + i] * h(i);
+        dbias[i] += dy[r * width + i];
+      }
+    }
+  }
+};
+
+struct ExactSoftmax {
+  Doubles y, dx;
+
+  ExactSoftmax(const Floats& x, const Floats& dy, long rows, long width) : y(rows * width), dx(rows * width) {
+    for (long r = 0; r < rows; r++) {
+      double maximum = x[r * width], total = 0, along = 0;
+      for (long i = 0; i < width; i++) maximum = std::max(maximum, double(x[r * width + i]));
+      for (long i = 0; i < width; i++) total += std::exp(x[r * width + i] - maximum);
+      for (long i = 0; i < width; i++) {
+        y[r * width + i] = std::exp(x[r * width + i] - maximum) / total;
+        along += y[r * width + i] * dy[r * width + i];
+      }
+      for (long i = 0; i < width; i++) dx[r * width + i] = y[r * width + i] * (dy[r * width + i] - along);
+    }
+  }
+};
+
+// Attention and its gradients, head by head and query by query.
+struct ExactAttention {
+  Doubles out, dquery, dkey, dvalue, dbias_k, dbias_v, dbias;
+
+  ExactAttention(const mlx_esm::Attention& p, const Floats& dout) : p(p), d(p.head_dim), D(p.heads * p.head_dim) {
+    const long tokens = p.offsets[p.sequences];
+    out.resize(tokens * D);
+    dquery.resize(tokens * D);
+    dkey.resize(tokens * D);
+    dvalue.resize(tokens * D);
+    dbias_k.resize(p.bias_k ? p.sequences * D : 0);
+    dbias_v.resize(p.bias_k ? p.sequences * D : 0);
+    const long length = p.sequences ? p.offsets[1] : 0;
+    dbias.resize(p.bias ? p.biases * p.heads * length * length : 0);
+    for (long s = 0; s < p.sequences; s++)
+      for (long h = 0; h < p.heads; h++)
+        for (long t = p.offsets[s]; t < p.offsets[s + 1]; t++) attend(s, h, t, dout);
+  }
+
+ private:
+  // The query of token t, with the keys of sequence s.
+  void attend(long s, long h, long t, const Floats& dout) {
+    const long start = p.offsets[s], length = p.offsets[s + 1] - start, keys = length + (p.bias_k ? 1 : 0);
+    const Doubles q = rotated(p.query + t * D + h * d, t, 1);
+    std::vector<Doubles> k(keys), v(keys);
+    Doubles probability(keys);
+    double maximum = -INFINITY, total = 0, along = 0;
+    for (long i = 0; i < keys; i++) {
+      const bool learned = i == length;
+      const long at = (start + i) * D + h * d;
+      k[i] = learned ? Doubles(p.bias_k + h * d, p.bias_k + (h + 1) * d) : rotated(p.key + at, start + i, 1);
+      const float* value = learned ? p.bias_v + h * d : p.value + at;
+      v[i].assign(value, value + d);
+      for (long e = 0; e < d; e++) probability[i] += p.scale * q[e] * k[i][e];
+      if (p.bias) probability[i] += p.bias[bias_at(s, h, t - start, i, length)];
+      if (hidden(start, length, i)) probability[i] = mlx_esm::HIDDEN;
+      maximum = std::max(maximum, probability[i]);
+    }
+    for (double& x : probability) total += x = std::exp(x - maximum);
+    for (double& x : probability) x /= total;
+    for (long i = 0; i < keys; i++)
+      for (long e = 0; e < d; e++) {
+        out[t * D + h * d + e] += probability[i] * v[i][e];
+        along += probability[i] * v[i][e] * dout[t * D + h * d + e];
+      }
+
+    Doubles dq(d);
+    for (long i = 0; i < keys; i++) {
+      double dp = -along;
+      for (long e = 0; e < d; e++) dp += v[i][e] * dout[t * D + h * d + e];
+      const double ds = hidden(start, length, i) ? 0 : probability[i] * dp;
+      if (p.bias) dbias[bias_at(s, h, t - start, i, length)] += ds;
+      Doubles dk(d);
+      for (long e = 0; e < d; e++) {
+        dq[e] += ds * p.scale * k[i][e];
+        dk[e] = ds * p.scale * q[e];
+      }
+      if (i < length) dk = rotated(dk.data(), start + i, -1);
+      double* to_key = i < length ? &dkey[(start + i) * D + h * d] : &dbias_k[s * D + h * d];
+      double* to_value = i < length ? &dvalue[(start + i) * D + h * d] : &dbias_v[s * D + h * d];
+      for (long e = 0; e < d; e++) {
+        to_key[e] += dk[e];
+        to_value[e] += probability[i] * dout[t * D + h * d + e];
+      }
+    }
+    dq = rotated(dq.data(), t, -1);
+    for (long e = 0; e < d; e++) dquery[t * D + h * d + e] = dq[e];
+  }
+
+  bool hidden(long start, long length, long key) const { return p.mask && key < length && !p.mask[start + key]; }
+
+  long bias_at(long s, long h, long query, long key, long length) const {
+    return (((p.biases == 1 ? 0 : s) * p.heads + h) * length + query) * length + key;
+  }
+
+  template <class T>
+  Doubles rotated(const T* x, long token, int direction) const {
+    Doubles y(x, x + d);
+    const long half = d / 2;
+    for (long e = 0; p.cos && e < half; e++) {
+      const double c = p.cos[token * half + e], s = direction * double(p.sin[token * half + e]);
+      y[e] = x[e] * c - x[e + half] * s;
+      y[e + half] = x[e + half] * c + x[e] * s;
+    }
+    return y;
+  }
+
+  const mlx_esm::Attention& p;
+  const long d, D;
+};

@@ -1,0 +1,312 @@
+// The kernels against plain loops over doubles, without Python and MLX, so that sanitizers see nothing else.
+//
+// Arrays have exactly the size that kernels.h names, so the address sanitizer finds whoever reads or writes past one.
+#include <atomic>
+#include <cstdio>
+#include <initializer_list>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#include "arena.h"
+#include "instruction_sets.h"
+#include "references.h"
+#include "threads.h"
+
+using namespace mlx_esm;
+
+// The sanitizers stop the process at an allocation that cannot be, unless they are told to let it fail.
+#define DEFAULT_OPTIONS extern "C" __attribute__((visibility("default"), used)) const char*
+DEFAULT_OPTIONS __asan_default_options() { return "allocator_may_return_null=1"; }
+DEFAULT_OPTIONS __tsan_default_options() { return "allocator_may_return_null=1"; }
+
+namespace {
+
+std::atomic<int> checks{0}, failures{0};  // tasks check, too
+
+void expect(bool condition, const std::string& what) {
+  checks++;
+  if (condition) return;
+  failures++;
+  std::printf("FAILED: %s (%s)\n", what.c_str(), kernels().name);
+  std::fflush(stdout);
+}
+
+// The largest error is at most `tolerance` times the largest number, or times `terms`, the size of what was added up to
+// a result that may be as small as it likes.
+void compare(const std::string& what, const Floats& found, const Doubles& exact, double tolerance = 2e-6,
+             double terms = 1e-30) {
+  double error = 0, norm = terms;
+  for (size_t i = 0; i < exact.size(); i++) {
+    const double difference = std::abs(found[i] - exact[i]);
+    error = difference <= error ? error : difference;  // NaN is an error, too
+    norm = std::max(norm, std::abs(exact[i]));
+  }
+  expect(found.size() == exact.size() && error <= tolerance * norm,
+         what + ": error " + std::to_string(error / norm) + " of " + std::to_string(norm));
+}
+
+Floats numbers(long n, double scale = 1) {
+  static std::mt19937 generator(0);
+  std::normal_distribution<float> normal(0, scale);
+  Floats x(n);
+  for (float& v : x) v = normal(generator);
+  return x;
+}
+
+void test_linear() {
+  for (long tokens : {0, 1, 17, 70, 300})
+    for (long outputs : {1, 5, 33, 200})
+      for (long inputs : {1, 7, 130})
+        for (auto activation : {Activation::none, Activation::gelu, Activation::relu}) {
+          const Floats x = numbers(tokens * inputs), weight = numbers(outputs * inputs, 1 / std::sqrt(inputs));
+          const Floats bias = numbers(outputs), residual = numbers(tokens * outputs);
+          const bool plain = activation == Activation::none;
+          const float *b = plain ? nullptr : bias.data(), *r = plain ? nullptr : residual.data();
+          Floats y(tokens * outputs);
+          kernels().linear(x.data(), weight.data(), b, r, y.data(), tokens, outputs, inputs, activation);
+          compare("linear", y, exact_linear(x, weight, b, r, tokens, outputs, inputs, activation));
+        }
+  const Floats x = numbers(20 * 1500), weight = numbers(7 * 1500);  // deeper than a panel that stays in the cache
+  Floats y(20 * 7);
+  kernels().linear(x.data(), weight.data(), nullptr, nullptr, y.data(), 20, 7, 1500, Activation::none);
+  compare("deep linear", y, exact_linear(x, weight, nullptr, nullptr, 20, 7, 1500, Activation::none));
+}
+
+void test_gelu() {
+  for (long size : {0, 1, 15, 33, 40000})
+    for (double scale : {0.1, 3.0, 1e4}) {
+      const Floats x = numbers(size, scale), dy = numbers(size);
+      Floats y(size), dx(size);
+      Doubles exact, derivative;
+      for (long i = 0; i < size; i++) {
+        exact.push_back(exact_gelu(x[i]));
+        derivative.push_back(dy[i] * exact_gelu_derivative(x[i]));
+      }
+      kernels().gelu(x.data(), y.data(), size);
+      kernels().gelu_gradient(x.data(), dy.data(), dx.data(), size);
+      compare("gelu", y, exact, 2e-6, 0.1);
+      compare("gelu's gradient", dx, derivative, 2e-6, 0.1);
+    }
+}
+
+void test_layer_norm() {
+  constexpr float eps = 1e-5;
+  for (long rows : {0, 1, 5, 70, 130})
+    for (long width : {1, 3, 33, 100, 321})
+      for (bool with_bias : {false, true}) {
+        const Floats x = numbers(rows * width, 3), weight = numbers(width), bias = numbers(width);
+        const Floats dy = numbers(rows * width);
+        const float* b = with_bias ? bias.data() : nullptr;
+        Floats y(rows * width), dx(rows * width), dweight(width), dbias(width);
+        kernels().layer_norm(x.data(), weight.data(), b, y.data(), rows, width, eps);
+        kernels().layer_norm_gradient(x.data(), weight.data(), dy.data(), dx.data(), dweight.data(), dbias.data(), rows,
+                                      width, eps);
+        const ExactLayerNorm exact(x, weight, b, dy, rows, width, eps);
+        const double tolerance = width == 3 ? 1e-4 : 5e-6;  // three numbers may lie close together
+        compare("layer norm", y, exact.y, tolerance);
+        compare("layer norm's gradient by x", dx, exact.dx, tolerance, 1 / std::sqrt(eps));
+        compare("layer norm's gradient by weight", dweight, exact.dweight, tolerance, 1);
+        compare("layer norm's gradient by bias", dbias, exact.dbias, 5e-6, 1);
+      }
+}
+
+void test_softmax() {
+  for (long rows : {0, 1, 5, 130})
+    for (long width : {1, 3, 33, 100, 321})
+      for (double scale : {1.0, 1e4}) {
+        const Floats x = numbers(rows * width, scale), dy = numbers(rows * width);
+        const ExactSoftmax exact(x, dy, rows, width);
+        Floats y(rows * width), dx(rows * width);
+        kernels().softmax(x.data(), y.data(), rows, width);
+        kernels().softmax_gradient(y.data(), dy.data(), dx.data(), rows, width);
+        compare("softmax", y, exact.y);
+        if (scale == 1) compare("softmax's gradient", dx, exact.dx);
+      }
+}
+
+struct Options {
+  bool mask, rotary, learned;
+  int bias;  // 0, none; 1, one for all sequences; 2, one for each
+};
+
+void test_attention(long heads, long d, const std::vector<int>& offsets, Options options) {
+  const long sequences = offsets.size() - 1, tokens = offsets.back(), D = heads * d;
+  const long length = options.bias && sequences ? offsets[1] : 0, biases = options.bias == 1 ? 1 : sequences;
+  const Floats query = numbers(tokens * D), key = numbers(tokens * D), value = numbers(tokens * D);
+  const Floats bias_k = numbers(D), bias_v = numbers(D), bias = numbers(biases * heads * length * length);
+  const Floats dout = numbers(tokens * D), angles = numbers(tokens * (d / 2), 3), seen = numbers(tokens);
+  Floats cos, sin;
+  for (float angle : angles) {
+    cos.push_back(std::cos(angle));
+    sin.push_back(std::sin(angle));
+  }
+  const std::unique_ptr<bool[]> mask(new bool[tokens]);
+  for (long i = 0; i < tokens; i++) mask[i] = seen[i] < 1;
+  Floats out(tokens * D), maximum(tokens * heads), total(tokens * heads);
+  Floats dquery(tokens * D), dkey(tokens * D), dvalue(tokens * D), dbias(bias.size());
+  Floats dbias_k(options.learned ? sequences * D : 0), dbias_v(dbias_k.size());
+
+  Attention p{};
+  p.query = query.data();
+  p.key = key.data();
+  p.value = value.data();
+  p.out = out.data();
+  p.offsets = offsets.data();
+  p.sequences = sequences;
+  p.heads = heads;
+  p.head_dim = d;
+  p.scale = 1 / std::sqrt(d);
+  if (options.mask) p.mask = mask.get();
+  if (options.rotary) {
+    p.cos = cos.data();
+    p.sin = sin.data();
+  }
+  if (options.learned) {
+    p.bias_k = bias_k.data();
+    p.bias_v = bias_v.data();
+  }
+  if (options.bias) {
+    p.bias = bias.data();
+    p.biases = biases;
+  }
+  const ExactAttention exact(p, dout);
+  kernels().attention(p);  // without what gradients need
+  compare("attention", out, exact.out);
+  p.maximum = maximum.data();
+  p.total = total.data();
+  kernels().attention(p);
+  AttentionGradients g{};
+  g.forward = p;
+  g.dout = dout.data();
+  g.dquery = dquery.data();
+  g.dkey = dkey.data();
+  g.dvalue = dvalue.data();
+  if (options.learned) {
+    g.dbias_k = dbias_k.data();
+    g.dbias_v = dbias_v.data();
+  }
+  if (options.bias) g.dbias = dbias.data();
+  kernels().attention_gradients(g);
+  compare("attention's gradient by query", dquery, exact.dquery, 5e-6, 1);
+  compare("attention's gradient by key", dkey, exact.dkey, 5e-6, 1);
+  compare("attention's gradient by value", dvalue, exact.dvalue, 5e-6, 1);
+  compare("attention's gradient by bias_k", dbias_k, exact.dbias_k, 5e-6, 1);
+  compare("attention's gradient by bias_v", dbias_v, exact.dbias_v, 5e-6, 1);
+  if (options.bias) compare("attention's gradient by bias", dbias, exact.dbias, 5e-6, 1);
+}
+
+void test_attentions() {
+  for (long d : {1, 7, 16, 20, 40})
+    for (bool mask : {false, true})
+      for (bool learned : {false, true}) test_attention(2, d, {0, 1, 1, 18, 150}, {mask, false, learned, 0});
+  for (long d : {2, 20, 40})
+    for (int bias : {0, 1, 2}) test_attention(3, d, {0, 37, 74, 111}, {true, true, false, bias});
+  for (int length : {1, 2, 31, 33, 150})
+    for (int bias : {1, 2}) test_attention(2, 7, {0, length, 2 * length}, {false, false, false, bias});
+  test_attention(1, 8, {0, 700}, {true, true, false, 1});  // more than the keys, and the queries, of a task
+  for (int bias : {0, 1, 2}) {
+    test_attention(2, 8, {0}, {true, true, false, bias});
+    test_attention(2, 8, {0, 0, 0}, {true, true, false, bias});
+  }
+}
+
+void test_instruction_sets() {
+  try {
+    choose("nonsense");
+    expect(false, "nonsense is no instruction set");
+  } catch (const std::invalid_argument&) {
+    expect(true, "");
+  }
+}
+
+void test_arena() {
+  Arena arena;
+  for (int round = 0; round < 3; round++) {
+    arena.clear();
+    std::vector<float*> pieces;
+    for (long n : {0, 1, 17, 1000, 100000, 3}) {
+      float* piece = arena.take(n);
+      expect(reinterpret_cast<size_t>(piece) % 64 == 0, "a piece is aligned");
+      for (long i = 0; i < n; i++) piece[i] = pieces.size();
+      pieces.push_back(piece);
+    }
+    expect(pieces[1][0] == 1 && pieces[2][16] == 2 && pieces[3][999] == 3 && pieces[4][99999] == 4 && pieces[5][2] == 5,
+           "pieces do not overlap");
+  }
+  try {
+    arena.take(1L << 58);
+    expect(false, "there is not that much memory");
+  } catch (const std::bad_alloc&) {
+    expect(arena.take(10) != nullptr, "the arena goes on");
+  }
+}
+
+// Each task of `tasks` once.
+void loop(long tasks, const std::string& what) {
+  std::vector<std::atomic<int>> times(tasks);
+  parallel_for(tasks, [&](long i) { times[i]++; });
+  for (auto& n : times) expect(n == 1, what);
+}
+
+void test_threads() {
+  use_threads(3);
+  expect(threads() == 3, "as many threads as are asked for");
+  for (int round = 0; round < 200; round++)
+    for (long tasks : {0, 1, 2, 3, 50}) loop(tasks, "a loop does each task once");
+  parallel_for(20, [&](long) { loop(30, "a loop inside a loop does each task once"); });
+  std::vector<std::thread> threads;
+  std::atomic<long> sum{0};
+  for (int t = 0; t < 4; t++)
+    threads.emplace_back([&] {
+      for (int round = 0; round < 200; round++) parallel_for(10, [&](long i) { sum += i; });
+    });
+  for (auto& thread : threads) thread.join();
+  expect(sum == 4 * 200 * 45, "loops of several threads at once do each task once");
+}
+
+void test_exceptions() {
+  for (int round = 0; round < 100; round++) {
+    std::atomic<int> done{0};
+    bool caught = false;
+    try {
+      parallel_for(50, [&](long i) {
+        if (i == round % 50) throw std::runtime_error("task " + std::to_string(i));
+        done++;
+      });
+    } catch (const std::runtime_error& error) {
+      caught = error.what() == "task " + std::to_string(round % 50);
+    }
+    expect(caught && done < 50, "a task's exception reaches whoever started the loop");
+    loop(50, "and the next loop is not disturbed");
+  }
+  bool caught = false;
+  try {
+    parallel_for(4, [](long) { parallel_for(4, [](long) { throw 1; }); });
+  } catch (int) {
+    caught = true;
+  }
+  expect(caught, "an exception leaves a loop inside a loop");
+  loop(50, "and the next loop runs on all threads again");
+}
+
+}  // namespace
+
+int main() {
+  test_arena();
+  test_threads();
+  test_exceptions();
+  test_instruction_sets();
+  for (const auto& set : instruction_sets()) {
+    choose(set);
+    test_linear();
+    test_gelu();
+    test_layer_norm();
+    test_softmax();
+    test_attentions();
+    std::printf("%s: %d checks so far, %d failed\n", set.c_str(), checks.load(), failures.load());
+  }
+  return failures ? 1 : 0;
+}
