@@ -80,8 +80,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         buffers: endings of the names of arrays that follow from the config: a checkpoint may hold them or not, and they
             are neither trained nor rounded to another dtype.
         required: beginnings of the names, in the base model, of parameters that no checkpoint may lack.
-        without_loss: beginnings of the names, in the base model, of parameters that no loss reaches: training a model does
-            not train them.
+        without_loss: beginnings of the names, in the base model, of parameters that no loss reaches, so that training a
+            model does not train them.
         input_embeddings: the embedding table, as an attribute of the base model.
         output_embeddings: the projection to the vocabulary, as an attribute of the model; None, it has none. Where
             `config.tie_word_embeddings` says so, it is the embedding table.
