@@ -8,28 +8,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import EsmConfig, EsmModel
+from transformers import EsmModel
 from typer.testing import CliRunner
 
 from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmModel
 from mlx_esm_hf.cli import app
 from tests.pipelines.models import write_model
-from tests.vocabulary import write_vocabulary
-
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+from tests.tiny import SIZE
 
 
 @pytest.fixture(scope="module")
 def esm1b(tmp_path_factory):
     """A tiny ESM-1b with room for 10 residues."""
-    folder = tmp_path_factory.mktemp("esm1b")
-    torch.manual_seed(0)
-    config = EsmConfig(
-        vocab_size=33, pad_token_id=1, mask_token_id=32, max_position_embeddings=14, initializer_range=0.3, **SMALL
-    )
-    EsmModel(config).save_pretrained(folder)
-    EsmTokenizer(write_vocabulary(folder)).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("esm1b"), "ESM-1b", positions=14)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +60,7 @@ def test_embed_is_the_mean_over_residues(run, esm1b):
 
 
 def test_embed_esm1_has_no_eos_to_leave_out(run, tmp_path):
-    model = MLXEsmModel(MLXEsm1Config(**SMALL)).eval()
+    model = MLXEsmModel(MLXEsm1Config(**SIZE)).eval()
     model.save_pretrained(tmp_path / "esm1")
     Esm1Tokenizer().save_pretrained(tmp_path / "esm1")
     result, output = run(">a\nMKTAYI\n>b\nGGGG\n", tmp_path / "esm1")
@@ -80,7 +71,7 @@ def test_embed_esm1_has_no_eos_to_leave_out(run, tmp_path):
 
 def test_embed_esm1_in_a_process_that_knows_nothing_of_it(tmp_path):
     """Its tokenizer is found by the config's `model_type`, without an import by the user."""
-    MLXEsmModel(MLXEsm1Config(**SMALL)).save_pretrained(tmp_path / "esm1")
+    MLXEsmModel(MLXEsm1Config(**SIZE)).save_pretrained(tmp_path / "esm1")
     Esm1Tokenizer().save_pretrained(tmp_path / "esm1")
     (tmp_path / "in.fasta").write_text(">a\nMKTAYI\n")
     command = [sys.executable, "-m", "mlx_esm_hf.cli", "embed", tmp_path / "in.fasta", "--model", tmp_path / "esm1"]

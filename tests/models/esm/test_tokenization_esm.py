@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import mlx_esm_hf
 from mlx_esm_hf import Esm1Tokenizer, MLXEsm1Config
 from mlx_esm_hf.models.esm.tokenization_esm import ESM1_VOCABULARY
-from tests.checkpoints import ESM1
+from tests.tiny import SIZE
 
 esm = pytest.importorskip("esm")
 
@@ -76,7 +76,7 @@ def test_save_and_load(tmp_path):
     """Through the class, and through AutoTokenizer, which finds it by the config or by its own file."""
     TOKENIZER.save_pretrained(tmp_path / "alone")
     TOKENIZER.save_pretrained(tmp_path / "model")
-    MLXEsm1Config(**ESM1).save_pretrained(tmp_path / "model")
+    MLXEsm1Config(**SIZE).save_pretrained(tmp_path / "model")
     for load, folder in (
         (Esm1Tokenizer, "alone"),
         (Esm1Tokenizer, "model"),
