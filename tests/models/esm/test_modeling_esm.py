@@ -386,7 +386,7 @@ def test_gradients_esm1() -> None:
 
 # Properties
 
-few = settings(derandomize=True, max_examples=10, deadline=None, database=None)
+few = settings(derandomize=True, max_examples=10, database=None)
 bodies = st.lists(st.lists(st.sampled_from([*RESIDUES, MASK]), min_size=1, max_size=20), min_size=1, max_size=4)
 
 

@@ -35,7 +35,7 @@ def test_special_tokens_are_those_of_the_config():
     assert TOKENIZER.eos_token is None and config.eos_token_id is None and not ALPHABET.append_eos
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.sampled_from([*RESIDUES, "<mask>"]), min_size=1, max_size=20), min_size=1, max_size=4))
 def test_tokens(proteins):
     """Of a padded batch, as fair-esm's batch converter makes them."""
