@@ -1,5 +1,4 @@
-"""Check an installed wheel: it holds no libmlx, on a Linux CPU its kernels are on, and a small model answers with them as
-without them.
+"""Check an installed wheel: it holds no libmlx, its kernels are on (on a Linux CPU), a small model answers as without them.
 
 Run by the Python of an environment that holds the wheel and its dependencies; the repository is not imported.
 """

@@ -24,7 +24,7 @@ ORDERS = ("confidence", "left-to-right", "gibbs")
 
 
 class Design(NamedTuple):
-    """A new sequence, from which protein it was made, the how manieth, and the mean log p of what was drawn."""
+    """A new sequence: the id of its protein, the number of the sample, and the mean log p of what was drawn."""
 
     id: str
     sample: int
