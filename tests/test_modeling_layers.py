@@ -76,6 +76,16 @@ def test_a_quantized_model_takes_the_same_path():
     assert close(model(**inputs).logits, whole(**inputs).logits, 1e-4)
 
 
+@pytest.mark.parametrize("part", ["intermediate", "output"])
+def test_a_layer_that_fuses_nothing_is_an_error(part):
+    """MLX's own layer, put in by whoever does not know ours, is no slow path that nobody notices."""
+    model = MLXEsmForMaskedLM(config("ESM-2")).eval()
+    dense = getattr(model.esm.encoder.layer[0], part).dense
+    getattr(model.esm.encoder.layer[0], part).dense = nn.Linear(*dense.weight.shape[::-1])
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        model(**batch("right", head="lm"))
+
+
 def test_quantized_activations_are_refused():
     with pytest.raises(ValueError, match="only weights are quantized"):
         Linear(64, 64).to_quantized(quantize_input=True)
