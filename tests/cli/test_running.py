@@ -59,6 +59,7 @@ def test_a_mistake_is_told_in_a_line(tmp_path, capsys, monkeypatch):
 # Ctrl-C comes when the module is looked for that the first argument names.
 INTERRUPTED = """
 import signal, sys
+sys.modules["torch"] = None  # which transformers would import: that takes seconds
 name = sys.argv.pop(1)
 class Interrupt:
     def find_spec(looked_for, *rest):
@@ -75,12 +76,9 @@ main()
     [
         "mlx_esm_hf",
         "mlx.core",
-        "mlx_esm_hf.runtime.blas",
         "typer",
-        "mlx_esm_hf.cli.embed",
         "mlx_esm_hf.pipelines",
-        "transformers",
-        "mlx_esm_hf.ops._native",
+        "mlx_esm_hf.ops.kernels",
     ],
 )
 def test_ctrl_c_while_importing_is_no_traceback(module, tmp_path):

@@ -14,8 +14,10 @@ from mlx_esm_hf.ops import kernels
 pytestmark = pytest.mark.skipif(kernels.native is None, reason=f"the kernels are {kernels.STATE}")
 
 PACKAGE = Path(mlx_esm_hf.__file__).parent
-# Two models, each used twice.
+# Two models, each used twice; without torch, which transformers would import, and that takes seconds each time.
 USE = """
+import sys
+sys.modules["torch"] = None
 from mlx_esm_hf import MLXEsmConfig, MLXEsmModel
 from mlx_esm_hf.ops import kernels
 assert kernels.__file__.startswith(__import__("os").getcwd()), kernels.__file__
@@ -52,20 +54,12 @@ def binary(ops):
     return found
 
 
-def no_state(ops):
-    (ops / "_native.json").unlink()
-
-
 def another_mlx(ops):
     (ops / "_native.json").write_text(json.dumps({"mlx": "0.31.0"}))
 
 
 def no_compiler(ops):
     (ops / "_native.json").write_text(json.dumps({"error": "there is no C++ compiler: install g++"}))
-
-
-def no_binary(ops):
-    binary(ops).unlink()
 
 
 def cut_binary(ops):
@@ -79,19 +73,11 @@ def wrong_numbers(ops):
     (ops / "_native.py").write_text("\n".join(lines))
 
 
-def missing_function(ops):
-    binary(ops).unlink()
-    (ops / "_native.py").write_text("")
-
-
 WRONG = {
-    no_state: ("not built", "install mlx-esm-hf again"),
     another_mlx: ("built with mlx-cpu 0.31.0, installed is", 'pip install "mlx[cpu]==0.31.0"'),
     no_compiler: ("there is no C++ compiler", "install g++"),
-    no_binary: ("they do not work here (ModuleNotFoundError", "install mlx-esm-hf again"),
     cut_binary: ("they do not work here (ImportError", "install mlx-esm-hf again"),
     wrong_numbers: ("1 · 3 + 2 · 4 is 11, not 12.0", "install mlx-esm-hf again"),
-    missing_function: ("they do not work here (AttributeError", "install mlx-esm-hf again"),
 }
 
 
@@ -110,4 +96,6 @@ def test_what_is_wrong_is_told_once_at_the_first_model(damage, copy):
 
 def test_nothing_is_told_where_they_work_or_are_turned_off(copy):
     for environment in ({}, {"MLX_ESM_KERNELS": "0"}):
-        assert use(copy, **environment)[1:] == SHAPES
+        lines = use(copy, **environment)
+        assert [line for line in lines if line in SHAPES] == SHAPES
+        assert not any("kernels for CPUs" in line for line in lines)
