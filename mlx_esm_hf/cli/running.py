@@ -62,9 +62,9 @@ class Running:
 
 
 def is_told(error: Exception) -> bool:
-    """Whether its message says all there is to say: the operating system's errors, and what a `raise` of this package
-    raises. The same types out of a call, such as int("x"), are bugs: they have to show where."""
-    if isinstance(error, OSError):
+    """Whether its message says all there is to say: the operating system's errors, want of memory, and what a `raise`
+    of this package raises. The same types out of a call, such as int("x"), are bugs: they have to show where."""
+    if isinstance(error, (OSError, MemoryError)):
         return True
     place = traceback.extract_tb(error.__traceback__)[-1]
     raised_here = PACKAGE in Path(place.filename).parents and (place.line or "").startswith("raise ")
@@ -79,7 +79,7 @@ def errors_told(console: Console) -> Iterator[None]:
     except Exception as error:
         if not is_told(error):
             raise
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", markup=True)
+        console.print(f"[bold red]Error:[/] {escape(str(error) or type(error).__name__)}", markup=True)
         raise typer.Exit(FAILED) from error
 
 
