@@ -48,7 +48,7 @@ def test_a_mistake_is_told_in_a_line(tmp_path, capsys, monkeypatch):
     for mistake, said in (
         (lambda: tokens_of("many"), "--batch-tokens many: auto, or a number of tokens, is needed."),
         (process.check_process, "This process was forked from -1 after a model had been made there"),
-        (lambda: np.zeros(1 << 60), "Unable to allocate"),
+        (lambda: np.zeros(1 << 50), "Unable to allocate"),
         (Path("/nowhere/in.fasta").read_bytes, "No such file or directory: '/nowhere/in.fasta'"),
     ):
         with pytest.raises(typer.Exit) as caught, running(tmp_path / "out"):
