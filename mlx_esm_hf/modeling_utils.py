@@ -27,6 +27,7 @@ from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save
 from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
 from mlx_esm_hf.modeling_layers import TiedDecoder
+from mlx_esm_hf.ops.kernels import warn_if_missing
 from mlx_esm_hf.runtime.process import check_process
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         check_process()
+        warn_if_missing()
         self.config = config
         # Names of parameters that a checkpoint should have given and did not; see `refuse_untrained`.
         self._newly_initialized: frozenset[str] = frozenset()
@@ -377,11 +379,15 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """Assign arrays (MLX, NumPy or torch) under any key dialect that `from_pretrained` reads.
 
         Raises:
-            RuntimeError: another shape; with `strict`, missing or unexpected keys.
+            RuntimeError: another shape; whole numbers for a floating parameter; with `strict`, missing or unexpected
+                keys.
         """
         arrays = {key: as_array(x) for key, x in state_dict.items()}
         names, missing, unexpected, mismatched = self._match(arrays)
         errors = [f"shapes differ:\n{shapes_of(mismatched)}"] if mismatched else []
+        known = [key for key, name in names.items() if name not in unexpected]
+        if whole := [key for key in known if not mx.issubdtype(arrays[key].dtype, mx.floating)]:
+            errors.append(f"whole numbers for floating parameters: {', '.join(whole)}")
         if strict and missing:
             errors.append(f"missing keys: {', '.join(sorted(missing))}")
         if strict and unexpected:

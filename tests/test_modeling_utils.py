@@ -865,6 +865,28 @@ def test_whole_numbers_are_no_weights(folder):
         MLXEsmForMaskedLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_whole_numbers_in_a_bin_file_are_no_weights(zipped, folder):
+    """torch calls such a storage IntStorage."""
+    state = torch_model().state_dict()
+    name = "esm.encoder.layer.1.output.dense.weight"
+    (folder / "model.safetensors").unlink()
+    state[name] = state[name].view(torch.int32)
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=f"{name}' holds whole numbers"):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+
+
+def test_whole_numbers_in_a_state_dict_are_no_weights(folder):
+    model = MLXEsmForMaskedLM.from_pretrained(folder)
+    name = "lm_head.dense.weight"
+    state = model.state_dict() | {name: model.state_dict()[name].view(mx.int32)}
+    with pytest.raises(RuntimeError, match=f"whole numbers for floating parameters: {name}"):
+        model.load_state_dict(state)
+    with pytest.raises(CheckpointError, match=f"{name}' holds whole numbers"):
+        MLXEsmForMaskedLM.from_pretrained(folder, state_dict=state)
+
+
 def test_state_dict_instead_of_files(folder):
     (folder / "model.safetensors").unlink()
     theirs = torch_model()

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from mlx_esm_hf.cli.running import EXPECTED, FAILED, STOPPED
+from mlx_esm_hf.cli.running import STOPPED, errors_told
 
 if TYPE_CHECKING:
     from mlx_esm_hf.hub import Publication
@@ -37,22 +36,20 @@ def command(
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
-        from mlx_esm_hf.hub import publish
+        with errors_told(console):
+            from mlx_esm_hf.hub import publish
 
-        publication = publish(
-            folder,
-            repo,
-            commit_message=message,
-            private=private or None,
-            revision=revision,
-            create_pr=create_pr,
-            base_model=base_model,
-            license=license,
-            dry_run=dry_run,
-        )
-    except EXPECTED as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", markup=True)
-        raise typer.Exit(FAILED) from error
+            publication = publish(
+                folder,
+                repo,
+                commit_message=message,
+                private=private or None,
+                revision=revision,
+                create_pr=create_pr,
+                base_model=base_model,
+                license=license,
+                dry_run=dry_run,
+            )
     except KeyboardInterrupt:
         console.print("Stopped. The same command sends only what is missing.")
         raise typer.Exit(STOPPED) from None

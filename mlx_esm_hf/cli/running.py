@@ -6,6 +6,7 @@ Exit codes: 0, done; 1, an error; 3, done, but some of the input was left out; 1
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from mlx_esm_hf.runs.job import Progress
 
 FAILED, LEFT_OUT, STOPPED = 1, 3, 130
-# What loading and running raise for bad input; their messages say what to do. Others are bugs and show where.
-EXPECTED = (OSError, ValueError, TypeError, RuntimeError)
+PACKAGE = Path(__file__).parents[1]
 
 
 class Running:
@@ -61,9 +61,31 @@ class Running:
             raise typer.Exit(LEFT_OUT)
 
 
+def is_told(error: Exception) -> bool:
+    """Whether its message says all there is to say: the operating system's errors, want of memory, and what a `raise`
+    of this package raises. The same types out of a call, such as int("x"), are bugs: they have to show where."""
+    if isinstance(error, (OSError, MemoryError)):
+        return True
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    raised_here = PACKAGE in Path(place.filename).parents and (place.line or "").startswith("raise ")
+    return raised_here and isinstance(error, (ValueError, RuntimeError))
+
+
+@contextmanager
+def errors_told(console: Console) -> Iterator[None]:
+    """Around the work of a command: errors as messages; bugs keep their traceback."""
+    try:
+        yield
+    except Exception as error:
+        if not is_told(error):
+            raise
+        console.print(f"[bold red]Error:[/] {escape(str(error) or type(error).__name__)}", markup=True)
+        raise typer.Exit(FAILED) from error
+
+
 @contextmanager
 def running(output: Path | None, quiet: bool = False, stdin: bool = False) -> Iterator[Running]:
-    """Around the work of a command: a progress bar on a terminal, and errors as messages.
+    """Around the work of a job: a progress bar on a terminal, and errors as messages.
 
     Args:
         output: what the command writes.
@@ -73,11 +95,8 @@ def running(output: Path | None, quiet: bool = False, stdin: bool = False) -> It
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     run = Running(console, quiet or other_rank())
     try:
-        with run.bar:
+        with errors_told(console), run.bar:
             yield run
-    except EXPECTED as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", markup=True)
-        raise typer.Exit(FAILED) from error
     except KeyboardInterrupt:
         again = "standard input cannot be taken up again" if stdin else "the same command goes on from there"
         console.print(f"Stopped. What is done is kept in {output}; {again}.")

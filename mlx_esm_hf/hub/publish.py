@@ -86,7 +86,8 @@ def publish(
 
     Raises:
         CheckpointError: the folder holds no whole checkpoint; nothing was sent.
-        ValueError: `private` for a repository that is public, or a card whose metadata the Hub refuses.
+        ValueError: an id that none can have, `private` for a repository that is public, or a card whose metadata the
+            Hub refuses.
         OSError: the Hub refused, or did not answer.
     """
     checkpoint = read_checkpoint(folder)
@@ -119,8 +120,9 @@ def publish(
             parent_commit=head.commit,
         )
     except (HTTPError, RuntimeError) as error:
-        what = f"{Path(folder)} was not published as {repo_id}"
-        raise hub_error(error, what, repo_id, revision) from error
+        raise hub_error(error, f"{Path(folder)} was not published as {repo_id}", repo_id, revision) from error
+    except ValueError as error:
+        raise ValueError(f"{Path(folder)} was not published as {repo_id}: {error}") from error
     return Publication(**{**vars(publication), "commit": commit})
 
 

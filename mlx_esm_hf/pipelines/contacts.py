@@ -221,7 +221,9 @@ def structure_chains(structure: str | os.PathLike[str]) -> list[Any]:
     try:
         return next(iter(parser.get_structure("", os.fspath(structure)))).get_list()
     except (StopIteration, KeyError, ValueError, PDBConstructionException) as error:
-        raise ValueError(f"{structure} is no PDB or mmCIF file with atoms in it ({error!r}).") from error
+        raise ValueError(
+            f"{structure} is no PDB or mmCIF file with atoms in it ({type(error).__name__}: {error})."
+        ) from error
 
 
 def align_chain(chain: Any, sequence: str) -> tuple[Any, list[Any]] | None:

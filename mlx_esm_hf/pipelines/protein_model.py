@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_esm_hf import modeling_utils
+from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.data.batches import Batch, make_batches
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
@@ -159,17 +160,18 @@ def load(
     Example:
         >>> load(MLXAutoModel, "facebook/esm2_t6_8M_UR50D", long="window")
     """
-    if device == "cpu":
-        mx.set_default_device(mx.cpu)
-    elif device == "gpu":
-        mx.set_default_device(mx.gpu)
-    elif device is not None:
-        raise ValueError(f"device={device!r} is not one of cpu, gpu.")
+    if device is not None:
+        if device not in ("cpu", "gpu"):
+            raise ValueError(f"device={device!r} is not one of cpu, gpu.")
+        if device == "gpu" and not mx.is_available(mx.gpu):
+            raise ValueError("device='gpu': MLX has no GPU here. Leave it out, or take 'cpu'.")
+        mx.set_default_device(mx.Device(getattr(mx, device)))
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
     network = load_network(cls, model, revision=revision or "main", dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+    # The tokenizer of the weights' commit, whatever was pushed meanwhile.
     commit = getattr(network.config, "_commit_hash", None) or revision
+    tokenizer = load_tokenizer(model, revision=commit or "main")
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
     loaded = ProteinModel(network.eval(), tokenizer, str(model), commit, long, wanted)
     # The ranks have to cut the same batches, and those that do not write may not see the output.
@@ -188,6 +190,25 @@ def load_network(cls: Any, model: str, **options: Any) -> Any:
         return cls.from_pretrained(model, **options)
     finally:
         modeling_utils.logger.removeFilter(is_no_load_report)
+
+
+def load_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hub repository or a folder.
+
+    Raises:
+        OSError: there is none, or no way to it.
+        CheckpointError: it is damaged or incomplete.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except OSError:
+        raise
+    except Exception as error:  # what transformers fails with on files that are missing or not what they should be
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CheckpointError(
+            f"The tokenizer of {source} cannot be loaded ({reason}). It needs vocab.txt and tokenizer_config.json, as "
+            "tokenizer.save_pretrained writes them."
+        ) from error
 
 
 def is_no_load_report(record: logging.LogRecord) -> bool:

@@ -64,8 +64,10 @@ def refuse_existing(paths: Iterable[Path], shards: Path | None) -> None:
         shards: of which they are made; files that were made of them before are no others.
 
     Raises:
-        ValueError: there is another file, or anything else, under one of the names.
+        ValueError: there is another file, or anything else, under one of the names; a link in the place of the shards.
     """
+    if shards is not None and shards.is_symlink():
+        raise ValueError(f"{shards} is a link, and shards are only put into a folder of their own: remove it.")
     written = {} if shards is None else read_written(shards)
     for path in paths:
         if os.path.lexists(path) and not is_written(path, written):

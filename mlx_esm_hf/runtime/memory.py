@@ -30,7 +30,8 @@ def free_memory() -> int:
     info = mx.device_info()
     if "free_memory" in info:  # CUDA
         return int(info["free_memory"])
-    return int(info["memory_size"]) - mx.get_active_memory()  # Metal
+    total = info["memory_size"] if "memory_size" in info else info["total_memory"]  # as Metal, and as CUDA calls it
+    return int(total) - mx.get_active_memory()
 
 
 def batch_tokens(hidden_size: int) -> int:

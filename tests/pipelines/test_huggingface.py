@@ -1,5 +1,6 @@
 import functools
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -154,6 +155,7 @@ def test_options(folder):
     model = MLXEsmForMaskedLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert pipeline("fill-mask", model, tokenizer)(ONE) == pipeline("fill-mask", folder)(ONE)
+    assert pipeline("fill-mask", Path(folder), Path(folder))(ONE) == pipeline("fill-mask", folder)(ONE)
     with pytest.raises(ValueError, match="needs its tokenizer"):
         pipeline("fill-mask", model)
     with pytest.raises(KeyError, match="Unknown task fold"):

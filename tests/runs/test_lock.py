@@ -78,3 +78,14 @@ def test_a_link_for_a_lock_file_is_not_followed(tmp_path):
     with pytest.raises(OSError), locked(tmp_path / "out"):
         pass
     assert not os.path.lexists(tmp_path / "elsewhere")
+
+
+def test_a_folder_has_one_lock_under_all_its_names(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with (
+        locked(tmp_path / "real"),
+        pytest.raises(ValueError, match="is being written by another process"),
+        locked(tmp_path / "link"),
+    ):
+        pass

@@ -72,6 +72,15 @@ def test_what_is_there_is_kept(job, suffix, kind, fasta, folder, files, tmp_path
         assert files[suffix].read_text() == "mine"
 
 
+@pytest.mark.parametrize(("job", "suffix"), [("embed", ".npz"), ("score", ".csv")])
+def test_a_link_for_the_shards_is_refused(job, suffix, fasta, folder, files, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / f"out{suffix}.shards").symlink_to("mine")
+    with pytest.raises(ValueError, match="shards is a link"):
+        call(job, fasta, folder, files)
+    assert not files[suffix].exists() and not list((tmp_path / "mine").iterdir())
+
+
 class Killed(BaseException):
     pass
 
