@@ -330,7 +330,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ) -> Any:
-        """Publish model and config on the Hub, in one commit, with a model card if the repository has none.
+        """Publish model and config on the Hub, in one commit, with a model card if nobody has written one.
 
         Args:
             max_shard_size: as in `save_pretrained`.

@@ -273,7 +273,7 @@ def test_variants(hub, made, tmp_path):
 @pytest.mark.parametrize(
     ("request_", "kind", "times", "message"),
     [
-        ("POST .*/preupload/", 401, 1, "answered 401 .*the token is not valid: log in"),
+        ("POST .*/preupload/", 401, 1, "answered 401 .*there is no token, or it is not valid: log in"),
         ("POST .*/preupload/", 403, 1, "answered 403 .*the token may not do that"),
         ("POST .*/preupload/", 429, 9, "answered 429 .*too many requests: wait some minutes"),
         ("POST .*objects/batch", 500, 9, "answered 500 .*it is in trouble: do it again later"),
@@ -492,7 +492,7 @@ def test_dry_run(hub, made, sharded):
     assert done.files == first.files
     commit = hub.commit(ID, "main")
     second = push(sharded, dry_run=True, revision="new")
-    assert second.deleted == ["model.safetensors"] and second.kept_card
+    assert second.deleted == ["model.safetensors"] and not second.kept_card
     assert hub.commit(ID, "main") == commit and "new" not in hub.repos[ID].refs
 
 
@@ -557,6 +557,50 @@ def test_card_of_what_transformers_cannot_load(hub, folder, tmp_path):
     assert "parameters" not in card(hub).text
 
 
+def test_our_own_card_is_written_anew(hub, made, sharded, folder):
+    """It would tell of the earlier weights; what its metadata say besides stays, and so does a card that was kept."""
+    push(made, base_model="facebook/esm2", license="mit", tags=["tiny"])
+    first = hub.commit(ID, "main")
+    push(made)
+    assert hub.commit(ID, "main") == first
+    edited = hub.repos[ID].files()["README.md"].replace(b"license: mit", b"license: mit\ndatasets:\n- me/proteins")
+    hub.repos[ID].commit(hub.repos[ID].files() | {"README.md": edited}, "On the site")
+    (folder / "CONVERSION.md").write_text("8 bits")
+    push(folder, tags=["small"])
+    data, text = card(hub).data, card(hub).text
+    assert "8 bits" in text and (data.base_model, data.license) == ("facebook/esm2", "mit")
+    assert {"mlx", "tiny", "small"} <= set(data.tags) and data.datasets == ["me/proteins"]
+    push(folder, base_model="facebook/other")
+    assert card(hub).data.base_model == "facebook/other" and "(https://huggingface.co/facebook/other)" in card(hub).text
+    mine = "".join(line for line in str(card(hub)).splitlines(keepends=True) if "writes this card anew" not in line)
+    hub.repos[ID].commit(hub.repos[ID].files() | {"README.md": mine.encode()}, "Mine now")
+    assert push(made, license="gpl-3.0").kept_card
+    assert str(card(hub)) == mine
+
+
+def test_tokenizer_first(hub, made):
+    """transformers puts its template in the repository, which says nothing; the model's card comes in its place, unless
+    somebody has filled it in."""
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    tokenizer.push_to_hub(ID, token=TOKEN, tags=["tiny"])
+    assert "[More Information Needed]" in card(hub).text
+    load(str(made)).push_to_hub(ID, token=TOKEN)
+    assert "[More Information Needed]" not in card(hub).text and "tiny" in card(hub).data.tags
+    assert 'AutoTokenizer.from_pretrained("me/esm")' in card(hub).text and card(hub).data.pipeline_tag == "fill-mask"
+    tokenizer.push_to_hub("me/filled", token=TOKEN)
+    filled = hub.repos["me/filled"].files()["README.md"].replace(b"[More Information Needed]", b"Proteins", 1)
+    hub.repos["me/filled"].commit(hub.repos["me/filled"].files() | {"README.md": filled}, "Mine")
+    load(str(made)).push_to_hub("me/filled", token=TOKEN)
+    assert hub.repos["me/filled"].files()["README.md"] == filled
+
+
+def test_config_first(hub, made):
+    MLXEsmConfig.from_pretrained(made).push_to_hub(ID, token=TOKEN)
+    load(str(made)).push_to_hub(ID, token=TOKEN)
+    assert "MLXAutoModelForMaskedLM" in card(hub).text
+    np.testing.assert_array_equal(logits(load()), logits(load(str(made))))
+
+
 def test_own_card(hub, folder):
     own = "---\nlicense: mit\n---\n# Mine\n"
     (folder / "README.md").write_text(own)
@@ -568,9 +612,16 @@ def test_own_card(hub, folder):
     kept = push(folder, tags=["new"])
     assert card(hub).data.tags == ["new"] and "# Mine" in card(hub).text and not kept.kept_card
     assert push(folder).kept_card
-    (folder / "README.md").write_text("---\nlicense: [1\n---\n")
-    with pytest.raises(ValueError, match="Invalid metadata in README.md"):
-        push(folder)
+    commit = hub.commit(ID, "main")
+    for metadata, message in (
+        ("license: [1", "README.md: the lines between the two --- are not YAML"),
+        ("mit", "README.md: the lines between the two --- are not YAML"),
+        ("license: [1]", "Invalid metadata in README.md"),  # says the Hub
+    ):
+        (folder / "README.md").write_text(f"---\n{metadata}\n---\n")
+        with pytest.raises(ValueError, match=message):
+            push(folder)
+    assert hub.commit(ID, "main") == commit
 
 
 def test_conversion_report_is_in_the_card(hub, folder):

@@ -18,7 +18,7 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
 )
-from mlx_esm_hf.pipelines.protein_model import load_network
+from mlx_esm_hf.pipelines.protein_model import load_network, load_tokenizer
 
 # Arguments of `from_pretrained` that the tokenizer has, too.
 SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
@@ -67,9 +67,10 @@ def pipeline(
         network = load_network(auto_class, model, **loading)
     if isinstance(tokenizer, str):
         shared = {name: loading[name] for name in SHARED if name in loading}
-        if tokenizer == model and getattr(network.config, "_commit_hash", None):
-            shared["revision"] = network.config._commit_hash  # that of the weights, whatever was pushed meanwhile
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **shared)
+        if tokenizer == model:
+            tokenizer = load_tokenizer(network, tokenizer, **shared)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, **shared)
     return pipeline_class(network.eval(), tokenizer, batch_size)
 
 

@@ -168,7 +168,7 @@ def load(
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
     network = load_network(cls, model, revision=revision or "main", dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+    tokenizer = load_tokenizer(network, model, revision=revision or "main")
     commit = getattr(network.config, "_commit_hash", None) or revision
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
     loaded = ProteinModel(network.eval(), tokenizer, str(model), commit, long, wanted)
@@ -188,6 +188,13 @@ def load_network(cls: Any, model: str, **options: Any) -> Any:
         return cls.from_pretrained(model, **options)
     finally:
         modeling_utils.logger.removeFilter(is_no_load_report)
+
+
+def load_tokenizer(network: Any, source: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of the repository or folder that a model was loaded from, of the same commit, whatever was pushed
+    meanwhile."""
+    commit = getattr(network.config, "_commit_hash", None)
+    return AutoTokenizer.from_pretrained(source, **(options | ({"revision": commit} if commit else {})))
 
 
 def is_no_load_report(record: logging.LogRecord) -> bool:

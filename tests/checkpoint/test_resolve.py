@@ -278,7 +278,7 @@ def assert_whole(cache):
 
 
 TROUBLE = [
-    ("HEAD .*model", 401, "the token is not valid: log in"),
+    ("HEAD .*model", 401, "there is no token, or it is not valid: log in"),
     ("HEAD .*model", 403, "answered 403 .*the token may not do that"),
     ("HEAD .*model", 429, "answered 429 .*too many requests: wait some minutes"),
     ("HEAD .*model", 500, "answered 500 .*it is in trouble: do it again later"),
