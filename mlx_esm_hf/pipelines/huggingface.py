@@ -18,10 +18,8 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
 )
-from mlx_esm_hf.pipelines.protein_model import load_network, load_tokenizer
+from mlx_esm_hf.pipelines.protein_model import SHARED, load_network, load_tokenizer
 
-# Arguments of `from_pretrained` that the tokenizer has, too.
-SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
 GPU = ("gpu", "cuda", "mps")
 
 

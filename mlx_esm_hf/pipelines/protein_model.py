@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_esm_hf import modeling_utils
+from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.data.batches import Batch, make_batches
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
@@ -24,6 +25,8 @@ from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runtime import memory
 
+# Arguments of `from_pretrained` that the tokenizer has, too.
+SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
 LONG = ("error", "truncate", "window")
 
 
@@ -147,6 +150,7 @@ def load(
     long: str = "error",
     batch_tokens: int | None = None,
     output: str | os.PathLike[str] | None = None,
+    **hub: Any,
 ) -> ProteinModel:
     """The model and tokenizer of a Hub repository or a folder.
 
@@ -155,6 +159,7 @@ def load(
         device: "cpu" or "gpu"; by default MLX's own choice.
         batch_tokens: None, as many as suit the device and fit into the memory that is free.
         output: of a run; one that stopped goes on with the batches that it had.
+        hub: `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download` of `from_pretrained`, for both.
 
     Example:
         >>> load(MLXAutoModel, "facebook/esm2_t6_8M_UR50D", long="window")
@@ -167,8 +172,9 @@ def load(
         raise ValueError(f"device={device!r} is not one of cpu, gpu.")
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
-    network = load_network(cls, model, revision=revision or "main", dtype=dtype)
-    tokenizer = load_tokenizer(network, model, revision=revision or "main")
+    hub["revision"] = revision or "main"
+    network = load_network(cls, model, dtype=dtype, **hub)
+    tokenizer = load_tokenizer(network, model, **hub)
     commit = getattr(network.config, "_commit_hash", None) or revision
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
     loaded = ProteinModel(network.eval(), tokenizer, str(model), commit, long, wanted)
@@ -190,11 +196,28 @@ def load_network(cls: Any, model: str, **options: Any) -> Any:
         modeling_utils.logger.removeFilter(is_no_load_report)
 
 
-def load_tokenizer(network: Any, source: str, **options: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(network: Any, source: str, **hub: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of the repository or folder that a model was loaded from, of the same commit, whatever was pushed
-    meanwhile."""
+    meanwhile.
+
+    Args:
+        hub: those arguments of `from_pretrained` that `SHARED` lists.
+
+    Raises:
+        OSError: there is none, or the Hub did not answer, or refused; or a file arrived damaged. Nothing of it is kept.
+    """
     commit = getattr(network.config, "_commit_hash", None)
-    return AutoTokenizer.from_pretrained(source, **(options | ({"revision": commit} if commit else {})))
+    hub |= {"revision": commit} if commit else {}
+    for name in ("tokenizer_config.json", "vocab.txt"):
+        find_file(source, name, **hub)  # which compares checksums; transformers takes what arrives
+    try:
+        return AutoTokenizer.from_pretrained(source, **hub)
+    except TypeError as error:  # what EsmTokenizer fails with where there is no vocab.txt
+        place = os.path.join(source, hub["subfolder"]) if hub.get("subfolder") else source
+        raise OSError(
+            f"{place} has no vocab.txt, and so no tokenizer. Put that of the base model beside the weights, with its "
+            "save_pretrained."
+        ) from error
 
 
 def is_no_load_report(record: logging.LogRecord) -> bool:
