@@ -7,6 +7,7 @@ installed.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -89,3 +90,5 @@ def __dir__() -> list[str]:
 
 
 runtime.prepare()
+# transformers says when it is imported that without torch no models are available. Here they are.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())

@@ -22,7 +22,7 @@ from transformers.utils.hub import PushToHubMixin, resolve_revision
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
-from mlx_esm_hf.checkpoint.resolve import checkpoint_files
+from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
 from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
@@ -163,7 +163,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         source = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         # Asked once, so that config and weights are of one commit, and without a network the cache answers at once.
-        hub |= {"revision": resolve_revision(source, revision, **hub), "force_download": force_download}
+        hub |= {"revision": commit_of(source, revision=revision, **hub), "force_download": force_download}
         overrides = {k: v for k, v in kwargs.items() if k not in WITHOUT_MEANING}
         config_source = source if config is None else config
         loaded_config, arguments = cls._load_config(config_source, overrides, subfolder=subfolder, **hub)
@@ -336,7 +336,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ) -> Any:
-        """Publish model and config on the Hub, in one commit, with a model card if the repository has none.
+        """Publish model and config on the Hub, in one commit, with a model card if nobody has written one.
 
         Args:
             max_shard_size: as in `save_pretrained`.
@@ -622,13 +622,31 @@ def wrong_shapes(source: str, model: str, mismatched: set[Mismatch]) -> str:
     )
 
 
+def commit_of(source: str, revision: str = "main", **hub: Any) -> Any:
+    """A revision with the commit that it is now (huggingface_hub's `ResolvedRevision`), or as it was given where that
+    cannot be told. Who has it already is not asked again.
+
+    Args:
+        hub: the arguments of `find_file`.
+    """
+    where = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
+    return resolve_revision(source, revision, **where)
+
+
 def read_config(source: str, **hub: Any) -> dict[str, Any]:
     """The fields of a checkpoint's `config.json`.
 
+    Args:
+        hub: the arguments of `find_file`.
+
     Raises:
-        OSError: there is none, it is empty or it is not JSON.
+        OSError: there is none, it is empty or it is not JSON; or what `find_file` raises.
         ValueError: it holds something else than fields.
     """
+    hub["revision"] = commit_of(source, **hub)
+    if hasattr(hub["revision"], "resolved"):  # else transformers says why there is no such repository or revision
+        find_file(source, "config.json", **hub)  # which compares checksums; transformers takes what arrives
+        hub["force_download"] = False
     config_dict: Any
     try:
         config_dict, _ = PreTrainedConfig.get_config_dict(source, **hub)
@@ -637,7 +655,8 @@ def read_config(source: str, **hub: Any) -> dict[str, Any]:
     if config_dict and not isinstance(config_dict, dict):
         raise ValueError(f"The config.json of {source} is JSON, but not of fields and their values.")
     if not config_dict:
-        raise OSError(f"{source} holds no config.json, or an empty one. Pass the checkpoint's config as config=.")
+        place = os.path.join(source, hub["subfolder"]) if hub.get("subfolder") else source
+        raise OSError(f"{place} holds no config.json, or an empty one. Pass the checkpoint's config as config=.")
     config_dict["_name_or_path"] = source
     return config_dict
 

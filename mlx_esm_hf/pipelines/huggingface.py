@@ -19,10 +19,8 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
 )
-from mlx_esm_hf.pipelines.protein_model import load_network, load_tokenizer
+from mlx_esm_hf.pipelines.protein_model import SHARED, commit_of, load_network, load_tokenizer
 
-# Arguments of `from_pretrained` that the tokenizer has, too.
-SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
 GPU = ("gpu", "cuda", "mps")
 
 
@@ -68,8 +66,8 @@ def pipeline(
         network = load_network(auto_class, os.fspath(model), **loading)
     if isinstance(tokenizer, (str, os.PathLike)):
         shared = {name: loading[name] for name in SHARED if name in loading}
-        if tokenizer == model and getattr(network.config, "_commit_hash", None):
-            shared["revision"] = network.config._commit_hash  # that of the weights, whatever was pushed meanwhile
+        if tokenizer == model:
+            shared |= commit_of(network)
         tokenizer = load_tokenizer(os.fspath(tokenizer), **shared)
     return pipeline_class(network.eval(), tokenizer, batch_size)
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_esm_hf import modeling_utils
 from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.data.batches import Batch, make_batches
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
@@ -25,6 +26,8 @@ from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runtime import memory
 
+# Arguments of `from_pretrained` that the tokenizer has, too.
+SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
 LONG = ("error", "truncate", "window")
 
 
@@ -148,6 +151,7 @@ def load(
     long: str = "error",
     batch_tokens: int | None = None,
     output: str | os.PathLike[str] | None = None,
+    **hub: Any,
 ) -> ProteinModel:
     """The model and tokenizer of a Hub repository or a folder.
 
@@ -156,6 +160,7 @@ def load(
         device: "cpu" or "gpu"; by default MLX's own choice.
         batch_tokens: None, as many as suit the device and fit into the memory that is free.
         output: of a run; one that stopped goes on with the batches that it had.
+        hub: `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download` of `from_pretrained`, for both.
 
     Example:
         >>> load(MLXAutoModel, "facebook/esm2_t6_8M_UR50D", long="window")
@@ -168,12 +173,12 @@ def load(
         mx.set_default_device(mx.Device(getattr(mx, device)))
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
-    network = load_network(cls, model, revision=revision or "main", dtype=dtype)
-    # The tokenizer of the weights' commit, whatever was pushed meanwhile.
-    commit = getattr(network.config, "_commit_hash", None) or revision
-    tokenizer = load_tokenizer(model, revision=commit or "main")
+    hub["revision"] = revision or "main"
+    network = load_network(cls, model, dtype=dtype, **hub)
+    commit = commit_of(network)
+    tokenizer = load_tokenizer(model, **hub | commit)
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
-    loaded = ProteinModel(network.eval(), tokenizer, str(model), commit, long, wanted)
+    loaded = ProteinModel(network.eval(), tokenizer, str(model), commit.get("revision", revision), long, wanted)
     # The ranks have to cut the same batches, and those that do not write may not see the output.
     decided = wanted > 0 or ranks.rank() == 0
     loaded.batch_tokens = ranks.smallest(loaded.batch_tokens if decided else 1 << 30)
@@ -192,18 +197,36 @@ def load_network(cls: Any, model: str, **options: Any) -> Any:
         modeling_utils.logger.removeFilter(is_no_load_report)
 
 
-def load_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
+def commit_of(network: Any) -> dict[str, str]:
+    """`revision` for a tokenizer to be that of the model's own commit, whatever was pushed meanwhile; empty for a model
+    that is from no commit."""
+    commit = getattr(network.config, "_commit_hash", None)
+    return {"revision": commit} if commit else {}
+
+
+def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub repository or a folder.
 
+    Args:
+        hub: those arguments of `from_pretrained` that `SHARED` lists.
+
     Raises:
-        OSError: there is none, or no way to it.
-        CheckpointError: it is damaged or incomplete.
+        OSError: there is none, or the Hub did not answer, or refused; or a file arrived damaged. Nothing of it is kept.
+        CheckpointError: a file is damaged or incomplete.
     """
+    # Which compares checksums; transformers takes what arrives.
+    _, vocabulary = (find_file(source, name, **hub) for name in ("tokenizer_config.json", "vocab.txt"))
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **hub)
     except OSError:
         raise
     except Exception as error:  # what transformers fails with on files that are missing or not what they should be
+        if vocabulary is None:
+            place = os.path.join(source, hub["subfolder"]) if hub.get("subfolder") else source
+            raise OSError(
+                f"{place} has no vocab.txt, and so no tokenizer. Put that of the base model beside the weights, with "
+                "its save_pretrained."
+            ) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CheckpointError(
             f"The tokenizer of {source} cannot be loaded ({reason}). It needs vocab.txt and tokenizer_config.json, as "

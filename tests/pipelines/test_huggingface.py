@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from mlx_esm_hf import MLXEsmForMaskedLM
+from mlx_esm_hf import MLXAutoModelForMaskedLM, MLXEsmForMaskedLM
 from mlx_esm_hf.pipelines import pipeline
+from mlx_esm_hf.pipelines.protein_model import load
 from tests.hub import Hub, serve, use
 from tests.parity import hold
 from tests.pipelines.models import UBIQUITIN, write_model
@@ -67,7 +68,8 @@ def test_feature_extraction_is_transformers(folder):
     hold_to_transformers("feature-extraction", folder, [UBIQUITIN, ["MKT"], ["MKT", "ACDEF"]])
 
 
-SEQUENCES = [UBIQUITIN, [UBIQUITIN], [UBIQUITIN, "MKTAYI", "MQ"]]
+# Pieces of ubiquitin as well: of a few numbers alone, torch's error is a matter of luck.
+SEQUENCES = [UBIQUITIN, [UBIQUITIN], [UBIQUITIN, "MKTAYI", "MQ"], [UBIQUITIN[i:] for i in range(1, 70, 3)]]
 LABELS = {
     "exclusive": {"id2label": {0: "helix", 1: "B-sheet", 2: "I-sheet", 3: "O"}},
     "not exclusive": {"id2label": {0: "a", 1: "b"}, "problem_type": "multi_label_classification"},
@@ -149,6 +151,39 @@ def test_model_and_tokenizer_of_one_commit(folder, tmp_path, monkeypatch):
         assert {token for _, path, token in hub.requests if "/resolve/" in path} == {"secret"}
     again = pipeline("fill-mask", "me/esm", local_files_only=True, **options)(ONE)
     assert again == filled
+
+
+def test_jobs_load_both_of_one_commit(folder, tmp_path, monkeypatch):
+    """So do the jobs, by whatever revision; a file of the tokenizer that arrives damaged, or is not there, is said."""
+    hub = Hub({("me/esm", "v1"): folder}, private={"me/esm": "secret"})
+    later = Path(shutil.copytree(folder, tmp_path / "later"))
+    (later / "vocab.txt").write_text("pushed later")
+    options = {"revision": "v1", "token": "secret", "cache_dir": tmp_path / "cache"}
+    with serve(hub) as endpoint:
+        use(monkeypatch, endpoint)
+        answer = hub.answer
+        hub.fail("GET .*vocab.txt", "corrupt")
+
+        def push_after_weights(request):
+            result = answer(request)
+            if request.path.endswith("model.safetensors"):
+                hub.push("me/esm", later, "v1")
+            return result
+
+        hub.answer = push_after_weights
+        with pytest.raises(OSError, match="vocab.txt arrived damaged"):
+            load(MLXAutoModelForMaskedLM, "me/esm", **options)
+        hub.push("me/esm", folder, "v1")
+        options["cache_dir"] = tmp_path / "other"
+        loaded = load(MLXAutoModelForMaskedLM, "me/esm", **options)
+        assert len(loaded.tokenizer) == 33 and loaded.revision != hub.commit("me/esm", "v1")
+        assert {token for _, path, token in hub.requests if "/resolve/" in path} == {"secret"}
+        (later / "vocab.txt").unlink()
+        hub.push("me/esm", later, "v2")
+        with pytest.raises(OSError, match="me/esm has no vocab.txt, and so no tokenizer. Put that of the base model"):
+            load(MLXAutoModelForMaskedLM, "me/esm", **(options | {"revision": "v2"}))
+    with pytest.raises(OSError, match="later has no vocab.txt"):
+        load(MLXAutoModelForMaskedLM, str(later))
 
 
 def test_options(folder):
