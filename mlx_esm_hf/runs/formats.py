@@ -19,8 +19,9 @@ GROUP_BYTES = 1 << 26  # of results that go into a Parquet file together
 
 
 def metadata(run: Run) -> dict[str, Any]:
-    """What a file says of how its numbers were computed."""
-    return {"command": run.manifest["command"], **run.manifest["settings"]}
+    """What a file says of how its numbers were computed. How much memory there was is no part of that."""
+    settings = {key: value for key, value in run.manifest["settings"].items() if key != "memory"}
+    return {"command": run.manifest["command"], **settings}
 
 
 def unique_names(run: Run) -> Iterator[tuple[str, Result]]:
