@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stdin, read_proteins, tokens
+from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stream, read_proteins, shown, tokens
 from mlx_esm_hf.data.windows import Window, ramp
 from mlx_esm_hf.models.auto import MLXAutoModel
 from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun
@@ -84,8 +84,8 @@ def contacts(
             needed = bytes_needed(protein_model, item.length)
             if needed > free:  # a run that was begun with more
                 raise ValueError(
-                    f"{item.id!r} needs {needed / 1e9:.2f} GB of memory for its contacts. There were {room / 1e9:.2f} "
-                    f"GB free when this run began, now there are {free / 1e9:.2f}: free some, then go on."
+                    f"{shown(item.id)} needs {needed / 1e9:.2f} GB of memory for its contacts. When this run began "
+                    f"{room / 1e9:.2f} GB were free, now {free / 1e9:.2f} are: free some, then go on."
                 )
         return maps(protein_model, [item.content for item in items])
 
@@ -103,7 +103,7 @@ def contacts(
         others[Path(top)] = write_top_contacts
     settings = {"memory": room >> 20}
     job = ProteinJob(
-        "contacts", protein_model, settings, compute, size, check=check, aligned=aligned, strict=strict
+        "contacts", protein_model, settings, compute, size, check=check, arrays=1, aligned=aligned, strict=strict
     )
     if output is None:
         return job.stream(proteins)
@@ -128,7 +128,7 @@ def _check_others(output: Any, top: Any, picture: Any, structure: Any, chain: st
 
 def _only_protein(proteins: Source, output: str | os.PathLike[str] | None, aligned: bool) -> Protein:
     """The protein whose map is drawn."""
-    is_file = isinstance(proteins, (str, os.PathLike)) and not is_stdin(proteins)
+    is_file = isinstance(proteins, (str, os.PathLike)) and not is_stream(proteins)
     if output is None or Path(output).suffix != ".npz" or not is_file:
         raise ValueError("A picture needs a FASTA file and an .npz output.")
     found = list(read_proteins(proteins, aligned))

@@ -8,7 +8,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
-
 from typer.testing import CliRunner
 
 from mlx_esm_hf import MLXAutoModel
@@ -191,7 +190,7 @@ def test_a_run_keeps_to_the_memory_that_it_began_with(folder, room, tmp_path, mo
         patch.setattr("mlx_esm_hf.runs.run.shard_bytes", stop)
         contacts(fasta, folder, tmp_path / "other.npz")
     room(100)
-    with pytest.raises(ValueError, match="'long' needs 0.04 GB .* free when this run began, now .*: free some"):
+    with pytest.raises(ValueError, match="'long' needs 0.04 GB .* When this run began .* were free, now .*: free some"):
         contacts(fasta, folder, tmp_path / "other.npz")
 
 
