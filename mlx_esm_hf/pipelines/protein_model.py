@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_esm_hf import modeling_utils
 from mlx_esm_hf.data.batches import Batch, make_batches
-from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import MLXAutoModel
@@ -25,6 +25,9 @@ from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runtime import memory
 
 LONG = ("error", "truncate", "window")
+
+# What a config may ask for by default, and jobs do not.
+PLAIN = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
 @dataclass
@@ -51,6 +54,7 @@ class ProteinModel:
         if self.long not in LONG:
             raise ValueError(f"long={self.long!r} is not one of {', '.join(LONG)}.")
         self.vocabulary = Vocabulary(self.tokenizer, self.name)
+        refuse_other_tokenizer(self.tokenizer, self.network.config, self.name)
 
     @property
     def longest(self) -> int | None:
@@ -102,7 +106,7 @@ class ProteinModel:
         """For windows of sequences, by default all of each, log-probabilities [positions, vocabulary], float32; not in
         order."""
         for batch in self.batches(sequences, windows):
-            logits = self.network(batch.input_ids, batch.attention_mask).logits.astype(mx.float32)
+            logits = self.network(batch.input_ids, batch.attention_mask, **PLAIN).logits.astype(mx.float32)
             rows = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
             for window, row in zip(batch.windows, rows, strict=True):
                 yield window, row[batch.first : batch.first + window.length]

@@ -31,7 +31,9 @@ def thread_limits(root: Path = Path("/")) -> dict[str, int]:
 def cgroup_quota(root: Path = Path("/")) -> float | None:
     """The least share of processor time, in cores, that this process's control group and those above it have; None
     where there is no quota."""
-    quotas = [_quota_v2(folder) if version == 2 else _quota_v1(folder) for version, folder in control_groups("cpu", root)]
+    quotas = [
+        _quota_v2(folder) if version == 2 else _quota_v1(folder) for version, folder in control_groups("cpu", root)
+    ]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 

@@ -39,7 +39,8 @@ from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TR
 # The share of residues that ESM's training replaced by <mask>: 15% were selected, 80% of those masked.
 MASK_RATIO_TRAIN = 0.15 * 0.8
 
-# Elements of attention maps that the contact head takes in together: 16 MB, many heads of a short protein, one of a long.
+# Elements of attention maps that the contact head takes in together, 16 MB: many heads of a short protein, one of a
+# long one.
 MAPS_AT_A_TIME = 1 << 22
 
 

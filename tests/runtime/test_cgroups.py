@@ -1,4 +1,4 @@
-"""How much memory there is to take, of the machine, a control group or a limit of the shell."""
+"""How much memory there is to take: of the machine, of a control group, within a limit of the shell."""
 
 import resource
 
