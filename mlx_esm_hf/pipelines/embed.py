@@ -14,7 +14,7 @@ from mlx_esm_hf.data.proteins import Report, Source
 from mlx_esm_hf.data.windows import Window, blend
 from mlx_esm_hf.models.auto import MLXAutoModel
 from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun
-from mlx_esm_hf.pipelines.protein_model import PLAIN, ProteinModel, as_protein_model
+from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.runs import formats
 from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
@@ -128,8 +128,7 @@ def hidden_states(
     """The states after some layers, [B, layers, L, D], float32."""
     network = model.network.base_model
     last = network.config.num_hidden_layers
-    options = PLAIN | {"output_hidden_states": list(layers) != [last]}
-    outputs = network(input_ids, attention_mask, **options)
+    outputs = network(input_ids, attention_mask, output_hidden_states=list(layers) != [last])
     states = [outputs.last_hidden_state if layer == last else outputs.hidden_states[layer] for layer in layers]
     return np.array(mx.stack(states, axis=1).astype(mx.float32))
 

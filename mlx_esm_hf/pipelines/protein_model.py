@@ -106,7 +106,7 @@ class ProteinModel:
         """For windows of sequences, by default all of each, log-probabilities [positions, vocabulary], float32; not in
         order."""
         for batch in self.batches(sequences, windows):
-            logits = self.network(batch.input_ids, batch.attention_mask, **PLAIN).logits.astype(mx.float32)
+            logits = self.network(batch.input_ids, batch.attention_mask).logits.astype(mx.float32)
             rows = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
             for window, row in zip(batch.windows, rows, strict=True):
                 yield window, row[batch.first : batch.first + window.length]
@@ -172,6 +172,8 @@ def load(
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
     network = load_network(cls, model, revision=revision or "main", dtype=dtype)
+    for option, value in PLAIN.items():
+        setattr(network.config, option, value)
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
     commit = getattr(network.config, "_commit_hash", None) or revision
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
