@@ -529,7 +529,7 @@ def test_another_number_of_labels(tmp_path):
 
 def test_config_of_another_model(folder):
     transformers.BertConfig().save_pretrained(folder)
-    with pytest.raises(ValueError, match=f"The config of {folder}: This config has model_type 'bert'; this library reads 'esm'"):
+    with pytest.raises(ValueError, match=f"The config of {folder}: This config has model_type 'bert'; this library"):
         MLXEsmForMaskedLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="has model_type 'bert'"):
         MLXEsmForMaskedLM.from_pretrained(folder, config=transformers.BertConfig())
