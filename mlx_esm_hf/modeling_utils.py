@@ -198,7 +198,12 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         config_dict = source.to_dict() if isinstance(source, PreTrainedConfig) else read_config(str(source), **hub)
         try:
             config, others = cls.config_class.from_dict(config_dict, return_unused_kwargs=True, **overrides)
-        except (StrictDataclassError, AttributeError, TypeError) as error:  # what transformers fails with on odd values
+        except (
+            StrictDataclassError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # what transformers fails with on odd values
             reason = " ".join(str(error).split())
             raise ValueError(f"The config of {config_dict.get('_name_or_path') or 'this model'}: {reason}") from error
         if unknown := others.keys() - inspect.signature(cls.__init__).parameters.keys():

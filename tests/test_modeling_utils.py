@@ -529,7 +529,7 @@ def test_another_number_of_labels(tmp_path):
 
 def test_config_of_another_model(folder):
     transformers.BertConfig().save_pretrained(folder)
-    with pytest.raises(ValueError, match=f"The config '{folder}' has model_type 'bert'; this library reads 'esm'"):
+    with pytest.raises(ValueError, match=f"The config of {folder}: This config has model_type 'bert'; this library"):
         MLXEsmForMaskedLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="has model_type 'bert'"):
         MLXEsmForMaskedLM.from_pretrained(folder, config=transformers.BertConfig())
@@ -826,6 +826,8 @@ def test_memory_of_loading(layers, hidden, heads, format, dtype, tmp_path, capsy
         ({"hidden_size": "32"}, "hidden_size.*expected int, got str"),
         ({"hidden_size": None}, "hidden_size.*expected int, got NoneType"),
         ({"id2label": 5}, "'int' object"),
+        ({"id2label": {"helix": 0}}, "The config of .*'helix'"),
+        ({"layer_norm_eps": None}, "layer_norm_eps = None"),
         ({"layer_norm_eps": -1.0}, "layer_norm_eps = -1.0"),
         ({"pad_token_id": 33}, "pad_token_id = 33: not a token of its vocabulary"),
     ],

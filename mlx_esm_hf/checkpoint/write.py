@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from mlx_esm_hf.checkpoint.descriptors import zero_taken
 from mlx_esm_hf.checkpoint.resolve import SAFETENSORS, with_variant
 
 
@@ -43,7 +44,8 @@ def save_safetensors(
     )
     for file, keys in split.filename_to_tensors.items():
         try:
-            mx.save_safetensors(str(folder / file), {k: state[k] for k in keys}, metadata={"format": "pt"})
+            with zero_taken():
+                mx.save_safetensors(str(folder / file), {k: state[k] for k in keys}, metadata={"format": "pt"})
         except RuntimeError as error:
             raise OSError(f"{file} cannot be written to {folder} ({error}). Is the disk full?") from error
     files = list(split.filename_to_tensors)

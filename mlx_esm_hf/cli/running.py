@@ -84,13 +84,13 @@ def errors_told(console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def running(output: Path | None, quiet: bool = False, stdin: bool = False) -> Iterator[Running]:
+def running(output: Path | None, quiet: bool = False, source: str = "") -> Iterator[Running]:
     """Around the work of a job: a progress bar on a terminal, and errors as messages.
 
     Args:
         output: what the command writes.
         quiet: print nothing but errors.
-        stdin: the input comes from standard input.
+        source: of the proteins.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     run = Running(console, quiet or other_rank())
@@ -98,7 +98,11 @@ def running(output: Path | None, quiet: bool = False, stdin: bool = False) -> It
         with errors_told(console), run.bar:
             yield run
     except KeyboardInterrupt:
-        again = "standard input cannot be taken up again" if stdin else "the same command goes on from there"
+        from mlx_esm_hf.data.proteins import is_stream
+
+        again = "the same command goes on from there"
+        if is_stream(source):
+            again = "what is read only once cannot be taken up again"
         console.print(f"Stopped. What is done is kept in {output}; {again}.")
         raise typer.Exit(STOPPED) from None
 

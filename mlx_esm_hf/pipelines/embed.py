@@ -83,6 +83,7 @@ def embed(
         {"layers": resolved, "pooling": list(pooling)},
         compute,
         size,
+        arrays=len(resolved) * len(pooling) if "residues" in pooling else 0,
         aligned=aligned,
         strict=strict,
     )

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mlx_esm_hf.data.vocabulary import refuse_other_tokenizer
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import (
     MLXAutoModel,
@@ -45,7 +46,7 @@ def pipeline(
 
     Raises:
         KeyError: another task.
-        ValueError: a model without its tokenizer, or a device that there is not.
+        ValueError: a model without its tokenizer or with that of another one, or a device that there is not.
 
     Example:
         >>> pipeline("fill-mask", model="facebook/esm2_t6_8M_UR50D")("MKT<mask>YIAKQR")[0]["token_str"]
@@ -69,6 +70,7 @@ def pipeline(
         if tokenizer == model:
             shared |= commit_of(network)
         tokenizer = load_tokenizer(os.fspath(tokenizer), **shared)
+    refuse_other_tokenizer(tokenizer, network.config, network.config._name_or_path)
     return pipeline_class(network.eval(), tokenizer, batch_size)
 
 

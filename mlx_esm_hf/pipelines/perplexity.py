@@ -79,7 +79,8 @@ def pass_for_each_token(tokens: int) -> int:
 
 def perplexities(model: ProteinModel, sequences: Sequence[np.ndarray], method: str) -> list[Arrays]:
     """The results of `perplexity` for sequences of ids."""
-    counted = np.array([model.vocabulary.ids[residue] for residue in RESIDUES if residue != "X"])
+    ids_of = model.vocabulary.ids
+    counted = np.array([ids_of[residue] for residue in RESIDUES if residue != "X" and residue in ids_of])
     results: list[Arrays] = []
     for ids, plain in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
         positions = np.flatnonzero(np.isin(ids, counted))

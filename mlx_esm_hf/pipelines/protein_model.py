@@ -18,7 +18,7 @@ from mlx_esm_hf import modeling_utils
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.data.batches import Batch, make_batches
-from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import MLXAutoModel
@@ -29,6 +29,9 @@ from mlx_esm_hf.runtime import memory
 # Arguments of `from_pretrained` that the tokenizer has, too.
 SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
 LONG = ("error", "truncate", "window")
+
+# What a config may ask for by default, and jobs do not.
+PLAIN = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
 @dataclass
@@ -55,6 +58,7 @@ class ProteinModel:
         if self.long not in LONG:
             raise ValueError(f"long={self.long!r} is not one of {', '.join(LONG)}.")
         self.vocabulary = Vocabulary(self.tokenizer, self.name)
+        refuse_other_tokenizer(self.tokenizer, self.network.config, self.name)
 
     @property
     def longest(self) -> int | None:
@@ -175,6 +179,8 @@ def load(
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
     hub["revision"] = revision or "main"
     network = load_network(cls, model, dtype=dtype, **hub)
+    for option, value in PLAIN.items():
+        setattr(network.config, option, value)
     commit = commit_of(network)
     tokenizer = load_tokenizer(model, **hub | commit)
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)

@@ -49,6 +49,8 @@ def check_outputs(
         check_writable(path)
         if path.suffix:
             paths.append(path)
+            if ranks.rank() == 0:
+                remove_gone(shards_of(path))
     for path in paths:
         check_writable(path)
         if paths.count(path) > 1:
@@ -175,9 +177,10 @@ def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] |
 def read_written(shards: Path) -> dict[str, list[int]]:
     """{path: identity} of the files that were made of these shards."""
     try:
-        return json.loads((shards / WRITTEN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        written = json.loads((shards / WRITTEN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    return written if isinstance(written, dict) else {}
 
 
 def is_written(path: Path, written: Mapping[str, list[int]]) -> bool:
@@ -193,7 +196,16 @@ def identity(path: Path) -> list[int]:
 
 def discard(folder: Path) -> None:
     """Remove shards of which something was made. Renamed first, so that no part of them looks like a run."""
-    gone = folder.with_name(f"{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(folder, gone)
-    shutil.rmtree(gone)
+    remove_gone(folder)
+    os.replace(folder, gone_from(folder))
+    remove_gone(folder)
+
+
+def gone_from(folder: Path) -> Path:
+    """What shards are called while they are removed."""
+    return folder.with_name(f"{folder.name}.gone")
+
+
+def remove_gone(folder: Path) -> None:
+    """Remove what is left of shards that are not needed any more, which may be in the middle of being removed."""
+    shutil.rmtree(gone_from(folder), ignore_errors=True)

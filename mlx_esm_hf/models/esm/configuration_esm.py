@@ -62,7 +62,7 @@ class MLXEsmConfig(EsmConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in CONFIG_CLASSES:
             raise ValueError(
-                f"The config {config_dict.get('_name_or_path', '')!r} has model_type {model_type!r}; "
+                f"This config has model_type {model_type!r}; "
                 f"this library reads {', '.join(map(repr, CONFIG_CLASSES))}. Load it with the class it was made for."
             )
         return super(MLXEsmConfig, CONFIG_CLASSES[model_type]).from_dict(config_dict, **kwargs)
@@ -138,7 +138,7 @@ def check_config(config: MLXEsmConfig) -> None:
             f"The hidden size ({config.hidden_size}) is not a multiple of the number of attention heads "
             f"({config.num_attention_heads})."
         )
-    if not config.layer_norm_eps > 0:
+    if config.layer_norm_eps is None or not config.layer_norm_eps > 0:
         raise ValueError(f"The config has layer_norm_eps = {config.layer_norm_eps}: it must be positive.")
 
 

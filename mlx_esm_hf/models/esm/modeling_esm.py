@@ -39,6 +39,10 @@ from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TR
 # The share of residues that ESM's training replaced by <mask>: 15% were selected, 80% of those masked.
 MASK_RATIO_TRAIN = 0.15 * 0.8
 
+# Elements of attention maps that the contact head takes in together, 16 MB: many heads of a short protein, one of a
+# long one.
+MAPS_AT_A_TIME = 1 << 22
+
 
 def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -> Linear:
     """A linear layer under transformers' initialisation: normal weights, no bias."""
@@ -389,10 +393,16 @@ class MLXEsmContactPredictionHead(nn.Module):
         pairs = (real[:, None, :, None] & real[:, None, None, :])[..., residues, residues]
         weights = mx.split(self.regression.weight.reshape(-1, 1, 1), self.num_layers)
         logits = self.regression.bias
+        B, L = tokens.shape
+        at_once = max(1, MAPS_AT_A_TIME // (B * L * L))
         for attention, weight in zip(attentions, weights, strict=True):
-            attention = mx.where(pairs, attention[..., residues, residues], 0)
-            logits = logits + (average_product_correct(symmetrize(attention)) * weight).sum(axis=1)
-            evaluate(logits)  # and forget this layer's maps: left to itself, MLX has those of many layers at a time
+            # Left to itself, MLX has the maps of many layers in memory at a time, and several steps of each.
+            evaluate(attention)
+            for first in range(0, attention.shape[1], at_once):
+                heads = slice(first, first + at_once)
+                maps = mx.where(pairs, attention[:, heads, residues, residues], 0)
+                logits = logits + (average_product_correct(symmetrize(maps)) * weight[heads]).sum(axis=1)
+                evaluate(logits)
         return mx.sigmoid(logits)
 
 
