@@ -8,7 +8,8 @@ pickle can run any program: check only files that you trust. Converting executes
 is mlx-esm's network, written down below in NumPy and computed in float64.
 
 Both see one protein at a time. For every output the table has the largest difference over all proteins beside the
-output's scale, its largest absolute value. The exit code is 0 where each difference is at most 1e-4 of the scale, else 1.
+output's scale, its largest absolute value. The exit code is 0 where every difference is at most 1e-4 of the scale, and
+else 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import AutoTokenizer
 from mlx_esm_hf import MLXEsmForMaskedLM
 from mlx_esm_hf.data.proteins import read_proteins
 
-# Of an output's scale. In float32 two implementations differ by some 1e-6 of it; with one thing wrong, by 1e-2 and more.
+# Of an output's scale. In float32 two implementations differ by some 1e-6 of it, and where one is wrong by far more.
 BAR = 1e-4
 LONGEST = 1022  # residues: what ESM-1b and ESM-1v take; longer proteins are cut there
 

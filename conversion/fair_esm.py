@@ -2,9 +2,9 @@
 
     python conversion/fair_esm.py esm2_t6_8M_UR50D.pt esm2_t6_8M_UR50D
 
-ESM-1, ESM-1b, ESM-1v and ESM-2 are read as fair-esm's own loader reads them (esm/pretrained.py), but nothing in the file
-is executed, and neither torch nor fair-esm is needed. The contact head comes from `NAME-contact-regression.pt` beside
-`NAME.pt`. Weights keep their dtype, and are in memory once.
+ESM-1, ESM-1b, ESM-1v and ESM-2 are read as fair-esm's own loader reads them (esm/pretrained.py), but nothing in the
+file is executed, and neither torch nor fair-esm is needed. The contact head comes from `NAME-contact-regression.pt`
+beside `NAME.pt`. Weights keep their dtype, and are in memory once.
 """
 
 from __future__ import annotations
@@ -82,19 +82,22 @@ def make_config(settings: dict[str, Any], state: dict[str, mx.array]) -> MLXEsmC
 
     Raises:
         KeyError: a setting is missing, or the embeddings are.
-        TypeError, ValueError: a value that it cannot have.
+        TypeError, ValueError: a setting has a value that it cannot have, or not that of the weights.
     """
-    if "embed_tokens.weight" not in state:
-        raise KeyError("embed_tokens.weight")
     if "cfg" in settings:
-        return esm2_config(without_prefix(settings["cfg"]["model"], "encoder_"))
-    args = settings["args"]
-    if args["arch"] == "protein_bert_base":
-        return esm1_config(without_prefix(args, "decoder_"))
-    if args["arch"] == "roberta_large":
+        config = esm2_config(without_prefix(settings["cfg"]["model"], "encoder_"))
+    elif settings["args"]["arch"] == "protein_bert_base":
+        config = esm1_config(without_prefix(settings["args"], "decoder_"))
+    elif settings["args"]["arch"] == "roberta_large":
         layer_norm = any(key.startswith("emb_layer_norm_before.") for key in state)
-        return esm1b_config(without_prefix(args, "encoder_"), layer_norm)
-    raise ValueError(f"its architecture is {args['arch']!r}")
+        config = esm1b_config(without_prefix(settings["args"], "encoder_"), layer_norm)
+    else:
+        raise ValueError(f"its architecture is {settings['args']['arch']!r}")
+    # Before a model of any size is built.
+    layers, width = len({key.split(".")[1] for key in state if key.startswith("layers.")}), config.hidden_size
+    if config.num_hidden_layers != layers or state["embed_tokens.weight"].shape[-1:] != (width,):
+        raise ValueError(f"its settings are of {config.num_hidden_layers} layers {width} wide, its weights are not")
+    return config
 
 
 def without_prefix(settings: dict[str, Any], prefix: str) -> dict[str, Any]:

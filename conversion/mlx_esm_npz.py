@@ -2,8 +2,8 @@
 
     python conversion/mlx_esm_npz.py weights/esm1-202402151405.npz mlx-esm
 
-Its network is ESM-1 with a few differences, all of which `MLXEsm1Config` has a field for, and an alphabet of its own. It
-did not mask padding in attention, which this library does: single sequences have the same answers.
+Its network is ESM-1 with a few differences, all of which `MLXEsm1Config` has a field for, and an alphabet of its own.
+It did not mask padding in attention, which this library does: single sequences have the same answers.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ HEADS = 4  # in every model that it makes; the shapes of weights do not tell
 NAMES = Dialect(
     renames=(
         ("embed_tokens.weight", "embeddings.word_embeddings.weight"),
-        ("transformer_layers.layers.{layer}.self_attn.query_proj.{rest}", "encoder.layer.{layer}.attention.self.query.{rest}"),
-        ("transformer_layers.layers.{layer}.self_attn.key_proj.{rest}", "encoder.layer.{layer}.attention.self.key.{rest}"),
-        ("transformer_layers.layers.{layer}.self_attn.value_proj.{rest}", "encoder.layer.{layer}.attention.self.value.{rest}"),
-        ("transformer_layers.layers.{layer}.self_attn.out_proj.{rest}", "encoder.layer.{layer}.attention.output.dense.{rest}"),
-        ("transformer_layers.layers.{layer}.self_attn_layer_norm.{rest}", "encoder.layer.{layer}.attention.LayerNorm.{rest}"),
-        ("transformer_layers.layers.{layer}.fc1.{rest}", "encoder.layer.{layer}.intermediate.dense.{rest}"),
-        ("transformer_layers.layers.{layer}.fc2.{rest}", "encoder.layer.{layer}.output.dense.{rest}"),
-        ("transformer_layers.layers.{layer}.final_layer_norm.{rest}", "encoder.layer.{layer}.LayerNorm.{rest}"),
+        ("{module}self_attn.query_proj.{rest}", "{module}attention.self.query.{rest}"),
+        ("{module}self_attn.key_proj.{rest}", "{module}attention.self.key.{rest}"),
+        ("{module}self_attn.value_proj.{rest}", "{module}attention.self.value.{rest}"),
+        ("{module}self_attn.out_proj.{rest}", "{module}attention.output.dense.{rest}"),
+        ("{module}self_attn_layer_norm.{rest}", "{module}attention.LayerNorm.{rest}"),
+        ("{module}fc1.{rest}", "{module}intermediate.dense.{rest}"),
+        ("{module}fc2.{rest}", "{module}output.dense.{rest}"),
+        ("{module}final_layer_norm.{rest}", "{module}LayerNorm.{rest}"),
         ("out.weight", "lm_head.decoder.weight"),
         ("out.bias", "lm_head.bias"),
     )
 )
+LAYERS = "transformer_layers.layers."  # before their numbers; here it is "encoder.layer."
 
 
 def convert(weights: Path, output: Path) -> MLXEsmForMaskedLM:
@@ -54,7 +55,8 @@ def convert(weights: Path, output: Path) -> MLXEsmForMaskedLM:
     state = read_weights(weights)
     model = MLXEsmForMaskedLM(make_config(state, weights))
     model.esm.contact_head = None
-    model.load_state_dict({NAMES.ours(key) or key: array for key, array in state.items()})
+    names = {key: (NAMES.ours(key) or key).replace(LAYERS, "encoder.layer.") for key in state}
+    model.load_state_dict({names[key]: array for key, array in state.items()})
     write_tokenizer(output)
     model.save_pretrained(output)
     return model
@@ -69,10 +71,10 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def make_config(state: dict[str, np.ndarray], path: Path) -> MLXEsm1Config:
-    layers = {key.split(".")[2] for key in state if key.startswith("transformer_layers.layers.")}
+    layers = {key.split(".")[2] for key in state if key.startswith(LAYERS)}
     try:
         (tokens, hidden_size), (intermediate_size, _) = (
-            state[key].shape for key in ("embed_tokens.weight", "transformer_layers.layers.0.fc1.weight")
+            state[key].shape for key in ("embed_tokens.weight", f"{LAYERS}0.fc1.weight")
         )
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold the weights of mlx-esm's ESM1 ({error}).") from error

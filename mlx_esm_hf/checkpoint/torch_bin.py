@@ -106,7 +106,7 @@ def load_torch_bin(path: str | os.PathLike[str]) -> dict[str, mx.array]:
 
 
 def load_torch_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Return the state dict under "model" of a training checkpoint, as `load_torch_bin` does, and what stands beside it.
+    """Return the state dict under "model" of a training checkpoint, as `load_torch_bin` does, and what is beside it.
 
     Those are dicts, lists, tuples, strings and numbers; an `argparse.Namespace` has become a dict of its attributes.
     Tensors outside "model", such as an optimizer's, are not read: in their place is what the pickle says of them.

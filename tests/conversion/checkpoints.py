@@ -3,6 +3,7 @@
 import re
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import esm
 import pytest
@@ -75,13 +76,18 @@ def file_names(model: torch.nn.Module, state: dict) -> dict:
     }
 
 
-def save(model: torch.nn.Module, path: Path, format: str = "zip", regression: bool = True, **more: object) -> Path:
-    """Write a model of fair-esm as its published files are, the contact head into a file beside; returns the path."""
+def save(model: torch.nn.Module, path: Path, format: str = "zip", regression: bool = True, more: Any = None) -> Path:
+    """Write a model of fair-esm as its published files are, the contact head into a file beside; returns the path.
+
+    Args:
+        regression: whether there is a file beside.
+        more: what the file holds besides, or instead.
+    """
     zipped = {"_use_new_zipfile_serialization": format == "zip"}
     state = model.state_dict()
     head = {key: state.pop(key) for key in list(state) if key.startswith("contact_head.")}
     optimizer = {"state": {0: {"step": 3, "exp_avg": torch.ones(5)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
-    data = {**settings_of(model), "model": file_names(model, state), "last_optimizer_state": optimizer, **more}
+    data = {**settings_of(model), "model": file_names(model, state), "last_optimizer_state": optimizer, **(more or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(data, path, **zipped)
     if regression:

@@ -21,6 +21,15 @@ def test_esm1_has_nothing_behind_the_residues():
     assert (vocabulary.before, vocabulary.after) == ([32], [])
 
 
+def test_special_tokens_of_other_names(tmp_path):
+    """A sequence has <mask>, whatever the tokenizer calls it."""
+    (tmp_path / "vocab.txt").write_text("\n".join("%$*?AMK^"))
+    special = {"pad_token": "%", "eos_token": "$", "mask_token": "*", "unk_token": "?", "cls_token": "^"}
+    vocabulary = Vocabulary(Esm1Tokenizer(tmp_path / "vocab.txt", **special))
+    assert vocabulary.encode("MK<mask>A<unk><cls><eos>").tolist() == [5, 6, 2, 4, 3, 7, 1]
+    assert (vocabulary.before, vocabulary.after) == ([7], [1])
+
+
 def test_a_token_that_is_none_of_the_model_s(tmp_path):
     with pytest.raises(ValueError, match="has 'é', which toy has no token for"):
         Vocabulary(EsmTokenizer(write_vocabulary(tmp_path)), "toy").encode("MKé")
