@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from huggingface_hub.errors import StrictDataclassError
 from transformers.models.esm.configuration_esm import get_default_vocab_list
 
 from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM
@@ -32,32 +33,34 @@ def convert(checkpoint: Path, output: Path) -> MLXEsmForMaskedLM:
         which whoever loads it is told.
 
     Raises:
-        CheckpointError: a damaged or hostile file, or not a checkpoint of these models.
-        RuntimeError: parameters are missing, too many or of another shape.
+        CheckpointError: a damaged or hostile file, or not a whole checkpoint of one of these models.
         OSError: a file cannot be read or written.
     """
     state, settings = load_torch_checkpoint(checkpoint)
     state = {bare_name(key): array for key, array in state.items()}
     try:
-        config = make_config(settings, state)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        model = MLXEsmForMaskedLM(make_config(settings, state))
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint} is no checkpoint of ESM-1, ESM-1b, ESM-1v or ESM-2: {reason}.") from error
-    if config.position_embedding_type == "absolute":
+    if model.config.position_embedding_type == "absolute":
         # For token dropout. In the output projection, too, where the file holds both as one tensor.
         state["embed_tokens.weight"][MASK] = 0
     # One parameter in fair-esm, which loads the output projection last.
     state["embed_tokens.weight"] = state.pop("lm_head.weight", state["embed_tokens.weight"])
 
-    model = MLXEsmForMaskedLM(config).to(state["embed_tokens.weight"].dtype)
+    model.to(state["embed_tokens.weight"].dtype)
     regression = regression_file(checkpoint)
     if regression.exists():
         state |= load_torch_checkpoint(regression)[0]
         model.esm.contact_head.set_dtype(mx.float32)  # as in that file, also beside a model in half precision
     else:
         model.esm.contact_head = None
-    model.load_state_dict(state)
-    write_tokenizer(config, output)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    write_tokenizer(model.config, output)
     model.save_pretrained(output)
     return model
 
@@ -82,7 +85,8 @@ def make_config(settings: dict[str, Any], state: dict[str, mx.array]) -> MLXEsmC
 
     Raises:
         KeyError: a setting is missing, or the embeddings are.
-        TypeError, ValueError: a setting has a value that it cannot have, or not that of the weights.
+        TypeError, ValueError, StrictDataclassError: a setting has a value that it cannot have, or not that of the
+            weights.
     """
     if "cfg" in settings:
         config = esm2_config(without_prefix(settings["cfg"]["model"], "encoder_"))
@@ -94,9 +98,13 @@ def make_config(settings: dict[str, Any], state: dict[str, mx.array]) -> MLXEsmC
     else:
         raise ValueError(f"its architecture is {settings['args']['arch']!r}")
     # Before a model of any size is built.
-    layers, width = len({key.split(".")[1] for key in state if key.startswith("layers.")}), config.hidden_size
-    if config.num_hidden_layers != layers or state["embed_tokens.weight"].shape[-1:] != (width,):
-        raise ValueError(f"its settings are of {config.num_hidden_layers} layers {width} wide, its weights are not")
+    layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
+    table = (config.vocab_size, config.hidden_size)
+    if config.num_hidden_layers != layers or state["embed_tokens.weight"].shape != table:
+        raise ValueError(
+            f"its settings are those of {config.num_hidden_layers} layers and embeddings {table}, but its weights have "
+            f"{layers} and {state['embed_tokens.weight'].shape}"
+        )
     return config
 
 
@@ -171,7 +179,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         model = convert(options.checkpoint, options.output)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"{options.output}: {model.num_parameters():,} parameters, {str(model.dtype).rpartition('.')[2]}")
     if model.esm.contact_head is None:

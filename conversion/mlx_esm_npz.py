@@ -48,15 +48,17 @@ def convert(weights: Path, output: Path) -> MLXEsmForMaskedLM:
         The model. It has no contact head: its `esm.contact_head` is None.
 
     Raises:
-        CheckpointError: a damaged file, one with pickled objects in it, or the weights of another network.
-        RuntimeError: parameters are missing, too many or of another shape.
+        CheckpointError: a damaged file, one with pickled objects in it, or not all weights of such a network.
         OSError: a file cannot be read or written.
     """
     state = read_weights(weights)
     model = MLXEsmForMaskedLM(make_config(state, weights))
     model.esm.contact_head = None
     names = {key: (NAMES.ours(key) or key).replace(LAYERS, "encoder.layer.") for key in state}
-    model.load_state_dict({names[key]: array for key, array in state.items()})
+    try:
+        model.load_state_dict({names[key]: array for key, array in state.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"{weights}: {error}") from error
     write_tokenizer(output)
     model.save_pretrained(output)
     return model
@@ -111,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         model = convert(options.weights, options.output)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"{options.output}: {model.num_parameters():,} parameters. It has no contact head: loading it says so.")
 
