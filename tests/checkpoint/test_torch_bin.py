@@ -679,7 +679,7 @@ def test_fuzz_of_training_checkpoints(tmp_path_factory, format):
     path = save(training_checkpoint(), tmp_path_factory.mktemp("fuzz") / "x.pt", format)
     content = path.read_bytes()
 
-    @settings(max_examples=400, deadline=None, database=None)
+    @settings(max_examples=200, deadline=None, database=None)
     @given(CHANGES, LENGTHS)
     def check(changes, length):
         path.write_bytes(mutated(content, changes, length))
