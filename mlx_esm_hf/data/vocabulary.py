@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import STANDARD, tokens
-
-ORDER = "LAGVSERTIDPKQNFYMHWCXBUZO"  # of the residues in all of ESM's vocabularies, behind four special tokens
+from mlx_esm_hf.data.proteins import SPECIAL, STANDARD, tokens
 
 
 class Vocabulary:
@@ -23,7 +21,8 @@ class Vocabulary:
         name: of the model, for messages.
 
     Attributes:
-        ids: {token: id}.
+        ids: {token: id}. Special tokens have the names that they have in sequences, such as `<mask>`, beside those that
+            the tokenizer has for them.
         before, after: ids of the tokens around the residues, such as <cls> and <eos>.
         pad, mask: ids of <pad> and <mask>.
 
@@ -33,9 +32,11 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any, name: str = ""):
         self.name = name or "this model"
-        self.ids: dict[str, int] = tokenizer.get_vocab()
         self.pad: int = tokenizer.pad_token_id
         self.mask: int = tokenizer.mask_token_id
+        special = (self.mask, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+        named = {token: id for token, id in zip(SPECIAL, special, strict=True) if id is not None}
+        self.ids: dict[str, int] = named | tokenizer.get_vocab()
         if missing := [residue for residue in STANDARD if residue not in self.ids]:
             raise ValueError(
                 f"The vocabulary of {self.name} lacks the residues {', '.join(missing)}: its tokenizer is not one of "
@@ -69,12 +70,15 @@ class Vocabulary:
         return self._tokenizer.convert_ids_to_tokens(ids.tolist())
 
 
-def refuse_other_tokenizer(tokenizer: Any, config: Any, name: str = "") -> None:
-    """Refuse the tokenizer of another model: the answers would be those to other residues. Warn of one whose residues
-    are not where ESM has them.
+def refuse_other_tokenizer(tokenizer: Any, config: Any, residues: str = "", name: str = "") -> None:
+    """Refuse the tokenizer of another model: the answers would be those to other residues.
+
+    Args:
+        residues: those of the model's family, in the order of its vocabularies. Another order is warned of, unless the
+            config's own `vocab_list` has it.
 
     Raises:
-        ValueError: it has more tokens than the config says, or special ones elsewhere.
+        ValueError: it has more tokens than the config says, special ones elsewhere, or not those of `vocab_list`.
     """
     name, ids = name or "this model", tokenizer.get_vocab()
     if len(ids) > config.vocab_size:
@@ -89,11 +93,17 @@ def refuse_other_tokenizer(tokenizer: Any, config: Any, name: str = "") -> None:
                 f"The tokenizer of {name} has <{token}> at {ours}, the config at {theirs}: they do not belong "
                 "together, or vocab.txt is damaged."
             )
-    if all(residue in ids for residue in ORDER) and [ids[residue] for residue in ORDER] != list(
-        range(4, 4 + len(ORDER))
-    ):
+    order = sorted(ids, key=ids.__getitem__)
+    expected = getattr(config, "vocab_list", None)
+    if expected is not None:
+        if order != list(expected):
+            raise ValueError(
+                f"The tokenizer of {name} has other tokens than the vocab_list of its config, or in another order: "
+                "they do not belong together, or vocab.txt is damaged."
+            )
+    elif residues and [token for token in order if token in residues] != list(residues):
         warnings.warn(
-            f"The vocabulary of {name} has its residues in another order than ESM's. The answers are wrong unless the "
-            "model was trained with it.",
+            f"The vocabulary of {name} has its residues in another order than its family. The answers are wrong "
+            "unless the model was trained with it.",
             stacklevel=3,
         )

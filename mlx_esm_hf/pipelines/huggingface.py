@@ -20,7 +20,7 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
 )
-from mlx_esm_hf.pipelines.protein_model import SHARED, commit_of, load_network, load_tokenizer
+from mlx_esm_hf.pipelines.protein_model import SHARED, load_network, load_tokenizer, same_commit
 
 GPU = ("gpu", "cuda", "mps")
 
@@ -68,9 +68,9 @@ def pipeline(
     if isinstance(tokenizer, (str, os.PathLike)):
         shared = {name: loading[name] for name in SHARED if name in loading}
         if tokenizer == model:
-            shared |= commit_of(network)
+            shared |= same_commit(network)
         tokenizer = load_tokenizer(os.fspath(tokenizer), **shared)
-    refuse_other_tokenizer(tokenizer, network.config, network.config._name_or_path)
+    refuse_other_tokenizer(tokenizer, network.config, network.residues, network.config._name_or_path)
     return pipeline_class(network.eval(), tokenizer, batch_size)
 
 

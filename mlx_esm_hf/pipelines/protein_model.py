@@ -58,7 +58,7 @@ class ProteinModel:
         if self.long not in LONG:
             raise ValueError(f"long={self.long!r} is not one of {', '.join(LONG)}.")
         self.vocabulary = Vocabulary(self.tokenizer, self.name)
-        refuse_other_tokenizer(self.tokenizer, self.network.config, self.name)
+        refuse_other_tokenizer(self.tokenizer, self.network.config, self.network.residues, self.name)
 
     @property
     def longest(self) -> int | None:
@@ -181,7 +181,7 @@ def load(
     network = load_network(cls, model, dtype=dtype, **hub)
     for option, value in PLAIN.items():
         setattr(network.config, option, value)
-    commit = commit_of(network)
+    commit = same_commit(network)
     tokenizer = load_tokenizer(model, **hub | commit)
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
     loaded = ProteinModel(network.eval(), tokenizer, str(model), commit.get("revision", revision), long, wanted)
@@ -203,7 +203,7 @@ def load_network(cls: Any, model: str, **options: Any) -> Any:
         modeling_utils.logger.removeFilter(is_no_load_report)
 
 
-def commit_of(network: Any) -> dict[str, str]:
+def same_commit(network: Any) -> dict[str, str]:
     """`revision` for a tokenizer to be that of the model's own commit, whatever was pushed meanwhile; empty for a model
     that is from no commit."""
     commit = getattr(network.config, "_commit_hash", None)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from transformers.models.esm.configuration_esm import get_default_vocab_list
 
-from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXAutoModel, MLXEsm1Config, MLXEsmConfig, pipeline
+from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXAutoModel, MLXEsm1Config, MLXEsmConfig, MLXEsmModel, pipeline
 from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
 from mlx_esm_hf.pipelines import load
 from tests.pipelines.models import write_model
@@ -27,6 +27,15 @@ def test_esm1_has_nothing_behind_the_residues():
     assert (vocabulary.before, vocabulary.after) == ([32], [])
 
 
+def test_special_tokens_of_other_names(tmp_path):
+    """A sequence has <mask>, whatever the tokenizer calls it."""
+    (tmp_path / "vocab.txt").write_text("\n".join("%$*?ACDEFGHIKLMNPQRSTVWY^"))
+    special = {"pad_token": "%", "eos_token": "$", "mask_token": "*", "unk_token": "?", "cls_token": "^"}
+    vocabulary = Vocabulary(Esm1Tokenizer(tmp_path / "vocab.txt", **special))
+    assert vocabulary.encode("MK<mask>A<unk><cls><eos>").tolist() == [14, 12, 2, 4, 3, 24, 1]
+    assert (vocabulary.before, vocabulary.after) == ([24], [1])
+
+
 def test_a_token_that_is_none_of_the_model_s(tmp_path):
     with pytest.raises(ValueError, match="has 'é', which toy has no token for"):
         Vocabulary(EsmTokenizer(write_vocabulary(tmp_path)), "toy").encode("MKé")
@@ -39,6 +48,7 @@ def with_vocabulary(folder, tokens, **options):
 
 CONFIG = MLXEsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, eos_token_id=2)
 ESM = get_default_vocab_list()
+RESIDUES = MLXEsmModel.residues
 
 
 def swapped(a, b):
@@ -63,12 +73,23 @@ def test_a_vocabulary_without_residues(tmp_path):
 )
 def test_the_tokenizer_of_another_model(tokens, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        refuse_other_tokenizer(with_vocabulary(tmp_path, tokens), CONFIG, "toy")
+        refuse_other_tokenizer(with_vocabulary(tmp_path, tokens), CONFIG, RESIDUES, "toy")
 
 
 def test_shuffled_residues(tmp_path):
-    with pytest.warns(UserWarning, match="The vocabulary of toy has its residues in another order than ESM's"):
-        refuse_other_tokenizer(with_vocabulary(tmp_path, swapped("L", "A")), CONFIG, "toy")
+    with pytest.warns(UserWarning, match="The vocabulary of toy has its residues in another order than its family"):
+        refuse_other_tokenizer(with_vocabulary(tmp_path, swapped("L", "A")), CONFIG, RESIDUES, "toy")
+
+
+def test_a_vocabulary_that_the_config_has_itself(tmp_path):
+    order = swapped("L", "A")
+    MLXEsm1Config(vocab_size=33, mask_token_id=32, vocab_list=list(order)).save_pretrained(tmp_path)
+    config = MLXEsm1Config.from_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refuse_other_tokenizer(with_vocabulary(tmp_path, order), config, RESIDUES)
+    with pytest.raises(ValueError, match="other tokens than the vocab_list of its config"):
+        refuse_other_tokenizer(EsmTokenizer(write_vocabulary(tmp_path)), config, RESIDUES, "toy")
 
 
 def test_tokenizers_that_belong(tmp_path):
@@ -76,9 +97,9 @@ def test_tokenizers_that_belong(tmp_path):
     tokenizer = EsmTokenizer(write_vocabulary(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        refuse_other_tokenizer(tokenizer, CONFIG)
-        refuse_other_tokenizer(tokenizer, MLXEsmConfig(vocab_size=40, pad_token_id=1, mask_token_id=32))
-        refuse_other_tokenizer(Esm1Tokenizer(), MLXEsm1Config())
+        refuse_other_tokenizer(tokenizer, CONFIG, RESIDUES)
+        refuse_other_tokenizer(tokenizer, MLXEsmConfig(vocab_size=40, pad_token_id=1, mask_token_id=32), RESIDUES)
+        refuse_other_tokenizer(Esm1Tokenizer(), MLXEsm1Config(), RESIDUES)
 
 
 @pytest.mark.parametrize(

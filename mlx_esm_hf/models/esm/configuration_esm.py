@@ -81,6 +81,7 @@ class MLXEsm1Config(MLXEsmConfig):
         emb_layer_norm_after: a layer norm behind the last layer. ESM-1 has none.
         lm_head_transform: dense, GELU and layer norm before the output projection. ESM-1 has none.
         lm_head_bias: the output projection has a bias (fair-esm's `final_bias`).
+        vocab_list: the tokens, where they are not those of fair-esm's ESM-1.
     """
 
     model_type = "esm1"
@@ -105,6 +106,11 @@ class MLXEsm1Config(MLXEsmConfig):
     emb_layer_norm_after: bool = False  # type: ignore[misc]
     lm_head_transform: bool = False  # type: ignore[misc]
     lm_head_bias: bool = True  # type: ignore[misc]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        vocab_list = self.vocab_list
+        super().__post_init__(**kwargs)
+        self.vocab_list = vocab_list  # which transformers keeps for ESMFold alone
 
 
 ESM1_FIELDS = ("scale_embedding", "add_bias_kv", "emb_layer_norm_after", "lm_head_transform", "lm_head_bias")

@@ -455,6 +455,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     required = ("embeddings.", "encoder.")
     without_loss = ("contact_head.",)
     input_embeddings = "embeddings.word_embeddings"
+    residues = "LAGVSERTIDPKQNFYMHWCXBUZO"
 
     def __init__(self, config: PreTrainedConfig):
         config = as_mlx_config(config)
