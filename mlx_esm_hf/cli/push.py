@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from mlx_esm_hf.cli.running import EXPECTED, FAILED, STOPPED
+from mlx_esm_hf.cli.running import stderr, told
 
 if TYPE_CHECKING:
     from mlx_esm_hf.hub import Publication
@@ -35,8 +33,7 @@ def command(
 
     Example: mlx-esm push my-model me/my-model --base-model facebook/esm2_t12_35M_UR50D
     """
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
+    with told(stderr(), "Stopped. The same command sends only what is missing."):
         from mlx_esm_hf.hub import publish
 
         publication = publish(
@@ -50,12 +47,6 @@ def command(
             license=license,
             dry_run=dry_run,
         )
-    except EXPECTED as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", markup=True)
-        raise typer.Exit(FAILED) from error
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command sends only what is missing.")
-        raise typer.Exit(STOPPED) from None
     for line in listing(publication):
         typer.echo(line)
 

@@ -70,17 +70,30 @@ def running(output: Path | None, quiet: bool = False, stdin: bool = False) -> It
         quiet: print nothing but errors.
         stdin: the input comes from standard input.
     """
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    run = Running(console, quiet or other_rank())
+    run = Running(stderr(), quiet or other_rank())
+    again = "standard input cannot be taken up again" if stdin else "the same command goes on from there"
+    with told(run.console, f"Stopped. What is done is kept in {output}; {again}."), run.bar:
+        yield run
+
+
+def stderr() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def told(console: Console, stopped: str) -> Iterator[None]:
+    """Around what may fail: errors as messages, and the exit codes.
+
+    Args:
+        stopped: what to say after Ctrl-C.
+    """
     try:
-        with run.bar:
-            yield run
+        yield
     except EXPECTED as error:
         console.print(f"[bold red]Error:[/] {escape(str(error))}", markup=True)
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt:
-        again = "standard input cannot be taken up again" if stdin else "the same command goes on from there"
-        console.print(f"Stopped. What is done is kept in {output}; {again}.")
+        console.print(stopped)
         raise typer.Exit(STOPPED) from None
 
 

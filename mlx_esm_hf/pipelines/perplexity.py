@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_esm_hf.data.proteins import RESIDUES, STANDARD, Report, Source
+from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun, one_pass_work
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
@@ -76,17 +77,22 @@ def pass_for_each_token(tokens: int) -> int:
     return tokens * tokens
 
 
+def counted_ids(vocabulary: Vocabulary) -> np.ndarray:
+    """The ids of the residues that count."""
+    return np.array([vocabulary.ids[residue] for residue in RESIDUES if residue != "X"])
+
+
 def perplexities(model: ProteinModel, sequences: Sequence[np.ndarray], method: str) -> list[Arrays]:
     """The results of `perplexity` for sequences of ids."""
-    counted = np.array([model.vocabulary.ids[residue] for residue in RESIDUES if residue != "X"])
+    counted = counted_ids(model.vocabulary)
     results: list[Arrays] = []
     for ids, plain in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
         positions = np.flatnonzero(np.isin(ids, counted))
         arrays = {}
         if method == "exact":
             rows = model.masked_log_probabilities(ids, positions.tolist())
-            arrays["pseudo_perplexity"] = _perplexity(rows[np.arange(len(positions)), ids[positions]])
-        arrays["one_pass_estimate"] = _perplexity(one_pass(plain[positions, ids[positions]]))
+            arrays["pseudo_perplexity"] = perplexity_of(rows[np.arange(len(positions)), ids[positions]])
+        arrays["one_pass_estimate"] = perplexity_of(one_pass(plain[positions, ids[positions]]))
         results.append(arrays)
     return results
 
@@ -106,6 +112,7 @@ def one_pass(log_probabilities: np.ndarray) -> np.ndarray:
     return log_probabilities - np.log((residues + 1) - residues * u)
 
 
-def _perplexity(log_probabilities: np.ndarray) -> np.ndarray:
+def perplexity_of(log_probabilities: np.ndarray) -> np.ndarray:
+    """e^(-mean log p), an array of one number; NaN of no residues."""
     mean = log_probabilities.mean(dtype=np.float64) if len(log_probabilities) else np.nan
     return np.exp(-np.array([mean]))
