@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,18 +12,21 @@ from mlx.utils import tree_flatten
 
 from mlx_esm_hf.data.batches import Batch
 from mlx_esm_hf.data.proteins import Report, Source, read_proteins
-from mlx_esm_hf.pipelines.perplexity import counted_ids, one_pass, perplexity_of
+from mlx_esm_hf.pipelines.perplexity import counted_ids
 from mlx_esm_hf.pipelines.protein_model import ProteinModel
 
 Row = tuple[str, ...]  # what, before, after
 
+EVERY = 8  # of so many residues one is masked: as many as in training, about
+
 
 def compare(before: ProteinModel, after: ProteinModel, proteins: Source) -> list[Row]:
-    """How much memory two models of one architecture take, and how their answers differ.
+    """How much memory two models of one architecture take, and how their answers differ, as a table.
 
-    Of a language model and of a classifier of residues each residue is compared, of a classifier each protein: the mean
-    difference of its logits, and whether the largest is the same. Of a model without a head the last hidden state of
-    each residue is. Pseudo-perplexity is the estimate from one pass, over all residues together.
+    A language model sees each protein once, with every 8th residue masked. Its pseudo-perplexity is e^(-mean log p) of
+    those residues, and it is there that its best residue is compared: one that it sees it merely repeats. The mean
+    difference of logits is over all residues; of a classifier it is over residues or proteins. A model without a head
+    is compared by the last hidden state of each residue.
 
     Args:
         proteins: see `read_proteins`; a protein beyond the position table is seen in windows.
@@ -32,65 +37,73 @@ def compare(before: ProteinModel, after: ProteinModel, proteins: Source) -> list
     sequences = [before.vocabulary.encode(p.sequence) for p in read_proteins(proteins, report=Report(strict=True))]
     if not sequences:
         raise ValueError("There are no proteins to compare the models on.")
+    language_model = before.network.get_output_embeddings() is not None
+    shown = [masked(ids, before.vocabulary.mask) for ids in sequences] if language_model else sequences
+    counted = counted_ids(before.vocabulary)
+    found: dict[str, list[np.ndarray]] = defaultdict(list)  # a number for each residue or protein
+    for batch in before.batches(shown):
+        (name, a), (_, b) = (answers(model.network, batch) for model in (before, after))
+        if name == "last_hidden_state":
+            found["cosine"].append((a * b).sum(axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1))
+            continue
+        found["difference"].append(np.abs(a - b).mean(axis=-1))
+        if language_model:
+            residues = in_windows(sequences, batch)
+            chosen = (in_windows(shown, batch) != residues) & np.isin(residues, counted)
+            a, b, residues = a[chosen], b[chosen], residues[chosen]
+            found["before"].append(log_probabilities(a, residues))
+            found["after"].append(log_probabilities(b, residues))
+        if a.shape[-1] > 1:  # else a regression
+            found["same"].append(a.argmax(axis=-1) == b.argmax(axis=-1))
+    mean = {name: np.concatenate(values).mean(dtype=np.float64) for name, values in found.items()}
+
     rows: list[Row] = [("memory", *(f"{memory_of(model.network) / 1e6:,.1f} MB" for model in (before, after)))]
-    likelihoods: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])  # log p of each residue, before and after
-    totals: dict[str, np.ndarray] = {}  # of each measure, its sum and how many values it has
-    for batch in before.batches(sequences):
-        answers = [answers_of(model.network, batch) for model in (before, after)]
-        for name, values in differences(*answers).items():
-            totals[name] = totals.get(name, np.zeros(2)) + (values.sum(dtype=np.float64), values.size)
-        if is_language_model(before.network):
-            residues = np.concatenate([sequences[w.sequence][w.start : w.stop] for w in batch.windows])
-            for found, (_, logits) in zip(likelihoods, answers, strict=True):
-                found.append(residue_likelihoods(before, logits, residues))
-    perplexities = ["no language-model head", ""]
-    if likelihoods[0]:
-        perplexities = [f"{perplexity_of(np.concatenate(found)).item():.4f}" for found in likelihoods]
-    rows.append(("pseudo-perplexity, from one pass", *perplexities))
-    return rows + [(name, "", FORMATS[name].format(total / count)) for name, (total, count) in totals.items()]
+    if language_model:
+        perplexities = (f"{np.exp(-mean[name]):.3f}" for name in ("before", "after"))
+        rows.append((f"pseudo-perplexity, every {EVERY}th residue masked", *perplexities))
+    else:
+        rows.append(("pseudo-perplexity", "no language-model head", ""))
+    if "cosine" in mean:
+        rows.append(("mean cosine of hidden states", "", f"{mean['cosine']:.6f}"))
+    if "difference" in mean:
+        rows.append(("mean |Δlogit|", "", f"{mean['difference']:.4g}"))
+    if "same" in mean:
+        where = "best residue at masked ones" if language_model else "best class"
+        rows.append((f"same {where}", "", f"{mean['same']:.2%}"))
+    return rows
 
 
-FORMATS = {"mean |Δlogit|": "{:.4g}", "same argmax": "{:.2%}", "cosine of hidden states": "{:.6f}"}
+def masked(ids: np.ndarray, mask: int) -> np.ndarray:
+    """A sequence of ids with the mask at every 8th position, in the middle of each eight."""
+    shown = ids.copy()
+    shown[min(EVERY, len(ids)) // 2 :: EVERY] = mask
+    return shown
+
+
+def in_windows(sequences: Sequence[np.ndarray], batch: Batch) -> np.ndarray:
+    """The ids of a batch's residues, one window behind the other."""
+    return np.concatenate([sequences[w.sequence][w.start : w.stop] for w in batch.windows])
+
+
+def answers(network: Any, batch: Batch) -> tuple[str, np.ndarray]:
+    """What a network says of a batch: ("logits" or "last_hidden_state", [rows, ...], float32), a row for each residue,
+    one window behind the other, or for each protein if it classifies those."""
+    outputs = network(batch.input_ids, batch.attention_mask)
+    name = "logits" if "logits" in outputs else "last_hidden_state"
+    array = np.array(outputs[name].astype(mx.float32))
+    if array.ndim == 3:
+        pairs = zip(batch.windows, array, strict=True)
+        array = np.concatenate([rows[batch.first : batch.first + window.length] for window, rows in pairs])
+    return name, array
+
+
+def log_probabilities(logits: np.ndarray, residues: np.ndarray) -> np.ndarray:
+    """log p of residues [rows] from logits [rows, vocabulary]."""
+    logits = logits.astype(np.float64)
+    return logits[np.arange(len(residues)), residues] - np.logaddexp.reduce(logits, axis=-1)
 
 
 def memory_of(network: Any) -> int:
     """Bytes of the parameters."""
     parameters: Any = tree_flatten(network.parameters())
     return sum(array.nbytes for _, array in parameters)
-
-
-def is_language_model(network: Any) -> bool:
-    return network.get_output_embeddings() is not None
-
-
-def answers_of(network: Any, batch: Batch) -> tuple[str, np.ndarray]:
-    """What a network says of a batch: ("logits" or "last_hidden_state", [rows, ...]), a row for each residue, or for
-    each window if it classifies proteins."""
-    outputs = network(batch.input_ids, batch.attention_mask)
-    name = "logits" if "logits" in outputs else "last_hidden_state"
-    array = np.array(outputs[name].astype(mx.float32))
-    if array.ndim == 3:
-        first = batch.first
-        array = np.concatenate([x[first : first + w.length] for w, x in zip(batch.windows, array, strict=True)])
-    return name, array
-
-
-def differences(before: tuple[str, np.ndarray], after: tuple[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{name of a measure: its values, one for each row, or number}"""
-    name, a = before
-    b = after[1]
-    if name == "last_hidden_state":
-        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-        return {"cosine of hidden states": (a * b).sum(axis=-1) / norms}
-    measures = {"mean |Δlogit|": np.abs(a - b).ravel()}
-    if a.shape[-1] > 1:  # a regression has no classes
-        measures["same argmax"] = a.argmax(axis=-1) == b.argmax(axis=-1)
-    return measures
-
-
-def residue_likelihoods(model: ProteinModel, logits: np.ndarray, residues: np.ndarray) -> np.ndarray:
-    """Estimates of log p, see `one_pass`, of those residues that count: logits [residues, vocabulary] and their ids."""
-    counted = np.isin(residues, counted_ids(model.vocabulary))
-    chosen = logits[counted].astype(np.float64)
-    chosen -= np.logaddexp.reduce(chosen, axis=-1, keepdims=True)
-    return one_pass(chosen[np.arange(len(chosen)), residues[counted]])

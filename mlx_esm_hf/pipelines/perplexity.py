@@ -91,8 +91,8 @@ def perplexities(model: ProteinModel, sequences: Sequence[np.ndarray], method: s
         arrays = {}
         if method == "exact":
             rows = model.masked_log_probabilities(ids, positions.tolist())
-            arrays["pseudo_perplexity"] = perplexity_of(rows[np.arange(len(positions)), ids[positions]])
-        arrays["one_pass_estimate"] = perplexity_of(one_pass(plain[positions, ids[positions]]))
+            arrays["pseudo_perplexity"] = _perplexity(rows[np.arange(len(positions)), ids[positions]])
+        arrays["one_pass_estimate"] = _perplexity(one_pass(plain[positions, ids[positions]]))
         results.append(arrays)
     return results
 
@@ -112,7 +112,6 @@ def one_pass(log_probabilities: np.ndarray) -> np.ndarray:
     return log_probabilities - np.log((residues + 1) - residues * u)
 
 
-def perplexity_of(log_probabilities: np.ndarray) -> np.ndarray:
-    """e^(-mean log p), an array of one number; NaN of no residues."""
+def _perplexity(log_probabilities: np.ndarray) -> np.ndarray:
     mean = log_probabilities.mean(dtype=np.float64) if len(log_probabilities) else np.nan
     return np.exp(-np.array([mean]))
