@@ -7,6 +7,7 @@ packed "weight" such a layer has "scales" and, in the mode "affine", "biases"; s
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -184,11 +185,8 @@ def choose_packings(
         else:
             too_narrow[path] = width
     if unused:
-        paths = [path for path, _ in layers(model)]
-        raise ValueError(
-            f"No layer is called {min(unused)!r}. The first and the last of the {len(paths)} are {paths[0]!r} and "
-            f"{paths[-1]!r}."
-        )
+        kinds = sorted({re.sub(r"\d+", "*", path) for path, _ in layers(model)})
+        raise ValueError(f"No layer is called {min(unused)!r}. There are {', '.join(kinds)}.")
     return packings, too_narrow
 
 

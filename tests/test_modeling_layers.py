@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from mlx_esm_hf import MLXEsmForMaskedLM, ops
-from mlx_esm_hf.modeling_layers import LayerNorm, Linear, QuantizedLinear
+from mlx_esm_hf.modeling_layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    whole_weight,
+)
 from mlx_esm_hf.ops import gpu
 from tests.parity import batch, config
 
@@ -76,6 +83,20 @@ def test_a_quantized_model_takes_the_same_path():
     assert close(model(**inputs).logits, whole(**inputs).logits, 1e-4)
 
 
-def test_quantized_activations_are_refused():
+@pytest.mark.parametrize("layer", [Linear(64, 64), Embedding(33, 64)])
+def test_quantized_activations_are_refused(layer):
     with pytest.raises(ValueError, match="only weights are quantized"):
-        Linear(64, 64).to_quantized(quantize_input=True)
+        layer.to_quantized(quantize_input=True)
+
+
+def test_quantized_embedding(backend):
+    mx.random.seed(0)
+    table = Embedding(33, 64)
+    packed = table.to_quantized(32, 8)
+    whole = mx.dequantize(*mx.quantize(table.weight, 32, 8), 32, 8)
+    assert type(packed) is QuantizedEmbedding and mx.array_equal(whole_weight(packed), whole)
+    assert mx.array_equal(packed(mx.array([[3, 4]])), whole[mx.array([[3, 4]])])
+    x = mx.random.normal((2, 5, 64))
+    assert close(packed.as_linear(x), x @ whole.T)
+    with pytest.raises(ValueError, match="in mode 'affine', not in 'mxfp4'"):
+        table.to_quantized(mode="mxfp4")

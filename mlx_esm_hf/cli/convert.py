@@ -60,7 +60,7 @@ def command(
 
     Example: mlx-esm convert facebook/esm2_t33_650M_UR50D esm2-650M-4bit --quantize --bits 4 --rule "lm_head.*=8"
     """
-    with told(stderr(), "Stopped. Nothing was written."):
+    with told(stderr(), f"Stopped. {output_dir} is whole, or not there."):
         from mlx_esm_hf import pipelines
 
         conversion = pipelines.convert(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf.data.batches import Batch
-from mlx_esm_hf.data.proteins import Report, Source, read_proteins
+from mlx_esm_hf.data.proteins import Protein
 from mlx_esm_hf.pipelines.perplexity import counted_ids
 from mlx_esm_hf.pipelines.protein_model import ProteinModel
 
@@ -20,7 +20,7 @@ Row = tuple[str, ...]  # what, before, after
 EVERY = 8  # of so many residues one is masked: as many as in training, about
 
 
-def compare(before: ProteinModel, after: ProteinModel, proteins: Source) -> list[Row]:
+def compare(before: ProteinModel, after: ProteinModel, proteins: Iterable[Protein]) -> list[Row]:
     """How much memory two models of one architecture take, and how their answers differ, as a table.
 
     A language model sees each protein once, with every 8th residue masked. Its pseudo-perplexity is e^(-mean log p) of
@@ -29,14 +29,9 @@ def compare(before: ProteinModel, after: ProteinModel, proteins: Source) -> list
     is compared by the last hidden state of each residue.
 
     Args:
-        proteins: see `read_proteins`; a protein beyond the position table is seen in windows.
-
-    Raises:
-        ValueError: there are no proteins, or some cannot be read.
+        proteins: one at least; what is beyond the position table is seen in windows.
     """
-    sequences = [before.vocabulary.encode(p.sequence) for p in read_proteins(proteins, report=Report(strict=True))]
-    if not sequences:
-        raise ValueError("There are no proteins to compare the models on.")
+    sequences = [before.vocabulary.encode(protein.sequence) for protein in proteins]
     language_model = before.network.get_output_embeddings() is not None
     shown = [masked(ids, before.vocabulary.mask) for ids in sequences] if language_model else sequences
     counted = counted_ids(before.vocabulary)

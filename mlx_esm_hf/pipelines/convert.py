@@ -13,10 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from transformers import AutoTokenizer
 from transformers.utils.hub import resolve_revision
 
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
-from mlx_esm_hf.data.proteins import Source
+from mlx_esm_hf.data.proteins import Protein, Report, Source, read_proteins
 from mlx_esm_hf.hub.card import task_head
 from mlx_esm_hf.hub.files import CARD, CONFIG, OTHERS, REPORT
 from mlx_esm_hf.hub.publish import Publication, hub_id, publish
@@ -124,6 +125,7 @@ def convert(
     if (quantize or dequantize) and bool(config.get("quantization")) == quantize:
         raise ValueError(f"{source} is {'quantized already' if quantize else 'not quantized'}.")
     cls = class_of(config, source)
+    proteins = None if report is None else read_for_report(report, source, commit)
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
 
     with new_folder(Path(output)) as folder:
@@ -144,13 +146,27 @@ def convert(
         sizes = [weights_size(place, commit) for place in (source, str(folder))]
         conversion.rows.append(("size on disk", *(f"{size / 1e6:,.1f} MB" for size in sizes)))
         conversion.rows.append(("bits a parameter", *(f"{8 * size / parameters:.2f}" for size in sizes)))
-        if report is not None:
+        if proteins is not None:
             before, after = (load(cls, place, revision=commit, long="window") for place in (source, str(folder)))
-            conversion.rows += compare(before, after, report)
+            conversion.rows += compare(before, after, proteins)
         (folder / REPORT).write_text(conversion.markdown(), encoding="utf-8")
     if upload_repo is not None:
         conversion.publication = publish(output, upload_repo, base_model=hub_id(source))
     return conversion
+
+
+def read_for_report(proteins: Source, source: str, revision: str) -> list[Protein]:
+    """The proteins; that the report can be made turns out before the work.
+
+    Raises:
+        ValueError: there are none, or some cannot be read.
+        OSError: there is no such file, or the source has no tokenizer.
+    """
+    AutoTokenizer.from_pretrained(source, revision=revision)
+    found = list(read_proteins(proteins, report=Report(strict=True)))
+    if not found:
+        raise ValueError("There are no proteins to compare the models on.")
+    return found
 
 
 def check_options(dtype: str | None, quantize: bool, dequantize: bool, **packing: Any) -> None:
