@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conversion import mlx_esm_npz
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, EsmTokenizer
 
@@ -301,6 +302,23 @@ def test_report_without_a_head(tmp_path):
     coarse = convert(tmp_path / "a", tmp_path / "coarse", quantize=True, bits=2, group_size=32, report=PROTEINS)
     assert 0 < float(rows(coarse)["mean cosine of hidden states"][1]) < 0.99
     assert "same best class" not in rows(coarse) and "mean |Δlogit|" not in rows(coarse)
+
+
+@pytest.mark.long
+def test_trained_language_model(tmp_path, capsys):
+    """8 bits keep the best residue at 99% of the masked positions of real proteins."""
+    if "MLX_ESM_SEED_WEIGHTS" not in os.environ:
+        pytest.skip("MLX_ESM_SEED_WEIGHTS has to name weights/esm1-202402151405.npz of usmanm/mlx-esm")
+    mlx_esm_npz.convert(Path(os.environ["MLX_ESM_SEED_WEIGHTS"]), tmp_path / "trained")
+    kept = {}
+    for packing in PACKINGS:
+        done = convert(tmp_path / "trained", tmp_path / str(packing), quantize=True, **packing, report=FASTA)
+        table = rows(done)
+        kept[str(packing)] = float(table["same best residue at masked ones"][1].rstrip("%"))
+        with capsys.disabled():
+            print(f"\n{packing}: {', '.join(f'{what} {" -> ".join(filter(None, x))}' for what, x in table.items())}")
+    assert kept["{'bits': 8}"] >= 99
+    assert kept["{'bits': 2}"] < kept["{'bits': 3}"] < kept["{'bits': 4}"] < kept["{'bits': 6}"] < kept["{'bits': 8}"]
 
 
 def test_report_of_proteins_beyond_the_position_table(tmp_path):
