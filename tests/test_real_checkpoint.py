@@ -105,7 +105,7 @@ def test_no_language_model_head_no_predictions(real_checkpoint):
 
 
 def test_converted(models, real_checkpoint, tokenized, tmp_path):
-    """From transformers 4's `.bin`: cast, torch loads it; in 8 bits, the answers are those of before but for a little."""
+    """From the `.bin` of transformers 4: what is cast torch loads, and 8 bits change the answers but little."""
     convert(real_checkpoint, tmp_path / "half", dtype="float16")
     half = EsmForSequenceClassification.from_pretrained(tmp_path / "half", dtype="float32").eval()
     for name, tensor in models.torch.state_dict().items():

@@ -1,6 +1,7 @@
 """Checkpoints in another precision: what torch and we make of them, and what is said of the difference."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -316,7 +317,7 @@ def test_trained_language_model(tmp_path, capsys):
         table = rows(done)
         kept[str(packing)] = float(table["same best residue at masked ones"][1].rstrip("%"))
         with capsys.disabled():
-            print(f"\n{packing}: {', '.join(f'{what} {" -> ".join(filter(None, x))}' for what, x in table.items())}")
+            print(f"\n{packing}", *(f"{what} {' '.join(values)}" for what, values in table.items()), sep="; ")
     assert kept["{'bits': 8}"] >= 99
     assert kept["{'bits': 2}"] < kept["{'bits': 3}"] < kept["{'bits': 4}"] < kept["{'bits': 6}"] < kept["{'bits': 8}"]
 
