@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import tokens
+from mlx_esm_hf.data.proteins import SPECIAL, tokens
 
 
 class Vocabulary:
@@ -20,16 +20,19 @@ class Vocabulary:
         name: of the model, for messages.
 
     Attributes:
-        ids: {token: id}.
+        ids: {token: id}. Special tokens have the names that they have in sequences, such as `<mask>`, beside those that
+            the tokenizer has for them.
         before, after: ids of the tokens around the residues, such as <cls> and <eos>.
         pad, mask: ids of <pad> and <mask>.
     """
 
     def __init__(self, tokenizer: Any, name: str = ""):
         self.name = name or "this model"
-        self.ids: dict[str, int] = tokenizer.get_vocab()
         self.pad: int = tokenizer.pad_token_id
         self.mask: int = tokenizer.mask_token_id
+        special = (self.mask, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+        named = {token: id for token, id in zip(SPECIAL, special, strict=True) if id is not None}
+        self.ids: dict[str, int] = named | tokenizer.get_vocab()
         row: list[int] = tokenizer("A")["input_ids"]
         place = row.index(self.ids["A"])
         self.before, self.after = row[:place], row[place + 1 :]

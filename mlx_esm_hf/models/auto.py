@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-import mlx_esm_hf.models.esm.tokenization_esm  # noqa: F401  transformers' AutoTokenizer knows ESM-1's from here on
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, read_config
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
 from mlx_esm_hf.models.esm.modeling_esm import (
