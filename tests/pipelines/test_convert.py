@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conversion import mlx_esm_npz
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, EsmTokenizer
 
 import mlx_esm_hf
+from conversion import mlx_esm_npz
 from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmForSequenceClassification, MLXEsmModel
 from mlx_esm_hf.hub.files import read_checkpoint
 from mlx_esm_hf.pipelines import convert, read_proteins
