@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from mlx_esm_hf.pipelines.compare import Row, compare
 from mlx_esm_hf.pipelines.protein_model import load, load_network
 from mlx_esm_hf.quantization import (
     Packing,
+    block_of,
     choose_packings,
     dequantize_layers,
     make_packing,
@@ -138,6 +140,8 @@ def convert(
         if dequantize:
             dequantize_layers(model, model.dtype)
             conversion.notes.append("The weights were dequantized: they are as coarse as they were.")
+        whole = "Other weights" if block_of(model) else "The weights"
+        conversion.notes.append(f"{whole} are {model.config.dtype}.")
         parameters = model.num_parameters()
         write(model, folder, max_shard_size)
         del model
@@ -237,15 +241,12 @@ def quantize_layers(model: MLXPreTrainedModel, usual: Packing, rules: Mapping[st
         widths = f" The groups divide none of the widths {sorted(set(too_narrow.values()))}." if too_narrow else ""
         raise ValueError(f"There is nothing to quantize.{widths}")
     replace_layers(model, packings)
-    notes = [
-        f"{len(packings)} layers are quantized to {usual.bits} bits in groups of {usual.group_size} ({usual.mode})"
-    ]
-    for packing in sorted(set(packings.values()) - {usual}):
-        count = list(packings.values()).count(packing)
-        notes.append(f"{count} of them to {packing.bits} bits in groups of {packing.group_size} ({packing.mode})")
+    counts = Counter(packings.values()).most_common()
+    kinds = [f"{count} to {p.bits} bits in groups of {p.group_size} ({p.mode})" for p, count in counts]
+    notes = [f"{len(packings)} layers are quantized: {', '.join(kinds)}."]
     if too_narrow:
-        notes.append(f"in full precision because no group divides their width: {', '.join(too_narrow)}")
-    return ["; ".join(notes) + "."]
+        notes.append(f"In full precision, since no group divides their width: {', '.join(too_narrow)}.")
+    return notes
 
 
 def write(model: MLXPreTrainedModel, folder: Path, max_shard_size: int | str) -> None:

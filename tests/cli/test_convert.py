@@ -23,7 +23,7 @@ def test_quantize_with_a_report_and_back(esm2, tmp_path):
     done = run(esm2, tmp_path / "packed", *options, "--report", tmp_path / "in.fasta")
     assert done.exit_code == 0, done.output
     for said in (
-        "13 layers are quantized to 4 bits in groups of 32 (affine); 1 of them to 8 bits",
+        "13 layers are quantized: 12 to 4 bits in groups of 32 (affine), 1 to 8 bits",
         "size on disk",
         "pseudo-perplexity, every 8th residue masked",
         "mean |Δlogit|",

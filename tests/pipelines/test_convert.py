@@ -19,7 +19,7 @@ import mlx_esm_hf
 from conversion import mlx_esm_npz
 from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmForSequenceClassification, MLXEsmModel
 from mlx_esm_hf.hub.files import read_checkpoint
-from mlx_esm_hf.pipelines import convert, read_proteins
+from mlx_esm_hf.pipelines import convert, embed, read_proteins
 from mlx_esm_hf.pipelines.compare import compare
 from mlx_esm_hf.pipelines.protein_model import load
 from mlx_esm_hf.quantization import block_of
@@ -147,9 +147,12 @@ def test_quantize_and_dequantize(packing, esm2, tmp_path):
     model = MLXEsmForMaskedLM.from_pretrained(tmp_path / "packed")
     block = block_of(model)
     assert block.items() >= packing.items()
-    assert conversion.notes[-1].startswith(f"18 layers are quantized to {block['bits']} bits in groups of ")
+    assert re.match(rf"18 layers are quantized: \d+ to {block['bits']} bits in groups of ", conversion.notes[1])
     back = convert(tmp_path / "packed", tmp_path / "plain", dequantize=True)
-    assert "as coarse as they were" in back.notes[-1]
+    assert back.notes[1:] == [
+        "The weights were dequantized: they are as coarse as they were.",
+        "The weights are float32.",
+    ]
     plain = transformers.EsmForMaskedLM.from_pretrained(tmp_path / "plain").eval()
     ids = AutoTokenizer.from_pretrained(tmp_path / "plain")(UBIQUITIN)["input_ids"]
     with torch.no_grad():
@@ -178,10 +181,20 @@ def test_rules_and_groups_that_do_not_fit(tmp_path):
     assert block["lm_head.dense"] == {"bits": 4, "group_size": 16, "mode": "nvfp4"}
     assert block["esm.encoder.layer.1.output.dense"] == {"bits": 3, "group_size": 64, "mode": "affine"}
     assert block["esm.encoder.layer.0.output.dense"] is False
-    assert done.notes[-1] == (
-        "14 layers are quantized to 3 bits in groups of 64 (affine); 1 of them to 4 bits in groups of 16 (nvfp4); "
-        "10 of them to 3 bits in groups of 32 (affine); 1 of them to 8 bits in groups of 32 (affine)."
-    )
+    assert done.notes[1:] == [
+        "14 layers are quantized: 10 to 3 bits in groups of 32 (affine), 2 to 3 bits in groups of 64 (affine), "
+        "1 to 4 bits in groups of 16 (nvfp4), 1 to 8 bits in groups of 32 (affine).",
+        "Other weights are float32.",
+    ]
+
+
+def test_jobs_take_it(esm2, tmp_path):
+    convert(esm2, tmp_path / "packed", quantize=True, bits=8, group_size=32)
+    embed(PROTEINS, str(tmp_path / "packed"), tmp_path / "out.npz")
+    embed(PROTEINS, str(esm2), tmp_path / "whole.npz")
+    a, b = (np.load(tmp_path / name)["mean"] for name in ("out.npz", "whole.npz"))
+    cosines = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert (cosines > 0.99).all() and not np.array_equal(a, b)
 
 
 def test_what_cannot_be(esm2, tmp_path):
