@@ -161,7 +161,8 @@ def choose_packings(
     """How to pack the layers of a model, and the rows of those that no group size fits: {path: Packing}, {path: width}.
 
     Args:
-        model: an `MLXPreTrainedModel`; the layers that its class calls `quantized` are packed, the others not.
+        model: an `MLXPreTrainedModel`; the layers that its class calls `quantized` are packed, the others not. Those
+            that no checkpoint gave never are.
         usual: how.
         rules: {pattern of a path, as in a shell: how else, or None for full precision}; the last one that fits counts.
 
@@ -177,7 +178,7 @@ def choose_packings(
             if fnmatchcase(path, pattern):
                 unused.discard(pattern)
                 wanted = packing
-        if wanted is None:
+        if wanted is None or f"{path}.weight" in model.newly_initialized:
             continue
         width = layer.weight.shape[-1]
         if fitting := packing_for(width, wanted):

@@ -33,16 +33,17 @@ def backend(request, monkeypatch):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_linear(backend, quantized, bias, activation):
+@pytest.mark.parametrize("mode", [None, "affine", "mxfp4", "mxfp8", "nvfp4"])
+def test_linear(backend, mode, bias, activation):
     mx.random.seed(0)
     layer = Linear(64, 96, bias=bias)
     x, residual = mx.random.normal((2, 5, 64)), mx.random.normal((2, 5, 96))
     weight = layer.weight
-    if quantized:
-        weight = mx.dequantize(*mx.quantize(weight, 32, 8), 32, 8)
-        layer = layer.to_quantized(32, 8)
-        assert type(layer) is QuantizedLinear
+    if mode is not None:
+        layer = layer.to_quantized(mode=mode)
+        assert type(layer) is QuantizedLinear and whole_weight(layer).shape == weight.shape
+        assert 0 < mx.abs(whole_weight(layer) - weight).max() < 0.1
+        weight = whole_weight(layer).astype(mx.float32)
     expected = ACTIVATIONS[activation](x @ weight.T + (layer.bias if bias else 0))
     assert close(layer(x, activation=activation), expected)
     assert close(layer(x, activation, residual), expected + residual)

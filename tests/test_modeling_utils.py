@@ -851,6 +851,12 @@ def test_state_dict_instead_of_files(folder):
     assert_close(run(model), run(theirs))
 
 
+def test_lazy(folder):
+    """Weights that are read when they are needed are the same."""
+    model = MLXEsmForMaskedLM.from_pretrained(folder, lazy=True)
+    assert_close(run(model), run(MLXEsmForMaskedLM.from_pretrained(folder)), tolerance=0)
+
+
 def test_what_scripts_for_torch_call(folder):
     model = MLXEsmForMaskedLM.from_pretrained(folder, quantization_config=None, state_dict=None)
     assert mx.array_equal(model.forward(**INPUTS).logits, model(**INPUTS).logits)

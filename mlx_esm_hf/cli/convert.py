@@ -39,8 +39,8 @@ def command(
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="PATTERN=HOW for layers whose path fits the pattern: bits, a mode, or full for full precision. Once "
-            "for each of several; the last that fits counts."
+            help="PATTERN=HOW for layers whose path fits the pattern: bits (affine), a mode, or full for full "
+            "precision. Once for each of several; the last that fits counts."
         ),
     ] = None,
     dequantize: Annotated[

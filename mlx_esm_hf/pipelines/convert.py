@@ -101,8 +101,8 @@ def convert(
         quantize: pack the weights of the encoder. Embeddings, heads and the contact head stay as they are.
         bits, group_size, mode: how, as in `mlx.core.quantize`; by default 4 bits in groups of 64. A layer whose width
             the groups do not divide has smaller ones, and stays in full precision if there are none that do.
-        rules: {pattern of the path of a layer, as in a shell: bits, a mode, or None for full precision}, such as
-            {"lm_head.*": 8, "*.layer.0.*": None}. The last one that fits counts.
+        rules: {pattern of the path of a layer, as in a shell: bits (affine), a mode, or None for full precision}, such
+            as {"lm_head.*": 8, "*.layer.0.*": None}. The last one that fits counts.
         dequantize: make a plain checkpoint of a quantized one, which transformers loads.
         max_shard_size: in bytes, or such as "5GB".
         revision: branch, tag or commit of the source.
@@ -220,6 +220,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: there is something in `output`.
     """
+    output = output.resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there already. Nothing was written.")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def test_half_precision_stays(tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float16"
 
 
-@pytest.mark.parametrize("options", [{}, {"quantize": True, "group_size": 32}])
+@pytest.mark.parametrize("options", [{}, {"quantize": True, "rules": {"*pooler*": 8}}])
 def test_nothing_random_is_written(options, tmp_path):
     """What the source lacks, its result lacks: a head that nobody trained must not look like one that somebody did."""
     model = torch_model("Model")
@@ -232,6 +232,13 @@ def test_no_width_that_a_group_divides(tmp_path):
         ValueError, match=re.escape("nothing to quantize. The groups divide none of the widths [12, 24]")
     ):
         convert(tmp_path / "source", tmp_path / "result", quantize=True)
+
+
+def test_into_the_folder_where_one_is(esm2, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert(esm2, ".")
+    assert "model.safetensors" in names(tmp_path / "here") and names(tmp_path) == {"here"}
 
 
 def test_config_without_architectures(tmp_path):
