@@ -28,6 +28,7 @@ from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
 from mlx_esm_hf.modeling_layers import TiedDecoder
 from mlx_esm_hf.ops.kernels import warn_if_missing
+from mlx_esm_hf.quantization import Packing, declare, declared_packings, layers, packing_of, replace_layers
 from mlx_esm_hf.runtime.process import check_process
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         required: beginnings of the names, in the base model, of parameters that no checkpoint may lack.
         without_loss: beginnings of the names, in the base model, of parameters that no loss reaches, so that training a
             model does not train them.
+        quantized: beginnings of the names, in the base model, of layers that `mlx-esm convert --quantize` packs.
         input_embeddings: the embedding table, as an attribute of the base model.
         output_embeddings: the projection to the vocabulary, as an attribute of the model; None, it has none. Where
             `config.tie_word_embeddings` says so, it is the embedding table.
@@ -96,6 +98,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     buffers: ClassVar[tuple[str, ...]] = ()
     required: ClassVar[tuple[str, ...]] = ()
     without_loss: ClassVar[tuple[str, ...]] = ()
+    quantized: ClassVar[tuple[str, ...]] = ()
     input_embeddings: ClassVar[str] = ""
     output_embeddings: ClassVar[str | None] = None
     vocabulary_biases: ClassVar[tuple[str, ...]] = ()
@@ -131,9 +134,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         ignore_mismatched_sizes: bool = False,
         state_dict: Mapping[str, Any] | None = None,
         quantization_config: None = None,
+        lazy: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load config and weights from the Hub, the cache that torch users share, or a folder.
+        """Load config and weights from the Hub, the cache that torch users share, or a folder. Layers that
+        `mlx-esm convert` has quantized stay so.
 
         Args:
             pretrained_model_name_or_path: an id on the Hub, or a folder.
@@ -144,6 +149,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
             state_dict: arrays (MLX, NumPy or torch) to take instead of the checkpoint's.
             quantization_config: None. transformers' kinds of quantization are torch's.
+            lazy: leave weights in a safetensors file until they are needed, as in mlx-lm.
             kwargs: fields of the config to override, and arguments of the class, such as `add_pooling_layer`.
                 `attn_implementation`, `device_map`, `low_cpu_mem_usage` and `trust_remote_code` are accepted and
                 ignored: MLX has one of each, and no code is ever loaded.
@@ -160,7 +166,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """
         if quantization_config is not None:
             raise ValueError(
-                "quantization_config is not supported: load the model, then quantize it (mlx.nn.quantize)."
+                "quantization_config is not supported: quantize the checkpoint (mlx-esm convert --quantize), or load "
+                "the model and quantize it (mlx.nn.quantize)."
             )
         source = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
@@ -179,14 +186,19 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 checkpoint_files(source, variant=variant, use_safetensors=use_safetensors, subfolder=subfolder, **hub)
             )
         names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
+        packings = declared_packings(loaded_config, names.values(), cls.base_model_prefix, source)
         if not ignore_mismatched_sizes:
-            cls._check_size(loaded_config, names, arrays, source)
+            cls._check_size(loaded_config, names, arrays, packings, source)
         cls._untie_if_different(loaded_config, names, arrays)
         floating = [arrays[key].dtype for key, name in names.items() if cls._casts(name, arrays[key])]
         dtype = resolve_dtype(torch_dtype if dtype is None else dtype, loaded_config, floating)
 
         model = cls(loaded_config, **arguments)
-        loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes)
+        try:
+            replace_layers(model, packings, cls.base_model_prefix)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: the config's `quantization` cannot be ({error})") from error
+        loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes, lazy)
         report_loading(cls.__name__, source, loading_info)
         model.eval()
         return (model, loading_info) if output_loading_info else model
@@ -215,7 +227,14 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return config, others
 
     @classmethod
-    def _check_size(cls, config: Any, names: dict[str, str], arrays: dict[str, mx.array], source: str) -> None:
+    def _check_size(
+        cls,
+        config: Any,
+        names: dict[str, str],
+        arrays: dict[str, mx.array],
+        packings: dict[str, Packing],
+        source: str,
+    ) -> None:
         """Refuse a config of other layers than the checkpoint has before a model is built: it may be of any size."""
         numbers = [int(part) for name in names.values() for part in name.split(".") if part.isdecimal()]
         if numbers and config.num_hidden_layers > max(numbers) + 1:
@@ -227,6 +246,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         for key, name in names.items():
             if name.removeprefix(f"{cls.base_model_prefix}.") == table:
                 shape = arrays[key].shape
+                if packing := packings.get(cls.input_embeddings):
+                    shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
                 if shape[-1] != config.hidden_size:
                     expected = (config.vocab_size, config.hidden_size)
                     raise RuntimeError(wrong_shapes(source, cls.__name__, {(name, shape, expected)}))
@@ -250,10 +271,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 config.tie_word_embeddings = False
 
     def _assign(
-        self, arrays: dict[str, mx.array], dtype: mx.Dtype, source: str, ignore_mismatched_sizes: bool
+        self, arrays: dict[str, mx.array], dtype: mx.Dtype, source: str, ignore_mismatched_sizes: bool, lazy: bool
     ) -> dict[str, Any]:
         """Make a checkpoint's arrays the parameters. Each is taken out of `arrays` before it is read and cast, so that
-        no second copy of the checkpoint comes to be."""
+        no second copy of the checkpoint comes to be; a lazy one is read later."""
         names, missing, unexpected, mismatched = self._match(arrays)
         if mismatched and not ignore_mismatched_sizes:
             raise RuntimeError(wrong_shapes(source, type(self).__name__, mismatched))
@@ -265,24 +286,24 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             )
 
         anew = missing | {name for name, _, _ in mismatched}
+        dtypes = {name: array.dtype for name, array in self.named_parameters()}
         for key, name in names.items():
             array = arrays.pop(key)
             if name in unexpected or name in anew:
                 continue
-            if not mx.issubdtype(array.dtype, mx.floating):
-                raise CheckpointError(
-                    f"{source}: {key!r} holds whole numbers ({array.dtype}), the parameter is a floating one. The file "
-                    "is damaged, or of another model."
-                )
+            if wrong := wrong_kind(array.dtype, dtypes.get(name, mx.float32)):
+                raise CheckpointError(f"{source}: {key!r} {wrong}. The file is damaged, or of another model.")
             if self._casts(name, array):
                 array = array.astype(dtype)
             try:
-                mx.eval(array)
+                if not lazy:
+                    mx.eval(array)
             except RuntimeError as error:
                 raise CheckpointError(f"{source}: {key!r} cannot be read ({error}). Download it again.") from error
             self.update(tree_unflatten([(name, array)]))
         self.to(dtype)
-        mx.eval(self.parameters())
+        if not lazy:
+            mx.eval(self.parameters())
         self.config.dtype = str(dtype).rpartition(".")[2]
         self._set_newly_initialized(anew)
         return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": []}
@@ -295,16 +316,18 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         variant: str | None = None,
         safe_serialization: bool = True,
         push_to_hub: bool = False,
+        state_dict: Mapping[str, mx.array] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write `config.json` and `model.safetensors`, under the keys of the published repositories, so that
-        transformers for torch loads them. Files appear when all of them are whole.
+        transformers for torch loads them, unless layers are quantized. Files appear when all of them are whole.
 
         Args:
             max_shard_size: in bytes, or such as "5GB"; what is larger is written in shards with an index.
             variant: write `model.<variant>.safetensors`.
             safe_serialization: of transformers 4.x. True is all there is: no pickle is ever written.
             push_to_hub: push the folder afterwards; `kwargs` are those of `push_to_hub`.
+            state_dict: what to write, by default all of `state_dict()`.
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no argument {', '.join(map(repr, kwargs))}.")
@@ -318,9 +341,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             architecture = architecture.removeprefix("MLX")
         config.architectures = [architecture]
         config.dtype = str(self.dtype).rpartition(".")[2]
-        state = self.state_dict()
+        declare(config, self)
+        state = dict(self.state_dict() if state_dict is None else state_dict)
         if self._is_tied():
-            del state[f"{self.output_embeddings}.weight"]
+            state.pop(f"{self.output_embeddings}.weight", None)
         state = names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
         with replace_files(save_directory) as folder:
             files = save_safetensors(state, folder, max_shard_size, variant)
@@ -386,22 +410,21 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """Assign arrays (MLX, NumPy or torch) under any key dialect that `from_pretrained` reads.
 
         Raises:
-            RuntimeError: another shape; whole numbers for a floating parameter; with `strict`, missing or unexpected
-                keys.
+            RuntimeError: another shape, whole numbers for floating ones or the reverse; with `strict`, missing or
+                unexpected keys.
         """
         arrays = {key: as_array(x) for key, x in state_dict.items()}
         names, missing, unexpected, mismatched = self._match(arrays)
+        held = dict(tree_flatten(self.parameters()))
         errors = [f"shapes differ:\n{shapes_of(mismatched)}"] if mismatched else []
-        known = [key for key, name in names.items() if name not in unexpected]
-        if whole := [key for key in known if not mx.issubdtype(arrays[key].dtype, mx.floating)]:
-            errors.append(f"whole numbers for floating parameters: {', '.join(whole)}")
+        kinds = {key: wrong_kind(arrays[key].dtype, held[name].dtype) for key, name in names.items() if name in held}
+        errors += [f"{key!r} {wrong}" for key, wrong in kinds.items() if wrong]
         if strict and missing:
             errors.append(f"missing keys: {', '.join(sorted(missing))}")
         if strict and unexpected:
             errors.append(f"unexpected keys: {', '.join(sorted(unexpected))}")
         if errors:
             raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n  " + "\n  ".join(errors))
-        held = dict(tree_flatten(self.parameters()))
         weights = {name: arrays[key].astype(held[name].dtype) for key, name in names.items() if name in held}
         self.update(tree_unflatten(list(weights.items())))
         self._set_newly_initialized(self._newly_initialized - weights.keys())
@@ -426,13 +449,20 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 yield name, array
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters hold, as transformers counts them."""
-        trainable = dict(tree_flatten(self.trainable_parameters()))
-        embeddings = {f"{name}.weight" for name, m in self.named_modules() if isinstance(m, nn.Embedding)}
+        """How many numbers the model has; a quantized layer counts as the layer that it stands for."""
+        left_out = set()
+        packed = {}  # names of packed weights: how many numbers are in one of theirs
+        for path, layer in layers(self):
+            if exclude_embeddings and isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)):
+                left_out.add(f"{path}.weight")
+            if packing := packing_of(layer):
+                packed[f"{path}.weight"] = 32 / packing.bits
+                left_out |= {f"{path}.scales", f"{path}.biases"}
+        if only_trainable:
+            trainable = dict(tree_flatten(self.trainable_parameters()))
+            left_out |= {name for name, _ in self.named_parameters() if name not in trainable}
         return sum(
-            array.size
-            for name, array in self.named_parameters()
-            if not (only_trainable and name not in trainable) and not (exclude_embeddings and name in embeddings)
+            round(array.size * packed.get(name, 1)) for name, array in self.named_parameters() if name not in left_out
         )
 
     @property
@@ -489,8 +519,16 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
         Returns:
             The embedding table; with no arguments, as it is.
+
+        Raises:
+            ValueError: the table, or the output projection, is quantized.
         """
         table, decoder = self.get_input_embeddings(), self.get_output_embeddings()
+        if packing_of(table) or (isinstance(decoder, nn.Module) and packing_of(decoder)):
+            raise ValueError(
+                "The vocabulary of quantized embeddings cannot be resized. Resize that of the model that they were "
+                "made from, or of what mlx-esm convert --dequantize makes of this one."
+            )
         size = new_num_tokens or table.weight.shape[0]
         if pad_to_multiple_of:
             size += -size % pad_to_multiple_of
@@ -614,6 +652,17 @@ def resized(x: mx.array, rows: int) -> mx.array:
     """`x` with this many rows, new ones being the mean of the old."""
     new = mx.broadcast_to(x.mean(axis=0), (max(0, rows - len(x)), *x.shape[1:]))
     return mx.concatenate([x[:rows], new])
+
+
+def wrong_kind(found: mx.Dtype, expected: mx.Dtype) -> str:
+    """What is wrong where an array of one dtype is to be a parameter of another; "" if it can be cast. Whole numbers
+    are packed weights, which no cast makes of others."""
+    if mx.issubdtype(expected, mx.floating):
+        if not mx.issubdtype(found, mx.floating):
+            return f"holds whole numbers ({found}), the parameter is a floating one"
+    elif found != expected:
+        return f"holds {found}, the parameter is packed as {expected}"
+    return ""
 
 
 def shapes_of(mismatched: set[Mismatch]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -34,12 +33,12 @@ from tests.checkpoints import (
     run,
     save,
     save_bin,
-    save_file,
     save_shards,
     theirs,
     torch,
     torch_model,
     write,
+    write_large,
 )
 from tests.tiny import SIZE
 
@@ -770,27 +769,6 @@ print(peak() - before, time.perf_counter() - start)
 """
 
 
-def write_large(folder, format, dtype, **shape):
-    """Random weights, a shard for each layer and one for the rest; returns their size together in float32."""
-    large = config(**shape)
-    large.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = theirs("ForMaskedLM")(large).state_dict()
-    del shapes["lm_head.decoder.weight"]  # tied
-    names = {"safetensors": "model", "bin": "pytorch_model"}
-    weight_map = {key: f"{names[format]}-{(re.findall(r'layer.([0-9]+)', key) or ['x'])[0]}.{format}" for key in shapes}
-    for shard in set(weight_map.values()):
-        keys = [key for key, place in weight_map.items() if place == shard]
-        state = {key: 0.02 * torch.randn(shapes[key].shape).to(getattr(torch, dtype)) for key in keys}
-        if format == "bin":
-            torch.save(state, folder / shard)
-        else:
-            save_file(state, folder / shard, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / f"{names[format]}.{format}.index.json").write_text(json.dumps(index))
-    return sum(4 * x.numel() for x in shapes.values())
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux' /proc")
 @pytest.mark.parametrize(
     ("format", "dtype"), [("safetensors", "float32"), ("safetensors", "float16"), ("bin", "float32")]
@@ -895,6 +873,12 @@ def test_state_dict_instead_of_files(folder):
     model, info = MLXEsmForMaskedLM.from_pretrained(folder, state_dict=theirs.state_dict(), output_loading_info=True)
     assert not any(info[kind] for kind in info if kind != "unexpected_keys")
     assert_close(run(model), run(theirs))
+
+
+def test_lazy(folder):
+    """Weights that are read when they are needed are the same."""
+    model = MLXEsmForMaskedLM.from_pretrained(folder, lazy=True)
+    assert_close(run(model), run(MLXEsmForMaskedLM.from_pretrained(folder)), tolerance=0)
 
 
 def test_what_scripts_for_torch_call(folder):

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from mlx_esm_hf.cli.running import STOPPED, errors_told
+from mlx_esm_hf.cli.running import stderr, told
 
 if TYPE_CHECKING:
     from mlx_esm_hf.hub import Publication
@@ -35,25 +34,20 @@ def command(
 
     Example: mlx-esm push my-model me/my-model --base-model facebook/esm2_t12_35M_UR50D
     """
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
-        with errors_told(console):
-            from mlx_esm_hf.hub import publish
+    with told(stderr(), lambda: "Stopped. The same command sends only what is missing."):
+        from mlx_esm_hf.hub import publish
 
-            publication = publish(
-                folder,
-                repo,
-                commit_message=message,
-                private=private or None,
-                revision=revision,
-                create_pr=create_pr,
-                base_model=base_model,
-                license=license,
-                dry_run=dry_run,
-            )
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command sends only what is missing.")
-        raise typer.Exit(STOPPED) from None
+        publication = publish(
+            folder,
+            repo,
+            commit_message=message,
+            private=private or None,
+            revision=revision,
+            create_pr=create_pr,
+            base_model=base_model,
+            license=license,
+            dry_run=dry_run,
+        )
     for line in listing(publication):
         typer.echo(line)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,18 +72,6 @@ def is_told(error: Exception) -> bool:
 
 
 @contextmanager
-def errors_told(console: Console) -> Iterator[None]:
-    """Around the work of a command: errors as messages; bugs keep their traceback."""
-    try:
-        yield
-    except Exception as error:
-        if not is_told(error):
-            raise
-        console.print(f"[bold red]Error:[/] {escape(str(error) or type(error).__name__)}", markup=True)
-        raise typer.Exit(FAILED) from error
-
-
-@contextmanager
 def running(output: Path | None, quiet: bool = False, source: str = "") -> Iterator[Running]:
     """Around the work of a job: a progress bar on a terminal, and errors as messages.
 
@@ -92,18 +80,40 @@ def running(output: Path | None, quiet: bool = False, source: str = "") -> Itera
         quiet: print nothing but errors.
         source: of the proteins.
     """
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    run = Running(console, quiet or other_rank())
-    try:
-        with errors_told(console), run.bar:
-            yield run
-    except KeyboardInterrupt:
-        from mlx_esm_hf.data.proteins import is_stream
+    run = Running(stderr(), quiet or other_rank())
+    with told(run.console, lambda: f"Stopped. What is done is kept in {output}; {going_on(source)}."), run.bar:
+        yield run
 
-        again = "the same command goes on from there"
-        if is_stream(source):
-            again = "what is read only once cannot be taken up again"
-        console.print(f"Stopped. What is done is kept in {output}; {again}.")
+
+def going_on(source: str) -> str:
+    """Whether what was stopped can be taken up again."""
+    from mlx_esm_hf.data.proteins import is_stream
+
+    if is_stream(source):
+        return "what is read only once cannot be taken up again"
+    return "the same command goes on from there"
+
+
+def stderr() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def told(console: Console, stopped: Callable[[], str]) -> Iterator[None]:
+    """Around what may fail: errors as messages, and the exit codes; bugs keep their traceback.
+
+    Args:
+        stopped: what to say after Ctrl-C.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_told(error):
+            raise
+        console.print(f"[bold red]Error:[/] {escape(str(error) or type(error).__name__)}", markup=True)
+        raise typer.Exit(FAILED) from error
+    except KeyboardInterrupt:
+        console.print(stopped())
         raise typer.Exit(STOPPED) from None
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.modeling_inputs import IGNORED, Tables, as_array, check_inputs, check_labels, evaluate, host, labels_at
-from mlx_esm_hf.modeling_layers import LayerNorm, Linear
+from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear, whole_weight
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
     MLXBaseModelOutputWithPooling,
@@ -53,9 +53,9 @@ def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -
     return layer
 
 
-def embedding(config: MLXEsmConfig, size: int) -> nn.Embedding:
+def embedding(config: MLXEsmConfig, size: int) -> Embedding:
     """An embedding table under transformers' initialisation: normal, the row of the padding token zero."""
-    table = nn.Embedding(size, config.hidden_size)
+    table = Embedding(size, config.hidden_size)
     table.weight = mx.random.normal((size, config.hidden_size), scale=config.initializer_range)
     if config.pad_token_id is not None:
         table.weight[config.pad_token_id] = 0
@@ -391,7 +391,7 @@ class MLXEsmContactPredictionHead(nn.Module):
             real = tokens != self.eos_token_id
             residues = slice(1, -1)
         pairs = (real[:, None, :, None] & real[:, None, None, :])[..., residues, residues]
-        weights = mx.split(self.regression.weight.reshape(-1, 1, 1), self.num_layers)
+        weights = mx.split(whole_weight(self.regression).reshape(-1, 1, 1), self.num_layers)
         logits = self.regression.bias
         B, L = tokens.shape
         at_once = max(1, MAPS_AT_A_TIME // (B * L * L))
@@ -454,6 +454,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     buffers = ("rotary_embeddings.inv_freq",)
     required = ("embeddings.", "encoder.")
     without_loss = ("contact_head.",)
+    quantized = ("encoder.",)
     input_embeddings = "embeddings.word_embeddings"
     residues = "LAGVSERTIDPKQNFYMHWCXBUZO"
 
