@@ -861,7 +861,7 @@ def test_whole_numbers_in_a_state_dict_are_no_weights(folder):
     model = MLXEsmForMaskedLM.from_pretrained(folder)
     name = "lm_head.dense.weight"
     state = model.state_dict() | {name: model.state_dict()[name].view(mx.int32)}
-    with pytest.raises(RuntimeError, match=f"whole numbers for floating parameters: {name}"):
+    with pytest.raises(RuntimeError, match=f"{name!r} holds whole numbers"):
         model.load_state_dict(state)
     with pytest.raises(CheckpointError, match=f"{name}' holds whole numbers"):
         MLXEsmForMaskedLM.from_pretrained(folder, state_dict=state)

@@ -159,7 +159,7 @@ def test_a_config_that_asks_for_other_outputs(name, esm2, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(esm2, model)
     (tmp_path / "in.fasta").write_text(">a\nMK<mask>AYI\n>b\nGGAC<mask>\n")
-    output, *options = {**JOBS, "score": ["out.csv"]}[name]
+    output, options = ("out.csv", []) if name == "score" else JOBS[name][:2]
     source = ["--sequence", "MKTAYI"] if name == "score" else [tmp_path / "in.fasta"]
     written = []
     for changes in ({}, {"return_dict": False, "output_attentions": True, "output_hidden_states": True}):
