@@ -15,6 +15,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "i
 FAMILIES = {
     "ESM-2": {"position_embedding_type": "rotary", "emb_layer_norm_before": False},
     "ESM-1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True},
+    "ESM-1v": {"position_embedding_type": "absolute", "emb_layer_norm_before": False},
 }
 
 
