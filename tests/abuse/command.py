@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.pipelines.models import UBIQUITIN, write_model
@@ -92,6 +93,17 @@ def done(case):
     return DONE if "--picture" in CASES[case][1] else LEFT_OUT
 
 
+def outputs(case, folder):
+    """The files of a case, the first one its --output."""
+    return [folder / name for name in CASES[case][1] if not name.startswith("--")]
+
+
+def wait_for_shard(process, folder):
+    """Until a command has written its first shard somewhere in a folder; or has ended."""
+    while process.poll() is None and not list(folder.rglob("shard-*")):
+        time.sleep(0.005)
+
+
 def file_operations(said):
     """How many the command counted."""
     return int(re.search(r"file operations: (\d+)", said)[1])
@@ -109,3 +121,23 @@ def content(path):
         return data
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def outcomes(module, arguments, at_once=100):
+    """What a module of this folder says of each argument, {argument: line}, in processes that may die of one: the
+    outcome of that is "crash" or "hang"."""
+    found, left = {}, list(arguments)
+    while left:
+        command = [sys.executable, "-m", module, *left[:at_once]]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            out, died = process.communicate(timeout=TIMEOUT)[0], "crash"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, died = process.communicate()[0], "hang"
+        said = [json.loads(line) for line in out.splitlines()]
+        found |= {line["argument"]: line for line in said}
+        if len(said) < min(at_once, len(left)):
+            found[left[len(said)]] = {"outcome": died, "error": f"exit code {process.returncode}"}
+        left = [argument for argument in left if argument not in found]
+    return found
