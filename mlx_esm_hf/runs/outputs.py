@@ -43,6 +43,7 @@ def check_outputs(
     paths = [Path(other) for other in others if other is not None]
     if output is not None:
         path = Path(output)
+        remove_gone(shards_of(output))  # of a process that was killed there
         if path.suffix not in suffixes:
             known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
             raise ValueError(f"{output}: the formats of this command are told by the suffixes {known}.")
@@ -141,7 +142,9 @@ def write_files(files: Mapping[Path, Write], shards: Path) -> None:
         replace_file(shards / WRITTEN, json.dumps(written).encode())
 
     for path, write in files.items():
-        if not is_written(path, written):
+        if is_written(path, written):
+            remove_parts(path)  # its other name, if a kill came right after it got this one
+        else:
             write_new(path, write, remember)
     discard(shards)
 
@@ -191,7 +194,11 @@ def identity(path: Path) -> list[int]:
 
 def discard(folder: Path) -> None:
     """Remove shards of which something was made. Renamed first, so that no part of them looks like a run."""
-    gone = folder.with_name(f"{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(folder, gone)
-    shutil.rmtree(gone)
+    remove_gone(folder)
+    os.replace(folder, f"{folder}.gone")
+    remove_gone(folder)
+
+
+def remove_gone(folder: Path) -> None:
+    """Remove what is left of shards that are done with; if another process does so, too, that does not matter."""
+    shutil.rmtree(f"{folder}.gone", ignore_errors=True)

@@ -32,6 +32,8 @@ CASES = {
     "perplexity .csv": ("perplexity", ["out.csv"], []),
     "generate .fasta": ("generate", ["out.fasta"], ["--order", "left-to-right"]),
 }
+# Of each family some; ESM-1v has no contact head that was trained.
+FAMILY_OF = {"score": "ESM-1v", "fill-mask": "ESM-1v", "contacts": "ESM-1b", "perplexity": "ESM-1b"}
 
 
 class Inputs:
@@ -60,18 +62,22 @@ class Inputs:
         rows[7] = "A1M"  # is left out
         self.mutants.write_text("\n".join(["mutant", *rows, ""]))
 
-    def command(self, case, folder, family="ESM-2"):
-        """The arguments of a case whose files go into a folder."""
+    def command(self, case, folder, fasta=None, batch_tokens=8):
+        """The arguments of a case whose files go into a folder.
+
+        Args:
+            fasta: proteins; by default those of these inputs.
+        """
         job, files, options = CASES[case]
         if job != "score":
-            given = [self.fasta]
+            given = [fasta or self.fasta]
         elif "--picture" in files:
             given = ["--sequence", WILD_TYPE]
         else:
-            given = [self.mutants, "--sequence", WILD_TYPE, "--model", self.models["ESM-1b"]]
+            given = [self.mutants, "--sequence", WILD_TYPE, "--model", self.models["ESM-2"]]
         files = [name if name.startswith("--") else folder / name for name in files]
-        model = self.models[family] if job != "score" else self.models["ESM-1v"]
-        arguments = [job, *given, "--model", model, "--batch-tokens", "8", *options, "--output", *files]
+        model = self.models[FAMILY_OF.get(job, "ESM-2")]
+        arguments = [job, *given, "--model", model, "--batch-tokens", batch_tokens, *options, "--output", *files]
         return [sys.executable, "-m", "tests.abuse.child", *map(str, arguments)]
 
 
@@ -91,6 +97,11 @@ def run(arguments, **options):
 def done(case):
     """The exit code of a case that nobody disturbs."""
     return DONE if "--picture" in CASES[case][1] else LEFT_OUT
+
+
+def has_ended(case, code, said):
+    """Whether this is the end of a run that is done now, or was before, of which there is only the file."""
+    return code == done(case) or (code == FAILED and "is there already: choose another" in said)
 
 
 def outputs(case, folder):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.abuse.command import FAILED, contents, done, run, start
+from tests.abuse.command import contents, has_ended, run, start
 
 KILLS = 10  # of each case
 
@@ -42,8 +42,7 @@ def test_kills_leave_no_trace(case, inputs, whole, tmp_path):
         else:
             killed += kill_after(arguments, folder, dice.random() / 2)
         code, said = run(arguments)
-        ended = code == done(case) or (code == FAILED and "is there already" in said)  # killed when all was done
-        if not ended or contents(folder) != expected:
+        if not has_ended(case, code, said) or contents(folder) != expected:
             wrong.append((number, code, said, sorted(contents(folder))))
     print(f"{case}: {killed} kills, wrong: {len(wrong)}")
     assert not wrong, wrong[0]

@@ -251,14 +251,22 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     written = output.read_bytes()
+    replace = os.replace
+
+    def kill_after_renaming(source, target):
+        replace(source, target)
+        if str(target).endswith(".gone"):
+            raise Killed
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "mlx_esm_hf.runs.outputs.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or kill()
-        )
+        patch.setattr(os, "replace", kill_after_renaming)
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     assert output.read_bytes() == written
-    assert not Path(f"{output}.shards").exists()
+    assert [p.name for p in tmp_path.iterdir() if p != output] == ["out.npz.shards.gone"]
+    with pytest.raises(ValueError, match="is there already: choose another output"):
+        embed(fasta, folder, output, batch_tokens=256)
+    assert list(tmp_path.iterdir()) == [output]
     output.unlink()
     report = embed(fasta, folder, output, batch_tokens=256)
     assert output.read_bytes() == written and len(report.left_out) == 1
