@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not os.access(GROUP / "cgroup.procs", os.W_OK),
     reason="needs a memory cgroup that it may write",
 )
-MEGABYTES = (80, 120, 160, 200, 240, 280, 320, 400)
+MEGABYTES = (20, 30, 40, 50, 60, 80, 120, 200, 400)
 
 
 @pytest.fixture
