@@ -38,16 +38,19 @@ def check_outputs(
         others: files to be written beside it.
 
     Raises:
-        ValueError: no format has this suffix, a library is not installed, a folder is missing, or a file is there.
+        ValueError: no format has this suffix, a library is not installed, a folder is missing, a file is there, or
+            another process writes it.
+        OSError: the folder cannot be written.
     """
     paths = [Path(other) for other in others if other is not None]
     if output is not None:
         path = Path(output)
-        remove_gone(shards_of(output))  # of a process that was killed there
         if path.suffix not in suffixes:
             known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
             raise ValueError(f"{output}: the formats of this command are told by the suffixes {known}.")
         check_writable(path)
+        with locked(path):  # which also removes the lock of a process that was killed at its end
+            remove_gone(shards_of(path))
         if path.suffix:
             paths.append(path)
     for path in paths:

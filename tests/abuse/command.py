@@ -32,7 +32,7 @@ CASES = {
     "perplexity .csv": ("perplexity", ["out.csv"], []),
     "generate .fasta": ("generate", ["out.fasta"], ["--order", "left-to-right"]),
 }
-# Of each family some; ESM-1v has no contact head that was trained.
+# The others ask ESM-2.
 FAMILY_OF = {"score": "ESM-1v", "fill-mask": "ESM-1v", "contacts": "ESM-1b", "perplexity": "ESM-1b"}
 
 

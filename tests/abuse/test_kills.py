@@ -8,7 +8,7 @@ import pytest
 
 from tests.abuse.command import contents, has_ended, run, start
 
-KILLS = 10  # of each case
+KILLS = 9  # of each case
 
 
 def kill_before_file_operation(arguments, number):
