@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -87,44 +86,11 @@ def accession(name: str) -> str:
     return parts[1] if len(parts) == 3 and parts[0] in ("sp", "tr") and parts[1] else name
 
 
-class HDF5Target(io.FileIO):
-    """A file that HDF5 writes to and that keeps the first error to itself: HDF5 crashes where a disk is full.
-
-    Attributes:
-        error: the first one. What was written after it counts for nothing.
-    """
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        rest = memoryview(data).cast("B")
-        try:
-            while rest:
-                rest = rest[super().write(rest) :]
-        except OSError as error:
-            self.error = self.error or error
-        return len(data)
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size or 0
-
-
 def write_h5(path: Path, run: Run) -> None:
     """UniProt's layout: a dataset for each accession; a group of them where there are several kinds of results."""
-    with HDF5Target(path, "w+") as target:
-        _write_h5(target, run)
-    if target.error is not None:
-        raise target.error
-
-
-def _write_h5(target: HDF5Target, run: Run) -> None:
     import h5py
 
-    with h5py.File(target, "w") as file:
+    with h5py.File(path, "w") as file:
         file.attrs.update({key: json.dumps(value) for key, value in metadata(run).items()})
         for name, result in unique_names(run):
             short = accession(result.id) + name[len(result.id) :]
@@ -133,8 +99,6 @@ def _write_h5(target: HDF5Target, run: Run) -> None:
                 if key in file:  # two entries with one accession
                     key = f"{result.number}_{key}"
                 file.create_dataset(key, data=array).attrs["original_id"] = result.id
-            if target.error is not None:
-                return
 
 
 def write_csv(path: Path, run: Run) -> None:

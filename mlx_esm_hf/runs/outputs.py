@@ -198,10 +198,15 @@ def identity(path: Path) -> list[int]:
 def discard(folder: Path) -> None:
     """Remove shards of which something was made. Renamed first, so that no part of them looks like a run."""
     remove_gone(folder)
-    os.replace(folder, f"{folder}.gone")
+    os.replace(folder, gone_from(folder))
     remove_gone(folder)
 
 
+def gone_from(folder: Path) -> Path:
+    """What shards are called while they are removed."""
+    return folder.with_name(f"{folder.name}.gone")
+
+
 def remove_gone(folder: Path) -> None:
-    """Remove what is left of shards that are done with; if another process does so, too, that does not matter."""
-    shutil.rmtree(f"{folder}.gone", ignore_errors=True)
+    """Remove what is left of shards that are not needed any more, which may be in the middle of being removed."""
+    shutil.rmtree(gone_from(folder), ignore_errors=True)
