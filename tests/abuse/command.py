@@ -140,13 +140,15 @@ def outcomes(module, arguments, at_once=100):
     found, left = {}, list(arguments)
     while left:
         command = [sys.executable, "-m", module, *left[:at_once]]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         try:
             out, died = process.communicate(timeout=TIMEOUT)[0], "crash"
         except subprocess.TimeoutExpired:
             process.kill()
             out, died = process.communicate()[0], "hang"
-        said = [json.loads(line) for line in out.splitlines()]
+        said = [json.loads(line) for line in out.splitlines() if line.startswith('{"argument"')]
         found |= {line["argument"]: line for line in said}
         if len(said) < min(at_once, len(left)):
             found[left[len(said)]] = {"outcome": died, "error": f"exit code {process.returncode}"}

@@ -176,6 +176,7 @@ def test_malformed_checkpoints(kind, tmp_path):
         abuse(folder, dice)
     sound = {family: str(tmp_path / family) for family in FAMILIES}
     found = outcomes("tests.abuse.loader", [*sound.values(), *map(str, folders)])
+    assert all(found[folder]["outcome"] == "loaded" for folder in sound.values())
     counts = Counter(found[str(folder)]["outcome"] for folder in folders)
     wrong = []
     for folder, family in folders.items():
