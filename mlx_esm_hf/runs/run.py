@@ -54,7 +54,7 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
         if mine:
             chunk = turn[ranks.rank()]
             data = shard_bytes(chunk, job.compute(chunk.items))
-        for chunk, shard in zip(turn, ranks.gather(data), strict=False):
+        for chunk, shard in zip(turn, ranks.gather(data, turn[0].number), strict=False):
             if shard and ranks.rank() == 0:
                 run.add(shard_name(chunk.number), shard)
         on_progress(Progress(residues(turn), residues(compress(turn, missing)), job.total))
