@@ -30,7 +30,7 @@ class Vocabulary:
         self.ids: dict[str, int] = tokenizer.get_vocab()
         self.pad: int = tokenizer.pad_token_id
         self.mask: int = tokenizer.mask_token_id
-        row: list[int] = tokenizer("A")["input_ids"]
+        row = _ids_of_a_residue(tokenizer, self.name)
         place = row.index(self.ids["A"])
         self.before, self.after = row[:place], row[place + 1 :]
         self._tokenizer = tokenizer
@@ -54,3 +54,10 @@ class Vocabulary:
     def decode(self, ids: np.ndarray) -> list[str]:
         """The tokens of ids [positions]."""
         return self._tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+def _ids_of_a_residue(tokenizer: Any, name: str) -> list[int]:
+    try:
+        return tokenizer("A")["input_ids"]
+    except TypeError as error:  # such as a model_max_length that is no number
+        raise ValueError(f"The tokenizer of {name} fails ({error}): its tokenizer_config.json is damaged.") from error

@@ -1,13 +1,14 @@
 """Loads checkpoints one after the other, in a process that may die of one: `python -m tests.abuse.loader FOLDER ...`
 
-For each a line of JSON: {"argument", "outcome", "error", "logits", "log_probabilities"}, the logits of token ids, and
-what the jobs' model says of residues. The outcome is "loaded", "refused" (by an error that is meant for a user) or
-"bug" (any other).
+For each a line of JSON: {"argument", "outcome", "error", "logits", "log_probabilities", "warned"}, the logits of token
+ids, and what the jobs' model says of residues. The outcome is "loaded", "refused" (by an error that is meant for a
+user) or "bug" (any other).
 """
 
 import json
 import sys
 import traceback
+import warnings
 
 from mlx_esm_hf import MLXAutoModelForMaskedLM
 from mlx_esm_hf.pipelines import load
@@ -18,6 +19,12 @@ MEANT_FOR_USERS = (OSError, ValueError)
 
 
 def attempt(folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        return {**outcome(folder), "warned": [str(warning.message) for warning in caught]}
+
+
+def outcome(folder):
     try:
         logits = MLXAutoModelForMaskedLM.from_pretrained(folder)(IDS, return_dict=True).logits
         model = load(MLXAutoModelForMaskedLM, folder)

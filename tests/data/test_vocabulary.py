@@ -24,3 +24,9 @@ def test_esm1_has_nothing_behind_the_residues():
 def test_a_token_that_is_none_of_the_model_s(tmp_path):
     with pytest.raises(ValueError, match="has 'é', which toy has no token for"):
         Vocabulary(EsmTokenizer(write_vocabulary(tmp_path)), "toy").encode("MKé")
+
+
+def test_a_tokenizer_that_fails_is_said_in_a_sentence(tmp_path):
+    tokenizer = EsmTokenizer(write_vocabulary(tmp_path), model_max_length="long")
+    with pytest.raises(ValueError, match="The tokenizer of toy fails .*tokenizer_config.json is damaged"):
+        Vocabulary(tokenizer, "toy")
