@@ -121,17 +121,8 @@ def file_operations(said):
 
 
 def contents(folder):
-    """{path: content} of all that is in a folder."""
-    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def content(path):
-    """The bytes of a file; of a safetensors file, whose header has no order, the header and the bytes behind it."""
-    data = path.read_bytes()
-    if path.suffix != ".safetensors":
-        return data
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
+    """{path: bytes} of all that is in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def outcomes(module, arguments, at_once=100):
