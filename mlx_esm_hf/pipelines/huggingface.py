@@ -69,7 +69,7 @@ def pipeline(
         shared = {name: loading[name] for name in SHARED if name in loading}
         if tokenizer == model and getattr(network.config, "_commit_hash", None):
             shared["revision"] = network.config._commit_hash  # that of the weights, whatever was pushed meanwhile
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False, **shared)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **shared)
     return pipeline_class(network.eval(), tokenizer, batch_size)
 
 

@@ -168,7 +168,7 @@ def load(
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
     network = load_network(cls, model, revision=revision or "main", dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
     commit = getattr(network.config, "_commit_hash", None) or revision
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
     loaded = ProteinModel(network.eval(), tokenizer, str(model), commit, long, wanted)

@@ -208,3 +208,9 @@ def test_no_two_models_at_once(models, tmp_path, monkeypatch, method):
     score(MUTANTS, WILD, [*models, str(write_model(tmp_path / "third", seed=2))], tmp_path / "o.csv", method=method)
     score(MUTANTS, WILD, models, method=method)
     assert len(alive) == 5
+
+
+def test_a_table_that_begins_with_an_empty_line(tmp_path):
+    (tmp_path / "mutants.csv").write_text("\nmutant\nM1A\n")
+    with pytest.raises(ValueError, match="has no column 'mutant' .*, but nothing in its first line"):
+        score(tmp_path / "mutants.csv", "MKTAYI", "no model is loaded")
