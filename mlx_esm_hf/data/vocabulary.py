@@ -42,7 +42,7 @@ class Vocabulary:
                 f"The vocabulary of {self.name} lacks the residues {', '.join(missing)}: its tokenizer is not one of "
                 "proteins, or its vocab.txt is damaged."
             )
-        row: list[int] = tokenizer("A")["input_ids"]
+        row = _ids_of_a_residue(tokenizer, self.name)
         if self.ids["A"] not in row:
             raise ValueError(f"The tokenizer of {self.name} does not make one token of a residue, but {row} of A.")
         place = row.index(self.ids["A"])
@@ -107,3 +107,10 @@ def refuse_other_tokenizer(tokenizer: Any, config: Any, residues: str = "", name
             "unless the model was trained with it.",
             stacklevel=3,
         )
+
+
+def _ids_of_a_residue(tokenizer: Any, name: str) -> list[int]:
+    try:
+        return tokenizer("A")["input_ids"]
+    except TypeError as error:  # such as a model_max_length that is no number
+        raise ValueError(f"The tokenizer of {name} fails ({error}): its tokenizer_config.json is damaged.") from error

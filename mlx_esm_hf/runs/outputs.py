@@ -38,7 +38,9 @@ def check_outputs(
         others: files to be written beside it.
 
     Raises:
-        ValueError: no format has this suffix, a library is not installed, a folder is missing, or a file is there.
+        ValueError: no format has this suffix, a library is not installed, a folder is missing, a file is there, or
+            another process writes it.
+        OSError: the folder cannot be written.
     """
     paths = [Path(other) for other in others if other is not None]
     if output is not None:
@@ -47,10 +49,10 @@ def check_outputs(
             known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
             raise ValueError(f"{output}: the formats of this command are told by the suffixes {known}.")
         check_writable(path)
+        with locked(path):  # which also removes the lock of a process that was killed at its end
+            remove_gone(shards_of(path))
         if path.suffix:
             paths.append(path)
-            if ranks.rank() == 0:
-                remove_gone(shards_of(path))
     for path in paths:
         check_writable(path)
         if paths.count(path) > 1:
@@ -145,7 +147,9 @@ def write_files(files: Mapping[Path, Write], shards: Path) -> None:
         replace_file(shards / WRITTEN, json.dumps(written).encode())
 
     for path, write in files.items():
-        if not is_written(path, written):
+        if is_written(path, written):
+            remove_parts(path)  # its other name, if a kill came right after it got this one
+        else:
             write_new(path, write, remember)
     discard(shards)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_esm_hf.runs import ranks
-from mlx_esm_hf.runs.files import GO_ON, replace_file
+from mlx_esm_hf.runs.files import GO_ON, remove_all_parts, replace_file
 from mlx_esm_hf.runs.job import Chunk, Job, OnProgress, Progress, Result, chunks
 from mlx_esm_hf.runs.shards import read_shard, shard_bytes, shard_items, shard_name
 
@@ -55,7 +55,7 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
         if mine:
             chunk = turn[ranks.rank()]
             data = shard_bytes(chunk, job.compute(chunk.items))
-        for chunk, shard in zip(turn, ranks.gather(data), strict=False):
+        for chunk, shard in zip(turn, ranks.gather(data, turn[0].number), strict=False):
             if shard and ranks.rank() == 0:
                 run.add(shard_name(chunk.number), shard)
         on_progress(Progress(residues(turn), residues(compress(turn, missing)), job.total))
@@ -101,6 +101,7 @@ class Run:
         if (self.folder / MANIFEST).exists():
             before = read_manifest(self.folder)
             self._refuse_another(before)
+            remove_all_parts(self.folder)
             self.manifest = before
             self.checksums = read_checksums(self.folder / CHECKSUMS)
             if self.finished and not self._intact():
@@ -114,6 +115,7 @@ class Run:
         ):
             raise ValueError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_all_parts(self.folder)
         self._write_manifest()
 
     def _refuse_another(self, before: dict[str, Any]) -> None:

@@ -113,3 +113,9 @@ def test_whoever_loads_a_model_asks(read, tmp_path):
     with_vocabulary(tmp_path, swapped("<mask>", ".")).save_pretrained(folder)
     with pytest.raises(ValueError, match="has <mask> at 29, the config at 32"):
         read(str(folder))
+
+
+def test_a_tokenizer_that_fails_is_said_in_a_sentence(tmp_path):
+    tokenizer = EsmTokenizer(write_vocabulary(tmp_path), model_max_length="long")
+    with pytest.raises(ValueError, match="The tokenizer of toy fails .*tokenizer_config.json is damaged"):
+        Vocabulary(tokenizer, "toy")

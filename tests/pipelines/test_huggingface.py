@@ -1,4 +1,6 @@
+import contextlib
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +11,7 @@ import torch
 import transformers
 
 from mlx_esm_hf import MLXAutoModelForMaskedLM, MLXEsmForMaskedLM
-from mlx_esm_hf.pipelines import pipeline
-from mlx_esm_hf.pipelines.protein_model import load
+from mlx_esm_hf.pipelines import load, pipeline
 from tests.hub import Hub, serve, use
 from tests.parity import hold
 from tests.pipelines.models import UBIQUITIN, write_model
@@ -21,6 +22,14 @@ ONE, TWO = "MQIF<mask>KTLTGKTITLEVEPSDTIENVK", "MQ<mask>FVKTL<mask>GKT"
 @pytest.fixture(scope="module", params=["ESM-2", "ESM-1b"])
 def folder(request, tmp_path_factory):
     return str(write_model(tmp_path_factory.mktemp(request.param), request.param))
+
+
+def load_pipeline(folder):
+    return pipeline("fill-mask", folder)
+
+
+def load_jobs_model(folder):
+    return load(MLXAutoModelForMaskedLM, folder)
 
 
 def taken_apart(answer):
@@ -201,3 +210,19 @@ def test_options(folder):
         hold_to_transformers("fill-mask", folder, [ONE], targets=["JJ", "A"])
     features = pipeline("feature-extraction", folder)("MKT", return_tensors=True)
     assert features.shape == (1, 5, 32)
+
+
+@pytest.mark.parametrize("tokenizer_class", ["EsmTokenizer", "Tokenizer"])
+@pytest.mark.parametrize("loading", [load_pipeline, load_jobs_model])
+def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(loading, tokenizer_class, tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "model")
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Tokenizer: pass\n")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": tokenizer_class}
+    path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    with contextlib.suppress(ValueError):  # of one for which transformers has a class, that is taken
+        loading(str(folder))
+    assert not asked and not ran.exists()

@@ -300,6 +300,27 @@ def small_job(count=6):
     return Job("test", {}, {"name": "x", "sha256": "y"}, lambda: map(item, range(count)), compute, chunk_work=16)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00000002.safetensors", "index.csv"])
+def test_a_kill_leaves_no_part_of_a_file(name, tmp_path, monkeypatch):
+    """In a folder that stays."""
+    folder, whole = tmp_path / "out", tmp_path / "whole"
+    replace = os.replace
+
+    def kill(source, target):
+        if target.name == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", kill)
+        patch.setattr(Path, "unlink", lambda path, missing_ok: None)
+        compute_run(small_job(), folder, no_progress)
+    assert len([path for path in folder.iterdir() if ".part" in path.name]) == 1
+    compute_run(small_job(), folder, no_progress)
+    compute_run(small_job(), whole, no_progress)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
 def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
     fsync, calls = os.fsync, []
 
