@@ -842,7 +842,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "negative id": ({"input_ids": [[0, 5, 2], [0, 4, -1]]}, r"input_ids\[1, 2\] is -1: not a token"),
     "longer than the table": (
         {"input_ids": [[0] + [PAD] * 38, [4] * 39]},
-        r"Row 1 has 39 tokens, .* ends at 38 \(36 residues",
+        r"Row 1 has 39 tokens, .* ends at 38, special tokens included",
     ),
     "positions outside": ({"input_ids": IDS, "position_ids": [[0, 1, 2, 40]]}, "from 0 to 40; .* rows 0 to 39"),
     "negative positions": ({"input_ids": IDS, "position_ids": [[-1, 1, 2, 3]]}, "from -1 to 3; .* rows 0 to 39"),
