@@ -493,6 +493,20 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             self.freeze()
         return self
 
+    def gradient_checkpointing_enable(self) -> None:
+        """From now on, keep of each layer only its input while training, and compute its inside again for the gradient:
+        less memory, for a third more time."""
+        self._set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the gradient needs."""
+        self._set_gradient_checkpointing(False)
+
+    def _set_gradient_checkpointing(self, value: bool) -> None:
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = value
+
     @classmethod
     def can_generate(cls) -> bool:
         """Whether it writes from left to right: none here does."""

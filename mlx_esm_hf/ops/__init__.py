@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +22,7 @@ __all__ = [
     "attention",
     "attention_probabilities",
     "choose_layout",
+    "compiled",
     "gelu",
     "layer_norm",
     "linear",
@@ -154,6 +157,20 @@ def attention_probabilities(query: mx.array, key: mx.array, mask: mx.array | Non
     if mask is not None:
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     return softmax(scores)
+
+
+def compiled(function: Callable[..., Any], state: Any) -> Callable[..., Any]:
+    """A step of a training, compiled where that is faster: on a GPU.
+
+    On a CPU the kernels are fused already, and a batch is packed by the values of its mask, which a compiled function
+    does not see.
+
+    Args:
+        function: reads and changes `state`, besides its arguments.
+    """
+    if mx.default_device() == mx.cpu:
+        return function
+    return mx.compile(function, inputs=state, outputs=state)
 
 
 def choose_layout(
