@@ -40,6 +40,8 @@ WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."  # of all keys in PEFT's files
 
+ALL_LINEAR = "all-linear"  # PEFT's word for a `target_modules` of every linear layer but the output projection
+
 # Heads that PEFT trains and saves whole where the task is a classification, without being asked.
 CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 CLASSIFICATION_HEADS = ("classifier", "score")
@@ -68,8 +70,9 @@ class LoraConfig:
         r: the rank of the product B · A that is added to a weight.
         lora_alpha: the product counts `lora_alpha / r` times, with `use_rslora` `lora_alpha / √r` times.
         lora_dropout: the share of the input that the adapter does not see in training.
-        target_modules: the layers to adapt: endings of their names, or a regular expression for whole names. The
-            default is what PEFT takes for BERT; it has none for ESM.
+        target_modules: the layers to adapt: endings of their names, a regular expression for whole names, or
+            "all-linear" for all but the projection to the vocabulary. The default is what PEFT takes for BERT; it has
+            none for ESM.
         modules_to_save: endings of the names of modules to train and save as they are, such as "classifier". Where
             `task_type` is "SEQ_CLS" or "TOKEN_CLS", "classifier" and "score" are among them, as in PEFT.
         use_dora: learn the length of each row of the weight besides its direction.
@@ -445,9 +448,13 @@ def _choose(model: MLXPreTrainedModel, config: LoraConfig) -> tuple[dict[str, Lo
     layers: dict[str, LoRALinear] = {}
     within = tuple(f"{name}." for name in modules)
     for theirs, name in _peft_names(model).items():
-        if not config.targets(theirs) or f"{name}.".startswith(within):
-            continue
         layer = held[name]
+        if config.target_modules == ALL_LINEAR:
+            wanted = isinstance(layer, Linear | QuantizedLinear) and layer is not model.get_output_embeddings()
+        else:
+            wanted = config.targets(theirs)
+        if not wanted or f"{name}.".startswith(within):
+            continue
         if not isinstance(layer, Linear | QuantizedLinear):
             raise ValueError(f"target_modules name {theirs}, a {type(layer).__name__}: adapters go on linear layers.")
         layers[name] = LoRALinear(layer, config, theirs)
