@@ -155,7 +155,11 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _check_names(argument: str, names: Any) -> None:
-    if not isinstance(names, Sequence | set) or not all(isinstance(name, str) and name for name in names):
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not all(isinstance(name, str) and name for name in names)
+    ):
         raise ValueError(f"{argument}={names!r} are not names of modules.")
 
 
@@ -497,6 +501,11 @@ def _check_fit(
             f"{CONFIG} belongs to another one, or it was made for another model than {type(model).__name__}."
         )
     for key, name in names.items():
+        if name in model._tied_weights() and name not in expected:
+            raise CheckpointError(
+                f"{path} holds {key!r}, a copy of the embedding that was trained by itself, and the model has one for "
+                "both: load it with tie_word_embeddings=False."
+            )
         if name not in expected:
             raise CheckpointError(
                 f"{path} holds {key!r}, which is neither of the adapter that its {CONFIG} describes nor of its "

@@ -77,9 +77,9 @@ def train_by_chance(model: Any) -> None:
                 parameter.data = 0.2 * noise
 
 
-def base_model(folder: Any, family: str, head: str) -> Any:
-    """A model of transformers, and the same saved in a folder."""
-    model = getattr(transformers, f"Esm{HEADS[head][0]}")(config(family, head)).eval()
+def base_model(folder: Any, family: str, head: str, **overrides: Any) -> Any:
+    """A model of transformers, which is saved in a folder."""
+    model = getattr(transformers, f"Esm{HEADS[head][0]}")(config(family, head, **overrides)).eval()
     model.set_attn_implementation("eager")
     randomize(model, seed=1)
     model.save_pretrained(folder)
@@ -178,7 +178,7 @@ def test_gradients(backend, tmp_path, family, head, kind):
         {"target_modules": ["esm.encoder.layer.1.attention.self.value", "intermediate.dense"]},
         {"rank_pattern": {"value": 2, r"layer\.1\.output\.dense": 7}, "alpha_pattern": {"query": 3}},
         {"use_rslora": True, "rank_pattern": {"dense": 9}},
-        {"modules_to_save": ["lm_head", "emb_layer_norm_after"]},
+        {"modules_to_save": ["emb_layer_norm_after", "contact_head"]},
         {"target_modules": "all-linear"},
     ],
     ids=str,
@@ -254,11 +254,11 @@ def test_dropout_only_in_training(tmp_path):
     assert np.array_equal(still, model(inputs).logits)
 
 
-def our_base_with(folder: Any, lora: LoraConfig, head: str = "lm") -> Any:
+def our_base_with(folder: Any, lora: LoraConfig, head: str = "lm", **overrides: Any) -> Any:
     """A model here whose adapters are not zero."""
-    base_model(folder / "base", "ESM-2", head)
-    model = add_adapters(our_base(folder / "base", head), lora)
+    base_model(folder / "base", "ESM-2", head, **overrides)
     mx.random.seed(0)
+    model = add_adapters(our_base(folder / "base", head), lora)
     for _, module in model.named_modules():
         if isinstance(module, LoRALinear):
             module.lora_B.weight = 0.2 * mx.random.normal(module.lora_B.weight.shape)
@@ -321,7 +321,7 @@ def test_in_the_beginning(tmp_path, kind):
             assert 0.95 * bound < np.abs(array).max() <= bound >= np.abs(found[name]).max()
             assert abs(np.array(array).std() - found[name].std()) < 0.1 * bound
         else:
-            assert close(array, found[name]) if found[name].any() else not np.any(array)
+            assert np.allclose(array, found[name])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -346,7 +346,8 @@ def test_compiled_steps(tmp_path, kind):
     inputs = {name: mx.array(x) for name, x in batch("none", head="lm").items()}
     states = []
     for compile_ in (lambda step, **_: step, mx.compile):
-        model = our_base_with(tmp_path, LoraConfig(target_modules=TARGETS, **KINDS[kind])).train()
+        lora = LoraConfig(target_modules=["query", "dense"], **KINDS[kind])
+        model = our_base_with(tmp_path, lora, num_hidden_layers=1).train()
         frozen = {name: np.array(x) for name, x in tree_flatten(model.parameters()) if ".lora_" not in name}
         optimizer = optim.SGD(0.1)
         state = [model.state, optimizer.state]
@@ -358,7 +359,7 @@ def test_compiled_steps(tmp_path, kind):
 
         run = compile_(step, inputs=state, outputs=state)
         losses = [run().item() for _ in range(3)]
-        assert losses[2] < losses[0]
+        assert losses[0] > losses[1] > losses[2]
         after = dict(tree_flatten(model.parameters()))
         assert all(np.array_equal(after[name], x) for name, x in frozen.items())
         states.append({name: np.array(x) for name, x in after.items() if ".lora_" in name})
@@ -382,9 +383,9 @@ def test_merged(backend, tmp_path, family, head, kind):
     theirs = getattr(transformers, f"Esm{HEADS[head][0]}").from_pretrained(tmp_path / "merged").eval()
     inputs = for_torch(batch(head=head), theirs)
     with torch.no_grad():
-        real = inputs["attention_mask"].bool() if head != "single_label" else slice(None)
+        real = Ellipsis if head == "single_label" else batch(head=head)["attention_mask"].astype(bool)
         wanted = model.torch(**inputs).logits[real]
-        assert close(theirs(**inputs).logits[real], wanted) and close(before[np.asarray(real)], wanted)
+        assert close(theirs(**inputs).logits[real], wanted) and close(before[real], wanted)
 
 
 def quantize(model: Any, bits: int = 8) -> Any:
@@ -401,9 +402,9 @@ def test_quantized_base(tmp_path, kind):
     add_adapters(model, config).train()
     held = dict(model.named_modules())
     assert all(type(module.base_layer) is QuantizedLinear for module in held.values() if isinstance(module, LoRALinear))
-    inputs, optimizer = batch(head="single_label"), optim.Adam(1e-2)
+    inputs, optimizer = batch(head="single_label"), optim.Adam(2e-3)
     losses = []
-    for _ in range(8):
+    for _ in range(25):
         loss, gradients = nn.value_and_grad(model, lambda: model(**inputs).loss)()
         assert all("lora_" in name or "classifier" in name for name, _ in tree_flatten(gradients))
         optimizer.update(model, gradients)
@@ -415,7 +416,8 @@ def test_quantized_base(tmp_path, kind):
     trained = logits(model.eval(), "single_label")
     assert np.array_equal(logits(again, "single_label"), trained)
     merge_adapters(again)
-    assert not any(isinstance(module, nn.QuantizedLinear) for _, module in again.named_modules())
+    layer = again.esm.encoder.layer[0].attention.self
+    assert type(layer.query) is Linear and type(layer.key) is QuantizedLinear
     assert close(logits(again, "single_label"), trained)
 
 
@@ -442,10 +444,10 @@ def test_files(tmp_path, family, head, kind):
 
     settings = [peft.LoraConfig.from_pretrained(tmp_path / name).to_dict() for name in ("adapter", "ours")]
     for setting in settings:
-        assert setting.pop("base_model_name_or_path") == str(tmp_path / "base") or setting["auto_mapping"] is not None
-        del setting["auto_mapping"], setting["peft_version"]
+        del setting["base_model_name_or_path"], setting["auto_mapping"], setting["peft_version"]
         setting["target_modules"] = sorted(setting["target_modules"])
     assert settings[0] == settings[1]
+    assert config_of(tmp_path / "ours")["base_model_name_or_path"] == str(tmp_path / "base")
 
     base = getattr(transformers, f"Esm{HEADS[head][0]}").from_pretrained(tmp_path / "base").eval()
     base.set_attn_implementation("eager")
@@ -476,6 +478,24 @@ def test_a_head_that_comes_with_the_adapter(tmp_path):
     assert ours.newly_initialized == {"classifier.weight", "classifier.bias"}
     load_adapter(ours, tmp_path / "adapter")
     assert not ours.newly_initialized and np.array_equal(logits(ours, "token"), logits(model.mlx, "token"))
+
+
+def test_a_head_that_was_tied(tmp_path):
+    """PEFT trains the projection to the vocabulary by itself, which a model with one table for both cannot hold."""
+    model = peft.get_peft_model(
+        base_model(tmp_path / "base", "ESM-2", "lm"),
+        peft.LoraConfig(target_modules=TARGETS, modules_to_save=["lm_head"]),
+    ).eval()
+    train_by_chance(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert_refused(
+        tmp_path / "adapter", "holds 'lm_head.decoder.weight', a copy of the embedding .*tie_word_embeddings"
+    )
+    ours = mlx_esm_hf.MLXEsmForMaskedLM.from_pretrained(tmp_path / "base", tie_word_embeddings=False)
+    load_adapter(ours, tmp_path / "adapter")
+    inputs = batch("none", head="lm")
+    with torch.no_grad():
+        assert close(ours(**inputs).logits, model(**for_torch(inputs, model)).logits)
 
 
 def test_another_family(tmp_path):
@@ -585,7 +605,7 @@ def test_what_changes_the_numbers(saved, name):
         ),
         ({"target_modules": ["query"]}, r"holds 'esm.*value.lora_A.weight', which is neither"),
         ({"use_dora": True}, r"lacks 6 of the adapter's arrays, 'esm.*query.lora_magnitude_vector' among them"),
-        ({"r": 5}, r"query.lora_A.weight' is mlx.core.float32 of shape \(4, 48\), where .* shape \(5, 48\)"),
+        ({"r": 5}, r"query.lora_A.weight' is mlx.core.float32 of shape \(4, 32\), where .* shape \(5, 32\)"),
     ],
     ids=lambda value: str(value)[:40],
 )
