@@ -292,6 +292,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             variant: write `model.<variant>.safetensors`.
             safe_serialization: of transformers 4.x. True is all there is: no pickle is ever written.
             push_to_hub: push the folder afterwards; `kwargs` are those of `push_to_hub`.
+
+        Raises:
+            ValueError: a module says by an attribute `not_saved` why it cannot be written.
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no argument {', '.join(map(repr, kwargs))}.")
@@ -299,6 +302,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             raise ValueError(
                 "Only safetensors are written; transformers for torch reads them: leave this argument out."
             )
+        for name, module in self.named_modules():
+            if advice := getattr(module, "not_saved", None):
+                raise ValueError(f"{name} {advice}.")
         config = copy.deepcopy(self.config)
         architecture = type(self).__name__
         if config.model_type in CONFIG_MAPPING_NAMES:  # transformers has this model, too

@@ -19,6 +19,7 @@ from mlx_esm_hf.ops.layout import Layout
 
 __all__ = [
     "Layout",
+    "activated",
     "attention",
     "attention_probabilities",
     "choose_layout",
@@ -67,7 +68,7 @@ def linear(
     if _backend(x, weight, bias, residual) is kernels:
         return kernels.linear(x, weight, bias, residual, activation)
     y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    return _activated(y, residual, activation)
+    return activated(y, residual, activation)
 
 
 def quantized_linear(
@@ -92,10 +93,11 @@ def quantized_linear(
         whole = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
         return linear(x, whole.astype(x.dtype), bias, residual, activation)
     y = mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-    return _activated(y if bias is None else y + bias, residual, activation)
+    return activated(y if bias is None else y + bias, residual, activation)
 
 
-def _activated(y: mx.array, residual: mx.array | None, activation: str | None) -> mx.array:
+def activated(y: mx.array, residual: mx.array | None, activation: str | None) -> mx.array:
+    """The activation of y, then + residual: what `linear` does behind its product."""
     if activation == "gelu":
         y = gelu(y)
     elif activation == "relu":
