@@ -15,13 +15,17 @@ from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.models.auto import MLXAutoModelForSequenceClassification, MLXAutoModelForTokenClassification
 from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, merge_adapters
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
-from mlx_esm_hf.training.metrics import metrics_for
+from mlx_esm_hf.training.metrics import compute_metrics_for
 from mlx_esm_hf.training.run_folder import training_folder
 from mlx_esm_hf.training.tables import TASKS, LabelledProteins, read_table
 from mlx_esm_hf.training.token_store import held_out
 from mlx_esm_hf.training.trainer import MLXTrainer
 
 HOW = ("lora", "dora", "full", "head")
+USUAL_METRICS = {
+    "single_label_classification": ("accuracy", "matthews_corrcoef"),
+    "regression": ("spearman", "root_mean_squared_error"),
+}
 
 
 def finetune(
@@ -98,6 +102,7 @@ def finetune(
             add_adapters(network, config)
         elif train == "head":
             network.base_model.freeze()
+        problem = "regression" if task == "regression" else "single_label_classification"
         collator = DataCollatorForTokenClassification if task == "residues" else DataCollatorWithPadding
         trainer = MLXTrainer(
             network,
@@ -106,7 +111,7 @@ def finetune(
             train_dataset=data,
             eval_dataset=checked,
             processing_class=tokenizer,
-            compute_metrics=metrics_for(task, metrics),
+            compute_metrics=compute_metrics_for(problem, metrics or USUAL_METRICS[problem]),
         )
         trainer.train(resume_from_checkpoint=goes_on)
         measured = trainer.evaluate()
