@@ -1,4 +1,4 @@
-"""Check an installed wheel: on a Linux CPU its kernels are on, and a small model answers with them as without them.
+"""Check an installed wheel: it holds no libmlx, its kernels are on (on a Linux CPU), a small model answers as without them.
 
 Run by the Python of an environment that holds the wheel and its dependencies; the repository is not imported.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import files
 
 import mlx.core as mx
 
@@ -34,6 +35,8 @@ def answer() -> list[float]:
 
 
 def check() -> None:
+    if any(file.name.startswith("libmlx") for file in files("mlx-esm-hf") or ()):
+        sys.exit("The wheel holds a libmlx. It is mlx-cpu's: a second one would have devices and streams of its own.")
     print(f"kernels: {kernels.STATE}")
     if sys.platform == "linux" and kernels.native is None:
         sys.exit("The wheel has no kernels that work here.")

@@ -75,6 +75,7 @@ class TiedDecoder:
 
     @property
     def weight(self) -> mx.array:
+        """[vocabulary, D]"""
         return self._model.get_input_embeddings().weight
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -59,6 +59,7 @@ class IncompatibleKeys(NamedTuple):
 
 @functools.cache
 def say_once(message: str) -> None:
+    """Warn of something that is the same each time."""
     logger.warning(message)
 
 
@@ -79,6 +80,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         buffers: endings of the names of arrays that follow from the config: a checkpoint may hold them or not, and they
             are neither trained nor rounded to another dtype.
         required: beginnings of the names, in the base model, of parameters that no checkpoint may lack.
+        without_loss: beginnings of the names, in the base model, of parameters that no loss reaches, so that training a
+            model does not train them.
         input_embeddings: the embedding table, as an attribute of the base model.
         output_embeddings: the projection to the vocabulary, as an attribute of the model; None, it has none. Where
             `config.tie_word_embeddings` says so, it is the embedding table.
@@ -90,6 +93,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     dialects: ClassVar[tuple[Dialect, ...]] = (Dialect(()),)
     buffers: ClassVar[tuple[str, ...]] = ()
     required: ClassVar[tuple[str, ...]] = ()
+    without_loss: ClassVar[tuple[str, ...]] = ()
     input_embeddings: ClassVar[str] = ""
     output_embeddings: ClassVar[str | None] = None
     vocabulary_biases: ClassVar[tuple[str, ...]] = ()
@@ -415,6 +419,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 yield name, array
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters hold, as transformers counts them."""
         trainable = dict(tree_flatten(self.trainable_parameters()))
         embeddings = {f"{name}.weight" for name, m in self.named_modules() if isinstance(m, nn.Embedding)}
         return sum(
@@ -434,9 +439,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return getattr(self, self.base_model_prefix) if self.base_model_prefix in self else self
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding table, [vocabulary, D]."""
         return module_at(self.base_model, self.input_embeddings)
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put another table in; a tied projection reads it, too."""
         set_module_at(self.base_model, self.input_embeddings, value)
         self.tie_weights()
 
@@ -445,6 +452,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return None if self.output_embeddings is None else module_at(self, self.output_embeddings)
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """
+        Raises:
+            ValueError: a model without a projection to the vocabulary.
+        """
         if self.output_embeddings is None:
             raise ValueError(f"{type(self).__name__} has no output embeddings.")
         set_module_at(self, self.output_embeddings, new_embeddings)
@@ -522,10 +533,12 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
     @property
     def dtype(self) -> mx.Dtype:
+        """That of the parameters."""
         return next(array.dtype for _, array in self.named_parameters() if mx.issubdtype(array.dtype, mx.floating))
 
     @property
     def device(self) -> mx.Device:
+        """MLX's default device, where every model computes."""
         return mx.default_device()
 
     def to(self: Model, *args: Any, dtype: Any = None, device: Any = None, **kwargs: Any) -> Model:
@@ -550,21 +563,27 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return mx.issubdtype(array.dtype, mx.floating) and not name.endswith(cls.buffers)
 
     def float(self: Model) -> Model:
+        """Cast the parameters to float32, in place."""
         return self.to(mx.float32)
 
     def half(self: Model) -> Model:
+        """Cast the parameters to float16, in place."""
         return self.to(mx.float16)
 
     def bfloat16(self: Model) -> Model:
+        """Cast the parameters to bfloat16, in place."""
         return self.to(mx.bfloat16)
 
     def cuda(self: Model, device: Any = None) -> Model:
+        """Accepted, and moves nothing; see `to`."""
         return self.to("cuda")
 
     def cpu(self: Model) -> Model:
+        """Accepted, and moves nothing; see `to`."""
         return self.to("cpu")
 
     def returns_dict(self, return_dict: bool | None) -> bool:
+        """Whether a call returns an output with names or a tuple: what it asks for, by default what the config says."""
         return bool(self.config.return_dict if return_dict is None else return_dict)
 
     # Parameters that no checkpoint gave
@@ -589,9 +608,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             )
 
     def train(self: Model, mode: bool = True) -> Model:
-        """Training mode, as in torch; a head that is trained is no longer refused. No loss reaches a contact head."""
+        """Training mode, as in torch; a head that is trained is no longer refused."""
         if mode:
-            self._set_newly_initialized([name for name in self._newly_initialized if "contact_head." in name])
+            prefix, names = f"{self.base_model_prefix}.", self._newly_initialized
+            untrained = [name for name in names if name.removeprefix(prefix).startswith(self.without_loss)]
+            self._set_newly_initialized(untrained)
         super().train(mode)
         return self
 
@@ -603,10 +624,12 @@ def resized(x: mx.array, rows: int) -> mx.array:
 
 
 def shapes_of(mismatched: set[Mismatch]) -> str:
+    """A line for each parameter that has another shape."""
     return "\n".join(f"  {name}: {a} in the checkpoint, {b} in the model" for name, a, b in sorted(mismatched))
 
 
 def wrong_shapes(source: str, model: str, mismatched: set[Mismatch]) -> str:
+    """The message for a checkpoint whose shapes are not the model's."""
     return (
         f"Shapes differ between {source} and {model}:\n{shapes_of(mismatched)}\nLoad it with the config that belongs "
         "to it, or pass ignore_mismatched_sizes=True to draw these parameters anew."
@@ -641,6 +664,7 @@ def module_at(module: nn.Module, path: str) -> Any:
 
 
 def set_module_at(module: nn.Module, path: str, value: Any) -> None:
+    """Put a module under such a path."""
     parent, _, name = path.rpartition(".")
     setattr(module_at(module, parent) if parent else module, name, value)
 

@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 
 import mlx_esm_hf
+from tests.tiny import tiny
 
 torch = pytest.importorskip("torch")
 save_file = pytest.importorskip("safetensors.torch").save_file
@@ -18,25 +19,7 @@ save_file = pytest.importorskip("safetensors.torch").save_file
 TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 SHARD = "20KB"  # cuts the small models into several
 
-SMALL = {
-    "vocab_size": 33,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 40,
-    "pad_token_id": 1,
-    "mask_token_id": 32,
-    "eos_token_id": 2,
-    "token_dropout": True,
-    "initializer_range": 0.2,
-}
-KINDS = {
-    "esm2": {"position_embedding_type": "rotary", "emb_layer_norm_before": False},
-    "esm1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True},
-    "esm1v": {"position_embedding_type": "absolute", "emb_layer_norm_before": False},
-}
-ESM1 = {k: SMALL[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+KINDS = {"esm2": "ESM-2", "esm1b": "ESM-1b", "esm1v": "ESM-1v"}
 
 INPUTS = {
     "input_ids": [[0, 20, 15, 32, 6, 7, 11, 4, 2], [0, 20, 9, 8, 5, 2, 1, 1, 1]],
@@ -54,7 +37,7 @@ def theirs(task):
 
 
 def config(kind="esm2", **overrides):
-    return transformers.EsmConfig(**SMALL | KINDS[kind] | overrides)
+    return transformers.EsmConfig(**tiny(KINDS[kind], **{"eos_token_id": 2, "initializer_range": 0.2} | overrides))
 
 
 def torch_model(task="ForMaskedLM", kind="esm2", **overrides):

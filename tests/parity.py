@@ -25,17 +25,13 @@ import transformers
 
 import mlx_esm_hf
 from mlx_esm_hf.models.esm.names import FAIR_ESM_1
+from tests.tiny import FAMILIES, ODD_SIZES, tiny
 
 transformers.utils.logging.disable_progress_bar()
 
 CLS, PAD, EOS, MASK = 0, 1, 2, 32  # of ESM-1b, ESM-1v and ESM-2
 RESIDUES = range(4, 24)
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "ESM-1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True, "layer_norm_eps": 1e-5},
-    "ESM-1v": {"position_embedding_type": "absolute", "emb_layer_norm_before": False, "layer_norm_eps": 1e-12},
-    "ESM-2": {"position_embedding_type": "rotary", "emb_layer_norm_before": False, "layer_norm_eps": 1e-5},
-}
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "model": ("Model", {}),
     "lm": ("ForMaskedLM", {}),
@@ -45,19 +41,12 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "regression": ("ForSequenceClassification", {"num_labels": 1, "problem_type": "regression"}),
     "regressions": ("ForSequenceClassification", {"num_labels": 3, "problem_type": "regression"}),
 }
-SIZES = (
-    {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 72},
-    {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 160},
-    {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96},
-)
 
 
 def config(family: str, head: str = "lm", **overrides: Any) -> transformers.EsmConfig:
-    size = SIZES[(list(FAMILIES).index(family) + list(HEADS).index(head)) % len(SIZES)]
-    vocabulary = {"vocab_size": 33, "pad_token_id": PAD, "mask_token_id": MASK, "max_position_embeddings": 40}
+    size = ODD_SIZES[(list(FAMILIES).index(family) + list(HEADS).index(head)) % len(ODD_SIZES)]
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    settings = {**vocabulary, **off, **size, **FAMILIES[family], **HEADS[head][1], "token_dropout": True, **overrides}
-    return transformers.EsmConfig(**settings)
+    return transformers.EsmConfig(**tiny(family, **{**off, **size, **HEADS[head][1], **overrides}))
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:

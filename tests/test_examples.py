@@ -12,6 +12,7 @@ import transformers
 from transformers import EsmConfig
 
 from mlx_esm_hf.models.esm.tokenization_esm import EsmTokenizer
+from tests.tiny import tiny
 from tests.vocabulary import write_vocabulary
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -34,16 +35,7 @@ def tiny_checkpoint(tmp_path_factory):
         folder = tmp_path_factory.mktemp(architecture)
         torch.manual_seed(0)
         config = EsmConfig(
-            vocab_size=33,
-            pad_token_id=1,
-            mask_token_id=32,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            position_embedding_type="rotary",
-            token_dropout=True,
-            initializer_range=0.5,
+            **tiny(initializer_range=0.5),
             num_labels=3,
             id2label={0: "helix", 1: "strand", 2: "coil"},
             label2id={"helix": 0, "strand": 1, "coil": 2},

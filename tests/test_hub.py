@@ -29,7 +29,8 @@ from mlx_esm_hf.hub import publish
 from mlx_esm_hf.hub.files import read_checkpoint
 from tests.hub import Hub, Repository, environment, serve, use
 from tests.hub.repository import etag
-from tests.pipelines.models import SMALL, write_model
+from tests.pipelines.models import write_model
+from tests.tiny import SIZE, VOCABULARY
 from tests.vocabulary import write_vocabulary
 
 ROOT = Path(mlx_esm_hf.__file__).parents[1]
@@ -166,9 +167,9 @@ ESM1 = {"vocab_size": 35, "pad_token_id": 1, "mask_token_id": 33}
 def test_push_of_config_and_tokenizer(hub, tmp_path, kind):
     """transformers' own methods, which ours inherit; each adds its files, and the card of the first one stays."""
     if kind == "ESM-1":
-        config, tokenizer = MLXEsm1Config(**SMALL), Esm1Tokenizer()
+        config, tokenizer = MLXEsm1Config(**SIZE), Esm1Tokenizer()
     else:
-        config = MLXEsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, **SMALL)
+        config = MLXEsmConfig(**VOCABULARY, **SIZE)
         tokenizer = EsmTokenizer(write_vocabulary(tmp_path))
     MLXEsmForMaskedLM(config).push_to_hub(ID, token=TOKEN)
     card = hub.repos[ID].files()["README.md"]
@@ -540,7 +541,7 @@ def test_card_of_a_model_from_the_hub(hub, made):
 
 
 def test_card_of_what_transformers_cannot_load(hub, folder, tmp_path):
-    MLXEsmForMaskedLM(MLXEsm1Config(**SMALL)).push_to_hub("me/esm1", token=TOKEN)
+    MLXEsmForMaskedLM(MLXEsm1Config(**SIZE)).push_to_hub("me/esm1", token=TOKEN)
     data, text = card(hub, "me/esm1").data, card(hub, "me/esm1").text
     assert data.library_name == "mlx" and "transformers cannot load it: it has no model_type 'esm1'" in text
     assert len(code_blocks(text)) == 1

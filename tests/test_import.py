@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import mlx_esm_hf
 
 PACKAGE = Path(mlx_esm_hf.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
 
 
 def python(script, *without):
@@ -60,6 +62,48 @@ def test_no_source_imports_torch(source):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert "torch" not in [name.partition(".")[0] for name in names], f"line {node.lineno}"
+
+
+def imported_rooms(source):
+    """(line, room) of what a source imports of the package; a room is a folder or a module right in it."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        for module in modules:
+            package, *names = module.split(".")
+            if package == PACKAGE.name and names:
+                yield node.lineno, names[0]
+
+
+FLOORS = {
+    room.removesuffix("/*"): floor
+    for floor, line in enumerate(README.split("An arrow points down")[1].split("```")[1].strip().splitlines())
+    for room in line.split()
+}
+ROOMS = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
+ENTRANCE = ("__init__", "version")  # over all floors and under them
+
+
+@pytest.mark.parametrize(
+    "source",
+    [path for path in SOURCES if ROOMS[path] not in ENTRANCE],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_arrows_point_down(source):
+    """A room imports those of the floors below it, as the README shows them."""
+    for line, room in imported_rooms(source):
+        if room not in (ROOMS[source], "version", "__version__"):
+            assert FLOORS[room] > FLOORS[ROOMS[source]], f"line {line}: {ROOMS[source]} imports {room}"
+
+
+def test_the_readme_shows_the_tree():
+    tree = README.split("## Architecture")[1].split("```")[1]
+    shown = re.search(r"^mlx_esm_hf/\n((?:  .*\n)+)", tree, re.MULTILINE)[1]
+    entries = {PACKAGE / name for name in re.findall(r"^  (\w\S*)", shown, re.MULTILINE)}
+    there = {PACKAGE / path.relative_to(PACKAGE).parts[0] for path in SOURCES} - {PACKAGE / "version.py"}
+    assert entries == there
 
 
 def test_public_names():

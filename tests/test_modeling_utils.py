@@ -20,7 +20,6 @@ import mlx_esm_hf
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmModel, modeling_utils
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from tests.checkpoints import (
-    ESM1,
     FORMATS,
     INPUTS,
     KINDS,
@@ -42,6 +41,7 @@ from tests.checkpoints import (
     torch_model,
     write,
 )
+from tests.tiny import SIZE
 
 ROOT = Path(mlx_esm_hf.__file__).parents[1]
 
@@ -372,7 +372,7 @@ def test_transformers_4_loads_what_we_save(tmp_path):
             cut = {key: (x[real] if x.shape[:2] == real.shape else x).numpy() for key, x in outputs.items()}
             assert_close(run(model), cut)
 
-    MLXEsmForMaskedLM(MLXEsm1Config(**ESM1)).save_pretrained(tmp_path / "esm1")
+    MLXEsmForMaskedLM(MLXEsm1Config(**SIZE)).save_pretrained(tmp_path / "esm1")
     roads = refusals(tmp_path / "esm1", python)
     assert len(roads) == 6 and [road for road, end in roads.items() if end == "loaded"] == ["EsmConfig"]  # no model
 
@@ -383,7 +383,7 @@ def test_transformers_4_loads_what_we_save(tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("dtype", "shard"), [("float32", "50GB"), ("float16", SHARD)])
 def test_esm1_round_trip(dtype, shard, task, tmp_path):
-    model = ours(task)(MLXEsm1Config(**ESM1, num_labels=3)).eval().to(dtype)
+    model = ours(task)(MLXEsm1Config(**SIZE, num_labels=3)).eval().to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [f"MLXEsm{task}"]
     with heard("mlx_esm_hf") as said:
@@ -417,7 +417,7 @@ def refusals(folder, python=sys.executable):
 
 def test_transformers_refuses_esm1(tmp_path):
     """By every road: it would compute something else from the same weights."""
-    MLXEsmForMaskedLM(MLXEsm1Config(**ESM1)).save_pretrained(tmp_path)
+    MLXEsmForMaskedLM(MLXEsm1Config(**SIZE)).save_pretrained(tmp_path)
     roads = refusals(tmp_path)
     assert len(roads) == 6 and "loaded" not in roads.values()
 

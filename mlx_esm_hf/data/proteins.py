@@ -48,12 +48,17 @@ class Report:
     left_out: list[str] = field(default_factory=list)
 
     def leave_out(self, message: str) -> None:
+        """
+        Raises:
+            ValueError: with `strict`, this message.
+        """
         if self.strict:
             raise ValueError(message)
         self.left_out.append(message)
 
 
 def is_stdin(source: Source) -> bool:
+    """Whether a source is standard input."""
     return isinstance(source, str) and source == STDIN
 
 

@@ -17,6 +17,7 @@ class Window(NamedTuple):
 
     @property
     def length(self) -> int:
+        """Its positions."""
         return self.stop - self.start
 
 

@@ -70,10 +70,12 @@ def task_head(config: dict[str, Any]) -> str:
 
 
 def loads_in_transformers(config: dict[str, Any]) -> bool:
+    """Whether transformers reads a checkpoint with this config."""
     return config["model_type"] in CONFIG_MAPPING_NAMES and not is_quantized(config)
 
 
 def why_not(config: dict[str, Any]) -> str:
+    """Why transformers does not."""
     if is_quantized(config):
         return "it is quantized for MLX"
     return f"it has no model_type {config['model_type']!r}"

@@ -67,6 +67,10 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        CheckpointError: there is none, or it is not that of a model.
+    """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -135,6 +139,7 @@ def count_parameters(folder: Path, weights: Iterable[str], config: dict[str, Any
 
 
 def is_quantized(config: dict[str, Any]) -> bool:
+    """Whether the weights of a checkpoint with this config are quantized."""
     return bool(config.get("quantization") or config.get("quantization_config"))
 
 

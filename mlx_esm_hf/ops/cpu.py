@@ -75,6 +75,7 @@ def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
 
 
 def gelu(x: mx.array) -> mx.array:
+    """`ops.gelu`."""
     if x.dtype == mx.float32:
         return _gelu(x)  # type: ignore[return-value]
     if x.dtype == mx.float64:
@@ -96,6 +97,7 @@ def _softmax_terms(scores: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def softmax(x: mx.array) -> mx.array:
+    """`ops.softmax`."""
     if x.dtype != mx.float32:
         return mx.softmax(x, axis=-1, precise=True)
     terms, total = _softmax_terms(x)
@@ -114,6 +116,7 @@ def _attention(query: mx.array, key: mx.array, value: mx.array, added: mx.array 
 def scaled_dot_product_attention(
     query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None, bias: mx.array | None = None
 ) -> mx.array:
+    """Attention of heads that `split_heads` has made ready, [B, H, L, d]; bias [B or 1, H, L, S]."""
     B, H, L, _ = query.shape
     S = key.shape[2]
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))

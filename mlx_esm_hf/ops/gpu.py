@@ -16,12 +16,14 @@ def gelu(x: mx.array) -> mx.array:
 
 
 def softmax(x: mx.array) -> mx.array:
+    """`ops.softmax`."""
     return mx.softmax(x, axis=-1, precise=True)
 
 
 def scaled_dot_product_attention(
     query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None, bias: mx.array | None = None
 ) -> mx.array:
+    """Attention of heads that `split_heads` has made ready, [B, H, L, d]; bias [B or 1, H, L, S]."""
     if bias is not None:
         mask = bias if mask is None else mx.where(mask, bias, mx.finfo(query.dtype).min).astype(query.dtype)
     return mx.fast.scaled_dot_product_attention(query, key, value, scale=1.0, mask=mask)

@@ -103,18 +103,22 @@ native, STATE = _load()
 def linear(
     x: mx.array, weight: mx.array, bias: mx.array | None, residual: mx.array | None, activation: str | None
 ) -> mx.array:
+    """`ops.linear`."""
     return native.linear(x, weight, bias, residual, activation)
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
+    """`ops.layer_norm`."""
     return native.layer_norm(x, weight, bias, eps)
 
 
 def gelu(x: mx.array) -> mx.array:
+    """`ops.gelu`."""
     return native.gelu(x)
 
 
 def softmax(x: mx.array) -> mx.array:
+    """`ops.softmax`."""
     return native.softmax(x)
 
 
@@ -128,6 +132,7 @@ def attention(
     bias_kv: tuple[mx.array, mx.array] | None,
     bias: mx.array | None,
 ) -> mx.array:
+    """`ops.attention`, of a batch or of a packed one."""
     seen = None if layout.visible is None else layout.visible.flatten()
     cos, sin = (x.flatten(0, 1) for x in rotary) if rotary else (None, None)
     bias_k, bias_v = (x.flatten() for x in bias_kv) if bias_kv else (None, None)

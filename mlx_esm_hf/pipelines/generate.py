@@ -24,7 +24,7 @@ ORDERS = ("confidence", "left-to-right", "gibbs")
 
 
 class Design(NamedTuple):
-    """A new sequence, from which protein it was made, the how manieth, and the mean log p of what was drawn."""
+    """A new sequence: the id of its protein, the number of the sample, and the mean log p of what was drawn."""
 
     id: str
     sample: int
@@ -62,6 +62,50 @@ class Sampling:
         p /= p.sum()
         p[1:][np.cumsum(p)[:-1] >= self.top_p] = 0
         return int(order[random.choice(len(p), p=p / p.sum())])
+
+
+@dataclass
+class Plan:
+    """Which positions are filled, and when.
+
+    Args:
+        order: "confidence", "left-to-right" or "gibbs"; see `generate`.
+        sweeps: how often "gibbs" draws each position anew.
+        samples: designs for each protein.
+        seed: of what is random.
+        kept: positions that stay as they are, all others being free; None, the masks are free.
+    """
+
+    order: str
+    sweeps: int
+    samples: int
+    seed: int
+    kept: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r} is not one of {', '.join(ORDERS)}.")
+        if self.samples < 1 or self.sweeps < 0:
+            raise ValueError("samples must be 1 at least, and sweeps must not be negative.")
+
+    def free(self, ids: np.ndarray, mask: int) -> np.ndarray:
+        """The positions of a sequence of ids that are to be filled."""
+        return np.flatnonzero(ids == mask) if self.kept is None else np.setdiff1d(np.arange(len(ids)), self.kept)
+
+    def random(self, item: Item) -> np.random.Generator:
+        """The same for a sample of a protein, whatever else is computed beside it."""
+        return np.random.default_rng([self.seed, zlib.crc32(item.content.tobytes()), item.number % self.samples])
+
+    def places(self, draft: Draft) -> np.ndarray:
+        """Which free position is filled in each pass; with "confidence" only their number counts."""
+        count = len(draft.free)
+        if self.order == "gibbs":
+            return np.concatenate([draft.random.permutation(count) for _ in range(1 + self.sweeps)])
+        return np.arange(count)
+
+    def work(self, tokens: int) -> int:
+        """Tokens that go through the model for a window of so many: a pass for each of them, in each sweep."""
+        return (1 + self.sweeps if self.order == "gibbs" else 1) * tokens * tokens
 
 
 def generate(
@@ -102,58 +146,17 @@ def generate(
     Returns:
         Without an output an iterator over `Design`.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order={order!r} is not one of {', '.join(ORDERS)}.")
     if (proteins is None) == (length is None):
         raise ValueError("Either proteins or a length is needed, and not both.")
-    if samples < 1 or sweeps < 0 or (length is not None and length < 1):
-        raise ValueError("samples and length must be 1 at least, and sweeps must not be negative.")
+    if length is not None and length < 1:
+        raise ValueError("length must be 1 at least.")
+    plan = Plan(order, sweeps, samples, seed, None if fixed is None else parse_positions(fixed))
     sampling = Sampling(temperature, top_k, top_p)
-    kept = None if fixed is None else parse_positions(fixed)
     check_outputs(output, ("", ".fasta", ".fa"))
-    protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
-
-    def free(ids: np.ndarray) -> np.ndarray:
-        if kept is None:
-            return np.flatnonzero(ids == protein_model.vocabulary.mask)
-        return np.setdiff1d(np.arange(len(ids)), kept)
-
-    def check(ids: np.ndarray) -> None:
-        if kept is not None and len(kept) and kept.max() >= len(ids):
-            raise ValueError(f"has {len(ids)} residues, and none at {kept.max() + 1}, which is to be kept")
-        if not len(free(ids)):
-            raise ValueError("has no free position: no <mask>, or all is kept")
-
-    def compute(items: Sequence[Item]) -> list[Arrays]:
-        drafts = [Draft(item.content, free(item.content), generator(item)) for item in items]
-        fill(protein_model, drafts, order, sweeps, sampling)
-        return [{"ids": draft.ids, "log_probability": np.array([draft.drawn.mean()])} for draft in drafts]
-
-    def generator(item: Item) -> np.random.Generator:
-        return np.random.default_rng([seed, zlib.crc32(item.content.tobytes()), item.number % samples])
-
-    def size(residues: int) -> int:
-        return 4 * residues + 8
-
-    def work(tokens: int) -> int:
-        passes = 1 + sweeps if order == "gibbs" else 1
-        return passes * tokens * tokens
-
-    def design(result: Result) -> Design:
-        sequence = "".join(protein_model.vocabulary.decode(result.arrays["ids"]))
-        return Design(result.id, result.number % samples + 1, sequence, float(result.arrays["log_probability"][0]))
-
-    def write(path: Path, run: Run) -> None:
-        write_fasta(path, map(design, run.results()))
-
-    source: Source
-    if proteins is not None:
-        source, described = proteins, None
-    else:
-        source, described = [("design", "<mask>" * int(length or 0))], {"name": "length", "sha256": ""}
+    designer = Designer(as_protein_model(MLXAutoModelForMaskedLM, model, output, loading), plan, sampling)
     job = ProteinJob(
         "generate",
-        protein_model,
+        designer.model,
         {
             "length": length,
             "samples": samples,
@@ -165,17 +168,19 @@ def generate(
             "top_k": top_k,
             "top_p": top_p,
         },
-        compute,
-        size,
-        work,
-        check,
-        samples,
-        described,  # of a length the settings say it all
-        aligned,
-        strict,
+        designer.compute,
+        size=lambda residues: 4 * residues + 8,
+        work=plan.work,
+        check=designer.check,
+        copies=samples,
+        input=None if proteins is not None else {"name": "length", "sha256": ""},  # of a length the settings say it all
+        aligned=aligned,
+        strict=strict,
     )
+    source: Source = [("design", "<mask>" * int(length or 0))] if proteins is None else proteins
     if output is None:
-        return map(design, job.stream(source))
+        return map(designer.design, job.stream(source))
+    write = designer.write
     return job.write(source, Path(output), {"": None, ".fasta": write, ".fa": write}, progress)
 
 
@@ -194,34 +199,68 @@ class Draft:
         self.drawn = np.zeros(len(free))  # log p of what stands at each free position
 
 
-def fill(model: ProteinModel, drafts: Sequence[Draft], order: str, sweeps: int, sampling: Sampling) -> None:
-    """Fill the free positions of all drafts side by side, one of each in a pass."""
-    mask = model.vocabulary.mask
-    standard = np.array([model.vocabulary.ids[residue] for residue in STANDARD])
-    for draft in drafts:
-        draft.ids[draft.free] = mask
-    plans = [plan(draft, order, sweeps) for draft in drafts]
-    for step in range(max(map(len, plans), default=0)):
-        active = [(draft, places[step]) for draft, places in zip(drafts, plans, strict=True) if step < len(places)]
-        if order != "confidence":
-            for draft, place in active:
-                draft.ids[draft.free[place]] = mask
-        rows = model.blended_log_probabilities([draft.ids for draft, _ in active])
-        for (draft, place), row in zip(active, rows, strict=True):
-            answers = row[draft.free][:, standard]
-            if order == "confidence":
-                place = np.where(draft.ids[draft.free] == mask, answers.max(axis=1), -np.inf).argmax()
-            residue = sampling.draw(answers[place], draft.random)
-            draft.ids[draft.free[place]] = standard[residue]
-            draft.drawn[place] = answers[place, residue]
+class Designer:
+    """A model that fills the free positions of proteins.
 
+    Args:
+        plan: which positions are filled, and when.
+        sampling: how residues are drawn.
+    """
 
-def plan(draft: Draft, order: str, sweeps: int) -> np.ndarray:
-    """Which free position is filled in each pass; with "confidence" only their number counts."""
-    count = len(draft.free)
-    if order == "gibbs":
-        return np.concatenate([draft.random.permutation(count) for _ in range(1 + sweeps)])
-    return np.arange(count)
+    def __init__(self, model: ProteinModel, plan: Plan, sampling: Sampling):
+        self.model, self.plan, self.sampling = model, plan, sampling
+        self.mask = model.vocabulary.mask
+        self.standard = np.array([model.vocabulary.ids[residue] for residue in STANDARD])
+
+    def check(self, ids: np.ndarray) -> None:
+        """
+        Raises:
+            ValueError: there is nothing to fill, or a position to be kept that the protein does not have.
+        """
+        kept = self.plan.kept
+        if kept is not None and len(kept) and kept.max() >= len(ids):
+            raise ValueError(f"has {len(ids)} residues, and none at {kept.max() + 1}, which is to be kept")
+        if not len(self.plan.free(ids, self.mask)):
+            raise ValueError("has no free position: no <mask>, or all is kept")
+
+    def compute(self, items: Sequence[Item]) -> list[Arrays]:
+        """The results of proteins: `ids` [residues], and `log_probability` [1], the mean log p of what was drawn."""
+        drafts = [
+            Draft(item.content, self.plan.free(item.content, self.mask), self.plan.random(item)) for item in items
+        ]
+        self.fill(drafts)
+        return [{"ids": draft.ids, "log_probability": np.array([draft.drawn.mean()])} for draft in drafts]
+
+    def fill(self, drafts: Sequence[Draft]) -> None:
+        """Fill the free positions of all drafts side by side, one of each in a pass."""
+        by_confidence = self.plan.order == "confidence"
+        for draft in drafts:
+            draft.ids[draft.free] = self.mask
+        orders = [self.plan.places(draft) for draft in drafts]
+        for step in range(max(map(len, orders), default=0)):
+            active = [(draft, places[step]) for draft, places in zip(drafts, orders, strict=True) if step < len(places)]
+            if not by_confidence:
+                for draft, place in active:
+                    draft.ids[draft.free[place]] = self.mask
+            rows = self.model.blended_log_probabilities([draft.ids for draft, _ in active])
+            for (draft, place), row in zip(active, rows, strict=True):
+                answers = row[draft.free][:, self.standard]
+                if by_confidence:
+                    masked = draft.ids[draft.free] == self.mask
+                    place = np.where(masked, answers.max(axis=1), -np.inf).argmax()
+                residue = self.sampling.draw(answers[place], draft.random)
+                draft.ids[draft.free[place]] = self.standard[residue]
+                draft.drawn[place] = answers[place, residue]
+
+    def design(self, result: Result) -> Design:
+        """What is handed out of a result."""
+        sequence = "".join(self.model.vocabulary.decode(result.arrays["ids"]))
+        sample = result.number % self.plan.samples + 1
+        return Design(result.id, sample, sequence, float(result.arrays["log_probability"][0]))
+
+    def write(self, path: Path, run: Run) -> None:
+        """Write the designs of a run as FASTA."""
+        write_fasta(path, map(self.design, run.results()))
 
 
 def parse_positions(text: str) -> np.ndarray:

@@ -73,6 +73,7 @@ def perplexity(
 
 
 def pass_for_each_token(tokens: int) -> int:
+    """The work of a pass through all tokens for each of them."""
     return tokens * tokens
 
 

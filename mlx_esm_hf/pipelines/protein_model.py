@@ -191,6 +191,7 @@ def load_network(cls: Any, model: str, **options: Any) -> Any:
 
 
 def is_no_load_report(record: logging.LogRecord) -> bool:
+    """A filter of what is logged, without the table of keys that did not fit."""
     return "LOAD REPORT" not in record.getMessage()
 
 

@@ -302,6 +302,7 @@ def pseudo_log_likelihood(model: ProteinModel, ids: np.ndarray) -> float:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write a CSV file; what a row lacks stays empty."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         table.writeheader()

@@ -33,6 +33,7 @@ def remove_parts(path: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
+    """Wait until what was written to a file would survive a loss of power."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -53,5 +53,6 @@ def acquire(path: Path, output: Path) -> int:
 
 
 def release(path: Path, descriptor: int) -> None:
+    """Give the lock back."""
     path.unlink(missing_ok=True)  # while it is locked, so that it is nobody else's
     os.close(descriptor)

@@ -12,10 +12,12 @@ T = TypeVar("T")
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return mx.distributed.init().rank()
 
 
 def size() -> int:
+    """How many processes there are."""
     return mx.distributed.init().size()
 
 

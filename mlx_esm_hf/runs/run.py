@@ -63,6 +63,7 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
 
 
 def residues(turn: Iterable[Chunk]) -> int:
+    """How many there are in chunks."""
     return sum(item.length for chunk in turn for item in chunk.items)
 
 
@@ -81,6 +82,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether the manifest says that all is there."""
         return "shards" in self.manifest
 
     def open(self) -> None:

@@ -15,6 +15,7 @@ from mlx_esm_hf.runs.job import Arrays, Chunk, Result
 
 
 def shard_name(number: int) -> str:
+    """The file of a chunk."""
     return f"shard-{number:08d}.safetensors"
 
 

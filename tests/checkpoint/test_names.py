@@ -11,17 +11,16 @@ from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig
 from mlx_esm_hf.checkpoint import names
 from mlx_esm_hf.checkpoint.names import names_in
 from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TRANSFORMERS_5
+from tests.tiny import SIZE, tiny
 
 TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
-SHAPE = {"hidden_size": 8, "num_hidden_layers": 11, "num_attention_heads": 2, "intermediate_size": 8}
-TOKENS = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}
+LAYERS = 11  # so that the number of some has two digits
 CONFIGS = {
-    "esm2": lambda: MLXEsmConfig(**SHAPE, **TOKENS, position_embedding_type="rotary"),
-    "esm1b": lambda: MLXEsmConfig(**SHAPE, **TOKENS, emb_layer_norm_before=True),
-    "untied": lambda: MLXEsmConfig(**SHAPE, **TOKENS, tie_word_embeddings=False),
-    "esm1": lambda: MLXEsm1Config(**SHAPE),
+    "esm2": lambda: MLXEsmConfig(**tiny("ESM-2", num_hidden_layers=LAYERS)),
+    "esm1b": lambda: MLXEsmConfig(**tiny("ESM-1b", num_hidden_layers=LAYERS)),
+    "untied": lambda: MLXEsmConfig(**tiny("ESM-1v", num_hidden_layers=LAYERS, tie_word_embeddings=False)),
+    "esm1": lambda: MLXEsm1Config(**{**SIZE, "num_hidden_layers": LAYERS}),
 }
-
 
 DIALECTS = (TRANSFORMERS_4, TRANSFORMERS_5, FAIR_ESM, FAIR_ESM_1)
 HEAD, TABLE = "lm_head.decoder.weight", "esm.embeddings.word_embeddings.weight"
@@ -38,7 +37,7 @@ def test_both_directions(dialect, kind, task):
     """Every parameter has one key or more in each dialect, each of which is read back as that parameter."""
     model = getattr(mlx_esm_hf, f"MLXEsm{task}")(CONFIGS[kind]())
     parameters = dict(tree_flatten(model.parameters()))
-    named = names_in(dialect, model.state_dict(), SHAPE["num_hidden_layers"], "esm")
+    named = names_in(dialect, model.state_dict(), LAYERS, "esm")
     found = canonical_names(named, parameters, "esm")
     assert sorted(found.values()) == sorted(parameters)
     assert all(named[key] is parameters[name] for key, name in found.items())
@@ -47,7 +46,7 @@ def test_both_directions(dialect, kind, task):
 @pytest.mark.parametrize("kind", ["esm1", "esm1b", "esm2"])
 def test_fair_esm(kind):
     """Its own models have these keys, all of them, and no others."""
-    layers = SHAPE["num_hidden_layers"]
+    layers = LAYERS
     if kind == "esm2":
         theirs = esm.ESM2(layers, 8, 2, "ESM-1b")
     else:

@@ -563,7 +563,7 @@ def test_fuzz(tmp_path_factory, format):
     path = save(example(), tmp_path_factory.mktemp("fuzz") / "x.bin", format)
     content = path.read_bytes()
 
-    @settings(max_examples=400, deadline=None, database=None)
+    @settings(max_examples=400, database=None)
     @given(CHANGES, LENGTHS)
     def check(changes, length):
         path.write_bytes(mutated(content, changes, length))

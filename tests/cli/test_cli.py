@@ -1,35 +1,32 @@
+import csv
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from Bio import SeqIO
 from safetensors import safe_open
-from transformers import EsmConfig, EsmModel
+from transformers import EsmModel
 from typer.testing import CliRunner
 
-from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmModel
+from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmModel, __version__
 from mlx_esm_hf.cli import app
+from mlx_esm_hf.ops import kernels
+from mlx_esm_hf.runtime import blas
 from tests.pipelines.models import write_model
-from tests.vocabulary import write_vocabulary
-
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+from tests.tiny import SIZE
 
 
 @pytest.fixture(scope="module")
 def esm1b(tmp_path_factory):
     """A tiny ESM-1b with room for 10 residues."""
-    folder = tmp_path_factory.mktemp("esm1b")
-    torch.manual_seed(0)
-    config = EsmConfig(
-        vocab_size=33, pad_token_id=1, mask_token_id=32, max_position_embeddings=14, initializer_range=0.3, **SMALL
-    )
-    EsmModel(config).save_pretrained(folder)
-    EsmTokenizer(write_vocabulary(folder)).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("esm1b"), "ESM-1b", positions=14)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +66,7 @@ def test_embed_is_the_mean_over_residues(run, esm1b):
 
 
 def test_embed_esm1_has_no_eos_to_leave_out(run, tmp_path):
-    model = MLXEsmModel(MLXEsm1Config(**SMALL)).eval()
+    model = MLXEsmModel(MLXEsm1Config(**SIZE)).eval()
     model.save_pretrained(tmp_path / "esm1")
     Esm1Tokenizer().save_pretrained(tmp_path / "esm1")
     result, output = run(">a\nMKTAYI\n>b\nGGGG\n", tmp_path / "esm1")
@@ -80,7 +77,7 @@ def test_embed_esm1_has_no_eos_to_leave_out(run, tmp_path):
 
 def test_embed_esm1_in_a_process_that_knows_nothing_of_it(tmp_path):
     """Its tokenizer is found by the config's `model_type`, without an import by the user."""
-    MLXEsmModel(MLXEsm1Config(**SMALL)).save_pretrained(tmp_path / "esm1")
+    MLXEsmModel(MLXEsm1Config(**SIZE)).save_pretrained(tmp_path / "esm1")
     Esm1Tokenizer().save_pretrained(tmp_path / "esm1")
     (tmp_path / "in.fasta").write_text(">a\nMKTAYI\n")
     command = [sys.executable, "-m", "mlx_esm_hf.cli", "embed", tmp_path / "in.fasta", "--model", tmp_path / "esm1"]
@@ -106,23 +103,52 @@ def test_bad_input_is_named_and_nothing_is_written(run, esm1b, fasta, message):
     assert not output.exists()
 
 
+def npz(path):
+    """{name: shape} of the arrays."""
+    with np.load(path) as file:
+        return {name: file[name].shape for name in file.files}
+
+
+def rows(path):
+    """Header and id of each row."""
+    with open(path, newline="") as file:
+        header, *others = csv.reader(file)
+    return header, [dict(zip(header, row, strict=True))["id"] for row in others]
+
+
+def titles(path):
+    """The ids of the records."""
+    return [record.id for record in SeqIO.parse(path, "fasta")]
+
+
+# For each job: what it writes, its options, and what is then found in the file.
 JOBS = {
-    "embed": ["out.npz"],
-    "fill-mask": ["out.csv", "--top-k", "2"],
-    "contacts": ["out.npz"],
-    "perplexity": ["out.csv"],
-    "generate": ["out.fasta", "--samples", "2"],
+    "embed": ("out.npz", [], npz, {"ids": (2,), "mean": (2, SIZE["hidden_size"]), "metadata": ()}),
+    "fill-mask": (
+        "out.csv",
+        ["--top-k", "2"],
+        rows,
+        (["number", "id", "position", "rank", "token", "score"], ["a", "a", "b", "b"]),
+    ),
+    "contacts": ("out.npz", [], npz, {"a": (6, 6), "b": (5, 5), "metadata": ()}),
+    "perplexity": (
+        "out.csv",
+        [],
+        rows,
+        (["number", "id", "length", "one_pass_estimate", "pseudo_perplexity"], ["a", "b"]),
+    ),
+    "generate": ("out.fasta", ["--samples", "2"], titles, ["a_1", "a_2", "b_1", "b_2"]),
 }
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_each_job_writes_its_file(esm2, tmp_path, name):
     (tmp_path / "in.fasta").write_text(">a\nMK<mask>AYI\n>b\nGGAC<mask>\n")
-    output, *options = JOBS[name]
+    output, options, read, expected = JOBS[name]
     arguments = [name, tmp_path / "in.fasta", "--model", esm2, "--output", tmp_path / output, *options]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / output).stat().st_size > 0
+    assert read(tmp_path / output) == expected
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.fasta", output]
 
 
@@ -184,8 +210,8 @@ def test_env():
     command = [sys.executable, "-m", "mlx_esm_hf.cli", "env"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "100"})
     shown = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in done.stdout.splitlines())
-    assert {"mlx-esm-hf", "mlx", "transformers", "device", "BLAS on the CPU"} <= shown.keys()
-    gflops = int(shown["float32 matmul"].split()[0])
-    if sys.platform == "linux" and "cpu" in shown["device"]:
-        assert "reference" not in shown["BLAS on the CPU"]
-        assert gflops > 10  # the reference BLAS reaches 2
+    assert shown["mlx-esm-hf"] == __version__ and shown["mlx"] == version("mlx")
+    assert shown["device"] == str(mx.default_device())
+    assert shown["kernels on the CPU"] == kernels.STATE
+    assert shown["BLAS on the CPU"] == blas.bind()
+    assert re.fullmatch(r"\d+ GFLOP/s", shown["float32 matmul"])

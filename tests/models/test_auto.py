@@ -6,11 +6,11 @@ from transformers import BertConfig
 
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig
+from tests.tiny import SIZE, tiny
 
-SHAPE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 CONFIGS = {
-    "esm": lambda: MLXEsmConfig(**SHAPE, vocab_size=33, pad_token_id=1, mask_token_id=32),
-    "esm1": lambda: MLXEsm1Config(**SHAPE),
+    "esm": lambda: MLXEsmConfig(**tiny()),
+    "esm1": lambda: MLXEsm1Config(**SIZE),
 }
 TASKS = ("Model", "ModelForMaskedLM", "ModelForSequenceClassification", "ModelForTokenClassification")
 

@@ -8,30 +8,17 @@ import torch
 
 from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsmConfig, MLXEsmForMaskedLM
 from mlx_esm_hf.pipelines.protein_model import ProteinModel
+from tests.tiny import tiny
 from tests.vocabulary import write_vocabulary
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
-SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-FAMILIES = {
-    "ESM-2": {"position_embedding_type": "rotary", "emb_layer_norm_before": False},
-    "ESM-1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True},
-}
 
 
 def write_model(folder, family="ESM-2", positions=1026, seed=0):
     """A checkpoint of random weights, large enough that answers differ, and its tokenizer."""
     mx.random.seed(seed)
-    config = MLXEsmConfig(
-        vocab_size=33,
-        pad_token_id=1,
-        mask_token_id=32,
-        eos_token_id=2,
-        token_dropout=True,
-        max_position_embeddings=positions,
-        initializer_range=0.3,
-        **SMALL,
-        **FAMILIES[family],
-    )
+    settings = {"eos_token_id": 2, "max_position_embeddings": positions, "initializer_range": 0.3}
+    config = MLXEsmConfig(**tiny(family, **settings))
     MLXEsmForMaskedLM(config).save_pretrained(folder)
     EsmTokenizer(write_vocabulary(folder)).save_pretrained(folder)
     return folder

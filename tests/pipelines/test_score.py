@@ -96,9 +96,8 @@ def test_scan_has_all_residues_at_all_positions(models, tmp_path):
     assert [row["mutant"] for row in found.rows] == [
         f"{wild}{place}{to}" for (place, wild), to in itertools.product(enumerate(WILD, 1), STANDARD)
     ]
-    for row in found.rows:
-        if row["mutant"][0] == row["mutant"][-1]:
-            assert row[models[0]] == 0
+    unchanged = [row[models[0]] for row in found.rows if row["mutant"][0] == row["mutant"][-1]]
+    assert unchanged == [0] * len(WILD)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     one = score(["K6R"], WILD, models[0])
     scan = {row["mutant"]: row[models[0]] for row in found.rows}

@@ -88,15 +88,28 @@ def test_twenty_kills_leave_no_trace(fasta, folder, whole, tmp_path):
         kill_and_go_on(fasta, folder, whole, tmp_path / f"out{seed}", kills=4, seed=seed)
 
 
+# The command, with a Ctrl-C as soon as its first shard is written.
+INTERRUPTED = """
+import os, signal, sys
+sys.modules["torch"] = None
+from mlx_esm_hf.cli import app
+from mlx_esm_hf.runs.run import Run
+add = Run.add
+def add_and_stop(self, name, data):
+    add(self, name, data)
+    os.kill(os.getpid(), signal.SIGINT)
+Run.add = add_and_stop
+app()
+"""
+
+
 def test_ctrl_c_ends_cleanly_and_goes_on(fasta, folder, whole, tmp_path):
     output = tmp_path / "out"
-    process = subprocess.Popen(command(fasta, folder, output), stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not digests(output):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate()[1]
-    if process.returncode == 130:  # it may have been done already
-        assert "goes on from there" in errors and "Traceback" not in errors
+    arguments = command(fasta, folder, output)[len(COMMAND) :]
+    stopped = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "goes on from there" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert digests(output).keys() == {"shard-00000000.safetensors"}
     subprocess.run(command(fasta, folder, output), capture_output=True, check=False)
     assert digests(output) == digests(whole)
 
@@ -229,10 +242,10 @@ def test_two_ranks_score_what_one_scores(folder, tmp_path):
     subprocess.run([*COMMAND, *options, tmp_path / "one.csv"], check=True, capture_output=True)
     two, one = ((tmp_path / f"{n}.csv").read_text().splitlines() for n in ("two", "one"))
     assert len(one) == 20 * len(UBIQUITIN) + 1, done.stderr
-    for a, b in zip(two, one, strict=True):
+    assert two[0] == one[0]
+    for a, b in zip(two[1:], one[1:], strict=True):
         assert a.split(",")[0] == b.split(",")[0]
-        if a != one[0]:
-            assert float(a.split(",")[1]) == pytest.approx(float(b.split(",")[1]), abs=1e-5)
+        assert float(a.split(",")[1]) == pytest.approx(float(b.split(",")[1]), abs=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.csv", "two.csv"]
 
 
@@ -293,24 +306,29 @@ def flip(path):
 DAMAGE = {"deleted": Path.unlink, "cut": cut, "a bit flipped": flip}
 
 
-@pytest.mark.parametrize("name", ["shard-00000002.safetensors", "index.csv", "checksums.txt"])
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_finished_run_is_looked_at_again(name, damage, tmp_path):
+# What is damaged, and how many residues are computed again: ten a shard.
+LOOKED_AT = [
+    *(("shard-00000002.safetensors", damage, 10) for damage in DAMAGE),
+    *(("index.csv", damage, 0) for damage in DAMAGE),
+    ("checksums.txt", "deleted", 60),
+    ("checksums.txt", "cut", 60),
+    ("checksums.txt", "a bit flipped", 10),  # in the last line
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "anew"), LOOKED_AT)
+def test_a_finished_run_is_looked_at_again(name, damage, anew, tmp_path):
     """What is missing or damaged is computed anew, and nothing else."""
     folder = tmp_path / "out"
     compute_run(small_job(), folder, no_progress)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    damage(folder / name)
-    assert (folder / name).exists() is (damage is not Path.unlink)
+    DAMAGE[damage](folder / name)
+    assert (folder / name).exists() is (damage != "deleted")
     told = []
     run = compute_run(small_job(), folder, told.append)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [result.number for result in run.results()] == list(range(6))
-    computed = sum(progress.computed for progress in told)
-    if name.startswith("shard"):
-        assert computed == 10
-    elif name == "index.csv":
-        assert computed == 0
+    assert sum(progress.computed for progress in told) == anew
     again = []
     compute_run(small_job(), folder, again.append)
     assert again == []

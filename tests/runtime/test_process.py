@@ -30,7 +30,7 @@ if __name__ == "__main__":
 def run(tmp_path, *arguments):
     script = tmp_path / "script.py"
     script.write_text(CHILD)
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=600)
     return done.stdout.split("\n"), done.stderr
 
 

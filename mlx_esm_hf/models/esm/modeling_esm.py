@@ -59,6 +59,7 @@ def embedding(config: MLXEsmConfig, size: int) -> nn.Embedding:
 
 
 def layer_norm(config: MLXEsmConfig) -> LayerNorm:
+    """Layer norm over the hidden size."""
     return LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -363,6 +364,7 @@ class MLXEsmPooler(nn.Module):
 
 
 def symmetrize(x: mx.array) -> mx.array:
+    """Each map [..., L, L] plus its transpose."""
     return x + x.swapaxes(-1, -2)
 
 
@@ -452,6 +454,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     dialects = (TRANSFORMERS_4, TRANSFORMERS_5, FAIR_ESM, FAIR_ESM_1)
     buffers = ("rotary_embeddings.inv_freq",)
     required = ("embeddings.", "encoder.")
+    without_loss = ("contact_head.",)
     input_embeddings = "embeddings.word_embeddings"
 
     def __init__(self, config: PreTrainedConfig):
@@ -731,6 +734,11 @@ class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
         return output if self.returns_dict(return_dict) else output.to_tuple()
 
     def loss(self, logits: mx.array, labels: mx.array) -> mx.array:
+        """The loss of logits [B, num_labels]; what a None for the `problem_type` means is put into the config.
+
+        Raises:
+            ValueError: labels of another shape than the loss needs.
+        """
         if self.config.problem_type is None:
             if self.num_labels == 1:
                 self.config.problem_type = "regression"

@@ -7,8 +7,9 @@ from transformers import AutoConfig, BertConfig, EsmConfig
 
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmModel
 from mlx_esm_hf.models.esm.configuration_esm import ESM1_FIELDS, as_mlx_config
+from tests.tiny import SIZE, VOCABULARY
 
-ESM2 = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "hidden_size": 32, "num_attention_heads": 4}
+ESM2 = {**VOCABULARY, **SIZE}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_plain_config_is_accepted():
     twin = as_mlx_config(plain)
     assert type(twin) is MLXEsmConfig and twin.to_diff_dict() == plain.to_diff_dict() and twin.num_labels == 3
     assert as_mlx_config(twin) is twin
-    model = MLXEsmModel(EsmConfig(**ESM2, num_hidden_layers=1, intermediate_size=32))
+    model = MLXEsmModel(EsmConfig(**ESM2))
     assert type(model.config) is MLXEsmConfig
 
 
@@ -94,7 +95,7 @@ def test_other_models_are_refused(tmp_path):
 
 @pytest.mark.parametrize("option", ["is_decoder", "add_cross_attention", "is_folding_model"])
 def test_what_is_not_there(option):
-    config = EsmConfig(**ESM2, num_hidden_layers=1)
+    config = EsmConfig(**ESM2)
     setattr(config, option, True)
     with pytest.raises(ValueError, match=f"{option}=True is not supported"):
         MLXEsmModel(config)
@@ -103,9 +104,9 @@ def test_what_is_not_there(option):
 @pytest.mark.parametrize("field", ["vocab_size", "pad_token_id", "mask_token_id"])
 def test_what_a_model_needs(field):
     with pytest.raises(ValueError, match="has to give vocab_size, pad_token_id and mask_token_id"):
-        MLXEsmModel(MLXEsmConfig(**ESM2 | {field: None}, num_hidden_layers=1))
+        MLXEsmModel(MLXEsmConfig(**ESM2 | {field: None}))
 
 
 def test_heads_divide_the_hidden_size():
     with pytest.raises(ValueError, match=r"hidden size \(32\) is not a multiple .* \(5\)"):
-        MLXEsmModel(MLXEsmConfig(**ESM2 | {"num_attention_heads": 5}, num_hidden_layers=1))
+        MLXEsmModel(MLXEsmConfig(**ESM2 | {"num_attention_heads": 5}))

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.parity import answers, batch, hold_all, peers, true_float64
-
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+from tests.tiny import SIZE
 
 
 @pytest.mark.parametrize(
     ("family", "residues", "positions"), [("ESM-1b", (998, 600), 1026), ("ESM-2", (1998, 700), 40)], ids=str
 )
 def test_outputs(tmp_path: Path, family: str, residues: tuple[int, ...], positions: int) -> None:
-    model = peers(tmp_path, family, "lm", **SMALL, max_position_embeddings=positions)
+    model = peers(tmp_path, family, "lm", **SIZE, max_position_embeddings=positions)
     inputs = batch(lengths=residues)
     with true_float64():
         float64 = answers(model.float64, inputs)

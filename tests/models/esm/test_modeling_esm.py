@@ -34,7 +34,6 @@ from tests.parity import (
     MASK,
     PAD,
     RESIDUES,
-    SIZES,
     Answers,
     Peers,
     answers,
@@ -51,6 +50,7 @@ from tests.parity import (
     true_float64,
     with_mask,
 )
+from tests.tiny import SIZE
 
 ALL_FAMILIES = ("ESM-1", *FAMILIES)
 CLASSES = {HEADS[head][0]: head for head in ("model", "lm", "token", "single_label")}
@@ -386,7 +386,7 @@ def test_gradients_esm1() -> None:
 
 # Properties
 
-few = settings(derandomize=True, max_examples=10, deadline=None, database=None)
+few = settings(derandomize=True, max_examples=10, database=None)
 bodies = st.lists(st.lists(st.sampled_from([*RESIDUES, MASK]), min_size=1, max_size=20), min_size=1, max_size=4)
 
 
@@ -541,7 +541,7 @@ def test_model_output(get_peers: Callable[..., Peers]) -> None:
 def build(family: str, head: str = "lm", **overrides: Any) -> Any:
     """A new model of random weights, in evaluation mode."""
     if family == "ESM-1":
-        size = {**SIZES[0], **overrides}
+        size = {**SIZE, **overrides}
         return MLXEsmForMaskedLM(MLXEsm1Config(**size)).eval()
     return getattr(mlx_esm_hf, f"MLXEsm{HEADS[head][0]}")(config(family, head, **overrides)).eval()
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import mlx_esm_hf
 from mlx_esm_hf import Esm1Tokenizer, MLXEsm1Config
 from mlx_esm_hf.models.esm.tokenization_esm import ESM1_VOCABULARY
-from tests.checkpoints import ESM1
+from tests.tiny import SIZE
 
 esm = pytest.importorskip("esm")
 
@@ -35,7 +35,7 @@ def test_special_tokens_are_those_of_the_config():
     assert TOKENIZER.eos_token is None and config.eos_token_id is None and not ALPHABET.append_eos
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.sampled_from([*RESIDUES, "<mask>"]), min_size=1, max_size=20), min_size=1, max_size=4))
 def test_tokens(proteins):
     """Of a padded batch, as fair-esm's batch converter makes them."""
@@ -76,7 +76,7 @@ def test_save_and_load(tmp_path):
     """Through the class, and through AutoTokenizer, which finds it by the config or by its own file."""
     TOKENIZER.save_pretrained(tmp_path / "alone")
     TOKENIZER.save_pretrained(tmp_path / "model")
-    MLXEsm1Config(**ESM1).save_pretrained(tmp_path / "model")
+    MLXEsm1Config(**SIZE).save_pretrained(tmp_path / "model")
     for load, folder in (
         (Esm1Tokenizer, "alone"),
         (Esm1Tokenizer, "model"),

@@ -1,0 +1,25 @@
+"""The table of tiny configs that tests build their models from. It needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+VOCABULARY = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}  # ESM-1 has its own by default
+SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+# Sizes that fill no vector of the kernels, or have one head more or less.
+ODD_SIZES = (
+    {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 72},
+    {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 160},
+    {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96},
+)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "ESM-1b": {"position_embedding_type": "absolute", "emb_layer_norm_before": True, "layer_norm_eps": 1e-5},
+    "ESM-1v": {"position_embedding_type": "absolute", "emb_layer_norm_before": False, "layer_norm_eps": 1e-12},
+    "ESM-2": {"position_embedding_type": "rotary", "emb_layer_norm_before": False, "layer_norm_eps": 1e-5},
+}
+
+
+def tiny(family: str = "ESM-2", **overrides: Any) -> dict[str, Any]:
+    """The fields of a config of one of `FAMILIES`; `MLXEsm1Config` takes `SIZE` alone."""
+    positions = {"max_position_embeddings": 40, "token_dropout": True}
+    return {**VOCABULARY, **SIZE, **positions, **FAMILIES[family], **overrides}
