@@ -412,6 +412,10 @@ def _find_adapted(model: MLXPreTrainedModel) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def has_adapters(model: MLXPreTrainedModel) -> bool:
+    return bool(_find_adapted(model))
+
+
 def _check_plain(model: MLXPreTrainedModel) -> None:
     if _find_adapted(model):
         raise ValueError(f"{type(model).__name__} has adapters: merge them (merge_adapters) before it gets others.")

@@ -442,7 +442,7 @@ class MLXTrainer:
         entry = {
             "loss": state.loss_since_log / (state.global_step - last),
             "grad_norm": self._last_norm,
-            "learning_rate": self.args.learning_rate_at(state.global_step, self._steps),
+            "learning_rate": self.args.learning_rate_at(state.global_step - 1, self._steps),
             "tokens": state.tokens,
             "tokens_per_second": bar.tokens_per_second,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
