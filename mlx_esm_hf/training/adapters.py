@@ -40,6 +40,8 @@ WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."  # of all keys in PEFT's files
 
+ALL_LINEAR = "all-linear"  # PEFT's word for a `target_modules` of every linear layer but the output projection
+
 # Heads that PEFT trains and saves whole where the task is a classification, without being asked.
 CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 CLASSIFICATION_HEADS = ("classifier", "score")
@@ -68,8 +70,9 @@ class LoraConfig:
         r: the rank of the product B · A that is added to a weight.
         lora_alpha: the product counts `lora_alpha / r` times, with `use_rslora` `lora_alpha / √r` times.
         lora_dropout: the share of the input that the adapter does not see in training.
-        target_modules: the layers to adapt: endings of their names, or a regular expression for whole names. The
-            default is what PEFT takes for BERT; it has none for ESM.
+        target_modules: the layers to adapt: endings of their names, a regular expression for whole names, or
+            "all-linear" for all but the projection to the vocabulary. The default is what PEFT takes for BERT; it has
+            none for ESM.
         modules_to_save: endings of the names of modules to train and save as they are, such as "classifier". Where
             `task_type` is "SEQ_CLS" or "TOKEN_CLS", "classifier" and "score" are among them, as in PEFT.
         use_dora: learn the length of each row of the weight besides its direction.
@@ -152,7 +155,11 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _check_names(argument: str, names: Any) -> None:
-    if not isinstance(names, Sequence | set) or not all(isinstance(name, str) and name for name in names):
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not all(isinstance(name, str) and name for name in names)
+    ):
         raise ValueError(f"{argument}={names!r} are not names of modules.")
 
 
@@ -445,9 +452,13 @@ def _choose(model: MLXPreTrainedModel, config: LoraConfig) -> tuple[dict[str, Lo
     layers: dict[str, LoRALinear] = {}
     within = tuple(f"{name}." for name in modules)
     for theirs, name in _peft_names(model).items():
-        if not config.targets(theirs) or f"{name}.".startswith(within):
-            continue
         layer = held[name]
+        if config.target_modules == ALL_LINEAR:
+            wanted = isinstance(layer, Linear | QuantizedLinear) and layer is not model.get_output_embeddings()
+        else:
+            wanted = config.targets(theirs)
+        if not wanted or f"{name}.".startswith(within):
+            continue
         if not isinstance(layer, Linear | QuantizedLinear):
             raise ValueError(f"target_modules name {theirs}, a {type(layer).__name__}: adapters go on linear layers.")
         layers[name] = LoRALinear(layer, config, theirs)
@@ -490,6 +501,11 @@ def _check_fit(
             f"{CONFIG} belongs to another one, or it was made for another model than {type(model).__name__}."
         )
     for key, name in names.items():
+        if name in model._tied_weights() and name not in expected:
+            raise CheckpointError(
+                f"{path} holds {key!r}, a copy of the embedding that was trained by itself, and the model has one for "
+                "both: load it with tie_word_embeddings=False."
+            )
         if name not in expected:
             raise CheckpointError(
                 f"{path} holds {key!r}, which is neither of the adapter that its {CONFIG} describes nor of its "
