@@ -33,6 +33,7 @@ from mlx_esm_hf.training.adapters import (
     merge_adapters,
     save_adapter,
 )
+from tests import hub
 from tests.models.test_third_family import ToyConfig, ToyModel
 from tests.parity import (
     HEADS,
@@ -598,7 +599,7 @@ def test_what_changes_the_numbers(saved, name):
             {"target_modules": ["q_proj"]},
             r"name no linear layer of MLXEsmForMaskedLM. It has.*layer.N.attention.self.key",
         ),
-        ({"target_modules": ["word_embeddings"]}, "word_embeddings, a Embedding: adapters go on linear layers"),
+        ({"target_modules": ["word_embeddings"]}, "word_embeddings, of class Embedding: adapters go on linear layers"),
         (
             {"modules_to_save": ["score"]},
             r"modules_to_save=\['score'\]: the model has no such module, but esm, lm_head",
@@ -636,6 +637,22 @@ def test_a_file_is_missing(saved, name):
     (saved / name).unlink()
     with pytest.raises(OSError, match=f"holds (no|neither) {name}"):
         load_adapter(our_base(saved.parent / "base", "lm"), saved)
+
+
+def test_from_the_hub(saved, tmp_path, monkeypatch):
+    """A revision of a repository, then the same from the cache; what the Hub says where there is no adapter."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    local = load_adapter(our_base(tmp_path / "base", "lm"), saved)
+    with hub.serve(hub.Hub({("me/adapter", "v1"): saved, ("me/adapter", "main"): tmp_path / "base"})) as endpoint:
+        hub.use(monkeypatch, endpoint)
+        model = load_adapter(our_base(tmp_path / "base", "lm"), "me/adapter", revision="v1")
+        assert np.array_equal(logits(model), logits(local))
+        with pytest.raises(OSError, match="me/adapter holds no adapter_config.json"):
+            load_adapter(our_base(tmp_path / "base", "lm"), "me/adapter")
+        with pytest.raises(OSError, match="has no repository me/other"):
+            load_adapter(our_base(tmp_path / "base", "lm"), "me/other")
+    again = load_adapter(our_base(tmp_path / "base", "lm"), "me/adapter", revision="v1", local_files_only=True)
+    assert np.array_equal(logits(again), logits(local))
 
 
 def test_fields_that_nobody_knows(saved, caplog):

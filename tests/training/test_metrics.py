@@ -54,7 +54,7 @@ def test_three_classes():
     names = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "f1_micro", "precision_weighted")
     f1 = (2 / 3 + 1 + 2 / 3) / 3
     assert measure(SINGLE, *THREE, *names) == pytest.approx((0.8, 5 / 6, 5 / 6, f1, 0.8, (2 + 2 + 0.5) / 5))
-    # Class 0 has the probabilities .84 and .05 where it is right, and .09, .09, .11 elsewhere: 3 of 6 pairs are in order.
+    # Class 0 has the probabilities .84 and .05 where it is right, elsewhere .09, .09, .11: 3 of 6 pairs in order.
     # Class 1: .67 and .79, elsewhere .11, .24, .02: all. Class 2: .67, elsewhere .04, .24, .94, .11: 3 of 4.
     assert measure(SINGLE, *THREE, "roc_auc_ovr") == pytest.approx(((1 / 2 + 1 + 3 / 4) / 3,))
 
