@@ -464,7 +464,9 @@ def _choose(model: MLXPreTrainedModel, config: LoraConfig) -> tuple[dict[str, Lo
         if not wanted or f"{name}.".startswith(within):
             continue
         if not isinstance(layer, Linear | QuantizedLinear):
-            raise ValueError(f"target_modules name {theirs}, a {type(layer).__name__}: adapters go on linear layers.")
+            raise ValueError(
+                f"target_modules name {theirs}, of class {type(layer).__name__}: adapters go on linear layers."
+            )
         layers[name] = LoRALinear(layer, config, theirs)
     if not layers:
         linear = [key for key, name in _peft_names(model).items() if isinstance(held[name], Linear | QuantizedLinear)]

@@ -33,6 +33,7 @@ from mlx_esm_hf.training.adapters import (
     merge_adapters,
     save_adapter,
 )
+from tests import hub
 from tests.models.test_third_family import ToyConfig, ToyModel
 from tests.parity import (
     HEADS,
@@ -341,29 +342,30 @@ def test_what_is_trained(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_steps(tmp_path, kind):
+def test_compiled_steps(kind):
     """A compiled step is the step, and no step touches the base."""
-    inputs = {name: mx.array(x) for name, x in batch("none", head="lm").items()}
+    x, y = mx.random.normal((3, 7, 24)), mx.random.normal((3, 7, 16))
     states = []
-    for compile_ in (lambda step, **_: step, mx.compile):
-        lora = LoraConfig(target_modules=["query", "dense"], **KINDS[kind])
-        model = our_base_with(tmp_path, lora, num_hidden_layers=1).train()
-        frozen = {name: np.array(x) for name, x in tree_flatten(model.parameters()) if ".lora_" not in name}
+    for compiled in (False, True):
+        mx.random.seed(0)
+        layer = LoRALinear(Linear(24, 16), LoraConfig(**KINDS[kind]))
+        layer.base_layer.freeze()
+        before = {name: np.array(array) for name, array in tree_flatten(layer.parameters())}
         optimizer = optim.SGD(0.1)
-        state = [model.state, optimizer.state]
+        state = [layer.state, optimizer.state]
 
-        def step(model=model, optimizer=optimizer):
-            loss, gradients = nn.value_and_grad(model, lambda: model(**inputs).loss)()
-            optimizer.update(model, gradients)
+        def step(layer=layer, optimizer=optimizer):
+            loss, gradients = nn.value_and_grad(layer, lambda: nn.losses.mse_loss(layer(x), y))()
+            optimizer.update(layer, gradients)
             return loss
 
-        run = compile_(step, inputs=state, outputs=state)
+        run = mx.compile(step, inputs=state, outputs=state) if compiled else step
         losses = [run().item() for _ in range(3)]
         assert losses[0] > losses[1] > losses[2]
-        after = dict(tree_flatten(model.parameters()))
-        assert all(np.array_equal(after[name], x) for name, x in frozen.items())
-        states.append({name: np.array(x) for name, x in after.items() if ".lora_" in name})
-    assert all(close(states[1][name], x, 1e-4) for name, x in states[0].items())
+        after = {name: np.array(array) for name, array in tree_flatten(layer.parameters())}
+        assert all(np.array_equal(after[name], before[name]) == name.startswith("base_layer") for name in after)
+        states.append(after)
+    assert all(close(states[1][name], array) for name, array in states[0].items())
 
 
 # Merged and quantized
@@ -598,7 +600,7 @@ def test_what_changes_the_numbers(saved, name):
             {"target_modules": ["q_proj"]},
             r"name no linear layer of MLXEsmForMaskedLM. It has.*layer.N.attention.self.key",
         ),
-        ({"target_modules": ["word_embeddings"]}, "word_embeddings, a Embedding: adapters go on linear layers"),
+        ({"target_modules": ["word_embeddings"]}, "word_embeddings, of class Embedding: adapters go on linear layers"),
         (
             {"modules_to_save": ["score"]},
             r"modules_to_save=\['score'\]: the model has no such module, but esm, lm_head",
@@ -636,6 +638,22 @@ def test_a_file_is_missing(saved, name):
     (saved / name).unlink()
     with pytest.raises(OSError, match=f"holds (no|neither) {name}"):
         load_adapter(our_base(saved.parent / "base", "lm"), saved)
+
+
+def test_from_the_hub(saved, tmp_path, monkeypatch):
+    """A revision of a repository, then the same from the cache; what the Hub says where there is no adapter."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    local = load_adapter(our_base(tmp_path / "base", "lm"), saved)
+    with hub.serve(hub.Hub({("me/adapter", "v1"): saved, ("me/adapter", "main"): tmp_path / "base"})) as endpoint:
+        hub.use(monkeypatch, endpoint)
+        model = load_adapter(our_base(tmp_path / "base", "lm"), "me/adapter", revision="v1")
+        assert np.array_equal(logits(model), logits(local))
+        with pytest.raises(OSError, match="me/adapter holds no adapter_config.json"):
+            load_adapter(our_base(tmp_path / "base", "lm"), "me/adapter")
+        with pytest.raises(OSError, match="has no repository me/other"):
+            load_adapter(our_base(tmp_path / "base", "lm"), "me/other")
+    again = load_adapter(our_base(tmp_path / "base", "lm"), "me/adapter", revision="v1", local_files_only=True)
+    assert np.array_equal(logits(again), logits(local))
 
 
 def test_fields_that_nobody_knows(saved, caplog):
