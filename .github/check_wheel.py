@@ -1,4 +1,4 @@
-"""Check an installed wheel: it holds no libmlx, its kernels are on (on a Linux CPU), a small model answers as without them.
+"""Check an installed wheel: no libmlx in it, kernels on (on a Linux CPU), a small model that answers as without them.
 
 Run by the Python of an environment that holds the wheel and its dependencies; the repository is not imported.
 """

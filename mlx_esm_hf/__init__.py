@@ -7,6 +7,7 @@ installed.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -38,11 +39,15 @@ if TYPE_CHECKING:
     )
     from mlx_esm_hf.models.esm.tokenization_esm import Esm1Tokenizer, EsmTokenizer
     from mlx_esm_hf.pipelines.huggingface import pipeline
+    from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
+    from mlx_esm_hf.training.arguments import MLXTrainingArguments
+    from mlx_esm_hf.training.trainer import MLXTrainer
 
 __all__ = [
     "__version__",
     "Esm1Tokenizer",
     "EsmTokenizer",
+    "LoraConfig",
     "MLXAutoModel",
     "MLXAutoModelForMaskedLM",
     "MLXAutoModelForSequenceClassification",
@@ -54,7 +59,13 @@ __all__ = [
     "MLXEsmForTokenClassification",
     "MLXEsmModel",
     "MLXEsmPreTrainedModel",
+    "MLXTrainer",
+    "MLXTrainingArguments",
+    "add_adapters",
+    "load_adapter",
+    "merge_adapters",
     "pipeline",
+    "save_adapter",
 ]
 
 # The module that has each public name.
@@ -72,7 +83,14 @@ HOMES = {
     "MLXEsmForTokenClassification": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmModel": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmPreTrainedModel": "mlx_esm_hf.models.esm.modeling_esm",
+    "MLXTrainer": "mlx_esm_hf.training.trainer",
+    "MLXTrainingArguments": "mlx_esm_hf.training.arguments",
+    "LoraConfig": "mlx_esm_hf.training.adapters",
+    "add_adapters": "mlx_esm_hf.training.adapters",
+    "load_adapter": "mlx_esm_hf.training.adapters",
+    "merge_adapters": "mlx_esm_hf.training.adapters",
     "pipeline": "mlx_esm_hf.pipelines.huggingface",
+    "save_adapter": "mlx_esm_hf.training.adapters",
 }
 
 
@@ -89,3 +107,5 @@ def __dir__() -> list[str]:
 
 
 runtime.prepare()
+# transformers says when it is imported that without torch no models are available. Here they are.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())

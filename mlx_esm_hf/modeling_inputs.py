@@ -146,8 +146,8 @@ def _check_ids(input_ids: mx.array, tables: Tables, counts_positions: bool) -> N
         if lengths.max() > longest:
             raise ValueError(
                 f"Row {lengths.argmax()} has {lengths.max()} tokens, the position table of this model ends at "
-                f"{longest} ({longest - 2} residues, <cls> and <eos>). Truncate or split the sequence, or use a model "
-                "without such a table, such as ESM-2."
+                f"{longest}, special tokens included. Truncate or split the sequence, or use a model that has no "
+                "such table."
             )
 
 

@@ -37,7 +37,44 @@ class Linear(nn.Linear):
         return QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type, return-value]
 
 
-class QuantizedLinear(nn.QuantizedLinear):
+class Embedding(nn.Embedding):
+    """Vectors by their number: ids [...] to [..., dims]."""
+
+    def to_quantized(
+        self,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        quantize_input: bool = False,
+    ) -> QuantizedEmbedding:
+        """What `mlx.nn.quantize` calls.
+
+        Raises:
+            ValueError: a mode other than "affine": the others do not keep the dtype, which the whole network has from
+                its embeddings. Or `quantize_input`: ids are no activations.
+        """
+        if mode != "affine":
+            raise ValueError(f"An embedding table can be quantized in mode 'affine', not in {mode!r}.")
+        if quantize_input:
+            raise ValueError("quantize_input=True is not supported: only weights are quantized here.")
+        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)  # type: ignore[arg-type, return-value]
+
+
+class Packed(nn.Module):
+    """What quantized layers have in common: their packed numbers are frozen for good, since `unfreeze` of a whole model
+    empties the sets of its modules."""
+
+    @property
+    def _no_grad(self) -> set[str]:
+        self._frozen.update(("weight", "scales", "biases"))
+        return self._frozen
+
+    @_no_grad.setter
+    def _no_grad(self, names: set[str]) -> None:
+        self._frozen = set(names)
+
+
+class QuantizedLinear(Packed, nn.QuantizedLinear):
     """A `Linear` whose weight MLX has quantized (`mlx.nn.quantize`)."""
 
     def __call__(self, x: mx.array, activation: str | None = None, residual: mx.array | None = None) -> mx.array:
@@ -53,6 +90,29 @@ class QuantizedLinear(nn.QuantizedLinear):
             bits=self.bits,
             mode=self.mode,
         )
+
+
+class QuantizedEmbedding(Packed, nn.QuantizedEmbedding):
+    """An `Embedding` whose table MLX has quantized."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """[..., dims] to [..., numbers], as a tied output projection."""
+        return ops.quantized_linear(
+            x,
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
+
+def whole_weight(layer: nn.Module) -> mx.array:
+    """The weight of a linear layer or an embedding as numbers [rows, columns], also where it is packed."""
+    if not isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        return layer.weight
+    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -22,11 +22,13 @@ from transformers.utils.hub import PushToHubMixin, resolve_revision
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
-from mlx_esm_hf.checkpoint.resolve import checkpoint_files
+from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
 from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
 from mlx_esm_hf.modeling_layers import TiedDecoder
+from mlx_esm_hf.ops.kernels import warn_if_missing
+from mlx_esm_hf.quantization import Packing, declare, declared_packings, layers, packing_of, replace_layers
 from mlx_esm_hf.runtime.process import check_process
 
 logger = logging.getLogger(__name__)
@@ -82,10 +84,12 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         required: beginnings of the names, in the base model, of parameters that no checkpoint may lack.
         without_loss: beginnings of the names, in the base model, of parameters that no loss reaches, so that training a
             model does not train them.
+        quantized: beginnings of the names, in the base model, of layers that `mlx-esm convert --quantize` packs.
         input_embeddings: the embedding table, as an attribute of the base model.
         output_embeddings: the projection to the vocabulary, as an attribute of the model; None, it has none. Where
             `config.tie_word_embeddings` says so, it is the embedding table.
         vocabulary_biases: names of parameters, beside the two before, that have a number for each token.
+        residues: in the order of the vocabularies that its checkpoints have; by it a shuffled one is noticed.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -94,13 +98,16 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     buffers: ClassVar[tuple[str, ...]] = ()
     required: ClassVar[tuple[str, ...]] = ()
     without_loss: ClassVar[tuple[str, ...]] = ()
+    quantized: ClassVar[tuple[str, ...]] = ()
     input_embeddings: ClassVar[str] = ""
     output_embeddings: ClassVar[str | None] = None
     vocabulary_biases: ClassVar[tuple[str, ...]] = ()
+    residues: ClassVar[str] = ""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         check_process()
+        warn_if_missing()
         self.config = config
         # Names of parameters that a checkpoint should have given and did not; see `refuse_untrained`.
         self._newly_initialized: frozenset[str] = frozenset()
@@ -127,9 +134,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         ignore_mismatched_sizes: bool = False,
         state_dict: Mapping[str, Any] | None = None,
         quantization_config: None = None,
+        lazy: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load config and weights from the Hub, the cache that torch users share, or a folder.
+        """Load config and weights from the Hub, the cache that torch users share, or a folder. Layers that
+        `mlx-esm convert` has quantized stay so.
 
         Args:
             pretrained_model_name_or_path: an id on the Hub, or a folder.
@@ -140,6 +149,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
             state_dict: arrays (MLX, NumPy or torch) to take instead of the checkpoint's.
             quantization_config: None. transformers' kinds of quantization are torch's.
+            lazy: leave weights in a safetensors file until they are needed, as in mlx-lm.
             kwargs: fields of the config to override, and arguments of the class, such as `add_pooling_layer`.
                 `attn_implementation`, `device_map`, `low_cpu_mem_usage` and `trust_remote_code` are accepted and
                 ignored: MLX has one of each, and no code is ever loaded.
@@ -156,12 +166,13 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """
         if quantization_config is not None:
             raise ValueError(
-                "quantization_config is not supported: load the model, then quantize it (mlx.nn.quantize)."
+                "quantization_config is not supported: quantize the checkpoint (mlx-esm convert --quantize), or load "
+                "the model and quantize it (mlx.nn.quantize)."
             )
         source = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         # Asked once, so that config and weights are of one commit, and without a network the cache answers at once.
-        hub |= {"revision": resolve_revision(source, revision, **hub), "force_download": force_download}
+        hub |= {"revision": commit_of(source, revision=revision, **hub), "force_download": force_download}
         overrides = {k: v for k, v in kwargs.items() if k not in WITHOUT_MEANING}
         config_source = source if config is None else config
         loaded_config, arguments = cls._load_config(config_source, overrides, subfolder=subfolder, **hub)
@@ -175,14 +186,19 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 checkpoint_files(source, variant=variant, use_safetensors=use_safetensors, subfolder=subfolder, **hub)
             )
         names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
+        packings = declared_packings(loaded_config, names.values(), cls.base_model_prefix, source)
         if not ignore_mismatched_sizes:
-            cls._check_size(loaded_config, names, arrays, source)
+            cls._check_size(loaded_config, names, arrays, packings, source)
         cls._untie_if_different(loaded_config, names, arrays)
         floating = [arrays[key].dtype for key, name in names.items() if cls._casts(name, arrays[key])]
         dtype = resolve_dtype(torch_dtype if dtype is None else dtype, loaded_config, floating)
 
         model = cls(loaded_config, **arguments)
-        loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes)
+        try:
+            replace_layers(model, packings, cls.base_model_prefix)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: the config's `quantization` cannot be ({error})") from error
+        loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes, lazy)
         report_loading(cls.__name__, source, loading_info)
         model.eval()
         return (model, loading_info) if output_loading_info else model
@@ -196,7 +212,12 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         config_dict = source.to_dict() if isinstance(source, PreTrainedConfig) else read_config(str(source), **hub)
         try:
             config, others = cls.config_class.from_dict(config_dict, return_unused_kwargs=True, **overrides)
-        except (StrictDataclassError, AttributeError, TypeError) as error:  # what transformers fails with on odd values
+        except (
+            StrictDataclassError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # what transformers fails with on odd values
             reason = " ".join(str(error).split())
             raise ValueError(f"The config of {config_dict.get('_name_or_path') or 'this model'}: {reason}") from error
         if unknown := others.keys() - inspect.signature(cls.__init__).parameters.keys():
@@ -206,7 +227,14 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return config, others
 
     @classmethod
-    def _check_size(cls, config: Any, names: dict[str, str], arrays: dict[str, mx.array], source: str) -> None:
+    def _check_size(
+        cls,
+        config: Any,
+        names: dict[str, str],
+        arrays: dict[str, mx.array],
+        packings: dict[str, Packing],
+        source: str,
+    ) -> None:
         """Refuse a config of other layers than the checkpoint has before a model is built: it may be of any size."""
         numbers = [int(part) for name in names.values() for part in name.split(".") if part.isdecimal()]
         if numbers and config.num_hidden_layers > max(numbers) + 1:
@@ -218,6 +246,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         for key, name in names.items():
             if name.removeprefix(f"{cls.base_model_prefix}.") == table:
                 shape = arrays[key].shape
+                if packing := packings.get(cls.input_embeddings):
+                    shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
                 if shape[-1] != config.hidden_size:
                     expected = (config.vocab_size, config.hidden_size)
                     raise RuntimeError(wrong_shapes(source, cls.__name__, {(name, shape, expected)}))
@@ -241,10 +271,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 config.tie_word_embeddings = False
 
     def _assign(
-        self, arrays: dict[str, mx.array], dtype: mx.Dtype, source: str, ignore_mismatched_sizes: bool
+        self, arrays: dict[str, mx.array], dtype: mx.Dtype, source: str, ignore_mismatched_sizes: bool, lazy: bool
     ) -> dict[str, Any]:
         """Make a checkpoint's arrays the parameters. Each is taken out of `arrays` before it is read and cast, so that
-        no second copy of the checkpoint comes to be."""
+        no second copy of the checkpoint comes to be; a lazy one is read later."""
         names, missing, unexpected, mismatched = self._match(arrays)
         if mismatched and not ignore_mismatched_sizes:
             raise RuntimeError(wrong_shapes(source, type(self).__name__, mismatched))
@@ -256,24 +286,24 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             )
 
         anew = missing | {name for name, _, _ in mismatched}
+        dtypes = {name: array.dtype for name, array in self.named_parameters()}
         for key, name in names.items():
             array = arrays.pop(key)
             if name in unexpected or name in anew:
                 continue
-            if not mx.issubdtype(array.dtype, mx.floating):
-                raise CheckpointError(
-                    f"{source}: {key!r} holds whole numbers ({array.dtype}), the parameter is a floating one. The file "
-                    "is damaged, or of another model."
-                )
+            if wrong := wrong_kind(array.dtype, dtypes.get(name, mx.float32)):
+                raise CheckpointError(f"{source}: {key!r} {wrong}. The file is damaged, or of another model.")
             if self._casts(name, array):
                 array = array.astype(dtype)
             try:
-                mx.eval(array)
+                if not lazy:
+                    mx.eval(array)
             except RuntimeError as error:
                 raise CheckpointError(f"{source}: {key!r} cannot be read ({error}). Download it again.") from error
             self.update(tree_unflatten([(name, array)]))
         self.to(dtype)
-        mx.eval(self.parameters())
+        if not lazy:
+            mx.eval(self.parameters())
         self.config.dtype = str(dtype).rpartition(".")[2]
         self._set_newly_initialized(anew)
         return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": []}
@@ -286,16 +316,18 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         variant: str | None = None,
         safe_serialization: bool = True,
         push_to_hub: bool = False,
+        state_dict: Mapping[str, mx.array] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write `config.json` and `model.safetensors`, under the keys of the published repositories, so that
-        transformers for torch loads them. Files appear when all of them are whole.
+        transformers for torch loads them, unless layers are quantized. Files appear when all of them are whole.
 
         Args:
             max_shard_size: in bytes, or such as "5GB"; what is larger is written in shards with an index.
             variant: write `model.<variant>.safetensors`.
             safe_serialization: of transformers 4.x. True is all there is: no pickle is ever written.
             push_to_hub: push the folder afterwards; `kwargs` are those of `push_to_hub`.
+            state_dict: what to write, by default all of `state_dict()`.
 
         Raises:
             ValueError: a module says by an attribute `not_saved` why it cannot be written.
@@ -315,9 +347,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             architecture = architecture.removeprefix("MLX")
         config.architectures = [architecture]
         config.dtype = str(self.dtype).rpartition(".")[2]
-        state = self.state_dict()
+        declare(config, self)
+        state = dict(self.state_dict() if state_dict is None else state_dict)
         if self._is_tied():
-            del state[f"{self.output_embeddings}.weight"]
+            state.pop(f"{self.output_embeddings}.weight", None)
         state = names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
         with replace_files(save_directory) as folder:
             files = save_safetensors(state, folder, max_shard_size, variant)
@@ -340,7 +373,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ) -> Any:
-        """Publish model and config on the Hub, in one commit, with a model card if the repository has none.
+        """Publish model and config on the Hub, in one commit, with a model card if nobody has written one.
 
         Args:
             max_shard_size: as in `save_pretrained`.
@@ -383,18 +416,21 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """Assign arrays (MLX, NumPy or torch) under any key dialect that `from_pretrained` reads.
 
         Raises:
-            RuntimeError: another shape; with `strict`, missing or unexpected keys.
+            RuntimeError: another shape, whole numbers for floating ones or the reverse; with `strict`, missing or
+                unexpected keys.
         """
         arrays = {key: as_array(x) for key, x in state_dict.items()}
         names, missing, unexpected, mismatched = self._match(arrays)
+        held = dict(tree_flatten(self.parameters()))
         errors = [f"shapes differ:\n{shapes_of(mismatched)}"] if mismatched else []
+        kinds = {key: wrong_kind(arrays[key].dtype, held[name].dtype) for key, name in names.items() if name in held}
+        errors += [f"{key!r} {wrong}" for key, wrong in kinds.items() if wrong]
         if strict and missing:
             errors.append(f"missing keys: {', '.join(sorted(missing))}")
         if strict and unexpected:
             errors.append(f"unexpected keys: {', '.join(sorted(unexpected))}")
         if errors:
             raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n  " + "\n  ".join(errors))
-        held = dict(tree_flatten(self.parameters()))
         weights = {name: arrays[key].astype(held[name].dtype) for key, name in names.items() if name in held}
         self.update(tree_unflatten(list(weights.items())))
         self._set_newly_initialized(self._newly_initialized - weights.keys())
@@ -419,13 +455,20 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 yield name, array
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters hold, as transformers counts them."""
-        trainable = dict(tree_flatten(self.trainable_parameters()))
-        embeddings = {f"{name}.weight" for name, m in self.named_modules() if isinstance(m, nn.Embedding)}
+        """How many numbers the model has; a quantized layer counts as the layer that it stands for."""
+        left_out = set()
+        packed = {}  # names of packed weights: how many numbers are in one of theirs
+        for path, layer in layers(self):
+            if exclude_embeddings and isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)):
+                left_out.add(f"{path}.weight")
+            if packing := packing_of(layer):
+                packed[f"{path}.weight"] = 32 / packing.bits
+                left_out |= {f"{path}.scales", f"{path}.biases"}
+        if only_trainable:
+            trainable = dict(tree_flatten(self.trainable_parameters()))
+            left_out |= {name for name, _ in self.named_parameters() if name not in trainable}
         return sum(
-            array.size
-            for name, array in self.named_parameters()
-            if not (only_trainable and name not in trainable) and not (exclude_embeddings and name in embeddings)
+            round(array.size * packed.get(name, 1)) for name, array in self.named_parameters() if name not in left_out
         )
 
     @property
@@ -482,8 +525,16 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
         Returns:
             The embedding table; with no arguments, as it is.
+
+        Raises:
+            ValueError: the table, or the output projection, is quantized.
         """
         table, decoder = self.get_input_embeddings(), self.get_output_embeddings()
+        if packing_of(table) or (isinstance(decoder, nn.Module) and packing_of(decoder)):
+            raise ValueError(
+                "The vocabulary of quantized embeddings cannot be resized. Resize that of the model that they were "
+                "made from, or of what mlx-esm convert --dequantize makes of this one."
+            )
         size = new_num_tokens or table.weight.shape[0]
         if pad_to_multiple_of:
             size += -size % pad_to_multiple_of
@@ -623,6 +674,17 @@ def resized(x: mx.array, rows: int) -> mx.array:
     return mx.concatenate([x[:rows], new])
 
 
+def wrong_kind(found: mx.Dtype, expected: mx.Dtype) -> str:
+    """What is wrong where an array of one dtype is to be a parameter of another; "" if it can be cast. Whole numbers
+    are packed weights, which no cast makes of others."""
+    if mx.issubdtype(expected, mx.floating):
+        if not mx.issubdtype(found, mx.floating):
+            return f"holds whole numbers ({found}), the parameter is a floating one"
+    elif found != expected:
+        return f"holds {found}, the parameter is packed as {expected}"
+    return ""
+
+
 def shapes_of(mismatched: set[Mismatch]) -> str:
     """A line for each parameter that has another shape."""
     return "\n".join(f"  {name}: {a} in the checkpoint, {b} in the model" for name, a, b in sorted(mismatched))
@@ -636,13 +698,31 @@ def wrong_shapes(source: str, model: str, mismatched: set[Mismatch]) -> str:
     )
 
 
+def commit_of(source: str, revision: str = "main", **hub: Any) -> Any:
+    """A revision with the commit that it is now (huggingface_hub's `ResolvedRevision`), or as it was given where that
+    cannot be told. Who has it already is not asked again.
+
+    Args:
+        hub: the arguments of `find_file`.
+    """
+    where = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
+    return resolve_revision(source, revision, **where)
+
+
 def read_config(source: str, **hub: Any) -> dict[str, Any]:
     """The fields of a checkpoint's `config.json`.
 
+    Args:
+        hub: the arguments of `find_file`.
+
     Raises:
-        OSError: there is none, it is empty or it is not JSON.
+        OSError: there is none, it is empty or it is not JSON; or what `find_file` raises.
         ValueError: it holds something else than fields.
     """
+    hub["revision"] = commit_of(source, **hub)
+    if hasattr(hub["revision"], "resolved"):  # else transformers says why there is no such repository or revision
+        find_file(source, "config.json", **hub)  # which compares checksums; transformers takes what arrives
+        hub["force_download"] = False
     config_dict: Any
     try:
         config_dict, _ = PreTrainedConfig.get_config_dict(source, **hub)
@@ -651,7 +731,8 @@ def read_config(source: str, **hub: Any) -> dict[str, Any]:
     if config_dict and not isinstance(config_dict, dict):
         raise ValueError(f"The config.json of {source} is JSON, but not of fields and their values.")
     if not config_dict:
-        raise OSError(f"{source} holds no config.json, or an empty one. Pass the checkpoint's config as config=.")
+        place = os.path.join(source, hub["subfolder"]) if hub.get("subfolder") else source
+        raise OSError(f"{place} holds no config.json, or an empty one. Pass the checkpoint's config as config=.")
     config_dict["_name_or_path"] = source
     return config_dict
 

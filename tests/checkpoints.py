@@ -1,6 +1,8 @@
 """Checkpoints as the real libraries write them, and what transformers makes of them, to compare with."""
 
+import json
 import logging
+import re
 import warnings
 from contextlib import contextmanager
 
@@ -86,6 +88,27 @@ def save_bin_shards(model, folder):
 
 
 FORMATS = {f.__name__: f for f in (save, save_shards, save_bin, save_old_bin, save_bin_shards)}
+
+
+def write_large(folder, format, dtype, **shape):
+    """Random weights, a shard for each layer and one for the rest; returns their size together in float32."""
+    large = config(architectures=["EsmForMaskedLM"], **shape)
+    large.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = theirs("ForMaskedLM")(large).state_dict()
+    del shapes["lm_head.decoder.weight"]  # tied
+    names = {"safetensors": "model", "bin": "pytorch_model"}
+    weight_map = {key: f"{names[format]}-{(re.findall(r'layer.([0-9]+)', key) or ['x'])[0]}.{format}" for key in shapes}
+    for shard in set(weight_map.values()):
+        keys = [key for key, place in weight_map.items() if place == shard]
+        state = {key: 0.02 * torch.randn(shapes[key].shape).to(getattr(torch, dtype)) for key in keys}
+        if format == "bin":
+            torch.save(state, folder / shard)
+        else:
+            save_file(state, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{names[format]}.{format}.index.json").write_text(json.dumps(index))
+    return sum(4 * x.numel() for x in shapes.values())
 
 
 # Comparisons

@@ -65,7 +65,15 @@ def test_port_prints_what_the_original_prints(example, architecture, lines, tiny
 
 @pytest.mark.parametrize(
     ("example", "lines"),
-    [("embed", 5), ("fill_mask", 5), ("score", 5), ("contacts", 10), ("perplexity", 2), ("generate", 3)],
+    [
+        ("embed", 5),
+        ("fill_mask", 5),
+        ("score", 5),
+        ("contacts", 10),
+        ("perplexity", 2),
+        ("generate", 3),
+        ("convert", 5),
+    ],
 )
 def test_one_script_for_each_job(example, lines, tiny_checkpoint):
     assert len(run(f"{example}.py", tiny_checkpoint("EsmForMaskedLM")).splitlines()) == lines

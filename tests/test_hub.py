@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Lock
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +30,7 @@ from mlx_esm_hf.hub import publish
 from mlx_esm_hf.hub.files import read_checkpoint
 from tests.hub import Hub, Repository, environment, serve, use
 from tests.hub.repository import etag
+from tests.hub.server import Answer
 from tests.pipelines.models import write_model
 from tests.tiny import SIZE, VOCABULARY
 from tests.vocabulary import write_vocabulary
@@ -272,7 +274,7 @@ def test_variants(hub, made, tmp_path):
 @pytest.mark.parametrize(
     ("request_", "kind", "times", "message"),
     [
-        ("POST .*/preupload/", 401, 1, "answered 401 .*the token is not valid: log in"),
+        ("POST .*/preupload/", 401, 1, "answered 401 .*there is no token, or it is not valid: log in"),
         ("POST .*/preupload/", 403, 1, "answered 403 .*the token may not do that"),
         ("POST .*/preupload/", 429, 9, "answered 429 .*too many requests: wait some minutes"),
         ("POST .*objects/batch", 500, 9, "answered 500 .*it is in trouble: do it again later"),
@@ -361,14 +363,17 @@ publish(sys.argv[1], "me/esm")
 
 def test_killed_upload(hub, sharded, tmp_path):
     """A process that dies in the middle leaves the repository as it was, and what has arrived is not sent again."""
-    answer, processes, shards = hub.answer, [], sorted(sharded.glob("*.safetensors"))
+    answer, processes, one_by_one = hub.answer, [], Lock()
 
     def kill_after_two(request):
-        result = answer(request)
-        if "/lfs/verify/" in request.path and len(hub.repos[ID].objects) == 2:
-            processes[0].kill()
-            processes[0].wait()
-        return result
+        if "/lfs/verify/" not in request.path:
+            return answer(request)
+        with one_by_one:
+            if len(hub.repos[ID].objects) == 2:
+                processes[0].kill()
+                processes[0].wait()
+                return Answer(500)
+            return answer(request)
 
     hub.answer = kill_after_two
     command = [sys.executable, "-c", KILLED, str(sharded)]
@@ -378,7 +383,7 @@ def test_killed_upload(hub, sharded, tmp_path):
     hub.answer = answer
     assert set(hub.repos[ID].files()) == {".gitattributes"}
     there = set(hub.repos[ID].objects)
-    assert 2 <= len(there) < len(shards)
+    assert len(there) == 2 < len(list(sharded.glob("*.safetensors")))
     sent(hub)
     push(sharded)
     assert not there & hub.sent.keys()
@@ -488,7 +493,7 @@ def test_dry_run(hub, made, sharded):
     assert done.files == first.files
     commit = hub.commit(ID, "main")
     second = push(sharded, dry_run=True, revision="new")
-    assert second.deleted == ["model.safetensors"] and second.kept_card
+    assert second.deleted == ["model.safetensors"] and not second.kept_card
     assert hub.commit(ID, "main") == commit and "new" not in hub.repos[ID].refs
 
 
@@ -553,6 +558,50 @@ def test_card_of_what_transformers_cannot_load(hub, folder, tmp_path):
     assert "parameters" not in card(hub).text
 
 
+def test_our_own_card_is_written_anew(hub, made, sharded, folder):
+    """It would tell of the earlier weights; what its metadata say besides stays, and so does a card that was kept."""
+    push(made, base_model="facebook/esm2", license="mit", tags=["tiny"])
+    first = hub.commit(ID, "main")
+    push(made)
+    assert hub.commit(ID, "main") == first
+    edited = hub.repos[ID].files()["README.md"].replace(b"license: mit", b"license: mit\ndatasets:\n- me/proteins")
+    hub.repos[ID].commit(hub.repos[ID].files() | {"README.md": edited}, "On the site")
+    (folder / "CONVERSION.md").write_text("8 bits")
+    push(folder, tags=["small"])
+    data, text = card(hub).data, card(hub).text
+    assert "8 bits" in text and (data.base_model, data.license) == ("facebook/esm2", "mit")
+    assert {"mlx", "tiny", "small"} <= set(data.tags) and data.datasets == ["me/proteins"]
+    push(folder, base_model="facebook/other")
+    assert card(hub).data.base_model == "facebook/other" and "(https://huggingface.co/facebook/other)" in card(hub).text
+    mine = "".join(line for line in str(card(hub)).splitlines(keepends=True) if "writes this card anew" not in line)
+    hub.repos[ID].commit(hub.repos[ID].files() | {"README.md": mine.encode()}, "Mine now")
+    assert push(made, license="gpl-3.0").kept_card
+    assert str(card(hub)) == mine
+
+
+def test_tokenizer_first(hub, made):
+    """transformers puts its template in the repository, which says nothing; the model's card comes in its place, unless
+    somebody has filled it in."""
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    tokenizer.push_to_hub(ID, token=TOKEN, tags=["tiny"])
+    assert "[More Information Needed]" in card(hub).text
+    load(str(made)).push_to_hub(ID, token=TOKEN)
+    assert "[More Information Needed]" not in card(hub).text and "tiny" in card(hub).data.tags
+    assert 'AutoTokenizer.from_pretrained("me/esm")' in card(hub).text and card(hub).data.pipeline_tag == "fill-mask"
+    tokenizer.push_to_hub("me/filled", token=TOKEN)
+    filled = hub.repos["me/filled"].files()["README.md"].replace(b"[More Information Needed]", b"Proteins", 1)
+    hub.repos["me/filled"].commit(hub.repos["me/filled"].files() | {"README.md": filled}, "Mine")
+    load(str(made)).push_to_hub("me/filled", token=TOKEN)
+    assert hub.repos["me/filled"].files()["README.md"] == filled
+
+
+def test_config_first(hub, made):
+    MLXEsmConfig.from_pretrained(made).push_to_hub(ID, token=TOKEN)
+    load(str(made)).push_to_hub(ID, token=TOKEN)
+    assert "MLXAutoModelForMaskedLM" in card(hub).text
+    np.testing.assert_array_equal(logits(load()), logits(load(str(made))))
+
+
 def test_own_card(hub, folder):
     own = "---\nlicense: mit\n---\n# Mine\n"
     (folder / "README.md").write_text(own)
@@ -564,9 +613,16 @@ def test_own_card(hub, folder):
     kept = push(folder, tags=["new"])
     assert card(hub).data.tags == ["new"] and "# Mine" in card(hub).text and not kept.kept_card
     assert push(folder).kept_card
-    (folder / "README.md").write_text("---\nlicense: [1\n---\n")
-    with pytest.raises(ValueError, match="Invalid metadata in README.md"):
-        push(folder)
+    commit = hub.commit(ID, "main")
+    for metadata, message in (
+        ("license: [1", "README.md: the lines between the two --- are not YAML"),
+        ("mit", "README.md: the lines between the two --- are not YAML"),
+        ("license: [1]", "Invalid metadata in README.md"),  # says the Hub
+    ):
+        (folder / "README.md").write_text(f"---\n{metadata}\n---\n")
+        with pytest.raises(ValueError, match=message):
+            push(folder)
+    assert hub.commit(ID, "main") == commit
 
 
 def test_conversion_report_is_in_the_card(hub, folder):

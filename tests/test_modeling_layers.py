@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from mlx_esm_hf import MLXEsmForMaskedLM, ops
-from mlx_esm_hf.modeling_layers import LayerNorm, Linear, QuantizedLinear
+from mlx_esm_hf.modeling_layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    whole_weight,
+)
 from mlx_esm_hf.ops import gpu
 from tests.parity import batch, config
 
@@ -26,16 +33,17 @@ def backend(request, monkeypatch):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_linear(backend, quantized, bias, activation):
+@pytest.mark.parametrize("mode", [None, "affine", "mxfp4", "mxfp8", "nvfp4"])
+def test_linear(backend, mode, bias, activation):
     mx.random.seed(0)
     layer = Linear(64, 96, bias=bias)
     x, residual = mx.random.normal((2, 5, 64)), mx.random.normal((2, 5, 96))
     weight = layer.weight
-    if quantized:
-        weight = mx.dequantize(*mx.quantize(weight, 32, 8), 32, 8)
-        layer = layer.to_quantized(32, 8)
-        assert type(layer) is QuantizedLinear
+    if mode is not None:
+        layer = layer.to_quantized(mode=mode)
+        assert type(layer) is QuantizedLinear and whole_weight(layer).shape == weight.shape
+        assert 0 < mx.abs(whole_weight(layer) - weight).max() < 0.1
+        weight = whole_weight(layer).astype(mx.float32)
     expected = ACTIVATIONS[activation](x @ weight.T + (layer.bias if bias else 0))
     assert close(layer(x, activation=activation), expected)
     assert close(layer(x, activation, residual), expected + residual)
@@ -76,6 +84,30 @@ def test_a_quantized_model_takes_the_same_path():
     assert close(model(**inputs).logits, whole(**inputs).logits, 1e-4)
 
 
-def test_quantized_activations_are_refused():
+@pytest.mark.parametrize("part", ["intermediate", "output"])
+def test_a_layer_that_fuses_nothing_is_an_error(part):
+    """MLX's own layer, put in by whoever does not know ours, is no slow path that nobody notices."""
+    model = MLXEsmForMaskedLM(config("ESM-2")).eval()
+    dense = getattr(model.esm.encoder.layer[0], part).dense
+    getattr(model.esm.encoder.layer[0], part).dense = nn.Linear(*dense.weight.shape[::-1])
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        model(**batch("right", head="lm"))
+
+
+@pytest.mark.parametrize("layer", [Linear(64, 64), Embedding(33, 64)])
+def test_quantized_activations_are_refused(layer):
     with pytest.raises(ValueError, match="only weights are quantized"):
-        Linear(64, 64).to_quantized(quantize_input=True)
+        layer.to_quantized(quantize_input=True)
+
+
+def test_quantized_embedding(backend):
+    mx.random.seed(0)
+    table = Embedding(33, 64)
+    packed = table.to_quantized(32, 8)
+    whole = mx.dequantize(*mx.quantize(table.weight, 32, 8), 32, 8)
+    assert type(packed) is QuantizedEmbedding and mx.array_equal(whole_weight(packed), whole)
+    assert mx.array_equal(packed(mx.array([[3, 4]])), whole[mx.array([[3, 4]])])
+    x = mx.random.normal((2, 5, 64))
+    assert close(packed.as_linear(x), x @ whole.T)
+    with pytest.raises(ValueError, match="in mode 'affine', not in 'mxfp4'"):
+        table.to_quantized(mode="mxfp4")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -34,12 +33,12 @@ from tests.checkpoints import (
     run,
     save,
     save_bin,
-    save_file,
     save_shards,
     theirs,
     torch,
     torch_model,
     write,
+    write_large,
 )
 from tests.tiny import SIZE
 
@@ -529,7 +528,7 @@ def test_another_number_of_labels(tmp_path):
 
 def test_config_of_another_model(folder):
     transformers.BertConfig().save_pretrained(folder)
-    with pytest.raises(ValueError, match=f"The config '{folder}' has model_type 'bert'; this library reads 'esm'"):
+    with pytest.raises(ValueError, match=f"The config of {folder}: This config has model_type 'bert'; this library"):
         MLXEsmForMaskedLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="has model_type 'bert'"):
         MLXEsmForMaskedLM.from_pretrained(folder, config=transformers.BertConfig())
@@ -770,27 +769,6 @@ print(peak() - before, time.perf_counter() - start)
 """
 
 
-def write_large(folder, format, dtype, **shape):
-    """Random weights, a shard for each layer and one for the rest; returns their size together in float32."""
-    large = config(**shape)
-    large.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = theirs("ForMaskedLM")(large).state_dict()
-    del shapes["lm_head.decoder.weight"]  # tied
-    names = {"safetensors": "model", "bin": "pytorch_model"}
-    weight_map = {key: f"{names[format]}-{(re.findall(r'layer.([0-9]+)', key) or ['x'])[0]}.{format}" for key in shapes}
-    for shard in set(weight_map.values()):
-        keys = [key for key, place in weight_map.items() if place == shard]
-        state = {key: 0.02 * torch.randn(shapes[key].shape).to(getattr(torch, dtype)) for key in keys}
-        if format == "bin":
-            torch.save(state, folder / shard)
-        else:
-            save_file(state, folder / shard, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / f"{names[format]}.{format}.index.json").write_text(json.dumps(index))
-    return sum(4 * x.numel() for x in shapes.values())
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux' /proc")
 @pytest.mark.parametrize(
     ("format", "dtype"), [("safetensors", "float32"), ("safetensors", "float16"), ("bin", "float32")]
@@ -826,6 +804,8 @@ def test_memory_of_loading(layers, hidden, heads, format, dtype, tmp_path, capsy
         ({"hidden_size": "32"}, "hidden_size.*expected int, got str"),
         ({"hidden_size": None}, "hidden_size.*expected int, got NoneType"),
         ({"id2label": 5}, "'int' object"),
+        ({"id2label": {"helix": 0}}, "The config of .*'helix'"),
+        ({"layer_norm_eps": None}, "layer_norm_eps = None"),
         ({"layer_norm_eps": -1.0}, "layer_norm_eps = -1.0"),
         ({"pad_token_id": 33}, "pad_token_id = 33: not a token of its vocabulary"),
     ],
@@ -865,12 +845,40 @@ def test_whole_numbers_are_no_weights(folder):
         MLXEsmForMaskedLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_whole_numbers_in_a_bin_file_are_no_weights(zipped, folder):
+    """torch calls such a storage IntStorage."""
+    state = torch_model().state_dict()
+    name = "esm.encoder.layer.1.output.dense.weight"
+    (folder / "model.safetensors").unlink()
+    state[name] = state[name].view(torch.int32)
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=f"{name}' holds whole numbers"):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+
+
+def test_whole_numbers_in_a_state_dict_are_no_weights(folder):
+    model = MLXEsmForMaskedLM.from_pretrained(folder)
+    name = "lm_head.dense.weight"
+    state = model.state_dict() | {name: model.state_dict()[name].view(mx.int32)}
+    with pytest.raises(RuntimeError, match=f"{name!r} holds whole numbers"):
+        model.load_state_dict(state)
+    with pytest.raises(CheckpointError, match=f"{name}' holds whole numbers"):
+        MLXEsmForMaskedLM.from_pretrained(folder, state_dict=state)
+
+
 def test_state_dict_instead_of_files(folder):
     (folder / "model.safetensors").unlink()
     theirs = torch_model()
     model, info = MLXEsmForMaskedLM.from_pretrained(folder, state_dict=theirs.state_dict(), output_loading_info=True)
     assert not any(info[kind] for kind in info if kind != "unexpected_keys")
     assert_close(run(model), run(theirs))
+
+
+def test_lazy(folder):
+    """Weights that are read when they are needed are the same."""
+    model = MLXEsmForMaskedLM.from_pretrained(folder, lazy=True)
+    assert_close(run(model), run(MLXEsmForMaskedLM.from_pretrained(folder)), tolerance=0)
 
 
 def test_what_scripts_for_torch_call(folder):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmForSequenceClassification
 from mlx_esm_hf.cli import app
-from mlx_esm_hf.pipelines import read_proteins
+from mlx_esm_hf.pipelines import convert, read_proteins
 from tests.parity import Peers, answers, hold, hold_all
 from tests.real_checkpoint import WHEEL, fetch
 
@@ -102,3 +102,18 @@ def test_no_language_model_head_no_predictions(real_checkpoint):
     model = MLXEsmForMaskedLM.from_pretrained(real_checkpoint)
     with pytest.raises(ValueError, match="no lm_head"):
         model(input_ids=mx.array([[0, 20, 32, 2]]))
+
+
+def test_converted(models, real_checkpoint, proteins, tokenized, tmp_path):
+    """From the `.bin` of transformers 4: what is cast torch loads, and 8 bits change the answers but little."""
+    convert(real_checkpoint, tmp_path / "half", dtype="float16")
+    half = EsmForSequenceClassification.from_pretrained(tmp_path / "half", dtype="float32").eval()
+    for name, tensor in models.torch.state_dict().items():
+        torch.testing.assert_close(half.state_dict()[name], tensor, rtol=2**-11, atol=2**-25)
+    done = convert(
+        real_checkpoint, tmp_path / "packed", quantize=True, bits=8, report=[p.sequence for p in proteins[:10]]
+    )
+    packed = MLXEsmForSequenceClassification.from_pretrained(tmp_path / "packed")
+    logits = np.array(models.mlx(**tokenized(0, 4)).logits)
+    assert np.abs(np.array(packed(**tokenized(0, 4)).logits) - logits).max() < 0.02 * np.abs(logits).max()
+    assert ("same best class", "", "100.00%") in done.rows

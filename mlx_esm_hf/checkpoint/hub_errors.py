@@ -13,8 +13,8 @@ from huggingface_hub.errors import (
 
 # What to do about a status that the Hub answers with.
 ADVICE = {
-    401: "the token is not valid: log in (`hf auth login`) or pass another one",
-    403: "the token may not do that",
+    401: "there is no token, or it is not valid: log in (`hf auth login`) or pass one",
+    403: "the token may not do that: it was made for less (for reading only, say), or the place is someone else's",
     412: "the repository has changed meanwhile: do it again",
     416: "do it again, the download begins anew",
     429: "too many requests: wait some minutes, then do it again",

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
+from mlx_esm_hf.checkpoint.descriptors import zero_taken
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
 
@@ -30,7 +31,8 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, mx.array]:
                 hint = "It is a Git LFS pointer, not the weights: fetch them with `git lfs pull`."
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}). {hint}") from error
     try:
-        return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
+        with zero_taken():
+            return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
     except RuntimeError as error:
         raise CheckpointError(f"{path}: MLX cannot read it ({error}). Convert it to float32 or float16.") from error
 

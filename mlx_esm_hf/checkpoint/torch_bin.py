@@ -1,4 +1,4 @@
-"""Read `pytorch_model.bin`, the state dict that torch.save writes, without torch and without running it.
+"""Read what torch.save writes, a state dict or a whole training checkpoint, without torch and without running it.
 
 The formats are those of torch.serialization (torch/serialization.py). Since torch 1.6 the file is a zip of
 uncompressed records: `data.pkl` is the pickled dict, `data/<key>` the bytes of a storage. Before, it was a
@@ -8,7 +8,8 @@ a persistent id that names its storage.
 
 pickle.Unpickler is not used: whatever its find_class refuses, a file can still make it call and alter what is
 allowed, or crash Python (by the hash of deeply nested tuples). Here pickletools splits the pickle into
-opcodes, and a machine that knows only those of a state dict turns them into inert data.
+opcodes, and a machine that knows only those of a state dict turns them into inert data. Of a training checkpoint it
+reads settings, too, which are an `argparse.Namespace` in those of fairseq: it becomes a dict of its attributes.
 """
 
 from __future__ import annotations
@@ -44,13 +45,17 @@ _DTYPES = {
 _DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
-_ALLOWED_GLOBALS = {_DICT, _TENSOR, *_PARAMETERS, *_DTYPES}
+_ALLOWED_GLOBALS = frozenset({_DICT, _TENSOR, *_PARAMETERS, *_DTYPES})
+_NAMESPACE = "argparse.Namespace"
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MAX_DIMENSIONS = 32  # of an array in NumPy 1
 _MAX_EXPANSION = 1 << 30  # bytes by which tensors that repeat elements may outgrow the file
 
 _ADVICE = "Nothing in the file was executed. Download it again, or use the safetensors version of the model."
+
+StateOf = Callable[[Any], Any]  # finds the state dict in what was pickled
+Loaded = tuple[Any, dict[str, mx.array]]  # what was pickled, as data, and the arrays of the state dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +89,64 @@ class _Tensor:
         return np.dtype(_DTYPES[self.storage_type]).itemsize
 
 
+class _Namespace(dict[str, Any]):
+    """The attributes of an `argparse.Namespace`."""
+
+
 def load_torch_bin(path: str | os.PathLike[str]) -> dict[str, mx.array]:
     """Return the tensors of the state dict in the file, evaluated and in its order.
 
-    Dtypes stay as they are, but float64 becomes float32. Tied tensors may be one and the same array.
+    Dtypes stay as they are, but float64 becomes float32. Tied tensors are one and the same array.
 
     Raises:
         CheckpointError: the file is damaged, or holds anything but a state dict of plain tensors.
         OSError: the file cannot be opened.
     """
+    return _load_path(path, _ALLOWED_GLOBALS, lambda data: data)[1]
+
+
+def load_torch_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Return the state dict under "model" of a training checkpoint, as `load_torch_bin` does, and what is beside it.
+
+    Those are dicts, lists, tuples, strings and numbers; an `argparse.Namespace` has become a dict of its attributes.
+    Tensors outside "model", such as an optimizer's, are not read: in their place is what the pickle says of them.
+
+    Raises:
+        CheckpointError: the file is damaged, has no "model", or has anything but these.
+        OSError: the file cannot be opened.
+    """
+    data, arrays = _load_path(path, _ALLOWED_GLOBALS | {_NAMESPACE}, _model_of)
+    return arrays, {key: value for key, value in data.items() if key != "model"}
+
+
+def _model_of(data: Any) -> Any:
+    if not isinstance(data, dict) or "model" not in data:
+        raise CheckpointError(f"it holds a pickled {_kind(data)}, not a training checkpoint with a 'model'")
+    return data["model"]
+
+
+def _load_path(path: str | os.PathLike[str], allowed: frozenset[str], state_of: StateOf) -> Loaded:
+    """What was pickled, as data, and the arrays of the state dict that `state_of` finds there.
+
+    Args:
+        allowed: the globals that the pickle may name.
+    """
     with open(path, "rb") as file:
         try:
-            return _load(file, os.fstat(file.fileno()).st_size)
+            return _load(file, os.fstat(file.fileno()).st_size, allowed, state_of)
         except Exception as error:  # zipfile, pickletools, NumPy and MLX fail in many ways on damaged bytes
             known = isinstance(error, CheckpointError)
             reason = error if known else f"the file is damaged ({type(error).__name__}: {error})"
             raise CheckpointError(f"{os.fspath(path)}: {reason}. {_ADVICE}") from error
 
 
-def _load(file: BinaryIO, file_size: int) -> dict[str, mx.array]:
+def _load(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of: StateOf) -> Loaded:
     head = file.read(512)
     file.seek(0)
     if head.startswith(b"PK\x03\x04"):
-        return _load_zip(file, file_size)
+        return _load_zip(file, file_size, allowed, state_of)
     if head.startswith(b"\x80"):  # the opcode PROTO
-        return _load_legacy(file, file_size)
+        return _load_legacy(file, file_size, allowed, state_of)
     if not head:
         raise CheckpointError("the file is empty")
     if head.startswith(b"version https://git-lfs"):
@@ -118,7 +156,7 @@ def _load(file: BinaryIO, file_size: int) -> dict[str, mx.array]:
     raise CheckpointError(f"torch.save did not write this file: it starts with {head[:16]!r}")
 
 
-def _load_zip(file: BinaryIO, file_size: int) -> dict[str, mx.array]:
+def _load_zip(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of: StateOf) -> Loaded:
     with zipfile.ZipFile(file) as archive:
         # All lie in one top folder, named after the file that torch.save wrote, or "archive".
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -130,24 +168,28 @@ def _load_zip(file: BinaryIO, file_size: int) -> dict[str, mx.array]:
                 raise CheckpointError(f"the record {name!r} is compressed, which torch.save never does")
             return archive.read(records[name])  # checks the CRC
 
-        tensors = _tensors(_unpickle(io.BytesIO(read("data.pkl"))))
+        data, _ = _unpickle(io.BytesIO(read("data.pkl")), allowed)
+        tensors = _tensors(state_of(data))
         sizes = {name[5:]: info.file_size for name, info in records.items() if name.startswith("data/")}
         _check(tensors, sizes, file_size)
         byteorder = read("byteorder") if "byteorder" in records else b"little"
         if byteorder not in (b"little", b"big"):
             raise CheckpointError(f"the byte order {byteorder[:16]!r} is unknown")
-        return _arrays(tensors, lambda key: read(f"data/{key}"), "<" if byteorder == b"little" else ">")
+        arrays = _arrays(tensors, lambda key: read(f"data/{key}"), "<" if byteorder == b"little" else ">")
+        return data, arrays
 
 
-def _load_legacy(file: BinaryIO, file_size: int) -> dict[str, mx.array]:
-    if _unpickle(file) != _LEGACY_MAGIC or _unpickle(file) != _LEGACY_PROTOCOL:
+def _load_legacy(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of: StateOf) -> Loaded:
+    if _unpickle(file)[0] != _LEGACY_MAGIC or _unpickle(file)[0] != _LEGACY_PROTOCOL:
         raise CheckpointError("this is a pickle, but not one that torch.save wrote")
     _unpickle(file)  # tells of the machine that wrote the file; every machine wrote storages little-endian
-    tensors = _tensors(_unpickle(file))
-    itemsizes = {tensor.storage: tensor.itemsize for tensor in tensors.values()}
+    data, identities = _unpickle(file, allowed)
+    tensors = _tensors(state_of(data))
+    # Also of the tensors that are not read, such as an optimizer's: their storages lie between the others.
+    itemsizes = dict(map(_storage_itemsize, identities))
     places: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    for key in _unpickle(file):
+    for key in _unpickle(file)[0]:
         if not isinstance(key, str) or key not in itemsizes:
             raise CheckpointError("the file lists a storage that no tensor uses")
         (numel,) = struct.unpack("<q", file.read(8))
@@ -161,12 +203,25 @@ def _load_legacy(file: BinaryIO, file_size: int) -> dict[str, mx.array]:
         file.seek(places[key])
         return file.read(sizes[key])
 
-    return _arrays(tensors, read, "<")
+    return data, _arrays(tensors, read, "<")
 
 
-def _unpickle(file: BinaryIO) -> Any:
-    """Read one pickle as data: strings, numbers, lists, tuples, dicts, `_Global` and `_Call`."""
+def _storage_itemsize(identity: Any) -> tuple[str, int]:
+    """The key of the storage that a persistent id names, and the bytes of an element."""
+    match identity:
+        case ("storage", _Global(kind), str(key), *_) if kind in _DTYPES:
+            return key, np.dtype(_DTYPES[kind]).itemsize
+    raise CheckpointError(f"it holds a persistent id of a {_kind(identity)} that is no storage")
+
+
+def _unpickle(file: BinaryIO, allowed: frozenset[str] = _ALLOWED_GLOBALS) -> tuple[Any, list[Any]]:
+    """Read one pickle as data: strings, numbers, lists, tuples, dicts, `_Namespace`, `_Global` and `_Call`.
+
+    Returns:
+        What was pickled, and all of its persistent ids.
+    """
     stack: list[Any] = []
+    identities: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}
 
@@ -210,10 +265,11 @@ def _unpickle(file: BinaryIO) -> Any:
                 stack.append(memo[argument])
             case "GLOBAL" | "STACK_GLOBAL":
                 name = ".".join(cut(-2)) if argument is None else str(argument).replace(" ", ".")
-                if name not in _ALLOWED_GLOBALS:
+                if name not in allowed:
                     raise CheckpointError(f"it holds the global {name!r}, which no state dict needs")
                 stack.append(_Global(name))
             case "BINPERSID":
+                identities.append(stack[-1])
                 stack.append(_Call("persistent id", stack.pop()))
             case "REDUCE":
                 function, arguments = cut(-2)
@@ -221,13 +277,21 @@ def _unpickle(file: BinaryIO) -> Any:
                     raise CheckpointError("the pickle calls what is not a global")
                 is_dict = function.name == _DICT and arguments == ()
                 stack.append({} if is_dict else _Call(function.name, arguments))
+            case "NEWOBJ" if _NAMESPACE in allowed:
+                if cut(-2) != [_Global(_NAMESPACE), ()]:
+                    raise CheckpointError("the pickle makes an object of what is not a namespace")
+                stack.append(_Namespace())
             case "BUILD":  # sets attributes: an OrderedDict has _metadata, the versions of the modules
-                stack.pop()
+                attributes = stack.pop()
                 if not isinstance(stack[-1], dict):
                     raise CheckpointError("the pickle sets attributes of what is not a dict")
+                if isinstance(stack[-1], _Namespace):
+                    if not isinstance(attributes, dict):
+                        raise CheckpointError(f"the attributes of a namespace are a pickled {_kind(attributes)}")
+                    stack[-1].update(attributes)
             case _:
                 raise CheckpointError(f"it holds the opcode {opcode.name}, which no state dict needs")
-    return stack.pop()
+    return stack.pop(), identities
 
 
 def _tensors(state: Any) -> dict[str, _Tensor]:

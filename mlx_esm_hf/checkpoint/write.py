@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from mlx_esm_hf.checkpoint.descriptors import zero_taken
 from mlx_esm_hf.checkpoint.resolve import SAFETENSORS, with_variant
 
 
@@ -34,7 +35,8 @@ def write_safetensors(path: Path, arrays: Mapping[str, mx.array]) -> None:
         OSError: it cannot be written.
     """
     try:
-        mx.save_safetensors(str(path), dict(arrays), metadata={"format": "pt"})
+        with zero_taken():
+            mx.save_safetensors(str(path), dict(arrays), metadata={"format": "pt"})
     except RuntimeError as error:
         raise OSError(f"{path.name} cannot be written to {path.parent} ({error}). Is the disk full?") from error
 

@@ -47,7 +47,7 @@ def command(
 
     Example: mlx-esm contacts protein.fasta --model facebook/esm2_t6_8M_UR50D --output map.npz --picture map.png
     """
-    with running(output, quiet, stdin=fasta == "-") as run:
+    with running(output, quiet, source=fasta) as run:
         from mlx_esm_hf import pipelines
 
         report = pipelines.contacts(

@@ -45,7 +45,7 @@ def command(
 
     Example: mlx-esm embed proteins.fasta --model facebook/esm2_t6_8M_UR50D --output embeddings.h5
     """
-    with running(output, quiet, stdin=fasta == "-") as run:
+    with running(output, quiet, source=fasta) as run:
         from mlx_esm_hf import pipelines
 
         report = pipelines.embed(

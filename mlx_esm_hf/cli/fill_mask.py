@@ -43,7 +43,7 @@ def command(
 
     Example: mlx-esm fill-mask masked.fasta --model facebook/esm2_t6_8M_UR50D --output proposals.csv
     """
-    with running(output, quiet, stdin=fasta == "-") as run:
+    with running(output, quiet, source=fasta) as run:
         from mlx_esm_hf import pipelines
 
         report = pipelines.fill_mask(

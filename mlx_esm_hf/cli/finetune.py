@@ -58,11 +58,12 @@ def command(
     """
     with running(output, quiet=True) as run:
         from mlx_esm_hf.data.proteins import Report
+        from mlx_esm_hf.runtime.device import use_device
         from mlx_esm_hf.training.finetune import finetune
         from mlx_esm_hf.training.picture import check_picture_of, draw_losses
 
         check_picture_of(picture)
-        options.choose_device(device)
+        use_device(device)
         report = Report()
         finetune(
             table,

@@ -52,7 +52,7 @@ def command(
 
     Example: mlx-esm generate --length 100 --samples 4 --model facebook/esm2_t33_650M_UR50D --output designs.fasta
     """
-    with running(output, quiet, stdin=fasta == "-") as run:
+    with running(output, quiet, source=fasta or "") as run:
         from mlx_esm_hf import pipelines
 
         report = pipelines.generate(

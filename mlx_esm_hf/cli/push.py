@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from mlx_esm_hf.cli.running import EXPECTED, FAILED, STOPPED
+from mlx_esm_hf.cli.running import stderr, told
 
 if TYPE_CHECKING:
     from mlx_esm_hf.hub import Publication
@@ -30,13 +28,13 @@ def command(
 ) -> None:
     """Publish a checkpoint on the Hub: weights, config, tokenizer and a model card, in one commit.
 
-    The account is that of `hf auth login`, or of the token in HF_TOKEN. A README.md in the folder is the card; without
-    one, a card is written. If it is stopped, the same command sends only what is missing.
+    The account is that of `hf auth login`, or of the token in HF_TOKEN. A README.md in the folder is the card, else one
+    that somebody wrote in the repository; else a card is written. If it is stopped, the same command sends only what is
+    missing.
 
     Example: mlx-esm push my-model me/my-model --base-model facebook/esm2_t12_35M_UR50D
     """
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
+    with told(stderr(), lambda: "Stopped. The same command sends only what is missing."):
         from mlx_esm_hf.hub import publish
 
         publication = publish(
@@ -50,12 +48,6 @@ def command(
             license=license,
             dry_run=dry_run,
         )
-    except EXPECTED as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", markup=True)
-        raise typer.Exit(FAILED) from error
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command sends only what is missing.")
-        raise typer.Exit(STOPPED) from None
     for line in listing(publication):
         typer.echo(line)
 
@@ -67,6 +59,8 @@ def listing(publication: Publication) -> list[str]:
         lines.append(f"{'stays':>15}  README.md")
     lines += [f"{'deleted':>15}  {name}" for name in publication.deleted]
     lines += [f"{'left out':>15}  {name}: {why}" for name, why in publication.left_out.items()]
+    if not publication.tokenizer:
+        lines.append(f"{'lacking':>15}  a tokenizer: tokenizer.save_pretrained puts it into the folder")
     total = f"{sum(publication.files.values()):,} bytes in {len(publication.files)} files"
     if publication.commit is None:
         return [*lines, f"{total} would go to {publication.repo_id}. Nothing was sent."]

@@ -6,7 +6,8 @@ Exit codes: 0, done; 1, an error; 3, done, but some of the input was left out; 1
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from mlx_esm_hf.runs.job import Progress
 
 FAILED, LEFT_OUT, STOPPED = 1, 3, 130
-# What loading and running raise for bad input; their messages say what to do. Others are bugs and show where.
-EXPECTED = (OSError, ValueError, TypeError, RuntimeError)
+PACKAGE = Path(__file__).parents[1]
 
 
 class Running:
@@ -61,26 +61,59 @@ class Running:
             raise typer.Exit(LEFT_OUT)
 
 
+def is_told(error: Exception) -> bool:
+    """Whether its message says all there is to say: the operating system's errors, want of memory, and what a `raise`
+    of this package raises. The same types out of a call, such as int("x"), are bugs: they have to show where."""
+    if isinstance(error, (OSError, MemoryError)):
+        return True
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    raised_here = PACKAGE in Path(place.filename).parents and (place.line or "").startswith("raise ")
+    return raised_here and isinstance(error, (ValueError, RuntimeError))
+
+
 @contextmanager
-def running(output: Path | None, quiet: bool = False, stdin: bool = False) -> Iterator[Running]:
-    """Around the work of a command: a progress bar on a terminal, and errors as messages.
+def running(output: Path | None, quiet: bool = False, source: str = "") -> Iterator[Running]:
+    """Around the work of a job: a progress bar on a terminal, and errors as messages.
 
     Args:
         output: what the command writes.
         quiet: print nothing but errors.
-        stdin: the input comes from standard input.
+        source: of the proteins.
     """
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    run = Running(console, quiet or other_rank())
+    run = Running(stderr(), quiet or other_rank())
+    with told(run.console, lambda: f"Stopped. What is done is kept in {output}; {going_on(source)}."), run.bar:
+        yield run
+
+
+def going_on(source: str) -> str:
+    """Whether what was stopped can be taken up again."""
+    from mlx_esm_hf.data.proteins import is_stream
+
+    if is_stream(source):
+        return "what is read only once cannot be taken up again"
+    return "the same command goes on from there"
+
+
+def stderr() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def told(console: Console, stopped: Callable[[], str]) -> Iterator[None]:
+    """Around what may fail: errors as messages, and the exit codes; bugs keep their traceback.
+
+    Args:
+        stopped: what to say after Ctrl-C.
+    """
     try:
-        with run.bar:
-            yield run
-    except EXPECTED as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", markup=True)
+        yield
+    except Exception as error:
+        if not is_told(error):
+            raise
+        console.print(f"[bold red]Error:[/] {escape(str(error) or type(error).__name__)}", markup=True)
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt:
-        again = "standard input cannot be taken up again" if stdin else "the same command goes on from there"
-        console.print(f"Stopped. What is done is kept in {output}; {again}.")
+        console.print(stopped())
         raise typer.Exit(STOPPED) from None
 
 

@@ -58,4 +58,4 @@ def command(
             batch_tokens=tokens_of(batch_tokens),
             progress=run.show,
         )
-    run.finish(output, Report(left_out=scores.left_out))
+    run.finish(output, Report(replaced=scores.replaced, left_out=scores.left_out))

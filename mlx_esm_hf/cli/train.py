@@ -52,13 +52,14 @@ def command(
     """
     with running(output, quiet=True) as run:
         from mlx_esm_hf.data.proteins import Report
+        from mlx_esm_hf.runtime.device import use_device
         from mlx_esm_hf.training.picture import check_picture_of, draw_losses
         from mlx_esm_hf.training.pretrain import pretrain
 
         if (model is None) == (shape is None):
             raise ValueError("Either --model, to train further, or --shape, of a new model, is needed.")
         check_picture_of(picture)
-        options.choose_device(device)
+        use_device(device)
         report = Report()
         pretrain(
             proteins,

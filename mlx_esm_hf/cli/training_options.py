@@ -9,7 +9,9 @@ import typer
 
 Folder = Annotated[Path, typer.Option("--output", help="A folder for the model, its checkpoints and the log.")]
 Accumulate = Annotated[int, typer.Option(help="Batches to a step of the optimiser.", min=1)]
-Steps = Annotated[int | None, typer.Option(help="Steps of the optimiser; by default as many as the epochs have.", min=1)]
+Steps = Annotated[
+    int | None, typer.Option(help="Steps of the optimiser; by default as many as the epochs have.", min=1)
+]
 Epochs = Annotated[float, typer.Option(help="How often all of the data is seen.")]
 LearningRate = Annotated[float, typer.Option(help="At the top of the schedule.")]
 Schedule = Annotated[str, typer.Option(help="linear, cosine, constant or constant_with_warmup.")]
@@ -24,13 +26,6 @@ GradientCheckpointing = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal models.", min=0)]
 Picture = Annotated[Path | None, typer.Option(help="A picture of the losses: .png, .svg or .pdf.")]
-
-
-def choose_device(device: str | None) -> None:
-    """Compute on "cpu" or "gpu"; None, on MLX's own choice."""
-    from mlx_esm_hf.pipelines.protein_model import use_device
-
-    use_device(device)
 
 
 def print_summary(output: Path) -> None:

@@ -62,6 +62,29 @@ def is_stdin(source: Source) -> bool:
     return isinstance(source, str) and source == STDIN
 
 
+def is_stream(source: Source) -> bool:
+    """Whether it can be read only once, and not be taken up again: standard input, or a path that is no file, such as a
+    pipe or the `<(...)` of a shell."""
+    if is_stdin(source) or not isinstance(source, (str, os.PathLike)):
+        return is_stdin(source)
+    return os.path.exists(source) and not os.path.isfile(source) and not os.path.isdir(source)
+
+
+def standard_input() -> IO[bytes]:
+    """
+    Raises:
+        ValueError: it is closed.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError("Standard input is closed, there is nothing to read: name a file.")
+    return sys.stdin.buffer
+
+
+def shown(id: str) -> str:
+    """An id in a message."""
+    return repr(id if len(id) <= 100 else f"{id[:100]}...")
+
+
 def tokens(sequence: str) -> list[str]:
     """The positions of a cleaned sequence: residues and special tokens."""
     return TOKEN.findall(sequence) if "<" in sequence else list(sequence)
@@ -110,8 +133,8 @@ def read_proteins(source: Source, aligned: bool = False, report: Report | None =
     """The proteins of a source in its order; those that cannot be read are left to the report.
 
     Args:
-        source: the path of a FASTA file, plain, gzipped or zstandard-compressed; `-`, standard input; or an iterable
-            of sequences, of pairs (id, sequence) or of Biopython records. Sequences alone are numbered from 1.
+        source: the path of a FASTA file or pipe, plain, gzipped or zstandard-compressed; `-`, standard input; or an
+            iterable of sequences, of pairs (id, sequence) or of Biopython records. Sequences alone are numbered from 1.
         aligned: keep gaps.
         report: takes counts and messages, which name the file, the line and the id.
 
@@ -127,7 +150,7 @@ def read_proteins(source: Source, aligned: bool = False, report: Report | None =
                 raise ValueError(f"is no sequence, but {sequence!r}")
             yield Protein(name, clean(sequence, aligned, report), place)
         except ValueError as error:
-            report.leave_out(f"{place}: {name!r} {error}.")
+            report.leave_out(f"{place}: {shown(name)} {error}.")
 
 
 def _from_python(source: Iterable[Any]) -> Iterator[tuple[str, str, Any]]:
@@ -158,7 +181,7 @@ class _Lines:
 def _from_file(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, str]]:
     name = "standard input" if is_stdin(path) else os.fspath(path)
     with contextlib.ExitStack() as stack:
-        raw: Any = sys.stdin.buffer if is_stdin(path) else stack.enter_context(open(path, "rb"))
+        raw: Any = standard_input() if is_stdin(path) else stack.enter_context(open(path, "rb"))
         # Bytes that are no UTF-8 do no harm in a title, and in a sequence they are named as what is no residue.
         text = io.TextIOWrapper(_decompressed(raw), encoding="utf-8-sig", errors="replace")
         stack.callback(text.detach if is_stdin(path) else text.close)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import tokens
+from mlx_esm_hf.data.proteins import SPECIAL, STANDARD, tokens
 
 
 class Vocabulary:
@@ -20,17 +21,30 @@ class Vocabulary:
         name: of the model, for messages.
 
     Attributes:
-        ids: {token: id}.
+        ids: {token: id}. Special tokens have the names that they have in sequences, such as `<mask>`, beside those that
+            the tokenizer has for them.
         before, after: ids of the tokens around the residues, such as <cls> and <eos>.
         pad, mask: ids of <pad> and <mask>.
+
+    Raises:
+        ValueError: the tokenizer knows no residues.
     """
 
     def __init__(self, tokenizer: Any, name: str = ""):
         self.name = name or "this model"
-        self.ids: dict[str, int] = tokenizer.get_vocab()
         self.pad: int = tokenizer.pad_token_id
         self.mask: int = tokenizer.mask_token_id
-        row: list[int] = tokenizer("A")["input_ids"]
+        special = (self.mask, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+        named = {token: id for token, id in zip(SPECIAL, special, strict=True) if id is not None}
+        self.ids: dict[str, int] = named | tokenizer.get_vocab()
+        if missing := [residue for residue in STANDARD if residue not in self.ids]:
+            raise ValueError(
+                f"The vocabulary of {self.name} lacks the residues {', '.join(missing)}: its tokenizer is not one of "
+                "proteins, or its vocab.txt is damaged."
+            )
+        row = _ids_of_a_residue(tokenizer, self.name)
+        if self.ids["A"] not in row:
+            raise ValueError(f"The tokenizer of {self.name} does not make one token of a residue, but {row} of A.")
         place = row.index(self.ids["A"])
         self.before, self.after = row[:place], row[place + 1 :]
         self._tokenizer = tokenizer
@@ -58,3 +72,49 @@ class Vocabulary:
     def decode(self, ids: np.ndarray) -> list[str]:
         """The tokens of ids [positions]."""
         return self._tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+def refuse_other_tokenizer(tokenizer: Any, config: Any, residues: str = "", name: str = "") -> None:
+    """Refuse the tokenizer of another model: the answers would be those to other residues.
+
+    Args:
+        residues: those of the model's family, in the order of its vocabularies. Another order is warned of, unless the
+            config's own `vocab_list` has it.
+
+    Raises:
+        ValueError: it has more tokens than the config says, special ones elsewhere, or not those of `vocab_list`.
+    """
+    name, ids = name or "this model", tokenizer.get_vocab()
+    if len(ids) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {name} has {len(ids)} tokens, the model {config.vocab_size}: they do not belong "
+            "together."
+        )
+    for token in ("pad", "mask", "eos"):
+        ours, theirs = getattr(tokenizer, f"{token}_token_id"), getattr(config, f"{token}_token_id", None)
+        if theirs is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
+            raise ValueError(
+                f"The tokenizer of {name} has <{token}> at {ours}, the config at {theirs}: they do not belong "
+                "together, or vocab.txt is damaged."
+            )
+    order = sorted(ids, key=ids.__getitem__)
+    expected = getattr(config, "vocab_list", None)
+    if expected is not None:
+        if order != list(expected):
+            raise ValueError(
+                f"The tokenizer of {name} has other tokens than the vocab_list of its config, or in another order: "
+                "they do not belong together, or vocab.txt is damaged."
+            )
+    elif residues and [token for token in order if token in residues] != list(residues):
+        warnings.warn(
+            f"The vocabulary of {name} has its residues in another order than its family. The answers are wrong "
+            "unless the model was trained with it.",
+            stacklevel=3,
+        )
+
+
+def _ids_of_a_residue(tokenizer: Any, name: str) -> list[int]:
+    try:
+        return tokenizer("A")["input_ids"]
+    except TypeError as error:  # such as a model_max_length that is no number
+        raise ValueError(f"The tokenizer of {name} fails ({error}): its tokenizer_config.json is damaged.") from error

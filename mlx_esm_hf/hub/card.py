@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from yaml import YAMLError
 
 from mlx_esm_hf.hub.files import REPORT, Checkpoint, is_quantized
 from mlx_esm_hf.version import __version__
@@ -17,6 +19,13 @@ TASKS = {
     "ForTokenClassification": "token-classification",
     "": "feature-extraction",
 }
+# A card with this line is written anew.
+OURS = "<!-- mlx-esm writes this card anew with each push. Delete this line to keep what you write here. -->"
+# What transformers says in the card that it makes of a template when a tokenizer or a config is pushed first.
+THEIRS = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
 
 
 def write_card(
@@ -27,6 +36,7 @@ def write_card(
     base_model: str | None = None,
     license: str | None = None,
     tags: list[str] | None = None,
+    earlier: ModelCard | None = None,
 ) -> ModelCard:
     """A card that says what the model is and how to load it.
 
@@ -35,17 +45,25 @@ def write_card(
         base_model: the id of the model that this one was made from.
         license: the Hub's name of it, such as "mit".
         tags: further ones.
+        earlier: the card in whose place this one comes; what its metadata say besides is kept.
     """
     config, head = checkpoint.config, task_head(checkpoint.config)
-    data = ModelCardData(
-        library_name="transformers" if loads_in_transformers(config) else "mlx",
-        pipeline_tag=TASKS[head],
-        base_model=base_model,
-        license=license,
-        tags=["mlx", "protein", config["model_type"], *(tags or [])],
-    )
-    made_from = f" Made from [{base_model}](https://huggingface.co/{base_model})." if base_model else ""
+    known = earlier.data.to_dict() if earlier else {}
+    base_model = base_model or known.get("base_model")
+    every_tag = ["mlx", "protein", config["model_type"], *(tags or []), *(known.get("tags") or [])]
+    ours = {
+        "library_name": "transformers" if loads_in_transformers(config) else "mlx",
+        "pipeline_tag": TASKS[head],
+        "base_model": base_model,
+        "license": license or known.get("license"),
+        "tags": list(dict.fromkeys(every_tag)),
+    }
+    data = ModelCardData(**(known | ours))
+    made_from = ""
+    if isinstance(base_model, str):  # it may be a list in metadata that somebody wrote
+        made_from = f" Made from [{base_model}](https://huggingface.co/{base_model})."
     parts = [
+        OURS,
         f"# {repo_id.rpartition('/')[2]}",
         f"A protein language model: {describe(checkpoint)}.{made_from}",
         "## How to load it",
@@ -61,6 +79,24 @@ def write_card(
         parts += ["## Conversion", (checkpoint.folder / REPORT).read_text(encoding="utf-8").strip()]
     parts.append(f"Published with mlx-esm-hf {__version__}.")
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def load_card(path: str | Path) -> Any:
+    """
+    Raises:
+        ValueError: the metadata at its beginning are not YAML.
+    """
+    try:
+        return ModelCard.load(path)
+    except (YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: the lines between the two --- are not YAML of a model card ({reason}).") from error
+
+
+def nobody_wrote(card: ModelCard) -> bool:
+    """Whether a card is one of ours, or transformers' template as it is."""
+    template = ModelCard.from_template(ModelCardData(), model_description=THEIRS)
+    return OURS in card.text or card.text.strip() == template.text.strip()
 
 
 def task_head(config: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from mlx_esm_hf.checkpoint.hub_errors import hub_error
-from mlx_esm_hf.hub.card import write_card
+from mlx_esm_hf.hub.card import load_card, nobody_wrote, write_card
 from mlx_esm_hf.hub.files import CARD, TOKENIZER, Checkpoint, read_checkpoint, variant_of
 from mlx_esm_hf.version import __version__
 
@@ -33,6 +33,7 @@ class Publication:
         left_out: {name: why} of the files of the folder that are not published.
         deleted: weights of an earlier checkpoint, which go in the same commit.
         kept_card: whether the repository has a card already, which stays.
+        tokenizer: whether the repository has a tokenizer then.
         commit: None if nothing was sent.
     """
 
@@ -41,6 +42,7 @@ class Publication:
     left_out: dict[str, str]
     deleted: list[str]
     kept_card: bool
+    tokenizer: bool
     commit: CommitInfo | None = None
 
 
@@ -71,7 +73,7 @@ def publish(
 
     Weights of an earlier checkpoint that the new one does not name are deleted in the same commit. If it breaks, it can
     be done again: large files that have arrived are not sent again. A `README.md` in the folder is the card; else one
-    that the repository has already stays; else a card is written.
+    that somebody wrote in the repository stays; else a card is written.
 
     Args:
         repo_id: "owner/name", or "name" under the name of the user whose token it is.
@@ -86,17 +88,19 @@ def publish(
 
     Raises:
         CheckpointError: the folder holds no whole checkpoint; nothing was sent.
-        ValueError: `private` for a repository that is public, or a card whose metadata the Hub refuses.
+        ValueError: an id that none can have, `private` for a repository that is public, or a card whose metadata the
+            Hub refuses.
         OSError: the Hub refused, or did not answer.
     """
     checkpoint = read_checkpoint(folder)
     api = HfApi(token=token, library_name="mlx-esm-hf", library_version=__version__)
     try:
-        if not dry_run:
-            repo_id = prepare(api, repo_id, private, revision, create_pr)
+        repo_id = with_owner(api, repo_id) if dry_run else prepare(api, repo_id, private, revision, create_pr)
         head = look(api, repo_id, revision, missing_ok=dry_run)
         license = license or license_of(api, base_model)
-        card = choose_card(api, checkpoint, repo_id, head, tags, base_model, license)
+        tokenizer = any(name in TOKENIZER for name in [*checkpoint.files, *head.files])
+        facts: dict[str, Any] = {"tokenizer": tokenizer, "base_model": base_model, "license": license}
+        card = choose_card(api, checkpoint, repo_id, head, tags, facts)
         additions = {name: CommitOperationAdd(name, checkpoint.folder / name) for name in checkpoint.files}
         if card is not None:
             additions[CARD] = CommitOperationAdd(CARD, str(card).encode())
@@ -106,6 +110,7 @@ def publish(
             left_out=checkpoint.left_out,
             deleted=stale(head, checkpoint),
             kept_card=CARD not in additions,
+            tokenizer=tokenizer,
         )
         if dry_run:
             return publication
@@ -119,9 +124,15 @@ def publish(
             parent_commit=head.commit,
         )
     except (HTTPError, RuntimeError) as error:
-        what = f"{Path(folder)} was not published as {repo_id}"
-        raise hub_error(error, what, repo_id, revision) from error
+        raise hub_error(error, f"{Path(folder)} was not published as {repo_id}", repo_id, revision) from error
+    except ValueError as error:
+        raise ValueError(f"{Path(folder)} was not published as {repo_id}: {error}") from error
     return Publication(**{**vars(publication), "commit": commit})
+
+
+def with_owner(api: HfApi, repo_id: str) -> str:
+    """The id that a name without an owner becomes: that under the user's own name."""
+    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
 
 
 def prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> str:
@@ -171,18 +182,22 @@ def choose_card(
     repo_id: str,
     head: Head,
     tags: list[str] | None,
-    base_model: str | None,
-    license: str | None,
+    facts: dict[str, Any],
 ) -> ModelCard | None:
-    """The card to send; None where the folder's own goes as it is, or the repository's stays as it is."""
+    """The card to send; None where the folder's own goes as it is, or the repository's stays as it is.
+
+    Args:
+        facts: arguments of `write_card`.
+    """
     if CARD in checkpoint.files:
-        card = ModelCard.load(checkpoint.folder / CARD) if tags else None
+        card = load_card(checkpoint.folder / CARD)
     elif CARD in head.files:
-        card = ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=head.commit)) if tags else None
+        card = load_card(api.hf_hub_download(repo_id, CARD, revision=head.commit))
+        if nobody_wrote(card):
+            return write_card(checkpoint, repo_id, tags=tags, earlier=card, **facts)
     else:
-        tokenizer = any(name in TOKENIZER for name in [*checkpoint.files, *head.files])
-        return write_card(checkpoint, repo_id, tokenizer=tokenizer, base_model=base_model, license=license, tags=tags)
-    if card is None or set(tags or []) <= set(card.data.tags or []):
+        return write_card(checkpoint, repo_id, tags=tags, **facts)
+    if set(tags or []) <= set(card.data.tags or []):
         return None
     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(tags or [])]))
     return card

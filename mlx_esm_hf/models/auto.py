@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-import mlx_esm_hf.models.esm.tokenization_esm  # noqa: F401  transformers' AutoTokenizer knows ESM-1's from here on
-from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, read_config
+from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, commit_of, read_config
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
 from mlx_esm_hf.models.esm.modeling_esm import (
     MLXEsmForMaskedLM,
@@ -58,6 +57,8 @@ class AutoClass:
         else:
             where = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
             hub = {name: kwargs[name] for name in where if name in kwargs}
+            if config is None:  # asked once, so that the class, its config and the weights are of one commit
+                kwargs["revision"] = hub["revision"] = commit_of(str(source), **hub)
             model_type = read_config(str(source), **hub).get("model_type", "")
         model_class = cls._class_for(model_type, str(source))
         return model_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)

@@ -41,7 +41,6 @@ def _backend(*arrays: mx.array | None) -> ModuleType:
     """The best one on the default device for arrays of these dtypes."""
     if mx.default_device() != mx.cpu:
         return gpu
-    kernels.warn_if_missing()
     if kernels.native is None or any(x is not None and x.dtype != mx.float32 for x in arrays):
         return cpu
     return kernels

@@ -100,6 +100,14 @@ def softmax(x: mx.array) -> mx.array:
     """`ops.softmax`."""
     if x.dtype != mx.float32:
         return mx.softmax(x, axis=-1, precise=True)
+    if x.size <= SCORES_AT_A_TIME:
+        return _softmax(x)
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = _blocks(len(rows), max(1, SCORES_AT_A_TIME // x.shape[-1]))
+    return mx.concatenate([_softmax(rows[block]) for block in blocks]).reshape(x.shape)
+
+
+def _softmax(x: mx.array) -> mx.array:
     terms, total = _softmax_terms(x)
     return terms / total
 

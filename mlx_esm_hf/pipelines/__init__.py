@@ -2,6 +2,7 @@
 
 from mlx_esm_hf.data.proteins import read_proteins
 from mlx_esm_hf.pipelines.contacts import contacts
+from mlx_esm_hf.pipelines.convert import convert
 from mlx_esm_hf.pipelines.embed import embed
 from mlx_esm_hf.pipelines.fill_mask import fill_mask
 from mlx_esm_hf.pipelines.generate import generate
@@ -12,6 +13,7 @@ from mlx_esm_hf.pipelines.score import score
 
 __all__ = [
     "contacts",
+    "convert",
     "embed",
     "fill_mask",
     "generate",

@@ -49,7 +49,7 @@ def embed(
         output: a folder of shards, or a file (`.safetensors`, `.npz`, `.h5`, `.parquet`).
         layers: 0, the embeddings, to the number of layers; or from the end, -1.
         pooling: of "mean", "max" (over residues), "cls" (the state of <cls>), and "residues" (all states).
-        loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` of `load`.
+        loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` and the others of `load`.
 
     Returns:
         Without an output, an iterator over results, whose `arrays` has one entry, [hidden_size] or
@@ -83,6 +83,7 @@ def embed(
         {"layers": resolved, "pooling": list(pooling)},
         compute,
         size,
+        arrays=len(resolved) * len(pooling) if "residues" in pooling else 0,
         aligned=aligned,
         strict=strict,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -9,8 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from mlx_esm_hf.data.tokenizer import load_tokenizer
+from mlx_esm_hf.data.vocabulary import refuse_other_tokenizer
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import (
     MLXAutoModel,
@@ -18,17 +21,15 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
 )
-from mlx_esm_hf.pipelines.protein_model import load_network
+from mlx_esm_hf.pipelines.protein_model import SHARED, load_network, same_commit
 
-# Arguments of `from_pretrained` that the tokenizer has, too.
-SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
 GPU = ("gpu", "cuda", "mps")
 
 
 def pipeline(
     task: str,
-    model: str | MLXPreTrainedModel,
-    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    model: str | os.PathLike[str] | MLXPreTrainedModel,
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
     *,
     device: int | str | None = None,
     batch_size: int = 1,
@@ -46,7 +47,7 @@ def pipeline(
 
     Raises:
         KeyError: another task.
-        ValueError: a model without its tokenizer, or a device that there is not.
+        ValueError: a model without its tokenizer or with that of another one, or a device that there is not.
 
     Example:
         >>> pipeline("fill-mask", model="facebook/esm2_t6_8M_UR50D")("MKT<mask>YIAKQR")[0]["token_str"]
@@ -64,12 +65,13 @@ def pipeline(
         network = model
     else:
         tokenizer = tokenizer or model
-        network = load_network(auto_class, model, **loading)
-    if isinstance(tokenizer, str):
+        network = load_network(auto_class, os.fspath(model), **loading)
+    if isinstance(tokenizer, (str, os.PathLike)):
         shared = {name: loading[name] for name in SHARED if name in loading}
-        if tokenizer == model and getattr(network.config, "_commit_hash", None):
-            shared["revision"] = network.config._commit_hash  # that of the weights, whatever was pushed meanwhile
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **shared)
+        if tokenizer == model:
+            shared |= same_commit(network)
+        tokenizer = load_tokenizer(os.fspath(tokenizer), **shared)
+    refuse_other_tokenizer(tokenizer, network.config, network.residues, network.config._name_or_path)
     return pipeline_class(network.eval(), tokenizer, batch_size)
 
 

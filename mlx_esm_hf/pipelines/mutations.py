@@ -86,14 +86,15 @@ def read_table(path: str | os.PathLike[str], column: str) -> tuple[list[str], li
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             columns, rows = list(reader.fieldnames or []), []
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"{path} has two columns of one name: {', '.join(columns)}.")
+            if column not in columns:
+                known = ", ".join(columns) or "nothing in its first line"
+                raise ValueError(f"{path} has no column {column!r} (--mutant-column), but {known}.")
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(f"{path}, line {reader.line_num}: the row does not have {len(columns)} columns.")
                 rows.append(row)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV file ({error}).") from error
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"{path} has two columns of one name: {', '.join(columns)}.")
-    if column not in columns:
-        raise ValueError(f"{path} has no column {column!r} (--mutant-column), but {', '.join(columns) or 'nothing'}.")
     return columns, rows

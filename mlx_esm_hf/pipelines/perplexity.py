@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_esm_hf.data.proteins import RESIDUES, STANDARD, Report, Source
+from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun, one_pass_work
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
@@ -77,9 +78,14 @@ def pass_for_each_token(tokens: int) -> int:
     return tokens * tokens
 
 
+def counted_ids(vocabulary: Vocabulary) -> np.ndarray:
+    """The ids of the residues that count."""
+    return np.array([vocabulary.ids[residue] for residue in RESIDUES if residue != "X" and residue in vocabulary.ids])
+
+
 def perplexities(model: ProteinModel, sequences: Sequence[np.ndarray], method: str) -> list[Arrays]:
     """The results of `perplexity` for sequences of ids."""
-    counted = np.array([model.vocabulary.ids[residue] for residue in RESIDUES if residue != "X"])
+    counted = counted_ids(model.vocabulary)
     results: list[Arrays] = []
     for ids, plain in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
         positions = np.flatnonzero(np.isin(ids, counted))

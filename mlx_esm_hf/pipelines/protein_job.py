@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import STDIN, Protein, Report, Source, is_stdin, read_proteins
+from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stdin, is_stream, read_proteins, shown, standard_input
 from mlx_esm_hf.pipelines.protein_model import ProteinModel
 from mlx_esm_hf.runs import ranks
+from mlx_esm_hf.runs.ids import Ids
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, stream
 from mlx_esm_hf.runs.outputs import claimed, shards_of, write_files
 from mlx_esm_hf.runs.run import Run, compute_run, sha256_of
 
 CHUNK_BATCHES = 16  # of a chunk: enough to order by length
+ID_BYTES = 40  # of each character of an id, so that the ids of a chunk fit into the header of its shard
 
 WriteRun = Callable[[Path, Run], None]
 
@@ -47,6 +49,7 @@ class ProteinJob:
         copies: how many results a protein gives.
         input: what the manifest says of the input; by default what `describe` does.
         aligned, strict: how proteins are read.
+        arrays: of each result, those that have a name of their own in a file; 0 where all make one matrix.
     """
 
     command: str
@@ -60,6 +63,7 @@ class ProteinJob:
     input: dict[str, str] | None = None
     aligned: bool = False
     strict: bool = False
+    arrays: int = 0
 
     def stream(self, source: Source) -> Iterator[Result]:
         """The results in the order of the proteins, computed while they are read. Warns of what was left out.
@@ -67,9 +71,9 @@ class ProteinJob:
         Raises:
             ValueError: input that cannot be read; a protein that is too long, of a file all of them, before any work.
         """
-        self._survey(source)
+        self._survey(source, None)
         report = Report(self.strict)
-        yield from stream(self._job(source, {}, report, None))
+        yield from stream(self._job(source, {}, report, None, None))
         for message in report.left_out:
             warnings.warn(f"left out: {message}", stacklevel=2)
 
@@ -92,11 +96,13 @@ class ProteinJob:
             ValueError: as `stream`; a folder that holds something else.
             OSError: what cannot be written.
         """
-        if ranks.size() > 1 and is_stdin(source):
-            raise ValueError("Several ranks cannot share standard input: give them a file.")
-        total = self._survey(source)
+        if ranks.size() > 1 and is_stream(source):
+            raise ValueError(f"Several ranks cannot share what is read only once, {source}: give them a file.")
+        total = self._survey(source, output.suffix)
         report = Report(self.strict)
-        job = self._job(source, self.input or describe(source), report, total)
+        job = self._job(source, self.input or describe(source), report, total, output.suffix)
+        if self.input is None:
+            job.input_is_same = lambda: describe(source) == job.input
         writer = formats[output.suffix]
         others = others or {}
         with claimed(output, others):
@@ -108,37 +114,47 @@ class ProteinJob:
             ranks.on_first(lambda: write_files(files, run.folder))
         return report
 
-    def _job(self, source: Source, input: dict[str, str], report: Report, total: int | None) -> Job:
+    def _job(self, source: Source, input: dict[str, str], report: Report, total: int | None, suffix: str | None) -> Job:
         return Job(
             command=self.command,
             settings=self.model.settings | self.settings | {"aligned": self.aligned},
             input=input,
-            items=lambda: self._items(source, report),
+            items=lambda: self._items(source, report, suffix),
             compute=self.compute,
             chunk_work=CHUNK_BATCHES * self.model.batch_tokens,
             total=total,
             left_out=report.left_out,
         )
 
-    def _items(self, source: Source, report: Report) -> Iterator[Item]:
+    def _items(self, source: Source, report: Report, suffix: str | None) -> Iterator[Item]:
         number = 0
-        for protein, ids in self._read(source, report):
+        for protein, ids in self._read(source, report, suffix):
             self._refuse(protein, ids)
             windows = self.model.windows(0, len(ids))
             work = sum(self.work(window.length + self.model.vocabulary.around) for window in windows)
+            size = self.size(len(ids)) + ID_BYTES * len(protein.id)
             for _ in range(self.copies):
-                yield Item(number, protein.id, ids, len(ids), work, self.size(len(ids)))
+                yield Item(number, protein.id, ids, len(ids), work, size)
                 number += 1
 
-    def _read(self, source: Source, report: Report) -> Iterator[tuple[Protein, np.ndarray]]:
-        """The proteins that have work for this job, with their ids; the others are left to the report."""
+    def _read(self, source: Source, report: Report, suffix: str | None) -> Iterator[tuple[Protein, np.ndarray]]:
+        """The proteins that have work for this job, with their ids; the others are left to the report.
+
+        Args:
+            suffix: of the file that is to hold the results; None, there is none.
+        """
+        names = Ids(suffix or "", self.arrays)
         for protein in read_proteins(source, self.aligned, report):
             try:
+                if suffix is not None:
+                    names.refuse(protein.id)
                 ids = self.model.cut(self.model.vocabulary.encode(protein.sequence))
                 self.check(ids)
             except ValueError as error:
-                report.leave_out(f"{protein.place}: {protein.id!r} {error}.")
+                report.leave_out(f"{protein.place}: {shown(protein.id)} {error}.")
                 continue
+            if suffix is not None:
+                names.add(protein.id)
             yield protein, ids
 
     def _refuse(self, protein: Protein, ids: np.ndarray) -> None:
@@ -149,15 +165,17 @@ class ProteinJob:
         try:
             self.model.refuse_long(len(ids))
         except ValueError as error:
-            raise ValueError(f"{protein.place}: {protein.id!r} {error}.") from None
+            raise ValueError(f"{protein.place}: {shown(protein.id)} {error}.") from None
 
-    def _survey(self, source: Source) -> int | None:
+    def _survey(self, source: Source, suffix: str | None) -> int | None:
         """Read a file once before the work; returns how many residues there are to compute, None if that would use up
         the source."""
-        if is_stdin(source) or not isinstance(source, (str, os.PathLike)):
+        if is_stdin(source):
+            standard_input()
+        if is_stream(source) or not isinstance(source, (str, os.PathLike)):
             return None
         total, problems, report = 0, list[str](), Report(self.strict)
-        for protein, ids in self._read(source, report):
+        for protein, ids in self._read(source, report, suffix):
             total += len(ids) * self.copies
             try:
                 self._refuse(protein, ids)
@@ -173,10 +191,10 @@ class ProteinJob:
 
 def describe(source: Source) -> dict[str, str]:
     """The input of a run for its manifest: a file by its name and its hash, which is that of what was compressed."""
-    if is_stdin(source):
-        return {"name": STDIN}
     if not isinstance(source, (str, os.PathLike)):
         return {"name": "Python"}
+    if is_stream(source):
+        return {"name": os.fspath(source)}
     return {"name": os.path.basename(source), "sha256": sha256_of(source)}
 
 

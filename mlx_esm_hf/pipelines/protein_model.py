@@ -12,19 +12,26 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mlx_esm_hf import modeling_utils
 from mlx_esm_hf.data.batches import Batch, make_batches
-from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.data.tokenizer import load_tokenizer
+from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import MLXAutoModel
 from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runtime import memory
+from mlx_esm_hf.runtime.device import use_device
 
+# Arguments of `from_pretrained` that the tokenizer has, too.
+SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
 LONG = ("error", "truncate", "window")
+
+# What a config may ask for by default, and jobs do not.
+PLAIN = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
 @dataclass
@@ -51,6 +58,7 @@ class ProteinModel:
         if self.long not in LONG:
             raise ValueError(f"long={self.long!r} is not one of {', '.join(LONG)}.")
         self.vocabulary = Vocabulary(self.tokenizer, self.name)
+        refuse_other_tokenizer(self.tokenizer, self.network.config, self.network.residues, self.name)
 
     @property
     def longest(self) -> int | None:
@@ -147,6 +155,7 @@ def load(
     long: str = "error",
     batch_tokens: int | None = None,
     output: str | os.PathLike[str] | None = None,
+    **hub: Any,
 ) -> ProteinModel:
     """The model and tokenizer of a Hub repository or a folder.
 
@@ -155,23 +164,22 @@ def load(
         device: "cpu" or "gpu"; by default MLX's own choice.
         batch_tokens: None, as many as suit the device and fit into the memory that is free.
         output: of a run; one that stopped goes on with the batches that it had.
+        hub: `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download` of `from_pretrained`, for both.
 
     Example:
         >>> load(MLXAutoModel, "facebook/esm2_t6_8M_UR50D", long="window")
     """
-    if device == "cpu":
-        mx.set_default_device(mx.cpu)
-    elif device == "gpu":
-        mx.set_default_device(mx.gpu)
-    elif device is not None:
-        raise ValueError(f"device={device!r} is not one of cpu, gpu.")
+    use_device(device)
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
-    network = load_network(cls, model, revision=revision or "main", dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
-    commit = getattr(network.config, "_commit_hash", None) or revision
+    hub["revision"] = revision or "main"
+    network = load_network(cls, model, dtype=dtype, **hub)
+    for option, value in PLAIN.items():
+        setattr(network.config, option, value)
+    commit = same_commit(network)
+    tokenizer = load_tokenizer(model, **hub | commit)
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
-    loaded = ProteinModel(network.eval(), tokenizer, str(model), commit, long, wanted)
+    loaded = ProteinModel(network.eval(), tokenizer, str(model), commit.get("revision", revision), long, wanted)
     # The ranks have to cut the same batches, and those that do not write may not see the output.
     decided = wanted > 0 or ranks.rank() == 0
     loaded.batch_tokens = ranks.smallest(loaded.batch_tokens if decided else 1 << 30)
@@ -188,6 +196,13 @@ def load_network(cls: Any, model: str, **options: Any) -> Any:
         return cls.from_pretrained(model, **options)
     finally:
         modeling_utils.logger.removeFilter(is_no_load_report)
+
+
+def same_commit(network: Any) -> dict[str, str]:
+    """`revision` for a tokenizer to be that of the model's own commit, whatever was pushed meanwhile; empty for a model
+    that is from no commit."""
+    commit = getattr(network.config, "_commit_hash", None)
+    return {"revision": commit} if commit else {}
 
 
 def is_no_load_report(record: logging.LogRecord) -> bool:

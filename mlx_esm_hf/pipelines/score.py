@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import STANDARD, clean, read_proteins, tokens
+from mlx_esm_hf.data.proteins import STANDARD, Report, clean, read_proteins, tokens
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.pipelines.mutations import Substitution, parse, read_table, suggest_first_residue
 from mlx_esm_hf.pipelines.protein_job import CHUNK_BATCHES
@@ -29,11 +29,13 @@ METHODS = ("masked-marginals", "wt-marginals", "pseudo-perplexity")
 
 
 class Scores(NamedTuple):
-    """The table with a score column for each model; what was not scored, and why."""
+    """The table with a score column for each model; what was not scored, and why; letters of the wild type that were
+    read as X."""
 
     columns: list[str]
     rows: list[dict[str, Any]]
     left_out: list[str]
+    replaced: int = 0
 
 
 def score(
@@ -83,7 +85,8 @@ def score(
         raise ValueError("A heat map is of all mutations: leave out the list of mutants.")
     check_picture(picture)
     check_outputs(output, [".csv"], picture)
-    wild_type = read_wild_type(sequence)
+    report = Report()
+    wild_type = read_wild_type(sequence, report)
     columns, rows = _table(mutants, mutant_column, wild_type, first_residue)
     parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
 
@@ -92,7 +95,7 @@ def score(
     columns += [*names, "mean"] if len(names) > 1 else names
     if repeated := [name for name in columns if columns.count(name) > 1]:
         raise ValueError(f"Two columns would be called {repeated[0]!r}.")
-    scores = Scores(columns, rows, left_out)
+    scores = Scores(columns, rows, left_out, report.replaced)
     with claimed(None if output is None else Path(output), [] if picture is None else [Path(picture)]):
         shards = None if output is None else shards_of(output)
         _fill(scores, dict(zip(names, models, strict=True)), wild_type, parsed, method, shards, loading, progress)
@@ -242,18 +245,32 @@ def mutated(ids: np.ndarray, mutant: Mutant, token_ids: dict[str, int]) -> np.nd
     return ids
 
 
-def read_wild_type(sequence: str | os.PathLike[str]) -> str:
-    """A sequence, or that of the FASTA file with this name."""
+def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = None) -> str:
+    """A sequence, or that of the FASTA file with this name.
+
+    Args:
+        report: counts the letters that became X.
+
+    Raises:
+        ValueError: neither; several proteins, or one that cannot be read; gaps, since those behind one would have
+            other numbers in the sequence than in the table.
+    """
+    report = report or Report()
+    report.strict = True
     if not os.path.exists(sequence):
         text = os.fspath(sequence)
         try:
-            return clean(text)
+            wild_type = clean(text, report=report)
         except ValueError as error:
             raise ValueError(f"{text!r} is neither a file nor a sequence: it {error}.") from None
-    proteins = list(read_proteins(sequence))
-    if len(proteins) != 1:
-        raise ValueError(f"{sequence} holds {len(proteins)} proteins; the wild type has to be the only one.")
-    return proteins[0].sequence
+    else:
+        proteins = list(read_proteins(sequence, report=report))
+        if len(proteins) != 1:
+            raise ValueError(f"{sequence} holds {len(proteins)} proteins; the wild type has to be the only one.")
+        wild_type = proteins[0].sequence
+    if report.gaps:
+        raise ValueError(f"The wild type has {report.gaps} gaps (- or .), which have no number: remove them.")
+    return wild_type
 
 
 def _table(

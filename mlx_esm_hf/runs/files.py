@@ -28,8 +28,13 @@ def part_of(path: Path) -> Iterator[Path]:
 
 def remove_parts(path: Path) -> None:
     """Remove what killed processes left of `part_of` this path."""
-    for part in glob.glob(f".{glob.escape(path.name)}.????????.part*", root_dir=path.parent):
-        (path.parent / part).unlink(missing_ok=True)
+    remove_all_parts(path.parent, glob.escape(path.name))
+
+
+def remove_all_parts(folder: Path, pattern: str = "*") -> None:
+    """Remove what killed processes left of `part_of` any path in a folder whose name fits a pattern."""
+    for part in glob.glob(f".{pattern}.????????.part*", root_dir=folder):
+        (folder / part).unlink(missing_ok=True)
 
 
 def to_disk(path: Path) -> None:

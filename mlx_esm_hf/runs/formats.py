@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mlx_esm_hf.runs.job import Result
@@ -19,20 +21,30 @@ GROUP_BYTES = 1 << 26  # of results that go into a Parquet file together
 
 
 def metadata(run: Run) -> dict[str, Any]:
-    """What a file says of how its numbers were computed."""
-    return {"command": run.manifest["command"], **run.manifest["settings"]}
+    """What a file says of how its numbers were computed. How much memory there was is no part of that."""
+    settings = {key: value for key, value in run.manifest["settings"].items() if key != "memory"}
+    return {"command": run.manifest["command"], **settings}
 
 
 def unique_names(run: Run) -> Iterator[tuple[str, Result]]:
-    """Each result under its id; the second one with an id under `id#2`, and so on."""
-    used, counts = {"metadata"}, dict[str, int]()
+    """Each result under its id; the second one with an id under `id#2`, and so on.
+
+    Names that differ in `.npy` alone are one to `np.load`. `__metadata__` is the header of a safetensors file.
+    """
+    used, counts = {"metadata", "__metadata__"}, dict[str, int]()
     for result in run.results():
         name = result.id
-        while name in used:
+        while without_npy(name) in used:
             counts[result.id] = counts.get(result.id, 1) + 1
             name = f"{result.id}#{counts[result.id]}"
-        used.add(name)
+        used.add(without_npy(name))
         yield name, result
+
+
+def without_npy(name: str) -> str:
+    while name.endswith(".npy"):
+        name = name.removesuffix(".npy")
+    return name
 
 
 def named_arrays(run: Run) -> Iterator[tuple[str, np.ndarray]]:
@@ -77,7 +89,23 @@ def write_safetensors(path: Path, run: Run) -> None:
     """As `write_npz`; the ids, a JSON list, are in the metadata."""
     tensors = stacked(run) if per_protein(run) else dict(named_arrays(run))
     details = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata(run).items()}
-    save_file(tensors, path, {"ids": json.dumps([result.id for result in run.results()]), **details})
+    try:
+        save_file(tensors, path, {"ids": json.dumps([result.id for result in run.results()]), **details})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    sort_metadata(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes it in another one each time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size, "the same entries, written the same way"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def accession(name: str) -> str:
@@ -86,17 +114,44 @@ def accession(name: str) -> str:
     return parts[1] if len(parts) == 3 and parts[0] in ("sp", "tr") and parts[1] else name
 
 
+class KeptErrors(io.FileIO):
+    """A file that raises the errors of writing when it is closed, and not before: HDF5 writes while objects are
+    destroyed, where nobody can catch an error."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self.error is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        if self.error is not None:
+            raise self.error
+
+
+def h5_name(name: str) -> str:
+    """A name as one of HDF5, where `/` is between groups, and `.` and nothing are the group itself."""
+    return "_" if name in ("", ".") else name.replace("/", "_")
+
+
 def write_h5(path: Path, run: Run) -> None:
     """UniProt's layout: a dataset for each accession; a group of them where there are several kinds of results."""
     import h5py
 
-    with h5py.File(path, "w") as file:
+    with KeptErrors(path, "r+") as raw, h5py.File(raw, "w") as file:
         file.attrs.update({key: json.dumps(value) for key, value in metadata(run).items()})
         for name, result in unique_names(run):
             short = accession(result.id) + name[len(result.id) :]
             for kind, array in result.arrays.items():
-                key = short.replace("/", "_") + (f"/{kind}" if len(result.arrays) > 1 else "")
-                if key in file:  # two entries with one accession
+                key = h5_name(short) + (f"/{kind}" if len(result.arrays) > 1 else "")
+                while key in file:  # two entries with one accession
                     key = f"{result.number}_{key}"
                 file.create_dataset(key, data=array).attrs["original_id"] = result.id
 

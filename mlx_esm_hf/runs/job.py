@@ -55,6 +55,10 @@ def no_progress(progress: Progress) -> None:
     """Tell nobody."""
 
 
+def always() -> bool:
+    return True
+
+
 @dataclass
 class Job:
     """Items, a function that computes them, and what their results depend on.
@@ -68,6 +72,7 @@ class Job:
         chunk_work: how much work makes a chunk.
         total: residues of all items, if that is known.
         left_out: what could not be made an item, and why; it fills while items are read.
+        input_is_same: whether the input still is what `input` says; asked when all items are computed.
     """
 
     command: str
@@ -78,6 +83,7 @@ class Job:
     chunk_work: int
     total: int | None = None
     left_out: list[str] = field(default_factory=list)
+    input_is_same: Callable[[], bool] = always
 
 
 def chunks(items: Iterable[Item], chunk_work: int) -> Iterator[Chunk]:

@@ -23,7 +23,8 @@ def locked(output: Path) -> Iterator[None]:
         ValueError: another process has it.
         OSError: the folder cannot be written.
     """
-    path = output.with_name(f".{output.name}.mlx-esm.lock")
+    real = Path(os.path.realpath(output))  # a folder may have several names
+    path = real.with_name(f".{real.name}.mlx-esm.lock")
     descriptor = ranks.on_first(lambda: acquire(path, output))
     try:
         yield

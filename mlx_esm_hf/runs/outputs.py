@@ -38,7 +38,9 @@ def check_outputs(
         others: files to be written beside it.
 
     Raises:
-        ValueError: no format has this suffix, a library is not installed, a folder is missing, or a file is there.
+        ValueError: no format has this suffix, a library is not installed, a folder is missing, a file is there, or
+            another process writes it.
+        OSError: the folder cannot be written.
     """
     paths = [Path(other) for other in others if other is not None]
     if output is not None:
@@ -47,6 +49,8 @@ def check_outputs(
             known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
             raise ValueError(f"{output}: the formats of this command are told by the suffixes {known}.")
         check_writable(path)
+        with locked(path):  # which also removes the lock of a process that was killed at its end
+            remove_gone(shards_of(path))
         if path.suffix:
             paths.append(path)
     for path in paths:
@@ -64,8 +68,10 @@ def refuse_existing(paths: Iterable[Path], shards: Path | None) -> None:
         shards: of which they are made; files that were made of them before are no others.
 
     Raises:
-        ValueError: there is another file, or anything else, under one of the names.
+        ValueError: there is another file, or anything else, under one of the names; a link in the place of the shards.
     """
+    if shards is not None and shards.is_symlink():
+        raise ValueError(f"{shards} is a link, and shards are only put into a folder of their own: remove it.")
     written = {} if shards is None else read_written(shards)
     for path in paths:
         if os.path.lexists(path) and not is_written(path, written):
@@ -141,7 +147,9 @@ def write_files(files: Mapping[Path, Write], shards: Path) -> None:
         replace_file(shards / WRITTEN, json.dumps(written).encode())
 
     for path, write in files.items():
-        if not is_written(path, written):
+        if is_written(path, written):
+            remove_parts(path)  # its other name, if a kill came right after it got this one
+        else:
             write_new(path, write, remember)
     discard(shards)
 
@@ -173,9 +181,10 @@ def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] |
 def read_written(shards: Path) -> dict[str, list[int]]:
     """{path: identity} of the files that were made of these shards."""
     try:
-        return json.loads((shards / WRITTEN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        written = json.loads((shards / WRITTEN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    return written if isinstance(written, dict) else {}
 
 
 def is_written(path: Path, written: Mapping[str, list[int]]) -> bool:
@@ -191,7 +200,16 @@ def identity(path: Path) -> list[int]:
 
 def discard(folder: Path) -> None:
     """Remove shards of which something was made. Renamed first, so that no part of them looks like a run."""
-    gone = folder.with_name(f"{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(folder, gone)
-    shutil.rmtree(gone)
+    remove_gone(folder)
+    os.replace(folder, gone_from(folder))
+    remove_gone(folder)
+
+
+def gone_from(folder: Path) -> Path:
+    """What shards are called while they are removed."""
+    return folder.with_name(f"{folder.name}.gone")
+
+
+def remove_gone(folder: Path) -> None:
+    """Remove what is left of shards that are not needed any more, which may be in the middle of being removed."""
+    shutil.rmtree(gone_from(folder), ignore_errors=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_esm_hf.runs.files import GO_ON
+
+SIGNATURE = 32  # bytes
 
 T = TypeVar("T")
 
@@ -35,15 +40,31 @@ def smallest(value: int) -> int:
     return mx.distributed.all_min(mx.array(value), stream=mx.cpu).item()  # type: ignore[return-value]
 
 
-def gather(data: bytes) -> list[bytes]:
-    """The data of each rank, in their order, on all of them."""
+def gather(data: bytes, step: int) -> list[bytes]:
+    """The data of each rank, in their order, on all of them.
+
+    Args:
+        step: tells this from every other gathering.
+
+    Raises:
+        OSError: another rank has ended. What MLX then gives for its data is what lay in memory.
+    """
     if size() == 1:
         return [data]
-    sizes = np.array(mx.distributed.all_gather(mx.array([len(data)]), stream=mx.cpu))
+    signed = signature(data, step) + data
+    sizes = np.array(mx.distributed.all_gather(mx.array([len(signed)]), stream=mx.cpu))
     padded = np.zeros(max(1, sizes.max()), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    padded[: len(signed)] = np.frombuffer(signed, np.uint8)
     gathered = np.array(mx.distributed.all_gather(mx.array(padded)[None], stream=mx.cpu))
-    return [row[:length].tobytes() for row, length in zip(gathered, sizes, strict=True)]
+    received = [row[:length].tobytes() for row, length in zip(gathered, sizes, strict=True)]
+    parts = [(one[:SIGNATURE], one[SIGNATURE:]) for one in received]
+    if any(signature(rest, step) != start for start, rest in parts):
+        raise OSError(f"Another rank has ended. {GO_ON}")
+    return [rest for _, rest in parts]
+
+
+def signature(data: bytes, step: int) -> bytes:
+    return hashlib.sha256(step.to_bytes(8, "little") + data).digest()
 
 
 def on_first(action: Callable[[], T]) -> T | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_esm_hf.runs import ranks
-from mlx_esm_hf.runs.files import GO_ON, replace_file
+from mlx_esm_hf.runs.files import GO_ON, remove_all_parts, replace_file
 from mlx_esm_hf.runs.job import Chunk, Job, OnProgress, Progress, Result, chunks
 from mlx_esm_hf.runs.shards import read_shard, shard_bytes, shard_items, shard_name
 
@@ -37,7 +37,8 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
         on_progress: is called after each step.
 
     Raises:
-        ValueError: the folder holds something else, or a run with other settings or another input; there are no items.
+        ValueError: the folder holds something else, or a run with other settings or another input; there are no items;
+            the input has changed meanwhile.
         OSError: the folder cannot be made or written.
     """
     run = Run(folder, {"version": 1, "command": job.command, "settings": job.settings, "input": job.input})
@@ -54,10 +55,16 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
         if mine:
             chunk = turn[ranks.rank()]
             data = shard_bytes(chunk, job.compute(chunk.items))
-        for chunk, shard in zip(turn, ranks.gather(data), strict=False):
+        for chunk, shard in zip(turn, ranks.gather(data, turn[0].number), strict=False):
             if shard and ranks.rank() == 0:
                 run.add(shard_name(chunk.number), shard)
         on_progress(Progress(residues(turn), residues(compress(turn, missing)), job.total))
+    if ranks.total(int(not job.input_is_same())):
+        ranks.on_first(run.distrust)
+        raise ValueError(
+            f"{job.input['name']} has changed while it was read, and nothing that was computed of it is trusted: "
+            f"remove {folder}, then start again."
+        )
     ranks.on_first(lambda: run.finish(items, shards, job.left_out))
     return run
 
@@ -94,6 +101,7 @@ class Run:
         if (self.folder / MANIFEST).exists():
             before = read_manifest(self.folder)
             self._refuse_another(before)
+            remove_all_parts(self.folder)
             self.manifest = before
             self.checksums = read_checksums(self.folder / CHECKSUMS)
             if self.finished and not self._intact():
@@ -107,6 +115,7 @@ class Run:
         ):
             raise ValueError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_all_parts(self.folder)
         self._write_manifest()
 
     def _refuse_another(self, before: dict[str, Any]) -> None:
@@ -138,6 +147,8 @@ class Run:
 
     def _intact(self) -> bool:
         """Whether all of a finished run is there."""
+        if len(self.checksums) != self.manifest["shards"] + 1:
+            return False
         names = [INDEX, *(path.name for path in self.shards())]
         return self.checksums.keys() == set(names) and all(self._is_intact(name) for name in names)
 
@@ -166,6 +177,11 @@ class Run:
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error.strerror}). {GO_ON}") from error
+
+    def distrust(self) -> None:
+        """Forget what was computed: whoever goes on computes all of it anew."""
+        self.checksums.clear()
+        self._write_checksums()
 
     def _write_checksums(self) -> None:
         lines = [f"{checksum}  {name}\n" for name, checksum in sorted(self.checksums.items())]
@@ -219,7 +235,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["command"], manifest["settings"], manifest["input"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the manifest of a run: remove {folder}, or choose another output.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} {NO_MANIFEST.format(folder)} ({error})") from error
+    if not is_manifest(manifest):
+        raise ValueError(f"{path} {NO_MANIFEST.format(folder)}")
     return manifest
+
+
+NO_MANIFEST = "is not the manifest of a run: remove {}, or choose another output."
+
+
+def is_manifest(value: Any) -> bool:
+    """Whether what was read has the parts of a manifest, of the right types."""
+    if not isinstance(value, dict) or not isinstance(value.get("command"), str):
+        return False
+    settings, source = value.get("settings"), value.get("input")
+    if not isinstance(settings, dict) or not isinstance(source, dict):
+        return False
+    if not all(is_count(settings.get(name, 1)) for name in ("batch_tokens", "memory")):
+        return False
+    if not {"items", "shards", "left_out"} & value.keys():
+        return True
+    left_out = value.get("left_out")
+    is_list = isinstance(left_out, list) and all(isinstance(message, str) for message in left_out)
+    return is_list and is_count(value.get("items")) and is_count(value.get("shards"))
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -7,6 +7,7 @@ import os
 import mlx.core as mx
 
 from mlx_esm_hf.runtime import blas, memory
+from mlx_esm_hf.runtime.threads import thread_limits
 
 
 def prepare() -> None:
@@ -14,6 +15,9 @@ def prepare() -> None:
 
     `MLX_ESM_BLAS=0` and `MLX_ESM_MALLOC=0` leave the process as it is.
     """
+    limits = thread_limits()
+    if "cgroup quota" in limits and os.environ.get("MLX_ESM_BLAS") != "0":  # the one limit that OpenBLAS does not know
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(min(limits.values())))
     blas.bind()
     if mx.default_device() == mx.cpu and os.environ.get("MLX_ESM_MALLOC") != "0":
         memory.keep_freed_memory()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from mlx_esm_hf.runtime.cgroups import control_groups, lines_of
 
 
 def thread_limits(root: Path = Path("/")) -> dict[str, int]:
@@ -27,43 +29,23 @@ def thread_limits(root: Path = Path("/")) -> dict[str, int]:
 
 
 def cgroup_quota(root: Path = Path("/")) -> float | None:
-    """The least share of processor time, in cores, that this process's control group and those above it have.
-
-    None where there is no quota. In a container the path of its group may be one of the host; what can then be seen is
-    the topmost folder, which is the container's own.
-    """
-    quotas = []
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        parts = PurePosixPath(path).parts[1:]
-        if not controllers:  # version 2
-            mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
-        elif "cpu" in controllers.split(","):  # version 1
-            mounts = [root / "sys/fs/cgroup" / name for name in dict.fromkeys((controllers, "cpu"))]
-        else:
-            continue
-        folders = [mount.joinpath(*parts[:n]) for mount in mounts for n in range(len(parts) + 1)]
-        quotas += [_quota_v1(folder) if controllers else _quota_v2(folder) for folder in folders]
+    """The least share of processor time, in cores, that this process's control group and those above it have; None
+    where there is no quota."""
+    quotas = [
+        _quota_v2(folder) if version == 2 else _quota_v1(folder) for version, folder in control_groups("cpu", root)
+    ]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def _quota_v2(folder: Path) -> float | None:
-    match " ".join(_lines(folder / "cpu.max")).split():
+    match " ".join(lines_of(folder / "cpu.max")).split():
         case [quota, period] if quota != "max":
             return int(quota) / int(period)
     return None
 
 
 def _quota_v1(folder: Path) -> float | None:
-    quota, period = (_lines(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    quota, period = (lines_of(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     if quota and period and int(quota[0]) > 0:  # -1: none
         return int(quota[0]) / int(period[0])
     return None
-
-
-def _lines(path: Path) -> list[str]:
-    """Of a file; none where it is missing or must not be read."""
-    try:
-        return path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []

@@ -30,7 +30,7 @@ from mlx_esm_hf.checkpoint.names import canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.checkpoint.write import replace_files, write_safetensors
-from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear
+from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear, whole_weight
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class LoRALinear(nn.Module):
         self.config = config
         self.scaling = config.scaling(name)
         self.base_layer = base_layer
-        outputs, inputs = self._base_weight().shape
+        outputs, inputs = whole_weight(self.base_layer).shape
         r = config.rank(name)
         self.lora_A = Linear(inputs, r, bias=False)  # MLX's draw is PEFT's: uniform within ±1/√inputs
         self.lora_B = Linear(r, outputs, bias=False)
@@ -216,7 +216,7 @@ class LoRALinear(nn.Module):
     @property
     def weight(self) -> mx.array:
         """The weight that layer and adapter make together, [outputs, inputs]."""
-        base = self._base_weight()
+        base = whole_weight(self.base_layer)
         weight = self._sum() if "lora_magnitude_vector" not in self else self._row_scale()[:, None] * self._sum()
         return weight.astype(base.dtype)
 
@@ -232,7 +232,7 @@ class LoRALinear(nn.Module):
 
     def merged(self) -> Linear:
         """One layer that computes the same, frozen; not a quantized one."""
-        outputs, inputs = self._base_weight().shape
+        outputs, inputs = whole_weight(self.base_layer).shape
         layer = Linear(inputs, outputs, bias=self.bias is not None)
         layer.weight = self.weight
         if self.bias is not None:
@@ -241,15 +241,8 @@ class LoRALinear(nn.Module):
         layer.train(self.training)
         return layer
 
-    def _base_weight(self) -> mx.array:
-        base = self.base_layer
-        if not isinstance(base, QuantizedLinear):
-            return base.weight
-        packed = base.weight, base.scales, base.get("biases")
-        return mx.dequantize(*packed, group_size=base.group_size, bits=base.bits, mode=base.mode)
-
     def _sum(self) -> mx.array:
-        return self._base_weight() + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        return whole_weight(self.base_layer) + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
 
     def _row_lengths(self) -> mx.array:
         return mx.linalg.norm(self._sum(), axis=1)

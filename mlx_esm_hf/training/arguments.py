@@ -12,8 +12,8 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 @dataclass
 class MLXTrainingArguments:
-    """What `MLXTrainer` is told. Names, defaults and meaning are those of transformers' `TrainingArguments`; an argument
-    that is not here is a TypeError, since ignoring it would train something else.
+    """What `MLXTrainer` is told. Names, defaults and meaning are those of transformers' `TrainingArguments`. An
+    argument that is not here is a TypeError, since ignoring it would train something else.
 
     Args:
         output_dir: gets `checkpoint-<step>` folders and `log.jsonl`.
@@ -94,7 +94,9 @@ class MLXTrainingArguments:
             raise ValueError("warmup_steps and warmup_ratio are two names for one thing: give one of them.")
         counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
         counts += ["save_steps", "logging_steps"]
-        counts += [name for name in ("batch_tokens", "eval_steps", "save_total_limit") if getattr(self, name) is not None]
+        counts += [
+            name for name in ("batch_tokens", "eval_steps", "save_total_limit") if getattr(self, name) is not None
+        ]
         for name in counts:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a whole number, 1 at least, is needed.")

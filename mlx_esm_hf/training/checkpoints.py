@@ -1,8 +1,8 @@
 """Checkpoints of a training: whole or not there, and all that is needed to go on to the same numbers.
 
-A checkpoint is an ordinary model or adapter folder, which `from_pretrained` here and in torch reads, with two files more:
-`training.safetensors`, the weights that are trained with the states of the optimiser and of the random numbers, and
-`trainer_state.json`, how far the training got.
+A checkpoint is an ordinary folder of a model, which `from_pretrained` reads here and in torch, or of adapters. It has
+two files more: `training.safetensors`, the weights that are trained with the states of the optimiser and of the random
+numbers, and `trainer_state.json`, how far the training got.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.checkpoint.read import load_files
+from mlx_esm_hf.checkpoint.write import write_safetensors
 from mlx_esm_hf.runs.files import to_disk
 
 ARRAYS, STATE = "training.safetensors", "trainer_state.json"
@@ -72,10 +75,7 @@ def write_checkpoint(folder: Path, state: TrainerState, arrays: Any, save_model:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_model(part)
-    try:
-        mx.save_safetensors(str(part / ARRAYS), dict(tree_flatten(arrays)))
-    except RuntimeError as error:
-        raise OSError(f"{path} cannot be written ({error}). Is the disk full?") from error
+    write_safetensors(part / ARRAYS, dict(tree_flatten(arrays)))
     (part / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
     for file in part.iterdir():
         to_disk(file)
@@ -102,15 +102,15 @@ def read_arrays(path: Path) -> Any:
         ValueError: the file is damaged.
     """
     try:
-        arrays: Any = mx.load(str(path / ARRAYS))
+        arrays = load_files([str(path / ARRAYS)])
         mx.eval(arrays)
-    except RuntimeError as error:
+    except (OSError, CheckpointError, RuntimeError) as error:
         raise ValueError(f"{path / ARRAYS} is damaged ({error}): go on from an earlier checkpoint.") from error
     return tree_unflatten(list(arrays.items()))
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints until there are as many as the limit says, but neither the last nor the best one."""
+    """Remove the oldest checkpoints until there are as many as the limit says, but not the last nor the best one."""
     found = checkpoints_in(folder)
     kept = {found[-1].name, best}
     for path in [path for path in found if path.name not in kept]:

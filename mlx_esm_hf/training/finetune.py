@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from transformers import AutoTokenizer, DataCollatorForTokenClassification, DataCollatorWithPadding
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from mlx_esm_hf.data.proteins import Report
+from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.models.auto import MLXAutoModelForSequenceClassification, MLXAutoModelForTokenClassification
 from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, merge_adapters
@@ -48,7 +49,7 @@ def finetune(
     report: Report | None = None,
     **arguments: Any,
 ) -> dict[str, float]:
-    """Fit a model to labelled proteins, and write it as a folder for `from_pretrained`, or its adapters in PEFT's layout.
+    """Fit a model to labelled proteins, and write it for `from_pretrained`, or its adapters in PEFT's layout.
 
     A training that was stopped goes on when it is called again alike.
 
@@ -78,7 +79,7 @@ def finetune(
         raise ValueError(f"task={task!r} is not one of {', '.join(TASKS)}.")
     report = report or Report()
     with training_folder(output) as goes_on:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(model)
         vocabulary = Vocabulary(tokenizer, str(model))
         columns = {"sequence_column": sequence_column, "label_column": label_column}
         data = read_table(table, task, vocabulary, report, **columns)  # type: ignore[arg-type]

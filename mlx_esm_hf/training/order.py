@@ -22,7 +22,9 @@ def rows_in_batches(items: Sequence[int] | np.ndarray, rows: int) -> list[np.nda
     return [items[start : start + rows] for start in range(0, len(items), rows)]
 
 
-def tokens_in_batches(items: np.ndarray, lengths: np.ndarray, tokens: int, dice: np.random.Generator) -> list[np.ndarray]:
+def tokens_in_batches(
+    items: np.ndarray, lengths: np.ndarray, tokens: int, dice: np.random.Generator
+) -> list[np.ndarray]:
     """As many items to a batch as make so many tokens with padding, of like length; the batches are shuffled.
 
     Args:

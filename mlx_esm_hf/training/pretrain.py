@@ -9,10 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from transformers import AutoTokenizer
 from transformers.trainer_utils import TrainOutput
 
 from mlx_esm_hf.data.proteins import Report
+from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig
@@ -33,7 +33,7 @@ def new_model(layers: int, hidden_size: int, heads: int, seed: int = 0) -> tuple
     """
     mx.random.seed(seed)
     tokenizer = esm2_tokenizer()
-    config = MLXEsmConfig(
+    config = MLXEsmConfig(  # type: ignore[call-arg]
         vocab_size=len(tokenizer.get_vocab()),
         pad_token_id=tokenizer.pad_token_id,
         mask_token_id=tokenizer.mask_token_id,
@@ -82,7 +82,9 @@ def pretrain(
     """
     report = report or Report()
     if weights is not None and (len(weights) != len(proteins) or min(weights) < 0 or sum(weights) <= 0):
-        raise ValueError(f"weights {list(weights)}: one for each of the {len(proteins)} files is needed, none negative.")
+        raise ValueError(
+            f"weights {list(weights)}: one for each of the {len(proteins)} files is needed, none negative."
+        )
     if not 0 <= validation_share < 1:
         raise ValueError(f"validation_share={validation_share}: a share below 1 is needed.")
     with training_folder(output) as goes_on:
@@ -90,7 +92,7 @@ def pretrain(
         if isinstance(model, tuple):
             network, tokenizer = new_model(*model, seed=args.seed)
         else:
-            network, tokenizer = MLXAutoModelForMaskedLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+            network, tokenizer = MLXAutoModelForMaskedLM.from_pretrained(model), load_tokenizer(model)
         vocabulary = Vocabulary(tokenizer, "this model")
         context = min(context, network.max_tokens or context)
         folder = Path(output) / DATA

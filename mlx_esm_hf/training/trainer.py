@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOu
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.modeling_inputs import IGNORED
-from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
+from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, module_at
 from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.files import replace_file
 from mlx_esm_hf.training.adapters import has_adapters, save_adapter
@@ -90,6 +90,17 @@ class MLXTrainer:
         self.data_collator = data_collator or (lambda items: default_data_collator(items, return_tensors="np"))
         self.state = TrainerState()
         self.folder = Path(self.args.output_dir)
+        self.optimizer: Any = None
+        # Of the training that runs: its steps, batches to a step, the tokens of each item, the items of the last step,
+        # whether that ended an epoch, its loss and norm, and the metric of the last evaluation.
+        self._steps, self._together = 0, 1
+        self._lengths: np.ndarray | None = None
+        self._items = np.empty(0, np.int64)
+        self._ends_epoch = False
+        self._last_loss = self._last_norm = math.nan
+        self._newest: float | None = None
+        self._gradients: Any = None
+        self._update: Any = None
         self._columns = {*inspect.signature(type(model).__call__).parameters, "label", "label_ids"}
 
     # The loop
@@ -140,7 +151,8 @@ class MLXTrainer:
         """
         self.model.train()
         labels = ranks.total(sum(label_count(batch) for batch in batches))
-        loss, gradients = mx.array(0.0), None
+        loss: Any = mx.array(0.0)
+        gradients: Any = None
         for batch in batches:
             share = mx.array(label_count(batch) * ranks.size() / max(1, labels))
             more, new = self._gradients(arrays_of(batch), share)
@@ -189,8 +201,9 @@ class MLXTrainer:
 
     def _clip_and_apply(self, gradients: Any) -> mx.array:
         """Update the weights; returns the norm of the gradients."""
-        squares = [x.flatten().astype(mx.float32) for _, x in tree_flatten(gradients)]
-        norm = mx.sqrt(sum(x @ x for x in squares))  # type: ignore[arg-type]
+        parts: Any = tree_flatten(gradients)
+        flat = [x.flatten().astype(mx.float32) for _, x in parts]
+        norm = mx.sqrt(sum(x @ x for x in flat))  # type: ignore[arg-type]
         if self.args.max_grad_norm:
             scale = mx.minimum(1.0, self.args.max_grad_norm / (norm + 1e-6))
             gradients = tree_map(lambda x: x * scale, gradients)
@@ -249,6 +262,8 @@ class MLXTrainer:
         args = self.args
         if self.train_dataset is None or not len(self.train_dataset):
             raise ValueError("There is nothing to train with: give MLXTrainer a train_dataset.")
+        for part in self.model.without_loss:  # else weight decay would wear it away
+            module_at(self.model.base_model, part.rstrip(".")).freeze()
         if not tree_flatten(self.model.trainable_parameters()):
             raise ValueError("All parameters are frozen: unfreeze some (model.unfreeze()), or add adapters.")
         ranks.on_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
@@ -258,16 +273,11 @@ class MLXTrainer:
             self.model.gradient_checkpointing_enable()
         full = tree_map(lambda x: x.astype(mx.float32), self.model.trainable_parameters())
         self.model.update(full)
-        self._lengths: np.ndarray | None = None
-        self._items = np.empty(0, np.int64)
-        self._last_loss = self._last_norm = math.nan
-        self._ends_epoch = False
-        self._newest: float | None = None
         self._together = args.gradient_accumulation_steps * ranks.size()  # batches to a step
         epoch_steps = -(-len(self._order(0)) // self._together)
         self._steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
 
-        betas = (args.adam_beta1, args.adam_beta2)
+        betas = [args.adam_beta1, args.adam_beta2]
         kinds = [
             optim.AdamW(args.learning_rate, betas, args.adam_epsilon, decay, bias_correction=True)
             for decay in (args.weight_decay, 0.0)
@@ -332,7 +342,7 @@ class MLXTrainer:
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
             raise ValueError("There is nothing to evaluate with: give MLXTrainer an eval_dataset.")
-        metrics = self._predict(data, metric_key_prefix, self.compute_metrics is not None).metrics
+        metrics: Any = self._predict(data, metric_key_prefix, self.compute_metrics is not None).metrics
         self._log(metrics)
         return metrics
 
@@ -357,24 +367,35 @@ class MLXTrainer:
             else:
                 mx.eval(outputs.loss)
         self.model.train(was_training)
-        sums = mx.array([loss, count], dtype=mx.float32)
-        if ranks.size() > 1:
-            sums = mx.distributed.all_sum(sums, stream=mx.cpu)
-        predictions, labels = self._gathered(rows, len(order)) if keep else (None, None)
-        metrics = {}
-        if sums[1].item():
-            metrics["loss"] = sums[0].item() / sums[1].item() if ranks.size() > 1 else loss / count
-        if keep and self.compute_metrics is not None and labels is not None:
-            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+        loss, count = self._over_ranks(loss), ranks.total(count)
+        predictions: Any = None
+        label_ids: Any = None
+        if keep:
+            predictions, label_ids = self._gathered(rows, len(order))
+        metrics: dict[str, float] = {}
+        if count:
+            metrics["loss"] = loss / count
+        if keep and self.compute_metrics is not None and label_ids is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=label_ids))
         metrics = {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": v for name, v in metrics.items()}
         metrics[f"{prefix}_runtime"] = time.perf_counter() - began
-        return PredictionOutput(predictions=predictions, label_ids=labels, metrics=metrics)
+        return PredictionOutput(predictions=predictions, label_ids=label_ids, metrics=metrics)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _over_ranks(value: float) -> float:
+        """The sum of what the ranks say, in float32."""
+        if ranks.size() == 1:
+            return value
+        total: Any = mx.distributed.all_sum(mx.array(value, dtype=mx.float32), stream=mx.cpu)
+        return total.item()
 
     def _gathered(self, rows: list[tuple[np.ndarray, np.ndarray]], batches: int) -> tuple[Any, Any]:
         """Predictions and labels of all ranks' batches, in the order of the data."""
-        file = io.BytesIO()
-        np.savez(file, **{f"{kind}{i}": x for i, pair in enumerate(rows) for kind, x in zip("pl", pair, strict=True)})
-        parts = [np.load(io.BytesIO(data)) for data in ranks.gather(file.getvalue())]
+        file, named = io.BytesIO(), dict[str, np.ndarray]()
+        for i, (prediction, label) in enumerate(rows):
+            named |= {f"p{i}": prediction, f"l{i}": label}
+        np.savez(file, **named)  # type: ignore[arg-type]
+        parts = [np.load(io.BytesIO(data)) for data in ranks.gather(file.getvalue(), self.state.global_step)]
         turns = [(parts[i % len(parts)], i // len(parts)) for i in range(batches)]
         predictions = join([part[f"p{i}"] for part, i in turns])
         labels = [part[f"l{i}"] for part, i in turns]
@@ -420,7 +441,7 @@ class MLXTrainer:
         arrays = {
             "weights": self.model.trainable_parameters(),
             "optimizer": self.optimizer.state,
-            "random": mx.random.state[0],
+            "random": mx.random.state[0],  # type: ignore[index]
         }
         ranks.on_first(lambda: write_checkpoint(self.folder, state, arrays, self._save_model))
         ranks.on_first(lambda: rotate(self.folder, self.args.save_total_limit, state.best_model_checkpoint))
@@ -434,7 +455,9 @@ class MLXTrainer:
 
     def _is_better(self) -> bool:
         best, newest = self.state.best_metric, self._newest
-        return best is None or (newest > best if self.args.more_is_better else newest < best)
+        if best is None or newest is None:
+            return newest is not None
+        return newest > best if self.args.more_is_better else newest < best
 
     def _log_training(self, bar: TrainingBar) -> None:
         state = self.state

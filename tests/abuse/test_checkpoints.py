@@ -4,18 +4,18 @@ import json
 import random
 import shutil
 import struct
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlx_esm_hf import EsmTokenizer
+from tests.abuse.command import outcomes
 from tests.checkpoints import save, save_bin, save_old_bin, save_shards, torch_model
+from tests.vocabulary import write_vocabulary
 
-ROOT = Path(__file__).parents[2]
-EACH = 200  # of five kinds
+EACH = 180  # of six kinds
+FAMILIES = ("esm2", "esm1b", "esm1v")
 VALUES = [None, True, -1, 0, 1, 3, 10**6, 10**12, 0.5, -0.5, float("nan"), "", "32", "x" * 1000, [], [1], {}, {"a": 1}]
 
 
@@ -107,64 +107,90 @@ def abuse_bin(folder, dice):
     dice.choice([cut, flip_bytes])(path, dice)
 
 
+def abuse_tokenizer(folder, dice):
+    path = dice.choice([folder / "vocab.txt", folder / "tokenizer_config.json"])
+    choice = dice.randrange(5)
+    if choice == 0:
+        cut(path, dice)
+    elif choice == 1:
+        flip_bytes(path, dice)
+    elif choice == 2:
+        path.unlink()
+    elif path.name == "vocab.txt":
+        abuse_vocabulary(path, dice)
+    else:
+        config = json.loads(path.read_text())
+        name = dice.choice([*config, "auto_map", "added_tokens_decoder", "extra_special_tokens", "model_max_length"])
+        # The file of code is there: to load it would be to execute what is in a checkpoint.
+        (folder / "code.py").write_text("open(__file__ + '.ran', 'w')\nclass Tokenizer: pass\n")
+        code = {"AutoTokenizer": ["code.Tokenizer", None]}
+        config[name] = dice.choice([*VALUES, code, {"0": "<cls>"}, "os.system", "A", "<mask>", "EsmModel"])
+        path.write_text(json.dumps(config))
+
+
+def abuse_vocabulary(path, dice):
+    lines = path.read_text().split("\n")
+    what = dice.choice(["shuffled", "swapped", "gone", "twice", "more", "lower case", "spaces"])
+    if what == "shuffled":
+        dice.shuffle(lines)
+    elif what == "swapped":
+        i, j = dice.sample(range(len(lines)), 2)
+        lines[i], lines[j] = lines[j], lines[i]
+    elif what == "gone":
+        lines.pop(dice.randrange(len(lines)))
+    elif what == "twice":
+        lines.insert(dice.randrange(len(lines)), dice.choice(lines))
+    elif what == "more":
+        lines += ["x"] * dice.randint(1, 9)
+    elif what == "lower case":
+        lines = [line.lower() for line in lines]
+    else:
+        lines = [f" {line}" for line in lines]
+    path.write_text("\n".join(lines))
+
+
 KINDS = {
     "safetensors": (save, abuse_safetensors),
     "index": (save_shards, abuse_index),
     "config": (save, abuse_config),
     "bin": (save_bin, abuse_bin),
     "old bin": (save_old_bin, abuse_bin),
+    "tokenizer": (save, abuse_tokenizer),
 }
-
-
-def outcomes(folders):
-    """What the loader says of each folder; "crash" of one at which its process died, or "hang"."""
-    found, left = {}, [str(folder) for folder in folders]
-    while left:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.abuse.loader", *left[:100]],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        try:
-            out, died = process.communicate(timeout=300)[0], "crash"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, died = process.communicate()[0], "hang"
-        said = [json.loads(line) for line in out.splitlines()]
-        found |= {line["folder"]: line for line in said}
-        if len(said) < min(100, len(left)):
-            found[left[len(said)]] = {"outcome": died, "error": f"exit code {process.returncode}"}
-        left = [folder for folder in left if folder not in found]
-    return found
+SAME_NUMBERS = ("safetensors", "index", "tokenizer")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_malformed_checkpoints(kind, tmp_path):
     write, abuse = KINDS[kind]
-    sound = tmp_path / "sound"
-    write(torch_model(), sound)
+    for family in FAMILIES:
+        sound = tmp_path / family
+        write(torch_model(kind=family), sound)
+        EsmTokenizer(write_vocabulary(sound)).save_pretrained(sound)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     dice = random.Random(kind)
-    folders = [tmp_path / f"{number:04d}" for number in range(EACH)]
-    for folder in folders:
-        shutil.copytree(sound, folder)
+    folders = {tmp_path / f"{number:04d}": FAMILIES[number % len(FAMILIES)] for number in range(EACH)}
+    for folder, family in folders.items():
+        shutil.copytree(tmp_path / family, folder)
         abuse(folder, dice)
-    found = outcomes([sound, *folders])
-    expected = np.array(found.pop(str(sound))["logits"])
-    counts = Counter(result["outcome"] for result in found.values())
+    sound = {family: str(tmp_path / family) for family in FAMILIES}
+    found = outcomes("tests.abuse.loader", [*sound.values(), *map(str, folders)])
+    assert all(found[folder]["outcome"] == "loaded" for folder in sound.values())
+    counts = Counter(found[str(folder)]["outcome"] for folder in folders)
     wrong = []
-    for folder, result in found.items():
+    for folder, family in folders.items():
+        result, expected = found[str(folder)], found[sound[family]]
         if result["outcome"] in ("crash", "hang", "bug"):
             wrong.append((folder, result["error"]))
         # A flipped byte of a .bin's storages, or another config, is a model with other numbers, and a sound one.
-        if result["outcome"] == "loaded" and kind in ("safetensors", "index"):
-            logits = np.array(result["logits"])
-            if logits.shape != expected.shape or not np.array_equal(logits, expected):
+        if result["outcome"] == "loaded" and kind in SAME_NUMBERS:
+            names = ("logits", "log_probabilities")
+            told = any("another order" in warning for warning in result["warned"])  # of residues: it may be meant
+            if not told and not all(np.array_equal(np.array(result[name]), np.array(expected[name])) for name in names):
                 wrong.append((folder, "other numbers"))
     print(f"{kind}: {EACH} malformed, {dict(counts)}, wrong: {len(wrong)}")
     assert not wrong, wrong[:3]
     assert all(path.read_bytes() == data for path, data in before.items())
+    assert not list(tmp_path.rglob("*.ran"))
     assert counts["refused"] > EACH / 4

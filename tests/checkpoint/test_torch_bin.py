@@ -1,5 +1,6 @@
 """The reader of pytorch_model.bin, against files of torch.save and against hostile ones."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import tracemalloc
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 
 import mlx_esm_hf
 from mlx_esm_hf.checkpoint.errors import CheckpointError
-from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
+from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin, load_torch_checkpoint
 
 torch = pytest.importorskip("torch")
 
@@ -258,6 +260,100 @@ def test_needs_no_torch(tmp_path, format):
     command = [sys.executable, "-c", code, str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(example()["weight"].sum().item(), rel=1e-5)
+
+
+# Training checkpoints
+
+
+def training_checkpoint():
+    """As fairseq writes it: tensors of an optimizer lie before, between and behind those of the model."""
+    shared = example()
+    args = Namespace(arch="net", layers=3, dropout=0.5, lr=[1e-3, 2], best=None, nested=Namespace(seed=1), flag=True)
+    moments = {0: {"step": 7, "exp_avg": torch.ones(3).half()}, 1: {"exp_avg": shared["weight"]}}
+    return {"before": torch.zeros(9), "args": args, "model": shared, "last_optimizer_state": {"state": moments}}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_training_checkpoint(tmp_path, format, protocol):
+    path = save(training_checkpoint(), tmp_path / "x.pt", format, pickle_protocol=protocol)
+    arrays, settings = load_torch_checkpoint(path)
+    assert_same(arrays, example())
+    assert list(settings) == ["before", "args", "last_optimizer_state"]
+    expected = {"arch": "net", "layers": 3, "dropout": 0.5, "lr": [1e-3, 2], "best": None, "flag": True}
+    assert settings["args"] == {**expected, "nested": {"seed": 1}}
+    assert settings["last_optimizer_state"]["state"][0]["step"] == 7
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_only_the_model_is_read(tmp_path, format):
+    state = {"optimizer": torch.zeros(8 << 20, dtype=torch.uint8), "model": {"w": torch.ones(2)}}
+    path = save(state, tmp_path / "x.pt", format)
+    tracemalloc.start()
+    try:
+        arrays, _ = load_torch_checkpoint(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert arrays["w"].tolist() == [1, 1] and peak < 1 << 20
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_namespace_is_no_part_of_a_state_dict(tmp_path, format):
+    path = save({"w": torch.ones(2), "args": Namespace()}, tmp_path / "x.bin", format)
+    with pytest.raises(CheckpointError, match=r"global 'argparse\.Namespace'"):
+        load_torch_bin(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"weight": torch.ones(2)}, "holds a pickled dict, not a training checkpoint with a 'model'"),
+        (torch.ones(2), "holds a pickled torch.* not a training checkpoint"),
+        ({"model": torch.ones(2)}, "holds a pickled torch.* not a state dict"),
+        ({"model": {"w": 3}}, "'w' is a pickled int"),
+        ({"model": {}, "args": OrderedDict}, None),
+        ({"model": {}, "args": os.sep.join}, "global"),
+        ({"model": {}, "args": Path("x")}, "global 'pathlib.*Path'"),
+        ({"model": {}, "args": {1, 2}}, "global '.*set'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_not_a_training_checkpoint(tmp_path, format, value, message):
+    path = save(value, tmp_path / "x.pt", format)
+    if message is None:
+        assert load_torch_checkpoint(path)[0] == {}
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            load_torch_checkpoint(path)
+
+
+NAMESPACE = b"cargparse\nNamespace\n"
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "message"),
+    [
+        (b"ccollections\nOrderedDict\n)\x81", "makes an object of what is not a namespace"),
+        (b"ctorch\nFloatStorage\n)\x81", "makes an object of what is not a namespace"),
+        (NAMESPACE + b"X\x01\x00\x00\x00a\x85\x81", "makes an object of what is not a namespace"),
+        (NAMESPACE + b")" + b"\x85" * 100_000 + b"\x81", "makes an object of what is not a namespace"),
+        (b"])\x81", "makes an object of what is not a namespace"),
+        (NAMESPACE + b")}\x92", "opcode NEWOBJ_EX"),
+        (NAMESPACE + b")\x81Nb", "the attributes of a namespace are a pickled NoneType"),
+        (NAMESPACE + b")\x81N}\x86b", "the attributes of a namespace are a pickled tuple"),  # state and slots
+        (NAMESPACE + b")\x81])" + b"\x85" * 100_000 + b"N\x86ab", "the attributes of a namespace are a pickled list"),
+        (NAMESPACE + b"}b", "sets attributes of what is not a dict"),  # of the class
+        (NAMESPACE + b")\x81}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsb", "global 'os.system'"),
+        (b"\x81", "makes an object of what is not a namespace"),
+    ],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_hostile_namespaces(tmp_path, format, opcodes, message):
+    path = write_pickle(tmp_path / "x.pt", b"\x80\x02" + opcodes + b".", format=format)
+    with pytest.raises(CheckpointError, match=message):
+        load_torch_checkpoint(path)
 
 
 # Hostile pickles
@@ -574,5 +670,20 @@ def test_fuzz(tmp_path_factory, format):
         else:
             if format == "zip":  # the legacy format has no checksums: what was flipped may be a weight
                 assert_same(arrays, example())
+
+    check()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_fuzz_of_training_checkpoints(tmp_path_factory, format):
+    path = save(training_checkpoint(), tmp_path_factory.mktemp("fuzz") / "x.pt", format)
+    content = path.read_bytes()
+
+    @settings(max_examples=200, deadline=None, database=None)
+    @given(CHANGES, LENGTHS)
+    def check(changes, length):
+        path.write_bytes(mutated(content, changes, length))
+        with contextlib.suppress(CheckpointError):
+            load_torch_checkpoint(path)
 
     check()

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -150,6 +151,26 @@ def test_each_job_writes_its_file(esm2, tmp_path, name):
     assert result.exit_code == 0, result.output
     assert read(tmp_path / output) == expected
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.fasta", output]
+
+
+@pytest.mark.parametrize("name", [*JOBS, "score"])
+def test_a_config_that_asks_for_other_outputs(name, esm2, tmp_path):
+    """What is legal there, and only for scripts, changes no byte of a result."""
+    model = tmp_path / "model"
+    shutil.copytree(esm2, model)
+    (tmp_path / "in.fasta").write_text(">a\nMK<mask>AYI\n>b\nGGAC<mask>\n")
+    output, options = ("out.csv", []) if name == "score" else JOBS[name][:2]
+    source = ["--sequence", "MKTAYI"] if name == "score" else [tmp_path / "in.fasta"]
+    written = []
+    for changes in ({}, {"return_dict": False, "output_attentions": True, "output_hidden_states": True}):
+        config = json.loads((esm2 / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | changes))
+        arguments = [name, *source, "--model", model, "--output", tmp_path / output, *options]
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == 0, result.output
+        written.append((tmp_path / output).read_bytes())
+        (tmp_path / output).unlink()
+    assert written[0] == written[1]
 
 
 def test_score_writes_the_table(esm2, tmp_path):

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,20 @@ def test_dry_run_then_push(push, folder):
     assert dry.stdout.splitlines()[0] == done.stdout.splitlines()[0]
 
 
+def test_name_without_owner(push, folder):
+    assert "would go to me/esm. Nothing was sent." in push(folder, "esm", "--dry-run").stdout
+    refused = push(folder, "esm", "--dry-run", token="hf_wrong")
+    assert refused.returncode == 1 and "log in (`hf auth login`)" in refused.stderr
+
+
+def test_lacking_tokenizer(push, folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path / name)
+    assert "lacking  a tokenizer: tokenizer.save_pretrained puts it" in push(tmp_path, "me/esm").stdout
+    assert "lacking" not in push(folder, "me/esm").stdout
+    assert "lacking" not in push(tmp_path, "me/esm").stdout  # the repository has one
+
+
 def test_branch_and_pull_request(push, folder):
     assert push(folder, "me/esm", "--branch", "next").returncode == 0
     assert set(push.hub.repos["me/esm"].files()) == {".gitattributes"}
@@ -59,7 +74,7 @@ def test_errors_are_sentences(push, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for done, said in (
         (push(tmp_path / "empty", "me/esm"), "holds no config.json: it is not a checkpoint. Nothing was sent."),
-        (push(folder, "me/esm", token="hf_wrong"), "401 (Invalid username or password.): the token is not valid"),
+        (push(folder, "me/esm", token="hf_wrong"), "401 (Invalid username or password.): there is no token, or it is"),
         (push(folder, "a/b/c"), "Repo id must"),
     ):
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr

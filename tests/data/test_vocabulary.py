@@ -1,8 +1,14 @@
+import random
+import warnings
+
 import numpy as np
 import pytest
+from transformers.models.esm.configuration_esm import get_default_vocab_list
 
-from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer
-from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXAutoModel, MLXEsm1Config, MLXEsmConfig, MLXEsmModel, pipeline
+from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
+from mlx_esm_hf.pipelines import load
+from tests.pipelines.models import write_model
 from tests.vocabulary import write_vocabulary
 
 
@@ -21,6 +27,95 @@ def test_esm1_has_nothing_behind_the_residues():
     assert (vocabulary.before, vocabulary.after) == ([32], [])
 
 
+def test_special_tokens_of_other_names(tmp_path):
+    """A sequence has <mask>, whatever the tokenizer calls it."""
+    (tmp_path / "vocab.txt").write_text("\n".join("%$*?ACDEFGHIKLMNPQRSTVWY^"))
+    special = {"pad_token": "%", "eos_token": "$", "mask_token": "*", "unk_token": "?", "cls_token": "^"}
+    vocabulary = Vocabulary(Esm1Tokenizer(tmp_path / "vocab.txt", **special))
+    assert vocabulary.encode("MK<mask>A<unk><cls><eos>").tolist() == [14, 12, 2, 4, 3, 24, 1]
+    assert (vocabulary.before, vocabulary.after) == ([24], [1])
+
+
 def test_a_token_that_is_none_of_the_model_s(tmp_path):
     with pytest.raises(ValueError, match="has 'é', which toy has no token for"):
         Vocabulary(EsmTokenizer(write_vocabulary(tmp_path)), "toy").encode("MKé")
+
+
+def with_vocabulary(folder, tokens, **options):
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    return EsmTokenizer(str(folder / "vocab.txt"), **options)
+
+
+CONFIG = MLXEsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, eos_token_id=2)
+ESM = get_default_vocab_list()
+RESIDUES = MLXEsmModel.residues
+
+
+def swapped(a, b):
+    return tuple({a: b, b: a}.get(token, token) for token in ESM)
+
+
+def test_a_vocabulary_without_residues(tmp_path):
+    tokenizer = with_vocabulary(tmp_path, [token for token in ESM if token not in "AC"])
+    with pytest.raises(ValueError, match="The vocabulary of toy lacks the residues A, C: "):
+        Vocabulary(tokenizer, "toy")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ((*ESM, "J"), "has 34 tokens, the model 33"),
+        (swapped("<pad>", "L"), "has <pad> at 4, the config at 1"),
+        (swapped("<mask>", "."), "has <mask> at 29, the config at 32"),
+        (swapped("<eos>", "A"), "has <eos> at 5, the config at 2"),
+        (tuple(random.Random(0).sample(ESM, len(ESM))), "the config at"),
+    ],
+)
+def test_the_tokenizer_of_another_model(tokens, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        refuse_other_tokenizer(with_vocabulary(tmp_path, tokens), CONFIG, RESIDUES, "toy")
+
+
+def test_shuffled_residues(tmp_path):
+    with pytest.warns(UserWarning, match="The vocabulary of toy has its residues in another order than its family"):
+        refuse_other_tokenizer(with_vocabulary(tmp_path, swapped("L", "A")), CONFIG, RESIDUES, "toy")
+
+
+def test_a_vocabulary_that_the_config_has_itself(tmp_path):
+    order = swapped("L", "A")
+    MLXEsm1Config(vocab_size=33, mask_token_id=32, vocab_list=list(order)).save_pretrained(tmp_path)
+    config = MLXEsm1Config.from_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refuse_other_tokenizer(with_vocabulary(tmp_path, order), config, RESIDUES)
+    with pytest.raises(ValueError, match="other tokens than the vocab_list of its config"):
+        refuse_other_tokenizer(EsmTokenizer(write_vocabulary(tmp_path)), config, RESIDUES, "toy")
+
+
+def test_tokenizers_that_belong(tmp_path):
+    """Those of all families, and of a table that was padded to a multiple of eight."""
+    tokenizer = EsmTokenizer(write_vocabulary(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refuse_other_tokenizer(tokenizer, CONFIG, RESIDUES)
+        refuse_other_tokenizer(tokenizer, MLXEsmConfig(vocab_size=40, pad_token_id=1, mask_token_id=32), RESIDUES)
+        refuse_other_tokenizer(Esm1Tokenizer(), MLXEsm1Config(), RESIDUES)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda folder: load(MLXAutoModel, folder), lambda folder: pipeline("fill-mask", folder)]
+)
+def test_whoever_loads_a_model_asks(read, tmp_path):
+    folder = write_model(tmp_path)
+    read(str(folder))
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    with_vocabulary(tmp_path, swapped("<mask>", ".")).save_pretrained(folder)
+    with pytest.raises(ValueError, match="has <mask> at 29, the config at 32"):
+        read(str(folder))
+
+
+def test_a_tokenizer_that_fails_is_said_in_a_sentence(tmp_path):
+    tokenizer = EsmTokenizer(write_vocabulary(tmp_path), model_max_length="long")
+    with pytest.raises(ValueError, match="The tokenizer of toy fails .*tokenizer_config.json is damaged"):
+        Vocabulary(tokenizer, "toy")

@@ -1,15 +1,22 @@
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from mlx_esm_hf import MLXAutoModel
+from mlx_esm_hf.cli import app
 from mlx_esm_hf.pipelines import contacts, load
-from mlx_esm_hf.pipelines.contacts import known_contacts, precision, top_contacts
+from mlx_esm_hf.pipelines.contacts import bytes_needed, known_contacts, precision, top_contacts
+from mlx_esm_hf.runtime import memory
 from tests.pipelines.models import UBIQUITIN, fair_esm_pair, fair_esm_tokens, write_model
+from tests.vocabulary import write_vocabulary
 
 SEQUENCES = [UBIQUITIN, "MKTAYIAKQR", UBIQUITIN[:40]]
 
@@ -135,3 +142,98 @@ def test_a_model_without_a_trained_contact_head_is_refused(folder, tmp_path):
         (tmp_path / name).write_bytes(Path(folder, name).read_bytes())
     with pytest.raises(ValueError, match="contact"):
         contacts(["MKT"], str(tmp_path))
+
+
+@pytest.fixture
+def room(folder, monkeypatch):
+    """Lets there be memory for the contacts of so many residues, and no more."""
+    model = load(MLXAutoModel, folder)
+
+    def set_room(residues):
+        monkeypatch.setattr(memory, "free_memory", lambda: bytes_needed(model, residues) + (1 << 20))
+
+    return set_room
+
+
+def test_what_does_not_fit_into_memory_is_left_out_before_the_work(folder, room, tmp_path):
+    fasta = tmp_path / "p.fasta"
+    fasta.write_text(f">a\n{UBIQUITIN}\n>long\n{'MKTAYIAKQR' * 50}\n>b\n{UBIQUITIN[:40]}\n")
+    room(100)
+    report = contacts(fasta, folder, tmp_path / "out.npz")
+    message = "line 3: 'long' has 500 residues, whose contacts need 0.04 GB of memory; there are 0.00 GB free."
+    assert len(report.left_out) == 1 and report.left_out[0].endswith(message)
+    with np.load(tmp_path / "out.npz") as file:
+        assert sorted(file.files) == ["a", "b", "metadata"]
+        assert "memory" not in str(file["metadata"])  # the numbers do not depend on it
+    with pytest.warns(UserWarning, match="left out: .*'long' has 500 residues, whose contacts need"):
+        assert [result.id for result in contacts(fasta, folder)] == ["a", "b"]
+    with pytest.raises(ValueError, match="'long' has 500 residues, whose contacts need"):
+        contacts(fasta, folder, tmp_path / "strict.npz", strict=True)
+
+
+def test_a_run_keeps_to_the_memory_that_it_began_with(folder, room, tmp_path, monkeypatch):
+    """Else the results behind a long protein would be counted anew."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    fasta = tmp_path / "p.fasta"
+    fasta.write_text(f">a\n{UBIQUITIN}\n>long\n{'MKTAYIAKQR' * 50}\n>b\n{UBIQUITIN[:40]}\n")
+    room(100)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mlx_esm_hf.runs.run.shard_bytes", stop)
+        contacts(fasta, folder, tmp_path / "out.npz")
+    room(1000)
+    assert len(contacts(fasta, folder, tmp_path / "out.npz").left_out) == 1
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mlx_esm_hf.runs.run.shard_bytes", stop)
+        contacts(fasta, folder, tmp_path / "other.npz")
+    room(100)
+    with pytest.raises(ValueError, match="'long' needs 0.04 GB .* When this run began .* were free, now .*: free some"):
+        contacts(fasta, folder, tmp_path / "other.npz")
+
+
+def test_a_protein_that_no_memory_holds(folder, tmp_path):
+    (tmp_path / "p.fasta").write_text(f">titin_and_more\n{'A' * 300_000}\n>b\n{UBIQUITIN}\n")
+    arguments = ["contacts", tmp_path / "p.fasta", "--model", folder, "--output", tmp_path / "top.csv"]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 3
+    assert "'titin_and_more' has 300000 residues, whose contacts need" in result.output.replace("\n", " ")
+    assert {row["id"] for row in csv.DictReader((tmp_path / "top.csv").open())} == {"b"}
+
+
+PEAK = """
+import re, sys
+sys.modules["torch"] = None  # transformers would import it
+import mlx.core as mx
+from mlx_esm_hf import EsmTokenizer, MLXEsmConfig, MLXEsmForMaskedLM
+from mlx_esm_hf.pipelines import contacts
+from mlx_esm_hf.pipelines.contacts import bytes_needed
+from mlx_esm_hf.pipelines.protein_model import ProteinModel
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+config = MLXEsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, eos_token_id=2, hidden_size=160,
+                      num_hidden_layers=3, num_attention_heads=20, intermediate_size=16,
+                      position_embedding_type="rotary")
+network = MLXEsmForMaskedLM(config).eval()
+mx.eval(network.parameters())
+model = ProteinModel(network, EsmTokenizer(sys.argv[1]))
+list(contacts(["MKTAYI"], model))
+before, L = peak(), 1000
+list(contacts(["A" * L], model))
+print(peak() - before, bytes_needed(model, L))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("kernels", ["0", "1"])
+def test_memory_is_as_it_is_said(kernels, tmp_path):
+    """That of one layer's maps, however many layers there are."""
+    arguments = [sys.executable, "-c", PEAK, write_vocabulary(tmp_path)]
+    environment = os.environ | {"MLX_ESM_KERNELS": kernels, "MLX_ESM_MALLOC": "0"}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
+    taken, said = map(int, done.stdout.split())
+    assert said / 4 < taken < said, f"{taken / 1e6:.0f} MB, {said / 1e6:.0f} MB were said"

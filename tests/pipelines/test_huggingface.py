@@ -1,5 +1,8 @@
+import contextlib
 import functools
+import json
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -7,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from mlx_esm_hf import MLXEsmForMaskedLM
-from mlx_esm_hf.pipelines import pipeline
+from mlx_esm_hf import MLXAutoModelForMaskedLM, MLXEsmForMaskedLM
+from mlx_esm_hf.pipelines import load, pipeline
 from tests.hub import Hub, serve, use
 from tests.parity import hold
 from tests.pipelines.models import UBIQUITIN, write_model
@@ -19,6 +22,14 @@ ONE, TWO = "MQIF<mask>KTLTGKTITLEVEPSDTIENVK", "MQ<mask>FVKTL<mask>GKT"
 @pytest.fixture(scope="module", params=["ESM-2", "ESM-1b"])
 def folder(request, tmp_path_factory):
     return str(write_model(tmp_path_factory.mktemp(request.param), request.param))
+
+
+def load_pipeline(folder):
+    return pipeline("fill-mask", folder)
+
+
+def load_jobs_model(folder):
+    return load(MLXAutoModelForMaskedLM, folder)
 
 
 def taken_apart(answer):
@@ -66,7 +77,8 @@ def test_feature_extraction_is_transformers(folder):
     hold_to_transformers("feature-extraction", folder, [UBIQUITIN, ["MKT"], ["MKT", "ACDEF"]])
 
 
-SEQUENCES = [UBIQUITIN, [UBIQUITIN], [UBIQUITIN, "MKTAYI", "MQ"]]
+# Pieces of ubiquitin as well: of a few numbers alone, torch's error is a matter of luck.
+SEQUENCES = [UBIQUITIN, [UBIQUITIN], [UBIQUITIN, "MKTAYI", "MQ"], [UBIQUITIN[i:] for i in range(1, 70, 3)]]
 LABELS = {
     "exclusive": {"id2label": {0: "helix", 1: "B-sheet", 2: "I-sheet", 3: "O"}},
     "not exclusive": {"id2label": {0: "a", 1: "b"}, "problem_type": "multi_label_classification"},
@@ -81,7 +93,7 @@ def classifiers(request, folder, tmp_path_factory):
     folders = {}
     for task, name in (("text", "EsmForSequenceClassification"), ("token", "EsmForTokenClassification")):
         torch.manual_seed(0)
-        settings = LABELS[request.param] | {"initializer_range": 1.0}
+        settings = LABELS[request.param] | {"initializer_range": 0.2}
         model = getattr(transformers, name).from_pretrained(folder, **settings)
         folders[task] = str(tmp_path_factory.mktemp(task))
         model.save_pretrained(folders[task])
@@ -150,10 +162,44 @@ def test_model_and_tokenizer_of_one_commit(folder, tmp_path, monkeypatch):
     assert again == filled
 
 
+def test_jobs_load_both_of_one_commit(folder, tmp_path, monkeypatch):
+    """So do the jobs, by whatever revision; a file of the tokenizer that arrives damaged, or is not there, is said."""
+    hub = Hub({("me/esm", "v1"): folder}, private={"me/esm": "secret"})
+    later = Path(shutil.copytree(folder, tmp_path / "later"))
+    (later / "vocab.txt").write_text("pushed later")
+    options = {"revision": "v1", "token": "secret", "cache_dir": tmp_path / "cache"}
+    with serve(hub) as endpoint:
+        use(monkeypatch, endpoint)
+        answer = hub.answer
+        hub.fail("GET .*vocab.txt", "corrupt")
+
+        def push_after_weights(request):
+            result = answer(request)
+            if request.path.endswith("model.safetensors"):
+                hub.push("me/esm", later, "v1")
+            return result
+
+        hub.answer = push_after_weights
+        with pytest.raises(OSError, match="vocab.txt arrived damaged"):
+            load(MLXAutoModelForMaskedLM, "me/esm", **options)
+        hub.push("me/esm", folder, "v1")
+        options["cache_dir"] = tmp_path / "other"
+        loaded = load(MLXAutoModelForMaskedLM, "me/esm", **options)
+        assert len(loaded.tokenizer) == 33 and loaded.revision != hub.commit("me/esm", "v1")
+        assert {token for _, path, token in hub.requests if "/resolve/" in path} == {"secret"}
+        (later / "vocab.txt").unlink()
+        hub.push("me/esm", later, "v2")
+        with pytest.raises(OSError, match="me/esm has no vocab.txt, and so no tokenizer. Put that of the base model"):
+            load(MLXAutoModelForMaskedLM, "me/esm", **(options | {"revision": "v2"}))
+    with pytest.raises(OSError, match="later has no vocab.txt"):
+        load(MLXAutoModelForMaskedLM, str(later))
+
+
 def test_options(folder):
     model = MLXEsmForMaskedLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert pipeline("fill-mask", model, tokenizer)(ONE) == pipeline("fill-mask", folder)(ONE)
+    assert pipeline("fill-mask", Path(folder), Path(folder))(ONE) == pipeline("fill-mask", folder)(ONE)
     with pytest.raises(ValueError, match="needs its tokenizer"):
         pipeline("fill-mask", model)
     with pytest.raises(KeyError, match="Unknown task fold"):
@@ -164,3 +210,19 @@ def test_options(folder):
         hold_to_transformers("fill-mask", folder, [ONE], targets=["JJ", "A"])
     features = pipeline("feature-extraction", folder)("MKT", return_tensors=True)
     assert features.shape == (1, 5, 32)
+
+
+@pytest.mark.parametrize("tokenizer_class", ["EsmTokenizer", "Tokenizer"])
+@pytest.mark.parametrize("loading", [load_pipeline, load_jobs_model])
+def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(loading, tokenizer_class, tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "model")
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Tokenizer: pass\n")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": tokenizer_class}
+    path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    with contextlib.suppress(ValueError):  # of one for which transformers has a class, that is taken
+        loading(str(folder))
+    assert not asked and not ran.exists()

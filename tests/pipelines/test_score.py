@@ -104,6 +104,27 @@ def test_scan_has_all_residues_at_all_positions(models, tmp_path):
     assert scan["K6R"] == pytest.approx(one.rows[0][models[0]], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("fasta", "message"),
+    [
+        (">a\nMKTAYI\n>b\nMK1\n", "line 3: 'b' has '1' at 3"),
+        (">a\nMK-TAYI\n", "The wild type has 1 gaps"),
+        (">a\nMKTAYI\n>b\nMKT\n", "holds 2 proteins"),
+    ],
+)
+def test_nothing_of_a_wild_type_is_dropped_in_silence(fasta, message, tmp_path):
+    (tmp_path / "wild.fasta").write_text(fasta)
+    with pytest.raises(ValueError, match=message):
+        score(["M1A"], tmp_path / "wild.fasta", "no model is loaded")
+
+
+def test_letters_of_a_wild_type_that_became_x_are_counted(tmp_path):
+    (tmp_path / "wild.fasta").write_text(">a\nMKJAYIJ\n")
+    model = str(write_model(tmp_path / "model"))
+    assert score(["M1A"], tmp_path / "wild.fasta", model).replaced == 2
+    assert score(["M1A"], "MKJAYI", model).replaced == 1
+
+
 def test_long_wild_type_in_windows(tmp_path):
     folder = str(write_model(tmp_path, "ESM-1b", positions=34))  # 30 residues
     with pytest.raises(ValueError, match="ends at 30"):
@@ -186,3 +207,9 @@ def test_no_two_models_at_once(models, tmp_path, monkeypatch, method):
     score(MUTANTS, WILD, [*models, str(write_model(tmp_path / "third", seed=2))], tmp_path / "o.csv", method=method)
     score(MUTANTS, WILD, models, method=method)
     assert len(alive) == 5
+
+
+def test_a_table_that_begins_with_an_empty_line(tmp_path):
+    (tmp_path / "mutants.csv").write_text("\nmutant\nM1A\n")
+    with pytest.raises(ValueError, match="has no column 'mutant' .*, but nothing in its first line"):
+        score(tmp_path / "mutants.csv", "MKTAYI", "no model is loaded")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_esm_hf.runs.lock import locked
+from mlx_esm_hf.runs.outputs import check_outputs
 from tests.pipelines.models import UBIQUITIN, write_model
 from tests.runs.test_run import COMMAND
 
@@ -73,8 +74,28 @@ def test_a_lock_file_without_its_process_is_no_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_kill_when_all_is_done_leaves_no_lock(tmp_path):
+    """The next command, which is refused since the file is there, removes it."""
+    (tmp_path / "out.npz").touch()
+    (tmp_path / ".out.npz.mlx-esm.lock").touch()
+    with pytest.raises(ValueError, match="is there already"):
+        check_outputs(tmp_path / "out.npz", [".npz"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+
+
 def test_a_link_for_a_lock_file_is_not_followed(tmp_path):
     (tmp_path / ".out.mlx-esm.lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError), locked(tmp_path / "out"):
         pass
     assert not os.path.lexists(tmp_path / "elsewhere")
+
+
+def test_a_folder_has_one_lock_under_all_its_names(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with (
+        locked(tmp_path / "real"),
+        pytest.raises(ValueError, match="is being written by another process"),
+        locked(tmp_path / "link"),
+    ):
+        pass

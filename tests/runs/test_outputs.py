@@ -1,6 +1,7 @@
 """The files that a job is asked for: none is ever written over, and each is there as a whole or not at all."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +71,15 @@ def test_what_is_there_is_kept(job, suffix, kind, fasta, folder, files, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.fasta", f"out{suffix}"]
     if kind == "file":
         assert files[suffix].read_text() == "mine"
+
+
+@pytest.mark.parametrize(("job", "suffix"), [("embed", ".npz"), ("score", ".csv")])
+def test_a_link_for_the_shards_is_refused(job, suffix, fasta, folder, files, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / f"out{suffix}.shards").symlink_to("mine")
+    with pytest.raises(ValueError, match="shards is a link"):
+        call(job, fasta, folder, files)
+    assert not files[suffix].exists() and not list((tmp_path / "mine").iterdir())
 
 
 class Killed(BaseException):
@@ -155,6 +165,25 @@ def test_parts_have_names_of_their_own(tmp_path):
     (tmp_path / "killed").rename(left)
     remove_parts(tmp_path / "out.npz")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npz", "precious"]
+
+
+def test_a_kill_right_after_a_file_got_its_name_leaves_nothing(fasta, folder, tmp_path, monkeypatch):
+    """Until its other name is removed, it has two."""
+    output, unlink = tmp_path / "out.npz", Path.unlink
+
+    def kill(path, missing_ok=False):
+        if ".part" in path.name and output.exists():
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", kill)
+        embed(fasta, folder, output)
+    written = output.read_bytes()
+    assert len([path for path in tmp_path.iterdir() if ".part" in path.name]) == 1
+    embed(fasta, folder, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", "out.npz"]
+    assert output.read_bytes() == written
 
 
 def test_placing_never_replaces_even_without_links(tmp_path, monkeypatch):

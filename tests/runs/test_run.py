@@ -1,9 +1,12 @@
 """Runs that are stopped, taken up again, and shared among ranks."""
 
+import gzip
 import hashlib
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import pytest
 from mlx_esm_hf import MLXAutoModel
 from mlx_esm_hf.pipelines import embed, load
 from mlx_esm_hf.runs.job import Item, Job, chunks, no_progress
+from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runs.run import Run, compute_run, read_manifest
 from tests.pipelines.models import UBIQUITIN, write_model
 
@@ -167,6 +171,111 @@ def test_standard_input_streams_and_does_not_resume(folder, tmp_path):
     assert again.returncode == 1 and b"cannot be taken up again" in again.stderr
 
 
+FROM = {
+    "a pipe of the shell": "{command} embed <(cat {fasta}) {rest}",
+    "/dev/stdin": "cat {fasta} | {command} embed /dev/stdin {rest}",
+    "a named pipe": "mkfifo {pipe} && (cat {fasta} > {pipe} &) && {command} embed {pipe} {rest}",
+}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("line", FROM.values(), ids=FROM)
+def test_what_can_be_read_once_streams_and_does_not_resume(line, folder, tmp_path):
+    fasta, output = tmp_path / "in.fasta.gz", tmp_path / "out"
+    fasta.write_bytes(gzip.compress(b">a\nMKT\n>b\nMKTAYI\n"))
+    parts = {"command": shlex.join(COMMAND), "fasta": fasta, "pipe": tmp_path / "pipe"}
+    line = line.format(**parts, rest=f"--model {folder} --output {output}")
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [result.id for result in Run(output, read_manifest(output)).results()] == ["a", "b"]
+    again = subprocess.run(["bash", "-c", line.split("&&")[-1]], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 1 and "cannot be taken up again" in again.stderr
+
+
+def test_standard_input_that_is_closed(folder, fasta, tmp_path):
+    """MLX takes the descriptor 0, which the next file gets, for a failure to open it."""
+    done = []
+    for source in ("-", fasta):
+        arguments = [*COMMAND, "embed", source, "--model", folder, "--output", tmp_path / "out.npz"]
+        done.append(subprocess.run(["bash", "-c", 'exec "$@" <&-', "bash", *arguments], capture_output=True, text=True))
+    assert done[0].returncode == 1 and "\nError: Standard input is closed" in f"\n{done[0].stderr}", done[0].stderr
+    assert done[1].returncode == 3, done[1].stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz"]
+
+
+def test_input_that_changes_while_it_is_read(folder, tmp_path):
+    fasta, output = tmp_path / "in.fasta", tmp_path / "out"
+    fasta.write_text(f">a\n{UBIQUITIN}\n>b\n{UBIQUITIN}\n")
+    before = fasta.read_bytes()
+
+    def change(progress):
+        fasta.write_text(f">a\n{UBIQUITIN}\n>c\n{UBIQUITIN}\n")
+
+    with pytest.raises(ValueError, match="in.fasta has changed while it was read.*remove .*out, then start again"):
+        embed(fasta, folder, output, progress=change)
+    with pytest.raises(ValueError, match="sha256: .* there, .* here"):
+        embed(fasta, folder, output)
+    fasta.write_bytes(before)
+    told = []
+    embed(fasta, folder, output, progress=told.append)
+    assert sum(progress.computed for progress in told) == 2 * len(UBIQUITIN)
+
+
+def test_what_was_computed_of_a_changed_input_is_not_trusted(tmp_path):
+    job, told = small_job(), []
+    job.input_is_same = lambda: False
+    with pytest.raises(ValueError, match="x has changed while it was read"):
+        compute_run(job, tmp_path / "out", no_progress)
+    assert not Run(tmp_path / "out", read_manifest(tmp_path / "out")).finished
+    compute_run(small_job(), tmp_path / "out", told.append)
+    assert [progress.computed for progress in told] == [10] * 6
+
+
+WHOLE = {
+    "version": 1,
+    "command": "test",
+    "settings": {},
+    "input": {"name": "x", "sha256": "y"},
+    "items": 6,
+    "shards": 6,
+    "left_out": [],
+}
+ODD_MANIFESTS = [
+    "",
+    "3",
+    "[" * 100_000,
+    *(
+        json.dumps(WHOLE | {key: value})
+        for key, value in [
+            *((name, odd) for name in ("command", "settings", "input", "left_out") for odd in (None, 3, [3], True)),
+            *((name, odd) for name in ("items", "shards") for odd in (None, "6", 0, -1, 1.5, True, [6])),
+            ("left_out", "text"),
+            ("settings", {"batch_tokens": "256"}),
+            ("settings", {"memory": []}),
+        ]
+    ),
+    *(json.dumps({k: v for k, v in WHOLE.items() if k != key}) for key in WHOLE if key != "version"),
+]
+
+
+@pytest.mark.parametrize("text", ODD_MANIFESTS, ids=lambda text: text[-60:])
+def test_a_manifest_with_other_types(text, tmp_path):
+    compute_run(small_job(), tmp_path / "out", no_progress)
+    before = digests(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="manifest.json is not the manifest of a run: remove"):
+        compute_run(small_job(), tmp_path / "out", no_progress)
+    with pytest.raises(ValueError, match="manifest.json is not the manifest of a run: remove"):
+        earlier_settings(tmp_path / "out")
+    assert digests(tmp_path / "out") == before
+
+
+def test_a_manifest_of_very_many_shards(tmp_path):
+    compute_run(small_job(), tmp_path / "out", no_progress)
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(WHOLE | {"shards": 10**15}))
+    assert compute_run(small_job(), tmp_path / "out", no_progress).manifest["shards"] == 6
+
+
 def test_a_folder_that_cannot_be_written(fasta, folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="out cannot be written: there is no folder"):
@@ -189,6 +298,27 @@ def small_job(count=6):
         return [{"x": np.arange(3)} for _ in items]
 
     return Job("test", {}, {"name": "x", "sha256": "y"}, lambda: map(item, range(count)), compute, chunk_work=16)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00000002.safetensors", "index.csv"])
+def test_a_kill_leaves_no_part_of_a_file(name, tmp_path, monkeypatch):
+    """In a folder that stays."""
+    folder, whole = tmp_path / "out", tmp_path / "whole"
+    replace = os.replace
+
+    def kill(source, target):
+        if target.name == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", kill)
+        patch.setattr(Path, "unlink", lambda path, missing_ok: None)
+        compute_run(small_job(), folder, no_progress)
+    assert len([path for path in folder.iterdir() if ".part" in path.name]) == 1
+    compute_run(small_job(), folder, no_progress)
+    compute_run(small_job(), whole, no_progress)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
 def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
@@ -265,13 +395,14 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
             embed(fasta, folder, output, batch_tokens=256)
     written = output.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "mlx_esm_hf.runs.outputs.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or kill()
-        )
+        patch.setattr("mlx_esm_hf.runs.outputs.remove_gone", lambda folder: folder.exists() or kill())
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     assert output.read_bytes() == written
-    assert not Path(f"{output}.shards").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.npz.shards.gone"]
+    with pytest.raises(ValueError, match=r"out\.npz is there already"):
+        embed(fasta, folder, output, batch_tokens=256)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz"]
     output.unlink()
     report = embed(fasta, folder, output, batch_tokens=256)
     assert output.read_bytes() == written and len(report.left_out) == 1

@@ -131,6 +131,25 @@ def test_a_thread_for_each_core(monkeypatch):
     assert run("-c", COUNT, "0").split() == [str(min(thread_limits().values()))] * 3
 
 
+# In a container with a quota of one core, as its files say.
+QUOTA = """
+import ctypes, os, pathlib
+files = {"/proc/self/cgroup": "0::/\\n", "/sys/fs/cgroup/cpu.max": "100000 100000\\n"}
+read_text = pathlib.Path.read_text
+pathlib.Path.read_text = lambda path, *rest, **named: files.get(str(path)) or read_text(path, *rest, **named)
+from mlx_esm_hf.ops.kernels import native
+path = next(line.split()[-1] for line in open("/proc/self/maps") if "scipy_openblas32/lib" in line)
+print(native.threads(), ctypes.CDLL(path).scipy_openblas_get_num_threads(), os.environ.get("OPENBLAS_NUM_THREADS"))
+"""
+
+
+@pytest.mark.usefixtures("native")
+def test_kernels_and_openblas_keep_to_a_quota(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    assert run("-c", QUOTA).split() == ["1", "1", "1"]
+    assert run("-c", QUOTA, OPENBLAS_NUM_THREADS="2").split()[2] == "2"
+
+
 @pytest.mark.usefixtures("native")
 def test_env_says_the_number_and_why():
     (row,) = [

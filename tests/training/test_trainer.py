@@ -250,7 +250,9 @@ def test_two_ranks_are_one(tmp_path):
 
 def test_a_loss_that_is_no_number_names_the_items(tmp_path):
     trainer = small_training(tmp_path)
-    trainer.compute_loss = lambda model, inputs: model(**inputs).loss * (mx.nan if trainer.state.global_step == 6 else 1)
+    trainer.compute_loss = lambda model, inputs: (
+        model(**inputs).loss * (mx.nan if trainer.state.global_step == 6 else 1)
+    )
     with pytest.raises(FloatingPointError, match=r"Step 7: the loss is nan.*has the items \[\d+, "):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
@@ -302,6 +304,13 @@ def test_bfloat16_trains_float32_weights(tmp_path):
     found, wanted = losses_of(tmp_path), losses_of(tmp_path / "float32")
     assert found != wanted
     assert np.abs(np.subtract(found, wanted)).max() < 0.05
+
+
+def test_weight_decay_leaves_alone_what_no_loss_reaches(tmp_path):
+    trainer = small_training(tmp_path, weight_decay=0.5)
+    before = np.array(trainer.model.esm.contact_head.regression.weight)
+    trainer.train()
+    assert np.array_equal(np.array(trainer.model.esm.contact_head.regression.weight), before)
 
 
 def test_nothing_to_train_is_said(tmp_path):

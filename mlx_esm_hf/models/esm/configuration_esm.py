@@ -62,7 +62,7 @@ class MLXEsmConfig(EsmConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in CONFIG_CLASSES:
             raise ValueError(
-                f"The config {config_dict.get('_name_or_path', '')!r} has model_type {model_type!r}; "
+                f"This config has model_type {model_type!r}; "
                 f"this library reads {', '.join(map(repr, CONFIG_CLASSES))}. Load it with the class it was made for."
             )
         return super(MLXEsmConfig, CONFIG_CLASSES[model_type]).from_dict(config_dict, **kwargs)
@@ -81,6 +81,7 @@ class MLXEsm1Config(MLXEsmConfig):
         emb_layer_norm_after: a layer norm behind the last layer. ESM-1 has none.
         lm_head_transform: dense, GELU and layer norm before the output projection. ESM-1 has none.
         lm_head_bias: the output projection has a bias (fair-esm's `final_bias`).
+        vocab_list: the tokens, where they are not those of fair-esm's ESM-1.
     """
 
     model_type = "esm1"
@@ -105,6 +106,11 @@ class MLXEsm1Config(MLXEsmConfig):
     emb_layer_norm_after: bool = False  # type: ignore[misc]
     lm_head_transform: bool = False  # type: ignore[misc]
     lm_head_bias: bool = True  # type: ignore[misc]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        vocab_list = self.vocab_list
+        super().__post_init__(**kwargs)
+        self.vocab_list = vocab_list  # which transformers keeps for ESMFold alone
 
 
 ESM1_FIELDS = ("scale_embedding", "add_bias_kv", "emb_layer_norm_after", "lm_head_transform", "lm_head_bias")
@@ -138,7 +144,7 @@ def check_config(config: MLXEsmConfig) -> None:
             f"The hidden size ({config.hidden_size}) is not a multiple of the number of attention heads "
             f"({config.num_attention_heads})."
         )
-    if not config.layer_norm_eps > 0:
+    if config.layer_norm_eps is None or not config.layer_norm_eps > 0:
         raise ValueError(f"The config has layer_norm_eps = {config.layer_norm_eps}: it must be positive.")
 
 

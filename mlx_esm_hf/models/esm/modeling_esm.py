@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.modeling_inputs import IGNORED, Tables, as_array, check_inputs, check_labels, evaluate, host, labels_at
-from mlx_esm_hf.modeling_layers import LayerNorm, Linear
+from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear, whole_weight
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
     MLXBaseModelOutputWithPooling,
@@ -39,6 +39,10 @@ from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TR
 # The share of residues that ESM's training replaced by <mask>: 15% were selected, 80% of those masked.
 MASK_RATIO_TRAIN = 0.15 * 0.8
 
+# Elements of attention maps that the contact head takes in together, 16 MB: many heads of a short protein, one of a
+# long one.
+MAPS_AT_A_TIME = 1 << 22
+
 
 def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -> Linear:
     """A linear layer under transformers' initialisation: normal weights, no bias."""
@@ -49,9 +53,9 @@ def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -
     return layer
 
 
-def embedding(config: MLXEsmConfig, size: int) -> nn.Embedding:
+def embedding(config: MLXEsmConfig, size: int) -> Embedding:
     """An embedding table under transformers' initialisation: normal, the row of the padding token zero."""
-    table = nn.Embedding(size, config.hidden_size)
+    table = Embedding(size, config.hidden_size)
     table.weight = mx.random.normal((size, config.hidden_size), scale=config.initializer_range)
     if config.pad_token_id is not None:
         table.weight[config.pad_token_id] = 0
@@ -398,12 +402,18 @@ class MLXEsmContactPredictionHead(nn.Module):
             real = tokens != self.eos_token_id
             residues = slice(1, -1)
         pairs = (real[:, None, :, None] & real[:, None, None, :])[..., residues, residues]
-        weights = mx.split(self.regression.weight.reshape(-1, 1, 1), self.num_layers)
+        weights = mx.split(whole_weight(self.regression).reshape(-1, 1, 1), self.num_layers)
         logits = self.regression.bias
+        B, L = tokens.shape
+        at_once = max(1, MAPS_AT_A_TIME // (B * L * L))
         for attention, weight in zip(attentions, weights, strict=True):
-            attention = mx.where(pairs, attention[..., residues, residues], 0)
-            logits = logits + (average_product_correct(symmetrize(attention)) * weight).sum(axis=1)
-            evaluate(logits)  # and forget this layer's maps: left to itself, MLX has those of many layers at a time
+            # Left to itself, MLX has the maps of many layers in memory at a time, and several steps of each.
+            evaluate(attention)
+            for first in range(0, attention.shape[1], at_once):
+                heads = slice(first, first + at_once)
+                maps = mx.where(pairs, attention[:, heads, residues, residues], 0)
+                logits = logits + (average_product_correct(symmetrize(maps)) * weight[heads]).sum(axis=1)
+                evaluate(logits)
         return mx.sigmoid(logits)
 
 
@@ -455,7 +465,9 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     buffers = ("rotary_embeddings.inv_freq",)
     required = ("embeddings.", "encoder.")
     without_loss = ("contact_head.",)
+    quantized = ("encoder.",)
     input_embeddings = "embeddings.word_embeddings"
+    residues = "LAGVSERTIDPKQNFYMHWCXBUZO"
 
     def __init__(self, config: PreTrainedConfig):
         config = as_mlx_config(config)

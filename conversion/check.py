@@ -1,0 +1,174 @@
+"""Compare a converted model with the original on real proteins, computed by the original's own code.
+
+    python conversion/check.py esm2_t6_8M_UR50D esm2_t6_8M_UR50D.pt
+    python conversion/check.py mlx-esm weights/esm1-202402151405.npz
+
+Of a `.pt` file the original is fair-esm on torch (`pip install fair-esm torch`). Its loader unpickles the file, and a
+pickle can run any program: check only files that you trust. Converting executes nothing. Of an `.npz` file the original
+is mlx-esm's network, written down below in NumPy and computed in float64.
+
+Both see one protein at a time. For every output the table has the largest difference over all proteins beside the
+output's scale, its largest absolute value. The exit code is 0 where every difference is at most 1e-4 of the scale, and
+else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from mlx_esm_hf import MLXEsmForMaskedLM
+from mlx_esm_hf.data.proteins import read_proteins
+
+# Of an output's scale. In float32 two implementations differ by some 1e-6 of it, and where one is wrong by far more.
+BAR = 1e-4
+LONGEST = 1022  # residues: what ESM-1b and ESM-1v take; longer proteins are cut there
+
+Outputs = dict[str, np.ndarray]  # by name: [tokens, ...], of contacts [residues, residues]
+Original = Callable[[str], tuple[list[int], Outputs]]  # from a sequence to its token ids, and to what the model says
+
+
+def converted_outputs(model: MLXEsmForMaskedLM, ids: list[int], contacts: bool) -> Outputs:
+    output: Any = model([ids], output_hidden_states=True)
+    arrays = {"logits": output.logits, **{f"layer {i}": x for i, x in enumerate(output.hidden_states)}}
+    if contacts:
+        arrays["contacts"] = model.predict_contacts([ids], [[1] * len(ids)])
+    return {name: np.array(array[0]) for name, array in arrays.items()}
+
+
+def load_fair_esm(path: Path) -> Original:
+    """fair-esm's model, through its own classes and its own loader."""
+    import esm
+    import torch
+
+    def load(file: Path) -> Any:
+        return torch.load(file, map_location="cpu", weights_only=False)
+
+    regression = path.with_name(f"{path.stem}-contact-regression.pt")
+    regression_data = load(regression) if regression.exists() else None
+    model, alphabet = esm.pretrained.load_model_and_alphabet_core(path.stem, load(path), regression_data)
+    to_tokens = alphabet.get_batch_converter()
+    layers = range(model.eval().num_layers + 1)
+
+    @torch.no_grad()
+    def original(sequence: str) -> tuple[list[int], Outputs]:
+        tokens = to_tokens([("", sequence)])[2]
+        output = model(tokens, repr_layers=layers, return_contacts=regression_data is not None)
+        tensors = {"logits": output["logits"]} | {f"layer {i}": output["representations"][i] for i in layers}
+        if "contacts" in output:
+            tensors["contacts"] = output["contacts"]
+        return tokens[0].tolist(), {name: tensor[0].numpy() for name, tensor in tensors.items()}
+
+    return original
+
+
+def load_mlx_esm(path: Path) -> Original:
+    """mlx-esm's network in NumPy, as its weights and its alphabet describe it."""
+    with np.load(path, allow_pickle=False) as file:
+        weights = {key: array.astype(np.float64) for key, array in file.items()}
+    alphabet = "%$*-.?ABCDEFGHIKLMNOPQRSTUVWXYZ^"
+
+    def original(sequence: str) -> tuple[list[int], Outputs]:
+        ids = [alphabet.index(token) for token in f"^{sequence}$"]
+        return ids, mlx_esm(weights, np.array(ids))
+
+    return original
+
+
+def mlx_esm(weights: dict[str, np.ndarray], ids: np.ndarray, heads: int = 4) -> Outputs:
+    """The network: token ids [L] to logits [L, 32] and the states before the first and after each layer, [L, D]."""
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def layer_norm(x: np.ndarray, name: str) -> np.ndarray:
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-12)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def attention(x: np.ndarray, name: str) -> np.ndarray:
+        L, D = x.shape
+        query, key, value = (
+            linear(x, f"{name}.{kind}_proj").reshape(L, heads, D // heads).swapaxes(0, 1)
+            for kind in ("query", "key", "value")
+        )
+        scores = query @ key.swapaxes(1, 2) / math.sqrt(D // heads)
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        context = scores / scores.sum(axis=-1, keepdims=True) @ value
+        return linear(context.swapaxes(0, 1).reshape(L, D), f"{name}.out_proj")
+
+    def gelu(x: np.ndarray) -> np.ndarray:
+        return x * (1 + np.vectorize(math.erf, otypes=[x.dtype])(x / math.sqrt(2))) / 2
+
+    L, D = len(ids), weights["embed_tokens.weight"].shape[1]
+    frequencies = np.exp(-np.arange(D // 2) * math.log(10000) / (D // 2 - 1))
+    angles = np.arange(1, L + 1)[:, None] * frequencies
+    positions = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    x = weights["embed_tokens.weight"][ids]
+    x = x + positions.astype(x.dtype)
+    outputs = {"layer 0": x}
+    while f"transformer_layers.layers.{len(outputs) - 1}.fc1.weight" in weights:
+        layer = f"transformer_layers.layers.{len(outputs) - 1}"
+        x = x + attention(layer_norm(x, f"{layer}.self_attn_layer_norm"), f"{layer}.self_attn")
+        x = x + linear(gelu(linear(layer_norm(x, f"{layer}.final_layer_norm"), f"{layer}.fc1")), f"{layer}.fc2")
+        outputs[f"layer {len(outputs)}"] = x
+    return {"logits": linear(x, "out"), **outputs}
+
+
+def compare(converted: Path, original: Original, fasta: Path) -> dict[str, tuple[float, float]]:
+    """For every output the largest difference over all proteins, and the scale.
+
+    Raises:
+        ValueError: the two make different tokens of a protein, or outputs of different shapes.
+    """
+    model = MLXEsmForMaskedLM.from_pretrained(converted, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    table: dict[str, tuple[float, float]] = {}
+    for protein in read_proteins(fasta):
+        sequence = protein.sequence[:LONGEST]
+        ids, theirs = original(sequence)
+        if tokenizer(sequence)["input_ids"] != ids:
+            raise ValueError(f"{protein.id}: the converted tokenizer makes other tokens of it than the original.")
+        ours = converted_outputs(model, ids, "contacts" in theirs)
+        if {name: x.shape for name, x in ours.items()} != {name: x.shape for name, x in theirs.items()}:
+            raise ValueError(f"{protein.id}: the converted model has other layers or sizes than the original.")
+        for name, x in theirs.items():
+            largest, scale = table.get(name, (0.0, 0.0))
+            table[name] = np.maximum(largest, np.abs(ours[name] - x).max()), np.maximum(scale, np.abs(x).max())
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Compare a converted model with the original on real proteins.",
+        epilog="A .pt file is loaded by fair-esm, which executes what is in it: check only files that you trust.",
+    )
+    parser.add_argument("converted", type=Path, help="the folder that was converted")
+    parser.add_argument("original", type=Path, help="the .pt or .npz file that it was made from")
+    parser.add_argument("--fasta", type=Path, default=Path(__file__).parents[1] / "examples" / "proteins.fasta")
+    options = parser.parse_args()
+    load = load_mlx_esm if options.original.suffix == ".npz" else load_fair_esm
+    try:
+        table = compare(options.converted, load(options.original), options.fasta)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if not table:
+        sys.exit(f"error: {options.fasta} has no proteins.")
+    print(f"{'output':10} {'difference':>11} {'scale':>11} {'of scale':>9}")
+    for name, (difference, scale) in table.items():
+        print(f"{name:10} {difference:11.2e} {scale:11.2e} {difference / scale:9.1e}")
+    # Written so that a difference that is no number fails, too.
+    passed = all(difference <= BAR * scale for difference, scale in table.values())
+    print(f"{'Equal' if passed else 'DIFFERENT'}: the bar is {BAR:.0e} of the scale.")
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""How many bits does a checkpoint need? Its size and its difference from the original, with fewer and fewer."""
+
+import sys
+import tempfile
+
+from mlx_esm_hf.pipelines import convert
+
+checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
+ubiquitin = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+
+with tempfile.TemporaryDirectory() as folder:
+    for bits in (8, 6, 4, 3, 2):
+        conversion = convert(checkpoint, f"{folder}/{bits}", quantize=True, bits=bits, report=[ubiquitin])
+        rows = {what: after for what, before, after in conversion.rows}
+        print(f"{bits} bits: {rows['size on disk']}, mean |Δlogit| {rows['mean |Δlogit|']}")

@@ -1,0 +1,64 @@
+"""Ids that files cannot hold, found before the work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+LONGEST_ID = 1 << 15  # bytes; twice that is the most of a name in a zip archive, and of an attribute in HDF5
+HEADER = 99_000_000  # bytes of names; safetensors reads headers of 100 MB
+ID_ARRAY = 1 << 32  # bytes of the ids in an .npz file, an array in which all are as long as the longest
+
+
+@dataclass
+class Ids:
+    """The ids that a file is to hold.
+
+    Args:
+        suffix: of the file; "" is a folder of shards.
+        arrays: of each result, those with a name of their own; 0 where all make one matrix.
+    """
+
+    suffix: str
+    arrays: int = 0
+    count: int = 0
+    longest: int = 0
+    header: int = 0
+
+    def refuse(self, id: str) -> None:
+        """
+        Raises:
+            ValueError: no file can hold this id.
+        """
+        try:
+            size = len(id.encode())
+        except UnicodeEncodeError:
+            raise ValueError("has an id that is no text, but half of a character") from None
+        if size > LONGEST_ID:
+            raise ValueError(f"has an id of {size} bytes, and files hold {LONGEST_ID} at most")
+        if "\0" in id:
+            raise ValueError("has a NUL in its id, and many programs would end it there")
+        if len(id.splitlines()) > 1:
+            raise ValueError("has an id of several lines")
+
+    def add(self, id: str) -> None:
+        """Count an id.
+
+        Raises:
+            ValueError: the file cannot hold so many.
+        """
+        self.count += 1
+        self.longest = max(self.longest, len(id))
+        name = json.dumps(id)
+        # The list of ids is a text within a text; each array has an entry {"dtype":...,"shape":...,"data_offsets":...}.
+        self.header += len(json.dumps(name)) + self.arrays * (len(name) + 120)
+        if self.suffix == ".safetensors" and self.header > HEADER:
+            raise ValueError(
+                f"The ids of {self.count:,} proteins and more do not fit into the header of a .safetensors file, which "
+                "holds 100 MB: choose .h5, .parquet or a folder of shards."
+            )
+        if self.suffix == ".npz" and not self.arrays and 4 * self.count * self.longest > ID_ARRAY:
+            raise ValueError(
+                f"The ids of {self.count:,} proteins and more, one of {self.longest:,} characters, make an array of "
+                "over 4 GiB in an .npz file: choose .h5, .parquet or a folder of shards."
+            )

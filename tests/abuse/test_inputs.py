@@ -1,0 +1,493 @@
+"""A thousand malformed FASTA files and tables of mutants through the commands: none crashes, none is a traceback, none
+gives a wrong number, and of none a record is lost in silence."""
+
+import csv
+import gzip
+import io
+import json
+import random
+import re
+from collections import Counter
+
+import h5py
+import mlx.core as mx
+import numpy as np
+import pyarrow.parquet
+import pytest
+import zstandard
+from safetensors import safe_open
+
+from mlx_esm_hf import MLXAutoModelForMaskedLM
+from tests.abuse.command import RESIDUES, WILD_TYPE, outcomes
+from tests.vocabulary import write_vocabulary
+
+EACH = 200  # of each kind
+
+TITLES = [
+    "",
+    " ",
+    "p",
+    "p p",
+    "\tp\t x",
+    "sp|P12345|X_HUMAN",
+    "metadata",
+    "ids",
+    "p/q",
+    "../p",
+    "é蛋白",
+    "p#2",
+    "\x7f\x01p",
+]
+TITLES += ["x" * 5000, ">>p", "p>q", "\u2028p", "p\x85q", "-", "'\"", ";x", "p,q", "[p]", "%s", "NaN"]
+PIECES = [
+    "",
+    "-",
+    ".",
+    "*",
+    "1",
+    "?",
+    "é",
+    "ſ",
+    "ı",
+    "İ",
+    "J",
+    "j",
+    "<mask>",
+    "<eos>",
+    "<",
+    ">",
+    "<pad>",
+    "<null_1>",
+    "< mask>",
+]
+PIECES += [
+    " ",
+    "\t",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x85",
+    "\u2028",
+    "\u00a0",
+    "\u200b",
+    "\0",
+    "\ufeff",
+    "x",
+    "X",
+    "O",
+    "Α",
+    "Ａ",
+    "\n",
+]
+ENDS = ["\n", "\n", "\r\n", "\r", "\n\n"]
+
+
+# Files, written by dice
+
+
+def records(dice):
+    """The text of a FASTA file with odd titles, odd letters and odd line ends."""
+    end, text = dice.choice(ENDS), ""
+    for number in range(dice.randint(1, 6)):
+        sequence = dice.choices(RESIDUES, k=dice.randint(0, 30))
+        for _ in range(dice.choice([0, 0, 1, 3])):
+            sequence.insert(dice.randint(0, len(sequence)), dice.choice(PIECES))
+        title = dice.choice(TITLES) if dice.random() < 0.4 else f"p{number}"
+        text += f">{title}{end}{''.join(sequence)}{dice.choice([end, end, end * 3])}"
+    return dice.choice(["", "", "", "\ufeff", "\n\n", " \n", ";comment\n", "MKT\n"]) + text.rstrip(
+        dice.choice([" ", end])
+    )
+
+
+def odd_records(dice):
+    return records(dice).encode(dice.choice(["utf-8"] * 8 + ["utf-16"]), "replace")
+
+
+def sound(dice):
+    return "".join(f">p{i}\n{''.join(dice.choices(RESIDUES, k=20))}\n" for i in range(4)).encode()
+
+
+def damaged(data, dice):
+    """Some bytes changed, removed, put in, or all from some place on."""
+    data = bytearray(data)
+    what = dice.choice(["flip", "cut", "insert", "remove", "noise"])
+    place = dice.randrange(len(data))
+    if what == "flip":
+        for _ in range(dice.randint(1, 4)):
+            data[dice.randrange(len(data))] = dice.randrange(256)
+    elif what == "cut":
+        del data[place:]
+    elif what == "insert":
+        data[place:place] = dice.randbytes(dice.randint(1, 8))
+    elif what == "remove":
+        del data[place : place + dice.randint(1, 30)]
+    else:
+        data[place:] = dice.randbytes(len(data) - place)
+    return bytes(data)
+
+
+def damaged_records(dice):
+    return damaged(sound(dice), dice)
+
+
+def compressed(dice):
+    """Compressed, then damaged; or damaged, then compressed; or two streams, or something behind the stream."""
+    squeeze = dice.choice([gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress])
+    return dice.choice(
+        [
+            lambda: damaged(squeeze(sound(dice)), dice),
+            lambda: squeeze(odd_records(dice)),
+            lambda: squeeze(sound(dice)) + squeeze(sound(dice)),
+            lambda: squeeze(sound(dice)) + dice.choice([b"\0" * 9, b"x", b"\n"]),
+        ]
+    )()
+
+
+FASTA = {"odd records": odd_records, "damaged records": damaged_records, "compressed": compressed}
+
+
+# What has to become of a file, by the rules of the README and none of the package's code
+
+
+def text_of(data):
+    """The text of a file; None if its compressed stream is damaged."""
+    try:
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        elif data.startswith(b"\x28\xb5\x2f\xfd"):
+            rest, data = data, b""
+            while rest:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+                data += frame.decompress(rest)
+                if not frame.eof:
+                    return None
+                rest = frame.unused_data
+    except Exception:
+        return None
+    return data.decode("utf-8-sig", "replace")
+
+
+def cleaned(sequence):
+    """The tokens of a sequence; None if it is an error."""
+    tokens = re.findall(r"<[^<>]*>|.", "".join(sequence.split()), re.DOTALL)
+    if tokens[-1:] == ["*"]:
+        tokens.pop()
+    tokens = [token for token in tokens if token not in "-."]
+    kept = []
+    for token in tokens:
+        if token in ("<mask>", "<cls>", "<eos>", "<unk>"):
+            kept.append(token)
+        elif re.fullmatch("[A-Za-z]", token):
+            kept.append("X" if token.upper() == "J" else token.upper())
+        else:
+            return None
+    return kept or None
+
+
+def expected_records(text):
+    """(id, tokens or None) of each record of a text; None if it is no FASTA."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    while lines and not lines[0].strip():
+        lines.pop(0)
+    if not lines:
+        return []
+    if not lines[0].startswith(">"):
+        return None
+    found = []
+    for line in lines:
+        if line.startswith(">"):
+            words = line[1:].split()
+            found.append([words[0] if words else f"record_{len(found) + 1}", ""])
+        else:
+            found[-1][1] += line
+    return [(name, cleaned(sequence)) for name, sequence in found]
+
+
+class Model:
+    """What the model says of tokens, without the package's pipelines."""
+
+    def __init__(self, folder, tmp_path):
+        self.network = MLXAutoModelForMaskedLM.from_pretrained(folder).eval()
+        with open(write_vocabulary(tmp_path)) as file:
+            self.ids = {token: number for number, token in enumerate(file.read().split("\n"))}
+
+    def outputs(self, tokens):
+        ids = [self.ids[token] for token in ["<cls>", *tokens, "<eos>"]]
+        return self.network(mx.array([ids]), output_hidden_states=True)
+
+    def mean(self, tokens):
+        return np.array(self.outputs(tokens).hidden_states[-1])[0, 1:-1].mean(axis=0)
+
+    def log_probabilities(self, tokens):
+        logits = np.array(self.outputs(tokens).logits, np.float64)[0, 1:-1]
+        return (
+            logits
+            - np.log(np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1, keepdims=True))
+            - logits.max(axis=-1, keepdims=True)
+        )
+
+
+@pytest.fixture(scope="module")
+def model(inputs, tmp_path_factory):
+    return Model(inputs.models["ESM-2"], tmp_path_factory.mktemp("vocabulary"))
+
+
+def close(a, b):
+    return np.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+# What each job with each format has to hold: the ids in order, or in any order
+
+
+def npz_ids(path):
+    with np.load(path) as file:
+        return file["ids"].tolist()
+
+
+def map_ids(path):
+    with np.load(path) as file:
+        names = [name for name in file.files if name != "metadata"]
+        assert all(np.isfinite(file[name]).all() for name in names)
+    return names
+
+
+def h5_ids(path):
+    found = []
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda _, node: found.append(node.attrs["original_id"]) if "original_id" in node.attrs else None
+        )
+    return found
+
+
+def parquet_ids(path):
+    return pyarrow.parquet.read_table(path)["id"].to_pylist()
+
+
+def safetensors_ids(path):
+    with safe_open(path, framework="numpy") as file:
+        return json.loads(file.metadata()["ids"])
+
+
+def csv_ids(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list({row["number"]: row["id"] for row in csv.DictReader(file)}.values())
+
+
+def folder_ids(path):
+    return csv_ids(path / "index.csv")
+
+
+def fasta_ids(path):
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line[1:].rsplit(" mean_log_p=")[0].removesuffix("_1") for line in lines if line.startswith(">")]
+
+
+JOBS = {
+    ("embed", ".npz"): npz_ids,
+    ("embed", ".h5"): h5_ids,
+    ("embed", ".parquet"): parquet_ids,
+    ("embed", ".safetensors"): safetensors_ids,
+    ("embed", ""): folder_ids,
+    ("contacts", ".npz"): map_ids,
+    ("perplexity", ".csv"): csv_ids,
+    ("fill-mask", ".csv"): csv_ids,
+    ("generate", ".fasta"): fasta_ids,
+}
+
+
+def has_work(job, tokens):
+    """Whether a job has something to do for a record."""
+    return bool(tokens) and (job not in ("fill-mask", "generate") or "<mask>" in tokens)
+
+
+def wrong_result(job, suffix, data, result, output, model):
+    """What is wrong with the outcome of a job on a FASTA file; None if nothing is."""
+    text = text_of(data)
+    expected = None if text is None else expected_records(text)
+    good = [record for record in expected or [] if has_work(job, record[1])]
+    if result["code"] == 1:
+        if good:
+            return "refused, with good records"
+        if output.exists():
+            return "refused, and a file is there"
+        named = result["said"].count(", line ")
+        return "records that are not named" if named < len(expected or []) else None
+    left_out = len(re.findall("^Left out: ", result["said"], re.MULTILINE))
+    if left_out != len(expected) - len(good) or result["code"] != (3 if left_out else 0):
+        return f"{left_out} left out, exit code {result['code']}"
+    ids, names = JOBS[job, suffix](output), [name for name, _ in good]
+    if (job, suffix) == ("contacts", ".npz"):  # the second of one name is called name#2
+        return None if len(ids) == len(names) and set(names) - {"metadata"} <= set(ids) else f"other ids: {ids}"
+    if suffix == ".h5":
+        ids, names = sorted(ids), sorted(names)
+    if ids != names:
+        return f"other ids: {ids}"
+    if suffix == ".npz":
+        with np.load(output) as file:
+            means = file["mean"]
+        if not all(close(mean, model.mean(tokens)) for mean, (_, tokens) in zip(means, good, strict=True)):
+            return "other numbers"
+    return None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", FASTA)
+def test_malformed_fasta(kind, inputs, model, tmp_path):
+    dice, jobs = random.Random(kind), [("embed", ".npz")] * 8 + list(JOBS)
+    cases, calls = {}, {}
+    for number in range(EACH):
+        path = tmp_path / f"{number}.fasta"
+        job, suffix = dice.choice(jobs)
+        output = path.with_name(f"out{number}{suffix}")
+        cases[path] = job, suffix, FASTA[kind](dice), output
+        path.write_bytes(cases[path][2])
+        arguments = [job, path, "--model", inputs.models["ESM-2"], "--output", output]
+        calls[path] = json.dumps([str(a) for a in arguments])
+
+    def wrong_with(path, result):
+        job, suffix, data, output = cases[path]
+        return wrong_result(job, suffix, data, result, output, model)
+
+    judge(kind, calls, wrong_with)
+
+
+# Tables of mutants
+
+CELLS = ["", " ", "A", "1", "A1", "1A", "A0G", "A-1G", "A99G", "A1G:", ":", "A 1 G", "m1g", "M1*", "M1J", "Á1G", "M١G"]
+CELLS += ["M1G;Q2A", "M1G:M1A", "Q2G", "M1M", " M1G ", "M1G: Q2A", "M1X", "M" + "1" * 30 + "G", "nan", "M1G\nQ2A", '"']
+CELLS += ["M1<mask>", "=1+1", "\0"]
+COLUMNS = [["mutant"], ["mutant", "y"], ["x", "mutant", "é"], ["mutant", "mutant"], ["Mutant"], ["mutant", ""], []]
+
+
+def table(dice):
+    """The text of a CSV file with odd columns, odd cells and odd rows."""
+    columns = dice.choice(COLUMNS)
+    if dice.random() < 0.7:
+        columns = dice.choice([["mutant"], ["id", "mutant", "note"]])
+    places = [dice.randrange(len(WILD_TYPE)) for _ in range(dice.randint(0, 8))]
+    rows = []
+    for place in places:
+        cell = f"{WILD_TYPE[place]}{place + 1}{dice.choice(RESIDUES)}" if dice.random() < 0.7 else dice.choice(CELLS)
+        row = [cell if name == "mutant" else dice.choice(["", "1", "a,b", 'q"q', "é\n", "x" * 99]) for name in columns]
+        if dice.random() < 0.03:
+            row = dice.choice([row[:-1], [*row, "more"], []])
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.writer(
+        text, lineterminator=dice.choice(["\n", "\r\n", "\r"]), delimiter=dice.choice([","] * 9 + [";", "\t"])
+    )
+    writer.writerows([columns, *rows])
+    return dice.choice(["", "", "", "\ufeff", "\n"]) + text.getvalue()
+
+
+def odd_table(dice):
+    return table(dice).encode(dice.choice(["utf-8"] * 9 + ["utf-16"]))
+
+
+def damaged_table(dice):
+    rows = [[f"{WILD_TYPE[i]}{i + 1}{dice.choice(RESIDUES)}", str(i), '"a,b"'] for i in range(6)]
+    return damaged("\n".join(map(",".join, [["mutant", "number", "note"], *rows, []])).encode(), dice)
+
+
+TABLES = {"odd tables": odd_table, "damaged tables": damaged_table}
+
+
+def expected_rows(data):
+    """The header and the rows of a table; None if it is none with the column."""
+    try:
+        rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+    except (csv.Error, UnicodeDecodeError):
+        return None
+    if not rows or rows[0].count("mutant") != 1 or len(set(rows[0])) < len(rows[0]):
+        return None
+    rows = [row for row in rows if row]
+    return None if any(len(row) != len(rows[0]) for row in rows) else rows
+
+
+def substitutions(cell):
+    """[(position, residue)] of a cell like M1G:Q2A that fits the wild type; None if it does not."""
+    found = {}
+    for part in cell.split(":"):
+        match = re.fullmatch(r"\s*([A-Za-z])(-?\d{1,9})([A-Za-z])\s*", part)
+        if not match or match[3].upper() == "J":
+            return None
+        place = int(match[2]) - 1
+        if not 0 <= place < len(WILD_TYPE) or WILD_TYPE[place] != match[1].upper() or place in found:
+            return None
+        found[place] = match[3].upper()
+    return found.items()
+
+
+class Expected:
+    """The scores of mutations, computed plainly."""
+
+    def __init__(self, model):
+        self.ids, self.rows = model.ids, []
+        for place in range(len(WILD_TYPE)):
+            masked = [*WILD_TYPE[:place], "<mask>", *WILD_TYPE[place + 1 :]]
+            self.rows.append(model.log_probabilities(masked)[place])
+
+    def score(self, mutant):
+        rows, ids = self.rows, self.ids
+        return sum(rows[place][ids[to]] - rows[place][ids[WILD_TYPE[place]]] for place, to in mutant)
+
+
+def wrong_table(data, result, output, expected, name):
+    """What is wrong with the outcome of `score`; None if nothing is."""
+    rows = expected_rows(data)
+    mutants = [] if rows is None else [substitutions(row[rows[0].index("mutant")]) for row in rows[1:]]
+    if result["code"] == 1:
+        if any(mutants):
+            return "refused, with good rows"
+        return "refused, and a file is there" if output.exists() else None
+    if rows is None:
+        return "not refused"
+    left_out = len(re.findall(r"^Left out: row \d+: ", result["said"], re.MULTILINE))
+    if left_out != mutants.count(None) or result["code"] != (3 if left_out else 0):
+        return f"{left_out} left out, exit code {result['code']}"
+    with open(output, newline="", encoding="utf-8") as file:
+        written = [row for row in csv.reader(file) if row]
+    if [row[:-1] for row in written] != rows or written[0][-1] != name:
+        return "other rows"
+    for row, mutant in zip(written[1:], mutants, strict=True):
+        if (row[-1] == "") is not (mutant is None) or (mutant and not close(float(row[-1]), expected.score(mutant))):
+            return f"other numbers: {row}"
+    return None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", TABLES)
+def test_malformed_tables(kind, inputs, model, tmp_path):
+    dice, expected, name = random.Random(kind), Expected(model), str(inputs.models["ESM-2"])
+    files = {tmp_path / f"{number}.csv": TABLES[kind](dice) for number in range(EACH)}
+    calls = {}
+    for path, data in files.items():
+        path.write_bytes(data)
+        arguments = ["score", path, "--sequence", WILD_TYPE, "--model", name, "--output", f"{path}.out.csv"]
+        calls[path] = json.dumps([str(a) for a in arguments])
+    judge(
+        kind,
+        calls,
+        lambda path, result: wrong_table(files[path], result, path.with_name(f"{path.name}.out.csv"), expected, name),
+    )
+
+
+def judge(kind, calls, wrong_with):
+    """Call the command, and assert that nothing is wrong with what it says and writes.
+
+    Args:
+        calls: {path: arguments}.
+        wrong_with: what is wrong with the result of a path, which was done or refused.
+    """
+    found = outcomes("tests.abuse.caller", list(calls.values()))
+    wrong, counts = [], Counter()
+    for path, argument in calls.items():
+        result = found[argument]
+        counts[result["outcome"]] += 1
+        problem = result["outcome"] if result["outcome"] not in ("done", "refused") else wrong_with(path, result)
+        if problem:
+            wrong.append((problem, path, result))
+    print(f"{kind}: {len(calls)} malformed, {dict(counts)}, wrong: {len(wrong)}")
+    assert not wrong, wrong[:3]
+    assert min(counts["done"], counts["refused"]) > 0
