@@ -27,8 +27,8 @@ from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
 from mlx_esm_hf.training.pretrain import pretrain
 from mlx_esm_hf.training.token_store import held_out
 
-SHAPE = (6, 160, 8)  # layers, hidden size, heads: 1.9 million parameters, 3.8 MB in float16
-CONTEXT, HELD_OUT, MASKED = 512, 0.06, 0.15
+SHAPE = (6, 160, 5)  # layers, hidden size, heads: 1.9 million parameters, 3.8 MB in float16
+CONTEXT, HELD_OUT, MASKED = 256, 0.06, 0.15
 
 
 def write_fasta(path: Path, proteins: list[Protein]) -> None:

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from mlx_esm_hf.cli import training_options as options
-from mlx_esm_hf.cli.options import Device, Quiet, listed
+from mlx_esm_hf.cli.options import Device, OptionalModel, Quiet, listed
 from mlx_esm_hf.cli.running import running
 
 
 def command(
     proteins: Annotated[list[Path], typer.Argument(help="FASTA files, plain, gzipped or zstandard-compressed.")],
     output: options.Folder,
-    model: Annotated[str | None, typer.Option(help="A model on the Hub, or a folder, to train further.")] = None,
+    model: OptionalModel = None,
     shape: Annotated[
         str | None, typer.Option(help="Of a new ESM-2 instead: layers, hidden size and heads, such as 6,320,20.")
     ] = None,
