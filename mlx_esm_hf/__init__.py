@@ -23,6 +23,7 @@ from mlx_esm_hf import runtime
 from mlx_esm_hf.version import __version__
 
 if TYPE_CHECKING:
+    from mlx_esm_hf.demo import demo_model
     from mlx_esm_hf.models.auto import (
         MLXAutoModel,
         MLXAutoModelForMaskedLM,
@@ -39,11 +40,15 @@ if TYPE_CHECKING:
     )
     from mlx_esm_hf.models.esm.tokenization_esm import Esm1Tokenizer, EsmTokenizer
     from mlx_esm_hf.pipelines.huggingface import pipeline
+    from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
+    from mlx_esm_hf.training.arguments import MLXTrainingArguments
+    from mlx_esm_hf.training.trainer import MLXTrainer
 
 __all__ = [
     "__version__",
     "Esm1Tokenizer",
     "EsmTokenizer",
+    "LoraConfig",
     "MLXAutoModel",
     "MLXAutoModelForMaskedLM",
     "MLXAutoModelForSequenceClassification",
@@ -55,7 +60,14 @@ __all__ = [
     "MLXEsmForTokenClassification",
     "MLXEsmModel",
     "MLXEsmPreTrainedModel",
+    "MLXTrainer",
+    "MLXTrainingArguments",
+    "add_adapters",
+    "demo_model",
+    "load_adapter",
+    "merge_adapters",
     "pipeline",
+    "save_adapter",
 ]
 
 # The module that has each public name.
@@ -73,7 +85,15 @@ HOMES = {
     "MLXEsmForTokenClassification": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmModel": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmPreTrainedModel": "mlx_esm_hf.models.esm.modeling_esm",
+    "MLXTrainer": "mlx_esm_hf.training.trainer",
+    "MLXTrainingArguments": "mlx_esm_hf.training.arguments",
+    "LoraConfig": "mlx_esm_hf.training.adapters",
+    "demo_model": "mlx_esm_hf.demo",
+    "add_adapters": "mlx_esm_hf.training.adapters",
+    "load_adapter": "mlx_esm_hf.training.adapters",
+    "merge_adapters": "mlx_esm_hf.training.adapters",
     "pipeline": "mlx_esm_hf.pipelines.huggingface",
+    "save_adapter": "mlx_esm_hf.training.adapters",
 }
 
 

@@ -328,6 +328,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             safe_serialization: of transformers 4.x. True is all there is: no pickle is ever written.
             push_to_hub: push the folder afterwards; `kwargs` are those of `push_to_hub`.
             state_dict: what to write, by default all of `state_dict()`.
+
+        Raises:
+            ValueError: a module says by an attribute `not_saved` why it cannot be written.
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no argument {', '.join(map(repr, kwargs))}.")
@@ -335,6 +338,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             raise ValueError(
                 "Only safetensors are written; transformers for torch reads them: leave this argument out."
             )
+        for name, module in self.named_modules():
+            if advice := getattr(module, "not_saved", None):
+                raise ValueError(f"{name} {advice}.")
         config = copy.deepcopy(self.config)
         architecture = type(self).__name__
         if config.model_type in CONFIG_MAPPING_NAMES:  # transformers has this model, too
@@ -554,6 +560,20 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         else:
             self.freeze()
         return self
+
+    def gradient_checkpointing_enable(self) -> None:
+        """From now on, keep of each layer only its input while training, and compute its inside again for the gradient:
+        less memory, for a third more time."""
+        self._set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the gradient needs."""
+        self._set_gradient_checkpointing(False)
+
+    def _set_gradient_checkpointing(self, value: bool) -> None:
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = value
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -28,13 +28,23 @@ def replace_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(file, folder / file.name)
 
 
+def write_safetensors(path: Path, arrays: Mapping[str, mx.array]) -> None:
+    """Write one file. Its metadata says "pt", without which transformers 4.x refuses it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with zero_taken():
+            mx.save_safetensors(str(path), dict(arrays), metadata={"format": "pt"})
+    except RuntimeError as error:
+        raise OSError(f"{path.name} cannot be written to {path.parent} ({error}). Is the disk full?") from error
+
+
 def save_safetensors(
     state: Mapping[str, mx.array], folder: Path, max_shard_size: int | str, variant: str | None = None
 ) -> list[str]:
-    """Write `model.safetensors`, or shards and their index, into `folder`; returns the names of the files.
-
-    The metadata says "pt", without which transformers 4.x refuses a file.
-    """
+    """Write `model.safetensors`, or shards and their index, into `folder`; returns the names of the files."""
     name = with_variant(SAFETENSORS, variant)
     split = split_state_dict_into_shards_factory(
         dict(state),
@@ -43,11 +53,7 @@ def save_safetensors(
         max_shard_size=max_shard_size,
     )
     for file, keys in split.filename_to_tensors.items():
-        try:
-            with zero_taken():
-                mx.save_safetensors(str(folder / file), {k: state[k] for k in keys}, metadata={"format": "pt"})
-        except RuntimeError as error:
-            raise OSError(f"{file} cannot be written to {folder} ({error}). Is the disk full?") from error
+        write_safetensors(folder / file, {k: state[k] for k in keys})
     files = list(split.filename_to_tensors)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

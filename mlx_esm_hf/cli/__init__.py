@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from mlx_esm_hf.cli import contacts, convert, embed, env, fill_mask, generate, perplexity, push, score
+from mlx_esm_hf.cli import contacts, convert, embed, env, fill_mask, finetune, generate, perplexity, push, score, train
 
 app = typer.Typer(
     help="Meta's ESM protein language models on MLX.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -18,6 +18,8 @@ app.command("score")(score.command)
 app.command("contacts")(contacts.command)
 app.command("perplexity")(perplexity.command)
 app.command("generate")(generate.command)
+app.command("train")(train.command)
+app.command("finetune")(finetune.command)
 app.command("convert")(convert.command)
 app.command("push")(push.command)
 app.command("env")(env.command)

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.options import BatchTokens, Device, Dtype, Long, Quiet, Revision, tokens_of
+from mlx_esm_hf.cli.options import BatchTokens, Device, Dtype, Long, Models, Quiet, Revision, tokens_of
 from mlx_esm_hf.cli.running import running
 
 
 def command(
     sequence: Annotated[str, typer.Option(help="The wild type, or a FASTA file with it.")],
-    model: Annotated[list[str], typer.Option(help="A model on the Hub, or a folder; once for each of several.")],
+    model: Models,
     output: Annotated[Path, typer.Option(help="The CSV file to write.")],
     mutants: Annotated[
         Path | None, typer.Argument(help="CSV with a column of mutations; without, all of them.", dir_okay=False)

@@ -65,6 +65,10 @@ class Vocabulary:
         except KeyError as error:
             raise ValueError(f"has {error}, which {self.name} has no token for") from None
 
+    def ids_of(self, letters: str) -> np.ndarray:
+        """The ids of those of the letters that it has, [letters], int32."""
+        return np.array([self.ids[letter] for letter in letters if letter in self.ids], np.int32)
+
     def decode(self, ids: np.ndarray) -> list[str]:
         """The tokens of ids [positions]."""
         return self._tokenizer.convert_ids_to_tokens(ids.tolist())

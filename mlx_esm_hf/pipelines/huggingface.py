@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import refuse_other_tokenizer
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import (
@@ -20,7 +21,7 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
 )
-from mlx_esm_hf.pipelines.protein_model import SHARED, load_network, load_tokenizer, same_commit
+from mlx_esm_hf.pipelines.protein_model import SHARED, load_network, same_commit
 
 GPU = ("gpu", "cuda", "mps")
 

@@ -12,12 +12,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mlx_esm_hf import modeling_utils
-from mlx_esm_hf.checkpoint.errors import CheckpointError
-from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.data.batches import Batch, make_batches
+from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
@@ -25,6 +24,7 @@ from mlx_esm_hf.models.auto import MLXAutoModel
 from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runtime import memory
+from mlx_esm_hf.runtime.device import use_device
 
 # Arguments of `from_pretrained` that the tokenizer has, too.
 SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
@@ -169,12 +169,7 @@ def load(
     Example:
         >>> load(MLXAutoModel, "facebook/esm2_t6_8M_UR50D", long="window")
     """
-    if device is not None:
-        if device not in ("cpu", "gpu"):
-            raise ValueError(f"device={device!r} is not one of cpu, gpu.")
-        if device == "gpu" and not mx.is_available(mx.gpu):
-            raise ValueError("device='gpu': MLX has no GPU here. Leave it out, or take 'cpu'.")
-        mx.set_default_device(mx.Device(getattr(mx, device)))
+    use_device(device)
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
     hub["revision"] = revision or "main"
@@ -208,36 +203,6 @@ def same_commit(network: Any) -> dict[str, str]:
     that is from no commit."""
     commit = getattr(network.config, "_commit_hash", None)
     return {"revision": commit} if commit else {}
-
-
-def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hub repository or a folder.
-
-    Args:
-        hub: those arguments of `from_pretrained` that `SHARED` lists.
-
-    Raises:
-        OSError: there is none, or the Hub did not answer, or refused; or a file arrived damaged. Nothing of it is kept.
-        CheckpointError: a file is damaged or incomplete.
-    """
-    # Which compares checksums; transformers takes what arrives.
-    _, vocabulary = (find_file(source, name, **hub) for name in ("tokenizer_config.json", "vocab.txt"))
-    try:
-        return AutoTokenizer.from_pretrained(source, **hub)
-    except OSError:
-        raise
-    except Exception as error:  # what transformers fails with on files that are missing or not what they should be
-        if vocabulary is None:
-            place = os.path.join(source, hub["subfolder"]) if hub.get("subfolder") else source
-            raise OSError(
-                f"{place} has no vocab.txt, and so no tokenizer. Put that of the base model beside the weights, with "
-                "its save_pretrained."
-            ) from error
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise CheckpointError(
-            f"The tokenizer of {source} cannot be loaded ({reason}). It needs vocab.txt and tokenizer_config.json, as "
-            "tokenizer.save_pretrained writes them."
-        ) from error
 
 
 def is_no_load_report(record: logging.LogRecord) -> bool:

@@ -14,7 +14,7 @@ In the shapes B is the batch, L the tokens, D the hidden size, H the heads, V th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -293,6 +293,7 @@ class MLXEsmEncoder(nn.Module):
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.layer = [MLXEsmLayer(config) for _ in range(config.num_hidden_layers)]
+        self.gradient_checkpointing = False
         if config.emb_layer_norm_after:
             self.emb_layer_norm_after = layer_norm(config)
 
@@ -330,8 +331,18 @@ class MLXEsmEncoder(nn.Module):
     ) -> Iterator[tuple[mx.array, mx.array | None]]:
         """The output of one layer after the other, [B, L, D], and its attentions [B, H, L, L], or None."""
         for layer in self.layer:
-            hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
+            if self.gradient_checkpointing and self.training and not output_attentions:
+                hidden_states, attentions = again(layer, layout, position_embeddings)(hidden_states), None
+            else:
+                hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
             yield hidden_states, attentions
+
+
+def again(
+    layer: MLXEsmLayer, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
+) -> Callable[[mx.array], mx.array]:
+    """A layer, [B, L, D] to [B, L, D], whose inside is computed again for its gradient instead of being kept."""
+    return nn.utils.checkpoint(layer, lambda hidden_states: layer(hidden_states, layout, position_embeddings)[0])
 
 
 def first_token(hidden_states: mx.array, attention_mask: mx.array | None) -> mx.array:

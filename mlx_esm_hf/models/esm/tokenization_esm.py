@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoTokenizer, EsmTokenizer
@@ -17,6 +19,30 @@ ESM1_VOCABULARY = (
     *"LAGVSERTIDPKQNFYMHWCXBUZO.-",
     *("<null_1>", "<cls>", "<mask>", "<sep>"),
 )
+
+
+# fair-esm, `Alphabet.from_architecture("ESM-1b")`: that of ESM-1b, ESM-1v and ESM-2.
+ESM2_VOCABULARY = (
+    *("<cls>", "<pad>", "<eos>", "<unk>"),
+    *"LAGVSERTIDPKQNFYMHWCXBUZO.-",
+    *("<null_1>", "<mask>"),
+)
+
+
+def esm2_tokenizer() -> EsmTokenizer:
+    """The tokenizer that ESM-1b, ESM-1v and ESM-2 have, for a model that comes from no checkpoint."""
+    with vocabulary_file(ESM2_VOCABULARY) as path:
+        return EsmTokenizer(path)
+
+
+@contextmanager
+def vocabulary_file(tokens: Iterable[str]) -> Iterator[str]:
+    """A `vocab.txt` for the time being."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "vocab.txt")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("\n".join(tokens))
+        yield path
 
 
 class Esm1Tokenizer(EsmTokenizer):
@@ -34,11 +60,8 @@ class Esm1Tokenizer(EsmTokenizer):
         if vocab_file is not None:
             super().__init__(vocab_file, eos_token=eos_token, **kwargs)
             return
-        with tempfile.TemporaryDirectory() as folder:
-            vocab_file = os.path.join(folder, "vocab.txt")
-            with open(vocab_file, "w", encoding="utf-8") as file:
-                file.write("\n".join(ESM1_VOCABULARY))
-            super().__init__(vocab_file, eos_token=eos_token, **kwargs)
+        with vocabulary_file(ESM1_VOCABULARY) as path:
+            super().__init__(path, eos_token=eos_token, **kwargs)
 
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False

@@ -1,0 +1,1 @@
+"""Training: the masked-language-model objective, data sets, `MLXTrainer`, adapters."""

@@ -1,0 +1,62 @@
+import pytest
+import torch
+import transformers
+
+from mlx_esm_hf.training.arguments import MLXTrainingArguments
+
+
+@pytest.mark.parametrize("warmup", [0, 7, 0.25])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_schedules_are_transformers(schedule, warmup):
+    args = MLXTrainingArguments(learning_rate=0.3, lr_scheduler_type=schedule, warmup_steps=warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    steps = args.warmup(40) if schedule != "constant" else None
+    scheduler = transformers.get_scheduler(schedule, optimizer, steps, 40)
+    for step in range(40):
+        assert args.learning_rate_at(step, 40) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_defaults_are_transformers(tmp_path):
+    theirs = transformers.TrainingArguments(tmp_path)
+    ours = MLXTrainingArguments(tmp_path)
+    names = [name for name in vars(ours) if hasattr(theirs, name)]
+    values = {name: getattr(theirs, name) for name in names}
+    values = {name: getattr(value, "value", value) for name, value in values.items()}  # of their enumerations
+    differ = {name for name in names if getattr(ours, name) != values[name]}
+    # They report to whatever is installed, and fill in some of what is None.
+    assert differ <= {"report_to", "eval_steps", "disable_tqdm", "warmup_ratio", "output_dir"}
+    assert len(names) >= 25
+
+
+def test_an_unknown_argument_is_an_error():
+    with pytest.raises(TypeError, match="deepspeed"):
+        MLXTrainingArguments("out", deepspeed="config.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eval_strategy": "sometimes"}, "not one of no, steps, epoch"),
+        ({"lr_scheduler_type": "polynomial"}, "not one of linear"),
+        ({"report_to": "wandb"}, "log.jsonl"),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "two names for one thing"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"load_best_model_at_end": True}, "set eval_strategy and save_strategy alike"),
+        (
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+                "eval_steps": 100,
+                "save_steps": 150,
+            },
+            "multiple of eval_steps",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MLXTrainingArguments("out", **arguments)
