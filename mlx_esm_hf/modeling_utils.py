@@ -349,8 +349,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         config.dtype = str(self.dtype).rpartition(".")[2]
         declare(config, self)
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        if self._is_tied():
-            state.pop(f"{self.output_embeddings}.weight", None)
+        tied = [f"{self.output_embeddings}.weight"] if self._is_tied() else []
+        for name in [*tied, *self._untrainable()]:  # what is random would look trained when it is loaded again
+            state.pop(name, None)
         state = names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
         with replace_files(save_directory) as folder:
             files = save_safetensors(state, folder, max_shard_size, variant)
@@ -661,11 +662,14 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     def train(self: Model, mode: bool = True) -> Model:
         """Training mode, as in torch; a head that is trained is no longer refused."""
         if mode:
-            prefix, names = f"{self.base_model_prefix}.", self._newly_initialized
-            untrained = [name for name in names if name.removeprefix(prefix).startswith(self.without_loss)]
-            self._set_newly_initialized(untrained)
+            self._set_newly_initialized(self._untrainable())
         super().train(mode)
         return self
+
+    def _untrainable(self) -> list[str]:
+        """Names of the parameters that the checkpoint lacked and that no loss reaches: they mean nothing."""
+        prefix, names = f"{self.base_model_prefix}.", self._newly_initialized
+        return [name for name in names if name.removeprefix(prefix).startswith(self.without_loss)]
 
 
 def resized(x: mx.array, rows: int) -> mx.array:

@@ -620,6 +620,9 @@ def test_untrained_contact_head(tmp_path):
             with pytest.raises(ValueError, match="The checkpoint had no contact_head: contact prediction would answer"):
                 model.predict_contacts(INPUTS["input_ids"], INPUTS["attention_mask"])
             model.train().eval()  # no loss trains a contact head
+        model.save_pretrained(tmp_path / task)
+        again = ours(task).from_pretrained(tmp_path / task)
+        assert {name for name in again.newly_initialized if "contact_head" in name}
     model = MLXEsmForMaskedLM.from_pretrained(write(tmp_path, torch_model().state_dict()))
     assert model.predict_contacts(INPUTS["input_ids"], INPUTS["attention_mask"]).shape == (2, 7, 7)
 
