@@ -106,9 +106,7 @@ def activated(y: mx.array, residual: mx.array | None, activation: str | None) ->
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
     """Layer norm over the last axis (Ba et al. 2016), `eps` inside the root; it need not have a bias."""
-    if _backend(x, weight, bias) is kernels:
-        return kernels.layer_norm(x, weight, bias, eps)
-    return mx.fast.layer_norm(x, weight, bias, eps)
+    return _backend(x, weight, bias).layer_norm(x, weight, bias, eps)
 
 
 def gelu(x: mx.array) -> mx.array:

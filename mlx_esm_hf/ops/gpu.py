@@ -15,6 +15,10 @@ def gelu(x: mx.array) -> mx.array:
     return (y * (1 + mx.erf(y / math.sqrt(2))) / 2).astype(x.dtype)
 
 
+def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
+    return mx.fast.layer_norm(x, weight, bias, eps)
+
+
 def softmax(x: mx.array) -> mx.array:
     """`ops.softmax`."""
     return mx.softmax(x, axis=-1, precise=True)
