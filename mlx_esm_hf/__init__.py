@@ -23,6 +23,7 @@ from mlx_esm_hf import runtime
 from mlx_esm_hf.version import __version__
 
 if TYPE_CHECKING:
+    from mlx_esm_hf.demo import demo_model
     from mlx_esm_hf.models.auto import (
         MLXAutoModel,
         MLXAutoModelForMaskedLM,
@@ -62,6 +63,7 @@ __all__ = [
     "MLXTrainer",
     "MLXTrainingArguments",
     "add_adapters",
+    "demo_model",
     "load_adapter",
     "merge_adapters",
     "pipeline",
@@ -86,6 +88,7 @@ HOMES = {
     "MLXTrainer": "mlx_esm_hf.training.trainer",
     "MLXTrainingArguments": "mlx_esm_hf.training.arguments",
     "LoraConfig": "mlx_esm_hf.training.adapters",
+    "demo_model": "mlx_esm_hf.demo",
     "add_adapters": "mlx_esm_hf.training.adapters",
     "load_adapter": "mlx_esm_hf.training.adapters",
     "merge_adapters": "mlx_esm_hf.training.adapters",

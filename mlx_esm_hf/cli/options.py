@@ -13,9 +13,26 @@ Fasta = Annotated[
 OptionalFasta = Annotated[
     str | None, typer.Argument(help="Proteins in FASTA, plain, gzipped or zstandard-compressed; - for standard input.")
 ]
-Model = Annotated[str, typer.Option(help="A model on the Hub, or a folder.")]
-Models = Annotated[list[str], typer.Option(help="A model on the Hub, or a folder; once for each of several.")]
-OptionalModel = Annotated[str | None, typer.Option(help="A model on the Hub, or a folder, to train further.")]
+
+
+def model_or_demo(model: str | None) -> str | None:
+    """The model of --model; of "demo" the folder of the one that comes with the package."""
+    if model != "demo":
+        return model
+    from mlx_esm_hf.demo import demo_model
+
+    return demo_model()
+
+
+def models_or_demo(models: list[str]) -> list[str]:
+    """The same of several."""
+    return [model_or_demo(model) or "" for model in models]
+
+
+MODEL = "A model on the Hub, or a folder; demo, the small one that comes with the package."
+Model = Annotated[str, typer.Option(help=MODEL, callback=model_or_demo)]
+Models = Annotated[list[str], typer.Option(help=f"{MODEL} Once for each of several.", callback=models_or_demo)]
+OptionalModel = Annotated[str | None, typer.Option(help=f"{MODEL} It is trained further.", callback=model_or_demo)]
 Output = Annotated[Path, typer.Option(help="What to write: a file, by its suffix, or a folder of shards.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default what suits the device.")]
