@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_esm_hf.data.proteins import Report, Source, is_stdin, read_proteins
 from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.run import sha256_of
 
 DESCRIPTION = "store.json"
@@ -48,7 +49,8 @@ class TokenStore:
 
 
 def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabulary, report: Report) -> TokenStore:
-    """The store of a FASTA file in a folder: the one that is there, if it was made of the same file, or a new one.
+    """The store of a FASTA file in a folder: the one that is there, if it was made of the same file, or a new one. Of
+    several ranks the first one makes it.
 
     Args:
         source: FASTA of any size, plain, gzipped or zstandard-compressed.
@@ -57,6 +59,11 @@ def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabul
     Raises:
         ValueError: what is no file, holds no proteins, or is not FASTA.
     """
+    ranks.on_first(lambda: _make_store(source, folder, vocabulary, report))
+    return TokenStore(folder)
+
+
+def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabulary, report: Report) -> None:
     if is_stdin(source) or not os.path.isfile(source):
         raise ValueError(f"{source} is no file: training reads its proteins from FASTA files.")
     wanted = {"sha256": sha256_of(source), "vocabulary": sorted(vocabulary.ids.items()), "version": 1}
@@ -67,7 +74,6 @@ def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabul
         there = {}
     if any(there.get(key) != value for key, value in wanted.items()):
         _write_store(source, folder, vocabulary, report, wanted)
-    return TokenStore(folder)
 
 
 def _write_store(source: Source, folder: Path, vocabulary: Vocabulary, report: Report, wanted: dict[str, Any]) -> None:

@@ -75,6 +75,19 @@ def test_a_stopped_training_goes_on_by_the_same_command(tmp_path):
     assert sorted(os.listdir(folder)) == sorted(os.listdir(expected))
 
 
+def test_two_ranks_train_what_one_trains(tmp_path):
+    options = [*SMALL, "--steps", "4", "--validation-share", "0.1", "--evaluate-every", "2"]
+    result = invoke("train", PROTEINS, *options, "--accumulate", 2, "--output", tmp_path / "one")
+    assert result.exit_code == 0, result.output
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    command = [sys.executable, "-m", "mlx_esm_hf.cli", "train", PROTEINS, *options, "--output", tmp_path / "two"]
+    subprocess.run([launcher, "-n", "2", "--backend", "ring", "--", *command], cwd=ROOT, check=True, timeout=300)
+    one, two = ([line.get("loss", line.get("eval_loss")) for line in log_of(tmp_path / n)] for n in ("one", "two"))
+    assert len(one) == 6
+    assert np.abs(np.subtract(one, two)).max() < 1e-5
+    assert (tmp_path / "two" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
