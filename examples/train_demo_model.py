@@ -1,10 +1,10 @@
-"""The recipe of a small model: split proteins by homology, train, measure beside baselines, and write a card.
+"""The recipe of the model that comes with the package: split proteins by homology, train, measure, write a card.
 
     apt install mmseqs2
     python examples/train_demo_model.py proteins.fasta.gz demo
 
-Any proteins will do, such as the 20,000 of UniProt in Debian's package mmseqs2-examples (`apt download
-mmseqs2-examples`); https://ftp.uniprot.org has all of Swiss-Prot in one file, uniprot_sprot.fasta.gz.
+Any proteins will do. Those of the shipped one are the 20,000 of UniProt in Debian's package mmseqs2-examples (`apt
+download mmseqs2-examples`); https://ftp.uniprot.org has all of Swiss-Prot in one file, uniprot_sprot.fasta.gz.
 """
 
 import argparse
