@@ -89,7 +89,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         output_embeddings: the projection to the vocabulary, as an attribute of the model; None, it has none. Where
             `config.tie_word_embeddings` says so, it is the embedding table.
         vocabulary_biases: names of parameters, beside the two before, that have a number for each token.
-        residues: in the order of the vocabularies that its checkpoints have; by it a shuffled one is noticed.
+        residues: their ids in the vocabularies that its checkpoints have; by them a shuffled one is noticed.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -102,7 +102,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     input_embeddings: ClassVar[str] = ""
     output_embeddings: ClassVar[str | None] = None
     vocabulary_biases: ClassVar[tuple[str, ...]] = ()
-    residues: ClassVar[str] = ""
+    residues: ClassVar[dict[str, int]] = {}
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -74,12 +75,14 @@ class Vocabulary:
         return self._tokenizer.convert_ids_to_tokens(ids.tolist())
 
 
-def refuse_other_tokenizer(tokenizer: Any, config: Any, residues: str = "", name: str = "") -> None:
+def refuse_other_tokenizer(
+    tokenizer: Any, config: Any, residues: Mapping[str, int] | None = None, name: str = ""
+) -> None:
     """Refuse the tokenizer of another model: the answers would be those to other residues.
 
     Args:
-        residues: those of the model's family, in the order of its vocabularies. Another order is warned of, unless the
-            config's own `vocab_list` has it.
+        residues: their ids in the vocabularies of the model's family. Others are warned of, unless the config's own
+            `vocab_list` has them.
 
     Raises:
         ValueError: it has more tokens than the config says, special ones elsewhere, or not those of `vocab_list`.
@@ -105,7 +108,7 @@ def refuse_other_tokenizer(tokenizer: Any, config: Any, residues: str = "", name
                 f"The tokenizer of {name} has other tokens than the vocab_list of its config, or in another order: "
                 "they do not belong together, or vocab.txt is damaged."
             )
-    elif residues and [token for token in order if token in residues] != list(residues):
+    elif any(ids.get(residue, place) != place for residue, place in (residues or {}).items()):
         warnings.warn(
             f"The vocabulary of {name} has its residues in another order than its family. The answers are wrong "
             "unless the model was trained with it.",

@@ -467,7 +467,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     without_loss = ("contact_head.",)
     quantized = ("encoder.",)
     input_embeddings = "embeddings.word_embeddings"
-    residues = "LAGVSERTIDPKQNFYMHWCXBUZO"
+    residues = {residue: 4 + place for place, residue in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO")}
 
     def __init__(self, config: PreTrainedConfig):
         config = as_mlx_config(config)
