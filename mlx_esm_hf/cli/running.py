@@ -68,7 +68,7 @@ def is_told(error: Exception) -> bool:
         return True
     place = traceback.extract_tb(error.__traceback__)[-1]
     raised_here = PACKAGE in Path(place.filename).parents and (place.line or "").startswith("raise ")
-    return raised_here and isinstance(error, (ValueError, RuntimeError))
+    return raised_here and isinstance(error, (ValueError, RuntimeError, FloatingPointError))
 
 
 @contextmanager
