@@ -97,7 +97,7 @@ def main(
             markdown.write_text(report.markdown(about, grids), encoding="utf-8")
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 160
+        console.width = 200
     for grid in grids:
         console.print(report.draw(grid))
     failures = {f"{r.workload} {r.model} {name}": why for r in results for name, why in r.failed.items()}

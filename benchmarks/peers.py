@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+LORA_RANK, LORA_TARGETS = 8, ["query", "value"]
 BATCH = 8  # sequences, in transformers' padded batches
 FAIR_ESM_TOKENS = 4096  # fair-esm's `extract` has this default
 
@@ -50,9 +51,9 @@ class Ours:
         check_dtype(mx.default_device() == mx.cpu, dtype)
 
     def load(self, folder: str) -> None:
+        self.folder, self.case = folder, None
         self.model = self.library.MLXEsmForMaskedLM.from_pretrained(folder, dtype=self.dtype)
         self.tokenizer = self.Tokenizer.from_pretrained(folder)
-        self.optimizer: Any = None
         self.mx.eval(self.model.parameters())
 
     def about(self) -> dict[str, str]:
@@ -75,21 +76,36 @@ class Ours:
         ids = self.mx.array(ids)
         return self._done(self.model.predict_contacts(ids, self.mx.ones_like(ids)))
 
-    def train(self, ids: list[list[int]], labels: list[list[int]]) -> Any:
-        """A step; the answer is the losses of the first two, since a warm-up takes as many steps as it has time for."""
-        import mlx.nn as nn
-        from mlx.optimizers import AdamW
+    def train(self, case: str, batches: list[dict[str, Any]], lora: bool = False) -> Any:
+        """A step of AdamW for each batch. A case begins with the checkpoint's weights.
 
-        if self.optimizer is None:
-            self.model.train()
-            self.losses = []
-            self.optimizer = AdamW(LEARNING_RATE, bias_correction=True)
-            self.step = nn.value_and_grad(self.model, lambda ids, labels: self.model(ids, labels=labels).loss)
-        loss, gradients = self.step(self.mx.array(ids), self.mx.array(labels))
-        self.optimizer.update(self.model, gradients)
-        self.mx.eval(loss, self.model.parameters(), self.optimizer.state)
-        self.losses = [*self.losses, loss][:2]
+        The answer is the losses of its first two steps, since a warm-up takes as many steps as it has time for.
+        """
+        if case != self.case:
+            self._begin(case, lora)
+        for batch in batches:
+            inputs = {name: self.mx.array(value) for name, value in batch.items()}
+            loss, gradients = self.step(inputs)
+            self.optimizer.update(self.model, gradients)
+            del gradients
+            self.mx.eval(loss, self.model.parameters(), self.optimizer.state)
+            self.losses = [*self.losses, loss][:2]
         return self.mx.stack(self.losses)
+
+    def _begin(self, case: str, lora: bool) -> None:
+        import mlx.nn as nn
+
+        from mlx_esm_hf.training.adapters import LoraConfig, add_adapters
+        from mlx_esm_hf.training.optimizer import AdamW
+
+        if self.case is not None:
+            self.load(self.folder)
+        self.case, self.losses = case, []
+        if lora:
+            add_adapters(self.model, LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS))
+        self.model.train()
+        self.optimizer = AdamW(self.model.trainable_parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.step = nn.value_and_grad(self.model, lambda inputs: self.model(**inputs).loss)
 
     def gemm(self, layer: dict[str, int], repeats: int) -> None:
         mx = self.mx
@@ -152,9 +168,9 @@ class Transformers(Torch):
         import transformers
 
         self.Model, self.Tokenizer = transformers.EsmForMaskedLM, transformers.EsmTokenizer
-        self.optimizer: Any = None
 
     def load(self, folder: str) -> None:
+        self.folder, self.case = folder, None
         self.model = self.Model.from_pretrained(folder, dtype=self.dtype).to(self.device).eval()
         self.tokenizer = self.Tokenizer.from_pretrained(folder)
 
@@ -192,19 +208,32 @@ class Transformers(Torch):
         with self.torch.inference_mode():
             return self._done(self.model.predict_contacts(tokens, self.torch.ones_like(tokens)))
 
-    def train(self, ids: list[list[int]], labels: list[list[int]], attention: str) -> Any:
+    def train(self, case: str, batches: list[dict[str, Any]], attention: str, lora: bool = False) -> Any:
         """The same."""
-        self.attend(attention)
-        if self.optimizer is None:
-            self.model.train()
-            self.losses = []
-            self.optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(self._tensor(ids), labels=self._tensor(labels)).loss
-        loss.backward()
-        self.optimizer.step()
-        self.losses = [*self.losses, self._done(loss.detach())][:2]
+        if case != self.case:
+            self._begin(case, lora)
+            self.attend(attention)
+        for batch in batches:
+            inputs = {name: self._tensor(value) for name, value in batch.items()}
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.model(**inputs).loss
+            loss.backward()
+            self.optimizer.step()
+            self.losses = [*self.losses, self._done(loss.detach())][:2]
         return self.torch.stack(self.losses)
+
+    def _begin(self, case: str, lora: bool) -> None:
+        if self.case is not None:
+            self.load(self.folder)
+        self.case, self.losses = case, []
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            self.model = get_peft_model(self.model, LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS))
+        self.model.train()
+        # Biases and norms decay as well, which in two steps is not to be seen.
+        trained = [x for x in self.model.parameters() if x.requires_grad]
+        self.optimizer = self.torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
 class FairEsm(Torch):

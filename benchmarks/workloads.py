@@ -228,13 +228,44 @@ def contacts(s: Session) -> Iterator[Case]:
     yield Case("256 residues", "ms", runners)
 
 
+def masked_batches(lengths: list[int], rows: int) -> list[dict[str, Any]]:
+    """Random sequences of these lengths, in batches of `rows` as they arrive, of whose residues 15% are to be told."""
+    dice, batches = np.random.default_rng(1), []
+    for start in range(0, len(lengths), rows):
+        sizes = np.array(lengths[start : start + rows])
+        ids = np.array(token_ids(len(sizes), max(sizes)))
+        ids[np.arange(len(sizes)), sizes - 1] = 2
+        real = np.arange(ids.shape[1]) < sizes[:, None]
+        masked = real & (ids > 3) & (dice.random(ids.shape) < 0.15)
+        batch = {"input_ids": np.where(real, np.where(masked, 32, ids), 1), "labels": np.where(masked, ids, -100)}
+        if not real.all():
+            batch["attention_mask"] = real.astype(int)
+        batches.append({name: value.tolist() for name, value in batch.items()})
+    return batches
+
+
 def training(s: Session) -> Iterator[Case]:
-    ids = np.array(token_ids(8, 256))
-    masked = np.random.default_rng(1).random(ids.shape) < 0.15
-    args = {"ids": np.where(masked, 32, ids).tolist(), "labels": np.where(masked, ids, -100).tolist()}
-    theirs = s.runner("train", args | {"attention": "sdpa"}, "transformers", "transformers sdpa")
-    runners = [s.runner("train", args, OURS), theirs, s.runner("train", args, KERNELS_OFF)]
-    yield Case("8 x 256 tokens, AdamW", "ms", runners)
+    """Steps of AdamW: of equal lengths, of proteins as they arrive, and the peak memory of such a step."""
+    lengths = [len(protein) + 2 for protein in s.proteins(32 if s.shape.hidden < 640 else 16)]
+    steps = {"8 x 256 tokens": [256] * 8, f"{len(lengths)} proteins as they arrive": lengths}
+    for name, sizes in steps.items():
+        batches = masked_batches(sizes, 8)
+        args = {"case": name, "batches": batches}
+        options: dict[str, Any] = {"work": sum(sizes), "warm": {"batches": batches[:1]}}
+        theirs = s.runner("train", args | {"attention": "sdpa"}, "transformers", "transformers sdpa", **options)
+        runners = [s.runner("train", args, OURS, **options), theirs, s.runner("train", args, KERNELS_OFF, **options)]
+        yield Case(name, "tokens/s", runners)
+    for name, sizes in steps.items():
+        yield peak_memory(s, f"{name}, peak memory", "train", {"case": name, "batches": masked_batches(sizes, 8)})
+
+
+def lora(s: Session) -> Iterator[Case]:
+    """Steps of AdamW on LoRA adapters of query and value, beside PEFT's, and their peak memory."""
+    name, sizes = "4 x 256 tokens", [256] * 4
+    args = {"case": name, "batches": masked_batches(sizes, 4), "lora": True}
+    theirs = s.runner("train", args | {"attention": "sdpa"}, "transformers", "transformers sdpa, PEFT", sum(sizes))
+    yield Case(name, "tokens/s", [s.runner("train", args, OURS, work=sum(sizes)), theirs])
+    yield peak_memory(s, f"{name}, peak memory", "train", args)
 
 
 def gemm(s: Session) -> Iterator[Case]:
@@ -287,21 +318,27 @@ def loading(s: Session) -> Iterator[Case]:
 
 
 def memory(s: Session) -> Iterator[Case]:
-    """Peak memory of bulk embedding, in fresh processes."""
+    """Peak memory of bulk embedding."""
     sequences = s.proteins(16)
+    attention, schedule = s.best_schedule.removeprefix("transformers ").split(", ")
+    theirs = {"attention": attention, "schedule": schedule}
+    yield peak_memory(s, f"bulk, {len(sequences)} proteins", "embed", {"sequences": sequences}, theirs)
+
+
+def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], theirs: dict[str, str] | None = None) -> Case:
+    """Of a call in fresh processes; `theirs` are transformers' further arguments."""
 
     def runner(name: str, process: str, args: dict[str, Any]) -> Runner:
         def run(keep: Path | None) -> float:
+            s.close()
             with s.start(process) as worker:
-                return worker.ask("embed", args, keep=keep)["peak_bytes"]
+                return worker.ask(call, args, keep=keep)["peak_bytes"]
 
         return Runner(name, run, needed=1)
 
-    s.close()
-    attention, schedule = s.best_schedule.removeprefix("transformers ").split(", ")
-    theirs = {"sequences": sequences, "attention": attention, "schedule": schedule}
-    runners = [runner(OURS, OURS, {"sequences": sequences}), runner(s.best_schedule, "transformers", theirs)]
-    yield Case(f"bulk, {len(sequences)} proteins", "GB", runners, rounds=1)
+    theirs = theirs or {"attention": "sdpa"}
+    name = ", ".join(["transformers sdpa", *list(theirs.values())[1:]])
+    return Case(case, "GB", [runner(OURS, OURS, args), runner(name, "transformers", args | theirs)], rounds=1)
 
 
 # In this order: those in fresh processes close the workers, and training changes their weights.
@@ -312,7 +349,8 @@ WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]
     "contacts": (contacts, ("150M",)),
     "gemm": (gemm, ("650M",)),
     "scaling": (scaling, ("8M", "150M")),
-    "training": (training, ("35M",)),
+    "training": (training, ("8M", "35M", "150M")),
+    "lora": (lora, ("650M",)),
     "loading": (loading, ("650M",)),
     "memory": (memory, ("650M",)),
 }

@@ -20,6 +20,7 @@ from mlx_esm_hf.ops.layout import Layout
 __all__ = [
     "Layout",
     "activated",
+    "adamw",
     "attention",
     "attention_probabilities",
     "choose_layout",
@@ -31,6 +32,7 @@ __all__ = [
     "quantized_linear",
     "softmax",
     "split_heads",
+    "sum_of_squares",
 ]
 
 
@@ -156,6 +158,47 @@ def attention_probabilities(query: mx.array, key: mx.array, mask: mx.array | Non
     if mask is not None:
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     return softmax(scores)
+
+
+def sum_of_squares(x: mx.array) -> mx.array:
+    """Over all elements, in float32 or better."""
+    if _backend(x) is kernels:
+        return kernels.sum_of_squares(x)
+    flat = x.flatten().astype(mx.float32)
+    return flat @ flat
+
+
+def adamw(
+    weight: mx.array,
+    gradient: mx.array,
+    mean: mx.array,
+    square: mx.array,
+    scale: mx.array,
+    learning_rate: mx.array,
+    step: mx.array,
+    betas: tuple[float, float],
+    epsilon: float,
+    decay: float,
+) -> list[mx.array]:
+    """A step of AdamW (Loshchilov and Hutter 2019, algorithm 2) on one parameter, with Adam's correction of the bias.
+
+    Args:
+        weight, gradient, mean, square: of one shape; the last two are the running means of the gradient and its square.
+        scale: by which the gradient is multiplied first.
+        learning_rate, step: single numbers; the first step is 1, of uint64.
+        decay: how strongly the weight shrinks, besides.
+
+    Returns:
+        The new weight, mean and square.
+    """
+    if _backend(weight, gradient, mean, square) is kernels:
+        return kernels.adamw(weight, gradient, mean, square, scale, learning_rate, step, betas, epsilon, decay)
+    gradient = gradient * scale
+    mean = betas[0] * mean + (1 - betas[0]) * gradient
+    square = betas[1] * square + (1 - betas[1]) * mx.square(gradient)
+    corrected = mx.sqrt(square) * mx.rsqrt(1 - betas[1] ** step)
+    moved = learning_rate / (1 - betas[0] ** step) * mean / (corrected + epsilon)
+    return [weight * (1 - learning_rate * decay) - moved, mean, square]
 
 
 def compiled(function: Callable[..., Any], state: Any) -> Callable[..., Any]:

@@ -137,3 +137,24 @@ def attention(
     cos, sin = (x.flatten(0, 1) for x in rotary) if rotary else (None, None)
     bias_k, bias_v = (x.flatten() for x in bias_kv) if bias_kv else (None, None)
     return native.attention(query, key, value, heads, layout.offsets, seen, cos, sin, bias_k, bias_v, bias)
+
+
+def sum_of_squares(x: mx.array) -> mx.array:
+    """`ops.sum_of_squares`."""
+    return native.sum_of_squares(x)
+
+
+def adamw(
+    weight: mx.array,
+    gradient: mx.array,
+    mean: mx.array,
+    square: mx.array,
+    scale: mx.array,
+    learning_rate: mx.array,
+    step: mx.array,
+    betas: tuple[float, float],
+    epsilon: float,
+    decay: float,
+) -> list[mx.array]:
+    """`ops.adamw`."""
+    return native.adamw(weight, gradient, mean, square, scale, learning_rate, step, *betas, epsilon, decay)

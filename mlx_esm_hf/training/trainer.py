@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from transformers import DataCollatorWithPadding, default_data_collator
@@ -38,14 +36,13 @@ from mlx_esm_hf.training.checkpoints import (
     rotate,
     write_checkpoint,
 )
+from mlx_esm_hf.training.optimizer import AdamW
 from mlx_esm_hf.training.order import epoch_of, rows_in_batches, tokens_in_batches
 from mlx_esm_hf.training.progress import TrainingBar
 
 logger = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
-# Parameters that weight decay leaves alone, by their names; those that transformers' Trainer leaves alone.
-NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 Batch = dict[str, np.ndarray]
 
@@ -164,7 +161,9 @@ class MLXTrainer:
                 gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())
             gradients = nn.average_gradients(gradients)
             loss = mx.distributed.all_sum(loss, stream=mx.cpu) / ranks.size()
-        self.optimizer.learning_rate = self.args.learning_rate_at(self.state.global_step, self._steps)
+        self.optimizer.state["learning_rate"] = mx.array(
+            self.args.learning_rate_at(self.state.global_step, self._steps)
+        )
         norm = self._update(gradients)
         del gradients
         mx.eval(loss, norm, self.model.parameters(), self.optimizer.state, mx.random.state)
@@ -198,17 +197,6 @@ class MLXTrainer:
                 "'label' or 'labels'."
             )
         return loss
-
-    def _clip_and_apply(self, gradients: Any) -> mx.array:
-        """Update the weights; returns the norm of the gradients."""
-        parts: Any = tree_flatten(gradients)
-        flat = [x.flatten().astype(mx.float32) for _, x in parts]
-        norm = mx.sqrt(sum(x @ x for x in flat))  # type: ignore[arg-type]
-        if self.args.max_grad_norm:
-            scale = mx.minimum(1.0, self.args.max_grad_norm / (norm + 1e-6))
-            gradients = tree_map(lambda x: x * scale, gradients)
-        self.optimizer.update(self.model, gradients)
-        return norm
 
     def _not_finite(self) -> str:
         return (
@@ -277,19 +265,20 @@ class MLXTrainer:
         epoch_steps = -(-len(self._order(0)) // self._together)
         self._steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
 
-        betas = [args.adam_beta1, args.adam_beta2]
-        kinds = [
-            optim.AdamW(args.learning_rate, betas, args.adam_epsilon, decay, bias_correction=True)
-            for decay in (args.weight_decay, 0.0)
-        ]
-        self.optimizer = optim.MultiOptimizer(kinds, [lambda name, _: not NOT_DECAYED.search(name)])
-        self.optimizer.init(self.model.trainable_parameters())
+        self.optimizer = AdamW(
+            full,
+            args.learning_rate,
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_epsilon,
+            args.weight_decay,
+            args.max_grad_norm,
+        )
         self.state = TrainerState(settings=self._settings())
         if resume:
             self._resume(resume)
         state = [self.model.state, self.optimizer.state, mx.random.state]
         self._gradients = ops.compiled(nn.value_and_grad(self.model, self._loss), [state[0], state[2]])
-        self._update = ops.compiled(self._clip_and_apply, state[:2])
+        self._update = ops.compiled(lambda gradients: self.optimizer.update(self.model, gradients), state[:2])
 
     def _resume(self, resume: str | os.PathLike[str] | bool) -> None:
         if resume is True:

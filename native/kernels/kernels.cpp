@@ -8,6 +8,7 @@
 #include "attention_gradients.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "optimizer.h"
 #include "threads.h"
 
 namespace {
@@ -102,10 +103,26 @@ void softmax_gradient(const float* y, const float* dy, float* dx, long rows, lon
   });
 }
 
+// Pieces are added up in their order, whichever thread is done first.
+double sum_of_squares(const float* x, long size) {
+  constexpr long piece = 1 << 14;
+  Arena arena;
+  float* sums = arena.take(ceil_div(size, piece));
+  pieces(size, piece, [&](long begin, long end) { sums[begin / piece] = sum_of_squares_range(x, begin, end); });
+  double total = 0;
+  for (long i = 0; i < ceil_div(size, piece); i++) total += sums[i];
+  return total;
+}
+
+void adamw(const AdamW& p, long size) {
+  const AdamWRates rates = rates_of(p);
+  pieces(size, 1 << 14, [&](long begin, long end) { adamw_range(p, rates, begin, end); });
+}
+
 }  // namespace
 
 const mlx_esm::Kernels* mlx_esm::TABLE() {
-  static const Kernels table{NAME,    linear,           gelu_of,   gelu_gradient,       layer_norm, layer_norm_gradient,
-                             softmax, softmax_gradient, attention, attention_gradients};
+  static const Kernels table{NAME,    linear,           gelu_of,        gelu_gradient, layer_norm, layer_norm_gradient,
+                             softmax, softmax_gradient, sum_of_squares, adamw,         attention,  attention_gradients};
   return &table;
 }

@@ -35,6 +35,16 @@ struct AttentionGradients {
   float* dbias;              // of the shape of bias, added up if it is one for all sequences; or null
 };
 
+// A step of AdamW (Loshchilov & Hutter 2019, algorithm 2) with Adam's correction of the bias, as torch has it. The results
+// may be the inputs themselves.
+struct AdamW {
+  const float *weight, *gradient, *mean, *square;
+  float *new_weight, *new_mean, *new_square;
+  float scale;  // of the gradient
+  float learning_rate, beta1, beta2, epsilon, decay;
+  long step;  // from 1 on
+};
+
 struct Kernels {
   const char* name;  // of the instruction set
 
@@ -56,6 +66,9 @@ struct Kernels {
   // Rows of `width`; the gradient is taken from y = softmax(x).
   void (*softmax)(const float* x, float* y, long rows, long width);
   void (*softmax_gradient)(const float* y, const float* dy, float* dx, long rows, long width);
+
+  double (*sum_of_squares)(const float* x, long size);
+  void (*adamw)(const AdamW&, long size);
 
   void (*attention)(const Attention&);
   void (*attention_gradients)(const AttentionGradients&);

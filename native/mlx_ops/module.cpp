@@ -42,6 +42,16 @@ NB_MODULE(_native, m) {
         return mlx_esm::layer_norm(x, weight, bias, eps);
       },
       "x"_a, "weight"_a, "bias"_a.none(), "eps"_a);
+  m.def("sum_of_squares", [](const array& x) { return mlx_esm::sum_of_squares(x); }, "x"_a);
+  m.def(
+      "adamw",
+      [](const array& weight, const array& gradient, const array& mean, const array& square, const array& scale,
+         const array& learning_rate, const array& step, float beta1, float beta2, float epsilon, float decay) {
+        return mlx_esm::adamw(weight, gradient, mean, square, scale, learning_rate, step, beta1, beta2, epsilon,
+                              decay);
+      },
+      "weight"_a, "gradient"_a, "mean"_a, "square"_a, "scale"_a, "learning_rate"_a, "step"_a, "beta1"_a, "beta2"_a,
+      "epsilon"_a, "decay"_a);
   m.def(
       "attention",
       [](const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,

@@ -65,7 +65,8 @@ class Operation : public mx::Primitive {
   template <class Make>
   void run(Arrays& outputs, Make make) {
     auto place = std::make_shared<Place>();
-    for (auto& output : outputs) allocate(output);
+    for (auto& output : outputs)
+      if (!output.data_shared_ptr()) allocate(output);  // else it took over an input's
     mx::cpu::get_command_encoder(stream()).dispatch([work = make(), place = std::move(place)]() mutable {
       const auto until_done = std::move(place);  // also when the work throws; MLX may keep the task for a while
       work();

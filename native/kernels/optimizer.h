@@ -1,0 +1,62 @@
+// What a step of training does with each parameter.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace {
+
+using mlx_esm::AdamW;
+
+inline vec square_root(vec x) {
+  vec y;
+  for (int i = 0; i < W; i++) y[i] = __builtin_sqrtf(x[i]);  // one instruction of vectors
+  return y;
+}
+
+inline float sum_of_squares_range(const float* x, long begin, long end) {
+  vec s[4] = {};
+  long i = begin;
+  for (; i + 4 * W <= end; i += 4 * W)
+    for (int j = 0; j < 4; j++) {
+      const vec v = load(x + i + j * W);
+      s[j] += v * v;
+    }
+  for (; i < end; i += W) {
+    const vec v = load_columns(x + i, least(W, end - i));
+    s[0] += v * v;
+  }
+  return sum((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+// What does not depend on the element.
+struct AdamWRates {
+  float kept;      // of a weight, after its decay
+  float step;      // learning rate over mean's correction
+  float unbiased;  // one over the root of square's correction
+};
+
+inline AdamWRates rates_of(const AdamW& p) {
+  const double mean = 1 - std::pow(double(p.beta1), double(p.step));
+  const double square = 1 - std::pow(double(p.beta2), double(p.step));
+  return {float(1 - double(p.learning_rate) * p.decay), float(p.learning_rate / mean), float(1 / std::sqrt(square))};
+}
+
+inline void adamw_range(const AdamW& p, const AdamWRates& rates, long begin, long end) {
+  for (long i = begin; i < end; i += W) {
+    const long n = least(W, end - i);
+    const vec g = load_columns(p.gradient + i, n) * p.scale;
+    vec mean = load_columns(p.mean + i, n), square = load_columns(p.square + i, n);
+    mean = mean * p.beta1 + g * (1 - p.beta1);
+    square = square * p.beta2 + g * g * (1 - p.beta2);
+    const vec weight = load_columns(p.weight + i, n) * rates.kept;
+    const vec moved = weight - mean * rates.step / (square_root(square) * rates.unbiased + p.epsilon);
+    store_columns(p.new_mean + i, mean, n);
+    store_columns(p.new_square + i, square, n);
+    store_columns(p.new_weight + i, moved, n);
+  }
+}
+
+}  // namespace
