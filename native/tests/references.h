@@ -38,6 +38,21 @@ inline Doubles exact_linear(const Floats& x, const Floats& weight, const float* 
   return y;
 }
 
+struct ExactAdamW {
+  Doubles weight, mean, square;
+
+  ExactAdamW(const mlx_esm::AdamW& p, long size) : weight(size), mean(size), square(size) {
+    const double beta1 = p.beta1, beta2 = p.beta2, rate = p.learning_rate;
+    for (long i = 0; i < size; i++) {
+      const double g = double(p.gradient[i]) * p.scale;
+      mean[i] = beta1 * p.mean[i] + (1 - beta1) * g;
+      square[i] = beta2 * p.square[i] + (1 - beta2) * g * g;
+      const double first = mean[i] / (1 - std::pow(beta1, p.step)), second = square[i] / (1 - std::pow(beta2, p.step));
+      weight[i] = p.weight[i] * (1 - rate * p.decay) - rate * first / (std::sqrt(second) + p.epsilon);
+    }
+  }
+};
+
 struct ExactLayerNorm {
   Doubles y, dx, dweight, dbias;
 

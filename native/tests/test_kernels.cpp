@@ -127,6 +127,27 @@ void test_softmax() {
       }
 }
 
+void test_adamw() {
+  for (long size : {0, 1, 15, 33, 40000})
+    for (long step : {1, 1000}) {
+      const Floats gradient = numbers(size);
+      Floats weight = numbers(size), mean = numbers(size), square = numbers(size);
+      for (float& x : square) x = std::abs(x);
+      double squares = 0;
+      for (float x : gradient) squares += double(x) * x;
+      const double found = kernels().sum_of_squares(gradient.data(), size);
+      expect(std::abs(found - squares) <= 1e-6 * squares, "sum of squares of " + std::to_string(size));
+
+      AdamW p{weight.data(), gradient.data(), mean.data(), square.data(), weight.data(), mean.data(), square.data(),
+              0.5f, 1e-2f, 0.9f, 0.99f, 1e-8f, 0.1f, step};
+      const ExactAdamW exact(p, size);
+      kernels().adamw(p, size);  // in place
+      compare("AdamW's weight", weight, exact.weight);
+      compare("AdamW's mean", mean, exact.mean);
+      compare("AdamW's square", square, exact.square);
+    }
+}
+
 struct Options {
   bool mask, rotary, learned;
   int bias;  // 0, none; 1, one for all sequences; 2, one for each
@@ -305,6 +326,7 @@ int main() {
     test_gelu();
     test_layer_norm();
     test_softmax();
+    test_adamw();
     test_attentions();
     std::printf("%s: %d checks so far, %d failed\n", set.c_str(), checks.load(), failures.load());
   }

@@ -33,6 +33,7 @@ if native is None:
 
 EPS = 1e-5
 RAGGED = [0, 1, 1, 18, 300]  # with an empty sequence
+OF_STEP = mx.array(1.0), mx.array(0.1), mx.array(1, mx.uint64)  # scale, learning rate and step of AdamW
 ACTIVATIONS = {None: lambda x: x, "gelu": torch.nn.functional.gelu, "relu": torch.nn.functional.relu}
 F = torch.nn.functional
 
@@ -248,6 +249,44 @@ def test_operands_that_are_not_contiguous():
     (q, k, v), _ = attention_inputs(2, 8, [0, 20])
     fused = mx.split(mx.concatenate([mx.array(i) for i in (q, k, v)], axis=-1), 3, axis=-1)
     assert mx.array_equal(native.attention(*fused, 2, [0, 20]), native.attention(*map(mx.array, (q, k, v)), 2, [0, 20]))
+
+
+@every_set
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw(decay):
+    """Ten steps beside torch, with a learning rate that changes, and a gradient that is scaled."""
+    start, gradients = numbers(37, 501), numbers(10, 37, 501, seed=1)
+
+    def theirs(dtype: torch.dtype) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.tensor(start, dtype=dtype))
+        optimizer = torch.optim.AdamW([weight], weight_decay=decay, betas=(0.9, 0.98), eps=1e-8)
+        for i, gradient in enumerate(gradients):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (i + 1)
+            weight.grad = torch.tensor(gradient, dtype=dtype) * 0.5
+            optimizer.step()
+        return weight
+
+    weight, mean, square = mx.array(start), mx.zeros(start.shape), mx.zeros(start.shape)
+    for i, gradient in enumerate(gradients):
+        of_step = mx.array(0.5), mx.array(1e-2 / (i + 1)), mx.array(i + 1, mx.uint64)
+        weight, mean, square = ops.adamw(weight, mx.array(gradient), mean, square, *of_step, (0.9, 0.98), 1e-8, decay)
+    hold(weight, theirs(torch.float32), theirs(torch.float64))
+
+
+@every_set
+def test_adamw_leaves_what_others_hold():
+    """It works in place only where nobody else has the array."""
+    weight, held, ones = mx.array([1.0, 2.0]), mx.array([0.5, 0.5]), mx.ones(2)
+    mx.eval(native.adamw(weight, ones, held, ones, *OF_STEP, 0.9, 0.98, 1e-8, 0.0))
+    assert (weight.tolist(), held.tolist(), ones.tolist()) == ([1.0, 2.0], [0.5, 0.5], [1.0, 1.0])
+
+
+@every_set
+@pytest.mark.parametrize("size", [0, 1, 17, 100_003])
+def test_sum_of_squares(size):
+    x = numbers(size)
+    theirs = [(torch.tensor(x, dtype=dtype) ** 2).sum() for dtype in (torch.float32, torch.float64)]
+    hold(ops.sum_of_squares(mx.array(x)), *theirs)
 
 
 @every_set
@@ -729,6 +768,8 @@ x34, x4, w54, q = mx.zeros((3, 4)), mx.zeros((4,)), mx.zeros((5, 4)), mx.zeros((
         ),
         lambda: native.attention(q, q, q, 2, [0, 6], bias=mx.zeros((1, 2, 6, 6), mx.float16)),
         lambda: native.choose("nonsense"),
+        lambda: native.adamw(q, q, q, mx.zeros((3,)), *OF_STEP, 0.9, 0.98, 1e-8, 0.0),
+        lambda: native.adamw(q, q, q, q, *OF_STEP[:2], mx.array(1), 0.9, 0.98, 1e-8, 0.0),
     ],
 )
 def test_wrong_arguments(call):
