@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -77,3 +78,25 @@ def test_port_prints_what_the_original_prints(example, architecture, lines, tiny
 )
 def test_one_script_for_each_job(example, lines, tiny_checkpoint):
     assert len(run(f"{example}.py", tiny_checkpoint("EsmForMaskedLM")).splitlines()) == lines
+
+
+def test_peptides_of_a_cluster_stay_together():
+    example = runpy.run_path(str(EXAMPLES / "finetune_peptides.py"))
+    clusters = np.random.default_rng(0).integers(200, size=1000)
+    peptides = [(f"peptide {i}", str(i % 2)) for i in range(1000)]
+    splits = [example["split"](peptides, clusters, seed) for seed in (0, 0, 1)]
+    assert splits[0] == splits[1] != splits[2]
+    cluster_of = dict(zip((name for name, _ in peptides), clusters, strict=True))
+    for sides in splits:
+        assert sorted(peptide for side in sides for peptide in side) == sorted(peptides)
+        among = [{cluster_of[name] for name, _ in side} for side in sides]
+        assert sum(map(len, among)) == len(set(clusters))
+        np.testing.assert_allclose([len(side) for side in sides], [700, 150, 150], atol=20)
+
+
+@pytest.mark.long
+def test_finetuning_beats_composition():
+    """One seed, by the full model: fetches the data with pip, and needs mmseqs."""
+    rows = [line.split() for line in run("finetune_peptides.py", "--seeds", "0", "--train", "full").splitlines()]
+    auroc = {row[0]: float(row[1]) for row in rows[-2:]}
+    assert auroc["full"] > auroc["composition"] > 0.5
