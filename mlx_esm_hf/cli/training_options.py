@@ -29,7 +29,7 @@ Picture = Annotated[Path | None, typer.Option(help="A picture of the losses: .pn
 
 
 def print_summary(output: Path, perplexity: bool = False) -> None:
-    """The last lines of the log: loss and the metrics of the validation data, for a language model with its perplexity."""
+    """The last lines of the log: loss, and metrics of the validation data; of a language model its perplexity, too."""
     import json
     import math
 
