@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -77,3 +78,27 @@ def test_port_prints_what_the_original_prints(example, architecture, lines, tiny
 )
 def test_one_script_for_each_job(example, lines, tiny_checkpoint):
     assert len(run(f"{example}.py", tiny_checkpoint("EsmForMaskedLM")).splitlines()) == lines
+
+
+def test_no_peptide_is_similar_to_one_of_another_side():
+    example = runpy.run_path(str(EXAMPLES / "finetune_peptides.py"))
+    dice = np.random.default_rng(0)
+    clusters, pairs = dice.integers(200, size=1000), dice.integers(1000, size=(50, 2))
+    peptides = [(f"peptide {i}", str(i % 2)) for i in range(1000)]
+    splits = [example["split"](peptides, clusters, pairs, seed) for seed in (0, 0, 1)]
+    assert splits[0] == splits[1] != splits[2]
+    for sides in splits:
+        side_of = {int(name.split()[1]): number for number, side in enumerate(sides) for name, _ in side}
+        assert len(side_of) == sum(map(len, sides)) >= 950
+        for cluster in set(clusters):
+            assert len({side_of[i] for i in np.flatnonzero(clusters == cluster) if i in side_of}) <= 1
+        assert all(side_of[a] == side_of[b] for a, b in pairs if a in side_of and b in side_of)
+        np.testing.assert_allclose([len(side) for side in sides], [600, 200, 200], atol=50)
+
+
+@pytest.mark.long
+def test_finetuning_beats_composition():
+    """One seed, by the full model: fetches the data with pip, and needs mmseqs."""
+    rows = [line.split() for line in run("finetune_peptides.py", "--seeds", "0", "--train", "full").splitlines()]
+    auroc = {row[0]: float(row[1]) for row in rows[-2:]}
+    assert auroc["full"] > auroc["composition"] > 0.5

@@ -92,7 +92,7 @@ def command(
         if picture is not None:
             draw_losses(output, picture)
     if not quiet:
-        options.print_summary(output)
+        options.print_summary(output, perplexity=True)
     run.finish(output, report)
 
 

@@ -28,8 +28,8 @@ Seed = Annotated[int, typer.Option(help="Equal seeds give equal models.", min=0)
 Picture = Annotated[Path | None, typer.Option(help="A picture of the losses: .png, .svg or .pdf.")]
 
 
-def print_summary(output: Path) -> None:
-    """The last lines of the log: loss, and perplexity or metrics of the validation data."""
+def print_summary(output: Path, perplexity: bool = False) -> None:
+    """The last lines of the log: loss, and metrics of the validation data; of a language model its perplexity, too."""
     import json
     import math
 
@@ -39,7 +39,8 @@ def print_summary(output: Path) -> None:
     for line in reversed(lines):
         if "eval_loss" in line:
             measured = {name: x for name, x in line.items() if name.startswith("eval_") and name != "eval_runtime"}
-            measured["perplexity"] = math.exp(line["eval_loss"])
+            if perplexity:
+                measured["perplexity"] = math.exp(line["eval_loss"])
             text = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in measured.items())
             typer.echo(f"validation: {text}", err=True)
             return

@@ -125,10 +125,10 @@ class MLXTrainingArguments:
 
     @property
     def more_is_better(self) -> bool:
-        """What `greater_is_better` says, or by default: more, unless it is a loss."""
+        """What `greater_is_better` says; by default more, unless it is a loss or (unlike in transformers) an error."""
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return not self.best_metric.endswith("loss")
+        return not self.best_metric.endswith(("loss", "_error"))  # such as root_mean_squared_error
 
     def warmup(self, steps: int) -> int:
         """Steps, of so many, over which the learning rate rises."""

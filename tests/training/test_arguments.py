@@ -30,6 +30,23 @@ def test_defaults_are_transformers(tmp_path):
     assert len(names) >= 25
 
 
+@pytest.mark.parametrize(
+    ("metric", "more"),
+    [
+        (None, False),
+        ("loss", False),
+        ("root_mean_squared_error", False),
+        ("eval_mean_absolute_error", False),
+        ("roc_auc", True),
+    ],
+)
+def test_less_of_an_error_is_better(metric, more):
+    assert MLXTrainingArguments("out", metric_for_best_model=metric).more_is_better is more
+    assert (
+        MLXTrainingArguments("out", metric_for_best_model=metric, greater_is_better=not more).more_is_better is not more
+    )
+
+
 def test_an_unknown_argument_is_an_error():
     with pytest.raises(TypeError, match="deepspeed"):
         MLXTrainingArguments("out", deepspeed="config.json")

@@ -214,10 +214,11 @@ def test_killed_three_times_it_ends_with_the_same_losses_and_weights(undisturbed
 
 
 @pytest.mark.long
-def test_killed_twenty_times(undisturbed, tmp_path):
-    for turn in range(5):
-        killed_and_resumed(tmp_path / str(turn), 4, random.Random(turn))
-        assert_same_training(tmp_path / str(turn), undisturbed)
+@pytest.mark.parametrize("turn", range(5))
+def test_killed_twenty_times(turn, undisturbed, tmp_path):
+    """Four kills a turn."""
+    killed_and_resumed(tmp_path / "out", 4, random.Random(turn))
+    assert_same_training(tmp_path / "out", undisturbed)
 
 
 RANKS = """
