@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -167,29 +166,31 @@ def test_one_step_does_not_depend_on_how_its_batch_is_cut(tmp_path):
     assert np.abs(np.subtract(losses_of(tmp_path / "a"), losses_of(tmp_path / "b"))).max() < 1e-5
 
 
+# Goes on with a training, and kills itself some time after a step, if one is named.
 CHILD = """
-import sys
+import os, signal, sys, threading, time
 from pathlib import Path
 from tests.training.test_trainer import small_training
 from mlx_esm_hf.training.checkpoints import checkpoints_in
-folder = Path(sys.argv[1])
-small_training(folder, config={}, save_total_limit=2, batch_tokens=200).train(bool(checkpoints_in(folder)))
+folder, step, wait = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+trainer = small_training(folder, config={}, save_total_limit=2, batch_tokens=200)
+def kill():
+    while trainer.state.global_step < step:
+        time.sleep(0.001)
+    time.sleep(wait)
+    os.kill(os.getpid(), signal.SIGKILL)
+if step:
+    threading.Thread(target=kill, daemon=True).start()
+trainer.train(bool(checkpoints_in(folder)))
 """
 
 
 def killed_and_resumed(folder, kills, dice):
-    """Run the training in processes of their own, and kill each at a random moment after its first new step."""
-    command = [sys.executable, "-c", CHILD, str(folder)]
-    for _ in range(kills):
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        log = folder / LOG
-        size = log.stat().st_size if log.exists() else 0
-        while process.poll() is None and (not log.exists() or log.stat().st_size == size):
-            time.sleep(0.01)
-        time.sleep(dice.random() * 0.4)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    """Run the training in processes of their own, each killed at a random moment, then in one that ends."""
+    for step in [*sorted(dice.sample(range(1, 20), kills)), 0]:
+        command = [sys.executable, "-c", CHILD, str(folder), str(step), str(dice.random() * 0.03)]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == (-signal.SIGKILL if step else 0)
 
 
 @pytest.fixture(scope="module")
