@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,13 @@ def invoke(*arguments):
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_loss_that_is_no_number_is_told_in_a_line(tmp_path):
+    options = ["--steps", 9, "--learning-rate", 1e30, "--warmup", 0, "--output", tmp_path / "out"]
+    result = invoke("train", PROTEINS, *SMALL, *options)
+    assert result.exit_code == 1
+    assert re.match(r"Error: Step \d+: the loss is (nan|inf)", result.stderr), result.output
 
 
 def test_train_from_scratch_then_further_then_embed(tmp_path):
