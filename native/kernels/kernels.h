@@ -35,8 +35,8 @@ struct AttentionGradients {
   float* dbias;              // of the shape of bias, added up if it is one for all sequences; or null
 };
 
-// A step of AdamW (Loshchilov & Hutter 2019, algorithm 2) with Adam's correction of the bias, as torch has it. The results
-// may be the inputs themselves.
+// A step of AdamW (Loshchilov & Hutter 2019, algorithm 2) with Adam's correction of the bias, as torch has it. The
+// results may be the inputs themselves.
 struct AdamW {
   const float *weight, *gradient, *mean, *square;
   float *new_weight, *new_mean, *new_square;

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
+#include "elementwise.h"
 #include "kernels.h"
-#include "vec.h"
 
 namespace {
 
@@ -17,18 +17,10 @@ inline vec square_root(vec x) {
 }
 
 inline float sum_of_squares_range(const float* x, long begin, long end) {
-  vec s[4] = {};
-  long i = begin;
-  for (; i + 4 * W <= end; i += 4 * W)
-    for (int j = 0; j < 4; j++) {
-      const vec v = load(x + i + j * W);
-      s[j] += v * v;
-    }
-  for (; i < end; i += W) {
-    const vec v = load_columns(x + i, least(W, end - i));
-    s[0] += v * v;
-  }
-  return sum((s[0] + s[1]) + (s[2] + s[3]));
+  return sum_row(end - begin, [&](long i, long n) {
+    const vec v = load_columns(x + begin + i, n);
+    return v * v;
+  });
 }
 
 // What does not depend on the element.
