@@ -192,7 +192,8 @@ def adamw(
         The new weight, mean and square.
     """
     if _backend(weight, gradient, mean, square) is kernels:
-        return kernels.adamw(weight, gradient, mean, square, scale, learning_rate, step, betas, epsilon, decay)
+        arrays = weight, gradient, mean, square, scale, learning_rate, step
+        return kernels.adamw(*arrays, betas=betas, epsilon=epsilon, decay=decay)
     gradient = gradient * scale
     mean = betas[0] * mean + (1 - betas[0]) * gradient
     square = betas[1] * square + (1 - betas[1]) * mx.square(gradient)

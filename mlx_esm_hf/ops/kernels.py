@@ -144,17 +144,6 @@ def sum_of_squares(x: mx.array) -> mx.array:
     return native.sum_of_squares(x)
 
 
-def adamw(
-    weight: mx.array,
-    gradient: mx.array,
-    mean: mx.array,
-    square: mx.array,
-    scale: mx.array,
-    learning_rate: mx.array,
-    step: mx.array,
-    betas: tuple[float, float],
-    epsilon: float,
-    decay: float,
-) -> list[mx.array]:
-    """`ops.adamw`."""
-    return native.adamw(weight, gradient, mean, square, scale, learning_rate, step, *betas, epsilon, decay)
+def adamw(*arrays: mx.array, betas: tuple[float, float], epsilon: float, decay: float) -> list[mx.array]:
+    """`ops.adamw`, of the same arrays."""
+    return native.adamw(*arrays, *betas, epsilon, decay)
