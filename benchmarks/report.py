@@ -22,8 +22,10 @@ PACKAGES = ("mlx-esm-hf", "mlx", "scipy-openblas32", "numpy", "torch", "transfor
 
 
 class Target(NamedTuple):
-    """Ours ÷ the best of the peers with this prefix, at least `bound`; at most, if in memory. A case's name
-    ends in `case`."""
+    """Ours ÷ the best of the peers with this prefix, at least `bound`; at most, if in memory.
+
+    It is for the cases whose names end in `case`.
+    """
 
     workload: str
     models: tuple[str, ...]

@@ -245,31 +245,28 @@ def masked_batches(lengths: list[int], rows: int) -> list[dict[str, Any]]:
 
 
 def training(s: Session) -> Iterator[Case]:
-    """Steps of AdamW: of equal lengths, of proteins as they arrive, and the peak memory of such a step."""
+    """Steps of AdamW: of equal lengths, of proteins as they arrive, and the peak memory of both."""
     lengths = [len(protein) + 2 for protein in s.proteins(16)]
     steps = {"8 x 256 tokens": [256] * 8, f"{len(lengths)} proteins as they arrive": lengths}
-    for name, sizes in steps.items():
-        batches = masked_batches(sizes, 8)
-        args = {"case": name, "batches": batches}
-        options: dict[str, Any] = {"work": sum(sizes), "warm": {"batches": batches[:1]}}
-        theirs = s.runner(
-            "train", args | {"attention": "sdpa"}, "transformers", "transformers sdpa", needed=1, **options
-        )
-        runners = [s.runner("train", args, OURS, **options), theirs, s.runner("train", args, KERNELS_OFF, **options)]
-        yield Case(name, "tokens/s", runners)
-    for name, sizes in steps.items():
-        yield peak_memory(s, f"{name}, peak memory", "train", {"case": name, "batches": masked_batches(sizes, 8)})
+    peer, theirs = "transformers sdpa", {"attention": "sdpa"}
+    calls = {name: {"case": name, "batches": masked_batches(sizes, 8)} for name, sizes in steps.items()}
+    for name, args in calls.items():
+        options: dict[str, Any] = {"work": sum(steps[name]), "warm": {"batches": args["batches"][:1]}}
+        ours, off = (s.runner("train", args, process, **options) for process in (OURS, KERNELS_OFF))
+        torch = s.runner("train", args | theirs, "transformers", peer, needed=1, **options)
+        yield Case(name, "tokens/s", [ours, torch, off])
+    for name, args in calls.items():
+        yield peak_memory(s, f"{name}, peak memory", "train", args, peer, theirs)
 
 
 def lora(s: Session) -> Iterator[Case]:
     """Steps of AdamW on LoRA adapters of query and value, beside PEFT's, and their peak memory."""
     name, sizes = "4 x 256 tokens", [256] * 4
+    peer, theirs = "transformers sdpa, PEFT", {"attention": "sdpa"}
     args = {"case": name, "batches": masked_batches(sizes, 4), "lora": True}
-    theirs = s.runner(
-        "train", args | {"attention": "sdpa"}, "transformers", "transformers sdpa, PEFT", sum(sizes), needed=1
-    )
-    yield Case(name, "tokens/s", [s.runner("train", args, OURS, work=sum(sizes)), theirs])
-    yield peak_memory(s, f"{name}, peak memory", "train", args)
+    torch = s.runner("train", args | theirs, "transformers", peer, sum(sizes), needed=1)
+    yield Case(name, "tokens/s", [s.runner("train", args, OURS, work=sum(sizes)), torch])
+    yield peak_memory(s, f"{name}, peak memory", "train", args, peer, theirs)
 
 
 def gemm(s: Session) -> Iterator[Case]:
@@ -325,12 +322,12 @@ def memory(s: Session) -> Iterator[Case]:
     """Peak memory of bulk embedding."""
     sequences = s.proteins(16)
     attention, schedule = s.best_schedule.removeprefix("transformers ").split(", ")
-    theirs = {"attention": attention, "schedule": schedule}
-    yield peak_memory(s, f"bulk, {len(sequences)} proteins", "embed", {"sequences": sequences}, theirs)
+    args, theirs = {"sequences": sequences}, {"attention": attention, "schedule": schedule}
+    yield peak_memory(s, f"bulk, {len(sequences)} proteins", "embed", args, s.best_schedule, theirs)
 
 
-def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], theirs: dict[str, str] | None = None) -> Case:
-    """Of a call in fresh processes; `theirs` are transformers' further arguments."""
+def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], peer: str, theirs: dict[str, str]) -> Case:
+    """Of a call in fresh processes, beside transformers, which takes the arguments `theirs` besides."""
 
     def runner(name: str, process: str, args: dict[str, Any]) -> Runner:
         def run(keep: Path | None) -> float:
@@ -340,9 +337,7 @@ def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], theirs: 
 
         return Runner(name, run, needed=1)
 
-    theirs = theirs or {"attention": "sdpa"}
-    name = ", ".join(["transformers sdpa", *list(theirs.values())[1:]])
-    return Case(case, "GB", [runner(OURS, OURS, args), runner(name, "transformers", args | theirs)], rounds=1)
+    return Case(case, "GB", [runner(OURS, OURS, args), runner(peer, "transformers", args | theirs)], rounds=1)
 
 
 # In this order: those in fresh processes close the workers, and training changes their weights.
