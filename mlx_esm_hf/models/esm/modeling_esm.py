@@ -467,11 +467,12 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     without_loss = ("contact_head.",)
     quantized = ("encoder.",)
     input_embeddings = "embeddings.word_embeddings"
+    folds = False
     residues = {residue: 4 + place for place, residue in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO")}
 
     def __init__(self, config: PreTrainedConfig):
         config = as_mlx_config(config)
-        check_config(config)
+        check_config(config, self.folds)
         super().__init__(config)
         self.config: MLXEsmConfig
 
