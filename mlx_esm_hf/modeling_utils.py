@@ -286,7 +286,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             )
 
         anew = missing | {name for name, _, _ in mismatched}
-        dtypes = {name: array.dtype for name, array in tree_flatten(self.parameters())}
+        dtypes = {name: array.dtype for name, array in dict(tree_flatten(self.parameters())).items()}
         for key, name in names.items():
             array = arrays.pop(key)
             if name in unexpected or name in anew:

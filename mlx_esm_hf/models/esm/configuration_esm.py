@@ -33,6 +33,8 @@ class MLXEsmConfig(EsmConfig):
         num_labels: int
         output_attentions: bool  # type: ignore[assignment]
         output_hidden_states: bool  # type: ignore[assignment]
+        esmfold_config: Any
+        vocab_list: Any
 
     scale_embedding: ClassVar[bool] = False
     add_bias_kv: ClassVar[bool] = False

@@ -84,7 +84,7 @@ def triangle_attention(
 
 
 def triangle_product(a: mx.array, b: mx.array, outgoing: bool) -> mx.array:
-    """Σ_k a_ik · b_jk of each channel, or Σ_k a_ki · b_kj of edges that come in: [B, L, L, C] of a and b to the same."""
+    """Σ_k a_ik · b_jk of each channel, or Σ_k a_ki · b_kj of edges that come in; all are [B, L, L, C]."""
     a, b = a.transpose(0, 3, 1, 2), b.transpose(0, 3, 1, 2)
     product = a @ b.swapaxes(-1, -2) if outgoing else a.swapaxes(-1, -2) @ b
     return product.transpose(0, 2, 3, 1)
@@ -241,7 +241,7 @@ class MLXEsmFoldResidueMLP(nn.Module):
 
     def __init__(self, C: int, dropout: float):
         super().__init__()
-        self.mlp = [LayerNorm(C), Linear(C, 4 * C), nn.ReLU(), Linear(4 * C, C), Dropout(dropout, axis=-1)]
+        self.mlp: Any = [LayerNorm(C), Linear(C, 4 * C), nn.ReLU(), Linear(4 * C, C), Dropout(dropout, axis=-1)]
 
     def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
         norm, expand, _, shrink, drop = self.mlp
@@ -302,7 +302,7 @@ class MLXEsmFoldRelativePosition(nn.Module):
 
 
 def recycle_bins(positions: mx.array) -> mx.array:
-    """The bin [B, L, L], 0 to 14, of the distance between the CB atoms that the backbone [B, L, 3 or more, 3] implies."""
+    """The bin [B, L, L], 0 to 14, of the distance between the CB atoms of a backbone [B, L, 3 or more, 3]."""
     nitrogen, alpha, carbon = (positions[:, :, i] for i in range(3))
     b, c = alpha - nitrogen, carbon - alpha
     beta = -0.58273431 * mx.linalg.cross(b, c) + 0.56802827 * b - 0.54067466 * c + alpha
@@ -468,7 +468,7 @@ class MLXEsmForProteinFolding(MLXEsmPreTrainedModel):
             [vocabulary.index(token) for token in ("<pad>", *residue_constants.RESTYPES_WITH_X)], dtype=mx.int64
         )
         self.esm_s_combine = mx.zeros(self.config.num_hidden_layers + 1)
-        self.esm_s_mlp = [
+        self.esm_s_mlp: Any = [
             LayerNorm(self.config.hidden_size),
             Linear(self.config.hidden_size, c_s),
             nn.ReLU(),
@@ -481,7 +481,7 @@ class MLXEsmForProteinFolding(MLXEsmPreTrainedModel):
         self.ptm_head = Linear(c_z, DISTOGRAM_BINS)
         self.lm_head = Linear(c_s, NUM_AA_TOKENS)
         width, hidden = trunk.structure_module.sequence_dim, fold.lddt_head_hid_dim
-        self.lddt_head = [
+        self.lddt_head: Any = [
             LayerNorm(width),
             Linear(width, hidden),
             Linear(hidden, hidden),
@@ -661,7 +661,7 @@ class MLXEsmForProteinFolding(MLXEsmPreTrainedModel):
         return output
 
     @staticmethod
-    def output_to_pdb(output: MLXEsmForProteinFoldingOutput) -> list[str]:
+    def output_to_pdb(output: Any) -> list[str]:
         """The PDB file of each protein: chains from A, residues of each numbered from 1, pLDDT 0 to 100 as B factor
         (transformers writes 0 to 1, and residues by their positions)."""
         arrays = {name: np.array(output[name]) for name in ("aatype", "plddt", "atom37_atom_exists", "residue_index")}
@@ -820,7 +820,7 @@ def atoms(aatype: mx.array, mask: mx.array) -> dict[str, mx.array]:
     }
 
 
-def atom14_to_atom37(atom14: mx.array, output: MLXEsmForProteinFoldingOutput) -> mx.array:
+def atom14_to_atom37(atom14: mx.array, output: Any) -> mx.array:
     """Positions [B, L, 37, 3] from [B, L, 14, 3], zeros where there is no atom."""
     places = output.residx_atom37_to_atom14
     return mx.take_along_axis(atom14, places[..., None], axis=2) * output.atom37_atom_exists[..., None]
@@ -851,7 +851,7 @@ def pdb_of(
                 label, (x, y, z) = residue_constants.ATOM37[atom], positions[residue, atom]
                 name = f"{residue_constants.RESIDUE_NAMES[aatype[residue]]} {chr(ord('A') + chain)}{number:4d}"
                 lines.append(
-                    f"ATOM  {serial:5d} {label:^4s} {name}    {x:8.3f}{y:8.3f}{z:8.3f}"
+                    f"ATOM  {serial:5d}  {label:<3s} {name}    {x:8.3f}{y:8.3f}{z:8.3f}"
                     f"{1:6.2f}{plddt[residue, atom]:6.2f}          {label[0]:>2s}  "
                 )
                 serial += 1

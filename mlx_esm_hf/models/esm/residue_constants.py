@@ -1,7 +1,8 @@
 """The residues as ESMFold builds them: their atoms, in the rigid groups that torsion angles turn.
 
 Ideal positions and names are AlphaFold 2's (Jumper et al. 2021, Supplement 1.8.4; doi:10.1038/s41586-021-03819-2). The
-arrays at the end follow from the table. Their first axis is the residue, in the order of `RESTYPES_WITH_X`; X has no atoms.
+arrays at the end follow from the table. Their first axis is the residue, in the order of `RESTYPES_WITH_X`; X has no
+atoms.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ RESTYPES = "ARNDCQEGHILKMFPSTWYV"
 RESTYPES_WITH_X = RESTYPES + "X"
 
 # The order of an array that has a place for every kind of atom.
-ATOM37 = (
+ATOMS = (
     "N CA C CB O CG CG1 CG2 OG OG1 SG CD CD1 CD2 ND1 ND2 OD1 OD2 SD CE CE1 CE2 CE3 NE NE1 NE2 OE1 OE2 CH2 NH1 NH2 OH "
     "CZ CZ2 CZ3 NZ OXT"
-).split()
+)
+ATOM37 = ATOMS.split()
 
 # Of each residue the name, the letter and the atoms along its side chain: each four of them in a row have a χ angle
-# between them. Below, for each atom, its name, its rigid group and its position in the frame of that group, in Å. Groups
-# are 0 backbone, 1 ω, 2 φ, 3 ψ, 4 to 7 χ1 to χ4. The axis of a group is its x axis, its origin the end of that axis.
+# between them. Below, for each atom, its name, its rigid group and its position in the frame of that group, in Å.
+# Groups are 0 backbone, 1 ω, 2 φ, 3 ψ, 4 to 7 χ1 to χ4. The axis of a group is its x axis, its origin that axis's end.
 TABLE = """
 ALA A
   N 0 -0.525 1.363 0; CA 0 0 0 0; C 0 1.526 0 0; O 3 0.627 1.062 0; CB 0 -0.529 -0.774 -1.205

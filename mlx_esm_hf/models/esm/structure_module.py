@@ -1,5 +1,5 @@
-"""ESMFold's structure module: from the states of residues and of their pairs to atoms (AlphaFold 2's; Jumper et al. 2021,
-Supplement 1.8; doi:10.1038/s41586-021-03819-2).
+"""ESMFold's structure module: from the states of residues and of their pairs to atoms (AlphaFold 2's; Jumper et al.
+2021, Supplement 1.8; doi:10.1038/s41586-021-03819-2).
 
 Read from top to bottom it is invariant point attention, the transition, the torsion angles, the atoms that follow from
 frames and angles, and the module itself. It computes in float32, whatever the dtype of the trunk. In the shapes B is
@@ -21,8 +21,8 @@ from mlx_esm_hf.models.esm.rigid import Rigid, rotate, rotation_of, turned
 
 
 def points(coordinates: mx.array, rigids: Rigid, heads: int) -> mx.array:
-    """The points [B, L, H, P, 3] that a projection [B, L, 3 · H · P], first all x, then y, then z, has in each frame."""
-    x = mx.stack(mx.split(coordinates, 3, axis=-1), axis=-1)
+    """The points [B, L, H, P, 3] of a projection [B, L, 3 · H · P], first all x, then y, then z, out of each frame."""
+    x = mx.stack(list(mx.split(coordinates, 3, axis=-1)), axis=-1)
     B, L = x.shape[:2]
     return rigids.expand().apply(x).reshape(B, L, heads, -1, 3)
 
@@ -188,8 +188,9 @@ def torsion_angles_to_frames(backbone: Rigid, angles: mx.array, aatype: mx.array
     groups = [Rigid(rotation[..., i, :, :], default[..., i, :3, 3]) for i in range(8)]
     for i in (5, 6, 7):  # each χ angle after the first hangs on the one before
         groups[i] = groups[i - 1].compose(groups[i])
-    rotations, translations = zip(*groups, strict=True)
-    return backbone.expand().compose(Rigid(mx.stack(rotations, axis=2), mx.stack(translations, axis=2)))
+    rotation = mx.stack([group.rotation for group in groups], axis=2)
+    translation = mx.stack([group.translation for group in groups], axis=2)
+    return backbone.expand().compose(Rigid(rotation, translation))
 
 
 def frames_to_atom14(frames: Rigid, aatype: mx.array) -> mx.array:
@@ -227,8 +228,8 @@ class MLXEsmFoldStructureModule(nn.Module):
             mask: [B, L].
 
         Returns:
-            `frames`, `sidechain_frames`, `unnormalized_angles`, `angles`, `positions` and `states`, of each block, as in
-            `MLXEsmForProteinFoldingOutput`.
+            `frames`, `sidechain_frames`, `unnormalized_angles`, `angles`, `positions` and `states` of each block, as
+            in `MLXEsmForProteinFoldingOutput`.
         """
         scale = self.config.trans_scale_factor
         mask = mask.astype(mx.float32)
