@@ -46,7 +46,7 @@ def test_there_and_back(seed: int) -> None:
 @settings(max_examples=25, deadline=None)
 @given(SEEDS)
 def test_composition(seed: int) -> None:
-    """One after the other is their composition, which is a product of homogeneous matrices, in any order of brackets."""
+    """One after the other is their composition, a product of homogeneous matrices, in any order of brackets."""
     a, b, c = (random_rigid(seed + i, 3) for i in range(3))
     x = random_points(seed, 3)
     assert close(a.compose(b).apply(x), a.apply(b.apply(x)))
