@@ -70,9 +70,11 @@ def hold_outputs(models: Peers, lengths: list[int], num_recycles: int | None, **
             if len(lengths) == 1:
                 hold_to_bar(ours.ptm[0], theirs.ptm, float64.ptm, name)
             continue
-        for row, length in enumerate(lengths):
-            trio = (real(name, output[name], row, length) for output in (ours, theirs, float64))
-            hold_to_bar(*trio, label=name)
+        trio = (
+            np.concatenate([real(name, output[name], row, length).ravel() for row, length in enumerate(lengths)])
+            for output in (ours, theirs, float64)
+        )
+        hold_to_bar(*trio, label=name)
 
 
 @pytest.mark.parametrize(
