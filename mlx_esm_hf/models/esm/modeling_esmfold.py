@@ -57,30 +57,19 @@ def by_rows(function: Callable[..., mx.array], rows: int, *arrays: mx.array) -> 
     return mx.concatenate(results, axis=1)
 
 
-def triangle_attention(
-    query: mx.array, key: mx.array, value: mx.array, bias: mx.array, mask: mx.array, chunk_size: int | None = None
-) -> mx.array:
+def triangle_attention(query: mx.array, key: mx.array, value: mx.array, bias: mx.array) -> mx.array:
     """In each row of pairs, softmax(query · keyᵀ / √d + bias) · value over the pairs of the row.
 
     Args:
-        query, key, value: [B, L, L, H, d], rows first.
-        bias: [B, L, L, H], for (query, key), the same in every row.
-        mask: [B, L], 0 for a key that is padding.
-        chunk_size: how many rows to compute at a time; None, as many as fit `NUMBERS_AT_A_TIME`.
+        query, key, value: [B, R, L, H, d], of R rows.
+        bias: [B, 1, H, L, L], the same for every row, and far below 0 for a key that is padding.
 
     Returns:
-        [B, L, L, H · d].
+        [B, R, L, H · d].
     """
-    B, L, _, H, d = query.shape
-    # A finite number: in rows of nothing but padding −∞ would become NaN, which spreads.
-    bias = bias.transpose(0, 3, 1, 2)[:, None] + (1e9 * (mask.astype(bias.dtype) - 1))[:, None, None, None, :]
-    rows = chunk_size or max(1, NUMBERS_AT_A_TIME // (B * H * L * L))
-
-    def attend(*arrays: mx.array) -> mx.array:
-        q, k, v = (x.swapaxes(2, 3) for x in arrays)  # [B, rows, H, L, d]
-        return (ops.softmax((q * d**-0.5) @ k.swapaxes(-1, -2) + bias) @ v).swapaxes(2, 3).flatten(3)
-
-    return by_rows(attend, rows, query, key, value)
+    q, k, v = (x.swapaxes(2, 3) for x in (query, key, value))
+    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2) + bias
+    return (ops.softmax(scores) @ v).swapaxes(2, 3).flatten(3)
 
 
 def triangle_product(a: mx.array, b: mx.array, outgoing: bool) -> mx.array:
@@ -137,15 +126,28 @@ class MLXEsmFoldTriangleMultiplicativeUpdate(nn.Module):
     def __call__(self, z: mx.array, mask: mx.array) -> mx.array:
         """z [B, L, L, C] and mask [B, L] to [B, L, L, C]."""
         pairs = (mask[:, :, None] * mask[:, None, :])[..., None].astype(z.dtype)
-        z = self.layer_norm_in(z)
-        a = pairs * gated(self.linear_a_p(z), self.linear_a_g(z))
-        b = pairs * gated(self.linear_b_p(z), self.linear_b_g(z))
-        x = self.layer_norm_out(triangle_product(a, b, self.outgoing))
-        return gated(self.linear_z(x), self.linear_g(z))
+        rows = max(1, NUMBERS_AT_A_TIME // z[:, :1].size)
+
+        def edges(project: Linear, gate: Linear) -> mx.array:
+            def step(z: mx.array, pairs: mx.array) -> mx.array:
+                z = self.layer_norm_in(z)
+                return pairs * gated(project(z), gate(z))
+
+            return by_rows(step, rows, z, pairs)
+
+        a, b = edges(self.linear_a_p, self.linear_a_g), edges(self.linear_b_p, self.linear_b_g)
+        x = triangle_product(a, b, self.outgoing)
+
+        def outcome(x: mx.array, z: mx.array) -> mx.array:
+            return gated(self.linear_z(self.layer_norm_out(x)), self.linear_g(self.layer_norm_in(z)))
+
+        del a, b
+        evaluate(x)
+        return by_rows(outcome, rows, x, z)
 
 
 class MLXEsmFoldAttention(nn.Module):
-    """The projections of triangle attention; it holds them under transformers' names."""
+    """Gated attention in rows of pairs."""
 
     def __init__(self, C: int, head_width: int):
         super().__init__()
@@ -156,12 +158,12 @@ class MLXEsmFoldAttention(nn.Module):
         self.linear_o = Linear(C, C)
         self.linear_g = Linear(C, C)
 
-    def __call__(self, z: mx.array, bias: mx.array, mask: mx.array, chunk_size: int | None) -> mx.array:
+    def __call__(self, z: mx.array, bias: mx.array) -> mx.array:
+        """z [B, R, L, C], of R rows, and bias [B, 1, H, L, L] to [B, R, L, C]."""
         query, key, value = (
             linear(z).reshape(*z.shape[:3], self.heads, -1) for linear in (self.linear_q, self.linear_k, self.linear_v)
         )
-        o = triangle_attention(query, key, value, bias, mask, chunk_size)
-        return self.linear_o(gated(o, self.linear_g(z)))
+        return self.linear_o(gated(triangle_attention(query, key, value, bias), self.linear_g(z)))
 
 
 class MLXEsmFoldTriangleAttention(nn.Module):
@@ -175,11 +177,20 @@ class MLXEsmFoldTriangleAttention(nn.Module):
         self.mha = MLXEsmFoldAttention(C, head_width)
 
     def __call__(self, z: mx.array, mask: mx.array, chunk_size: int | None = None) -> mx.array:
-        """z [B, L, L, C] and mask [B, L] to [B, L, L, C]."""
+        """z [B, L, L, C] and mask [B, L] to [B, L, L, C].
+
+        Args:
+            chunk_size: how many rows to compute at a time; None, as many as `NUMBERS_AT_A_TIME` allows.
+        """
         if not self.starting:
             z = z.swapaxes(1, 2)
-        z = self.layer_norm(z)
-        z = self.mha(z, self.linear(z), mask, chunk_size)
+        bias = by_rows(
+            lambda z: self.linear(self.layer_norm(z)), max(1, NUMBERS_AT_A_TIME // z[:, :1].size), z
+        ).transpose(0, 3, 1, 2)[:, None]
+        # A finite number: in rows of nothing but padding −∞ would become NaN, which spreads.
+        bias = bias + (1e9 * (mask.astype(bias.dtype) - 1))[:, None, None, None, :]
+        rows = chunk_size or max(1, NUMBERS_AT_A_TIME // bias.size)
+        z = by_rows(lambda z: self.mha(self.layer_norm(z), bias), rows, z)
         return z if self.starting else z.swapaxes(1, 2)
 
 
@@ -276,11 +287,15 @@ class MLXEsmFoldTriangularSelfAttentionBlock(nn.Module):
         s = s + self.drop(self.seq_attention(self.layernorm_1(s), mask, bias))
         s = self.mlp_seq(s)
         z = z + self.sequence_to_pair(s)
+        # Each is computed before the next one, so that the inside of one alone is in memory.
         z = z + self.row_drop(self.tri_mul_out(z, mask))
+        evaluate(z)
         z = z + self.col_drop(self.tri_mul_in(z, mask))
         evaluate(z)
         z = z + self.row_drop(self.tri_att_start(z, mask, chunk_size))
+        evaluate(z)
         z = z + self.col_drop(self.tri_att_end(z, mask, chunk_size))
+        evaluate(z)
         return s, self.mlp_pair(z, chunk_size)
 
 
