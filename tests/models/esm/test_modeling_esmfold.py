@@ -469,3 +469,23 @@ def test_half_stem_computes_in_float32_on_a_cpu(half_stem: Peers) -> None:
     for name in ("s_s", "s_z", "positions"):
         hold_to_bar(output[name], theirs[name], float64[name], name)
     assert half_stem.ours.esm.embeddings.word_embeddings.weight.dtype == mx.float16
+
+
+def test_stem_is_never_there_twice() -> None:
+    """On a CPU one of its twelve layers at a time is in float32."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 12, "intermediate_size": 1024}
+    model = MLXEsmForProteinFolding(MLXEsmConfig(**tiny_folding(fp16_esm=True) | sizes)).eval()
+    mx.eval(model.parameters())
+    stem = sum(x.nbytes for _, x in tree_flatten(model.esm.parameters()))
+    ids = mx.array(residues([10])[0].astype(np.int32))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(model.compute_language_model_representations(ids, mx.ones_like(ids)))
+    assert mx.get_peak_memory() - before < 2 * stem * 3 / 12  # float32 of two layers, and half of one for states
+
+
+def test_lazy(half_stem: Peers) -> None:
+    """Weights that stay in the file until they are needed give the same structure."""
+    ids = residues([9])[0]
+    lazy = MLXEsmForProteinFolding.from_pretrained(half_stem.folder, lazy=True)
+    assert mx.array_equal(lazy(ids).positions, half_stem.ours(ids).positions)
