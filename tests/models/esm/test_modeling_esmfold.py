@@ -489,3 +489,18 @@ def test_lazy(half_stem: Peers) -> None:
     ids = residues([9])[0]
     lazy = MLXEsmForProteinFolding.from_pretrained(half_stem.folder, lazy=True)
     assert mx.array_equal(lazy(ids).positions, half_stem.ours(ids).positions)
+
+
+def test_published_size() -> None:
+    """Of `facebook/esmfold_v1`: its parameters, its keys, and a stem of half the bytes. Nothing is computed."""
+    sizes = {
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 40,
+        "intermediate_size": 10240,
+        "esmfold_config": {},
+    }
+    model = MLXEsmForProteinFolding(MLXEsmConfig(**tiny_folding() | sizes))
+    state = model.state_dict()
+    assert model.num_parameters() == 3_525_038_915 and len(state) == 4500
+    assert {x.dtype for name, x in state.items() if name.startswith("esm.")} == {mx.float16}
