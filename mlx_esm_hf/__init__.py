@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         MLXEsmModel,
         MLXEsmPreTrainedModel,
     )
+    from mlx_esm_hf.models.esm.modeling_esmfold import MLXEsmForProteinFolding
     from mlx_esm_hf.models.esm.tokenization_esm import Esm1Tokenizer, EsmTokenizer
     from mlx_esm_hf.pipelines.huggingface import pipeline
     from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
@@ -56,6 +57,7 @@ __all__ = [
     "MLXEsm1Config",
     "MLXEsmConfig",
     "MLXEsmForMaskedLM",
+    "MLXEsmForProteinFolding",
     "MLXEsmForSequenceClassification",
     "MLXEsmForTokenClassification",
     "MLXEsmModel",
@@ -81,6 +83,7 @@ HOMES = {
     "MLXEsm1Config": "mlx_esm_hf.models.esm.configuration_esm",
     "MLXEsmConfig": "mlx_esm_hf.models.esm.configuration_esm",
     "MLXEsmForMaskedLM": "mlx_esm_hf.models.esm.modeling_esm",
+    "MLXEsmForProteinFolding": "mlx_esm_hf.models.esm.modeling_esmfold",
     "MLXEsmForSequenceClassification": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmForTokenClassification": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmModel": "mlx_esm_hf.models.esm.modeling_esm",

@@ -8,7 +8,7 @@ import inspect
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
@@ -286,7 +286,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             )
 
         anew = missing | {name for name, _, _ in mismatched}
-        dtypes = {name: array.dtype for name, array in self.named_parameters()}
+        dtypes = {name: array.dtype for name, array in dict(tree_flatten(self.parameters())).items()}
         for key, name in names.items():
             array = arrays.pop(key)
             if name in unexpected or name in anew:
@@ -294,14 +294,14 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             if wrong := wrong_kind(array.dtype, dtypes.get(name, mx.float32)):
                 raise CheckpointError(f"{source}: {key!r} {wrong}. The file is damaged, or of another model.")
             if self._casts(name, array):
-                array = array.astype(dtype)
+                array = array.astype(self.loaded_dtype(name, dtype))
             try:
                 if not lazy:
                     mx.eval(array)
             except RuntimeError as error:
                 raise CheckpointError(f"{source}: {key!r} cannot be read ({error}). Download it again.") from error
             self.update(tree_unflatten([(name, array)]))
-        self.to(dtype)
+        self._cast(lambda name: self.loaded_dtype(name, dtype))
         if not lazy:
             mx.eval(self.parameters())
         self.config.dtype = str(dtype).rpartition(".")[2]
@@ -602,12 +602,20 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             if (wanted := as_dtype(arg)) is None:
                 say_once(f"MLX computes on its default device, {mx.default_device()}; .to() and its kin move nothing.")
             else:
-                self.update(
-                    tree_map_with_path(
-                        lambda name, x: x.astype(wanted) if self._casts(name, x) else x, self.parameters()
-                    )
-                )
+                self._cast(lambda name: wanted)
         return self
+
+    def _cast(self, dtype_of: Callable[[str], mx.Dtype]) -> None:
+        """Cast each parameter to the dtype that its name has."""
+        self.update(
+            tree_map_with_path(
+                lambda name, x: x.astype(dtype_of(name)) if self._casts(name, x) else x, self.parameters()
+            )
+        )
+
+    def loaded_dtype(self, name: str, dtype: mx.Dtype) -> mx.Dtype:
+        """The dtype that a parameter has when the model is loaded in `dtype`."""
+        return dtype
 
     @classmethod
     def _casts(cls, name: str, array: mx.array) -> bool:

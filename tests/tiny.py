@@ -23,3 +23,47 @@ def tiny(family: str = "ESM-2", **overrides: Any) -> dict[str, Any]:
     """The fields of a config of one of `FAMILIES`; `MLXEsm1Config` takes `SIZE` alone."""
     positions = {"max_position_embeddings": 40, "token_dropout": True}
     return {**VOCABULARY, **SIZE, **positions, **FAMILIES[family], **overrides}
+
+
+def tiny_folding(**overrides: Any) -> dict[str, Any]:
+    """The fields of a config of a folding model; most of its widths and numbers of heads differ, so that a swapped axis
+    shows. `overrides` are of its `esmfold_config`."""
+    structure = {
+        "sequence_dim": 48,
+        "pairwise_dim": 24,
+        "ipa_dim": 8,
+        "resnet_dim": 20,
+        "num_heads_ipa": 3,
+        "num_qk_points": 2,
+        "num_v_points": 5,
+        "num_blocks": 3,
+        "num_transition_layers": 2,
+        "num_resnet_blocks": 2,
+    }
+    trunk = {
+        "num_blocks": 2,
+        "sequence_state_dim": 64,
+        "pairwise_state_dim": 32,
+        "sequence_head_width": 32,
+        "pairwise_head_width": 8,
+        "position_bins": 6,
+        "max_recycles": 3,
+        "chunk_size": None,
+        "structure_module": structure,
+    }
+    return {
+        **VOCABULARY,
+        "hidden_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 72,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "token_dropout": True,
+        "layer_norm_eps": 1e-5,
+        "is_folding_model": True,
+        "vocab_list": ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"],
+        "esmfold_config": {"fp16_esm": False, "lddt_head_hid_dim": 12, "trunk": trunk, **overrides},
+    }

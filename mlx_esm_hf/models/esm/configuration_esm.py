@@ -33,6 +33,8 @@ class MLXEsmConfig(EsmConfig):
         num_labels: int
         output_attentions: bool  # type: ignore[assignment]
         output_hidden_states: bool  # type: ignore[assignment]
+        esmfold_config: Any
+        vocab_list: Any
 
     scale_embedding: ClassVar[bool] = False
     add_bias_kv: ClassVar[bool] = False
@@ -118,14 +120,24 @@ CONFIG_CLASSES: dict[str, type[MLXEsmConfig]] = {c.model_type: c for c in (MLXEs
 AutoConfig.register(MLXEsm1Config.model_type, MLXEsm1Config)
 
 
-def check_config(config: MLXEsmConfig) -> None:
+def check_config(config: MLXEsmConfig, folds: bool = False) -> None:
     """
+    Args:
+        folds: whether it is for a folding model.
+
     Raises:
         ValueError: values that no model here can have.
     """
-    for option in ("is_decoder", "add_cross_attention", "is_folding_model"):
+    for option in ("is_decoder", "add_cross_attention"):
         if getattr(config, option, False):
             raise ValueError(f"{option}=True is not supported: ESM here is an encoder. Set {option}=False.")
+    if config.is_folding_model and not folds:
+        raise ValueError(
+            "is_folding_model=True is not supported by this class: MLXEsmForProteinFolding folds. "
+            "Set is_folding_model=False for a language model alone."
+        )
+    if folds:
+        check_folding_config(config)
     if config.vocab_size is None or config.pad_token_id is None or config.mask_token_id is None:
         raise ValueError("The config has to give vocab_size, pad_token_id and mask_token_id.")
     sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
@@ -146,6 +158,29 @@ def check_config(config: MLXEsmConfig) -> None:
         )
     if config.layer_norm_eps is None or not config.layer_norm_eps > 0:
         raise ValueError(f"The config has layer_norm_eps = {config.layer_norm_eps}: it must be positive.")
+
+
+def check_folding_config(config: MLXEsmConfig) -> None:
+    """
+    Raises:
+        ValueError: values that no folding model can have.
+    """
+    if not config.is_folding_model:
+        raise ValueError("is_folding_model=False: this config is that of a language model, which does not fold.")
+    fold: Any = config.esmfold_config
+    trunk, structure = fold.trunk, fold.trunk.structure_module
+    for state, head in (("sequence_state_dim", "sequence_head_width"), ("pairwise_state_dim", "pairwise_head_width")):
+        if getattr(trunk, state) % getattr(trunk, head):
+            raise ValueError(
+                f"The trunk's {state} ({getattr(trunk, state)}) is not a multiple of its {head} "
+                f"({getattr(trunk, head)})."
+            )
+    if structure.num_angles != 7:
+        raise ValueError(f"The structure module has num_angles = {structure.num_angles}; a residue has 7.")
+    vocabulary = config.vocab_list or ()
+    needed = ("<cls>", "<pad>", "<eos>", "<mask>", *"ARNDCQEGHILKMFPSTWYVX")
+    if missing := [token for token in needed if token not in vocabulary]:
+        raise ValueError(f"The config's vocab_list lacks {', '.join(missing)}.")
 
 
 def as_mlx_config(config: PreTrainedConfig) -> MLXEsmConfig:

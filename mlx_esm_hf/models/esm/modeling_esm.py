@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +23,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
+from mlx_esm_hf.checkpoint.names import Dialect
 from mlx_esm_hf.modeling_inputs import IGNORED, Tables, as_array, check_inputs, check_labels, evaluate, host, labels_at
 from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear, whole_weight
 from mlx_esm_hf.modeling_outputs import (
@@ -461,17 +462,18 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
 
     config_class = MLXEsmConfig
     base_model_prefix = "esm"
-    dialects = (TRANSFORMERS_4, TRANSFORMERS_5, FAIR_ESM, FAIR_ESM_1)
-    buffers = ("rotary_embeddings.inv_freq",)
-    required = ("embeddings.", "encoder.")
+    dialects: ClassVar[tuple[Dialect, ...]] = (TRANSFORMERS_4, TRANSFORMERS_5, FAIR_ESM, FAIR_ESM_1)
+    buffers: ClassVar[tuple[str, ...]] = ("rotary_embeddings.inv_freq",)
+    required: ClassVar[tuple[str, ...]] = ("embeddings.", "encoder.")
     without_loss = ("contact_head.",)
-    quantized = ("encoder.",)
+    quantized: ClassVar[tuple[str, ...]] = ("encoder.",)
     input_embeddings = "embeddings.word_embeddings"
+    folds: ClassVar[bool] = False
     residues = {residue: 4 + place for place, residue in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO")}
 
     def __init__(self, config: PreTrainedConfig):
         config = as_mlx_config(config)
-        check_config(config)
+        check_config(config, self.folds)
         super().__init__(config)
         self.config: MLXEsmConfig
 
