@@ -17,12 +17,12 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.models import SHAPES
+from benchmarks.models import DEFAULT, SHAPES
 from benchmarks.peers import cores
 from benchmarks.worker import REPOSITORY
 from benchmarks.workloads import TOLERANCE, WORKLOADS, Result, Session, Settings, alternate
 
-DEFAULT_MODELS = ",".join(name for name in SHAPES if name != "tiny")
+DEFAULT_MODELS = ",".join(DEFAULT)
 
 
 def chosen(names: str, known: list[str]) -> list[str]:
@@ -41,7 +41,7 @@ def measure(
 ) -> Iterator[tuple[Result, Peers]]:
     """Each result when it is there, with what the peers say of themselves. Only one model's workers run at a time."""
     for model in models:
-        wanted = [name for name in workloads if model == "tiny" or model in WORKLOADS[name][1]]
+        wanted = [name for name in workloads if model in WORKLOADS[name][1] or (model == "tiny" and name != "fold")]
         if not wanted:
             continue
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.cores) as pool:
@@ -61,7 +61,7 @@ def measure(
 
 
 def main(
-    models: Annotated[str, typer.Option(help=f"Of {DEFAULT_MODELS}.")] = DEFAULT_MODELS,
+    models: Annotated[str, typer.Option(help=f"Of {DEFAULT_MODELS},ESMFold.")] = DEFAULT_MODELS,
     workloads: Annotated[str, typer.Option(help="Which to run, of the default's.")] = ",".join(WORKLOADS),
     fasta: Annotated[Path, typer.Option(help="Proteins, plain or gzipped.", exists=True, dir_okay=False)] = (
         REPOSITORY / "examples" / "proteins.fasta"

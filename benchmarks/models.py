@@ -19,6 +19,7 @@ class Shape(NamedTuple):
     hidden: int
     heads: int
     rotary: bool = True
+    blocks: int = 0  # of a folding trunk as wide as ESMFold's
 
     def layer_flops(self, rows: int, length: int) -> int:
         """Of a layer's matrix products: 4 of hidden x hidden, 2 of hidden x 4 hidden, 2 of length x length x hidden."""
@@ -32,7 +33,13 @@ SHAPES = {
     "150M": Shape(30, 640, 20),
     "650M": Shape(33, 1280, 20),
     "ESM-1b": Shape(33, 1280, 20, rotary=False),
+    "tiny ESMFold": Shape(1, 32, 2, blocks=1),
+    "ESMFold trunk": Shape(1, 32, 2, blocks=8),
+    "ESMFold": Shape(36, 2560, 40, blocks=48),
 }
+
+
+DEFAULT = [name for name in SHAPES if name != "ESMFold" and not name.startswith("tiny")]  # ESMFold takes 8.4 GB
 
 
 def config(shape: Shape) -> dict[str, Any]:
@@ -52,6 +59,18 @@ def config(shape: Shape) -> dict[str, Any]:
         "layer_norm_eps": 1e-5,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
+        **(folding(shape) if shape.blocks else {}),
+    }
+
+
+def folding(shape: Shape) -> dict[str, Any]:
+    from transformers.models.esm.configuration_esm import get_default_vocab_list
+
+    trunk = {"num_blocks": shape.blocks, "chunk_size": None}
+    return {
+        "is_folding_model": True,
+        "vocab_list": get_default_vocab_list(),
+        "esmfold_config": {"fp16_esm": shape.hidden > 1000, "trunk": trunk},
     }
 
 
@@ -59,11 +78,12 @@ def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
     import mlx.core as mx
     from transformers.models.esm.configuration_esm import get_default_vocab_list
 
-    from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM
+    from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
     from mlx_esm_hf.pipelines import read_proteins
 
     mx.random.seed(0)
-    MLXEsmForMaskedLM(MLXEsmConfig(**config(SHAPES[name]))).save_pretrained(folder)
+    cls = MLXEsmForProteinFolding if SHAPES[name].blocks else MLXEsmForMaskedLM
+    cls(MLXEsmConfig(**config(SHAPES[name]))).save_pretrained(folder)
     (folder / PROTEINS).write_text(json.dumps([protein.sequence for protein in read_proteins(fasta)]))
     (folder / "vocab.txt").write_text("\n".join(get_default_vocab_list()))
 

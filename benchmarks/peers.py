@@ -7,6 +7,7 @@ its own and no other. Embeddings are means of the last hidden state over a prote
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,21 @@ def gemm_operands(rows: int, length: int, hidden: int, heads: int) -> list[tuple
     return [(random.standard_normal(x, np.float32), random.standard_normal(w, np.float32)) for x, w in shapes]
 
 
+def residues(length: int) -> list[list[int]]:
+    """A protein as folding has it, of the twenty amino acids by their number."""
+    return np.random.default_rng(0).integers(0, 20, (1, length)).tolist()
+
+
+def residue_states(length: int, width: int) -> np.ndarray:
+    """What a stem may say of a protein's residues [1, length, width]."""
+    return np.random.default_rng(0).standard_normal((1, length, width), np.float32)
+
+
+def is_folding_model(folder: str) -> bool:
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        return json.load(file).get("is_folding_model", False)
+
+
 class Ours:
     def __init__(self, dtype: str):
         import mlx.core as mx
@@ -52,7 +68,9 @@ class Ours:
 
     def load(self, folder: str) -> None:
         self.folder, self.case = folder, None
-        self.model = self.library.MLXEsmForMaskedLM.from_pretrained(folder, dtype=self.dtype)
+        folds = is_folding_model(folder)
+        cls = self.library.MLXEsmForProteinFolding if folds else self.library.MLXEsmForMaskedLM
+        self.model = cls.from_pretrained(folder, dtype=self.dtype)
         self.tokenizer = self.Tokenizer.from_pretrained(folder)
         self.mx.eval(self.model.parameters())
 
@@ -75,6 +93,17 @@ class Ours:
     def contacts(self, ids: list[list[int]]) -> Any:
         ids = self.mx.array(ids)
         return self._done(self.model.predict_contacts(ids, self.mx.ones_like(ids)))
+
+    def trunk(self, length: int) -> Any:
+        """The state of pairs after one pass of a folding trunk."""
+        mx = self.mx
+        s = mx.array(residue_states(length, self.model.config.esmfold_config.trunk.sequence_state_dim))
+        zeros, ones = mx.zeros((1, length), dtype=mx.int32), mx.ones((1, length), dtype=mx.int32)
+        return self._done(self.model.trunk(s, zeros, mx.arange(length)[None], ones, 0)["s_z"])
+
+    def fold(self, length: int) -> Any:
+        """The atoms of a protein after one pass."""
+        return self._done(self.model(self.mx.array(residues(length)), num_recycles=0).positions)
 
     def train(self, case: str, batches: list[dict[str, Any]], lora: bool = False) -> Any:
         """A step of AdamW for each batch. A case begins with the checkpoint's weights.
@@ -167,11 +196,12 @@ class Transformers(Torch):
         super().__init__(dtype)
         import transformers
 
-        self.Model, self.Tokenizer = transformers.EsmForMaskedLM, transformers.EsmTokenizer
+        self.library, self.Tokenizer = transformers, transformers.EsmTokenizer
 
     def load(self, folder: str) -> None:
         self.folder, self.case = folder, None
-        self.model = self.Model.from_pretrained(folder, dtype=self.dtype).to(self.device).eval()
+        cls = self.library.EsmForProteinFolding if is_folding_model(folder) else self.library.EsmForMaskedLM
+        self.model = cls.from_pretrained(folder, dtype=self.dtype).to(self.device).eval()
         self.tokenizer = self.Tokenizer.from_pretrained(folder)
 
     def about(self) -> dict[str, str]:
@@ -207,6 +237,23 @@ class Transformers(Torch):
         tokens = self._tensor(ids)
         with self.torch.inference_mode():
             return self._done(self.model.predict_contacts(tokens, self.torch.ones_like(tokens)))
+
+    def trunk(self, length: int, chunk_size: int | None) -> Any:
+        """The same."""
+        torch = self.torch
+        s = torch.tensor(residue_states(length, self.model.config.esmfold_config.trunk.sequence_state_dim))
+        zeros, ones = torch.zeros((1, length), dtype=torch.int64), torch.ones((1, length))
+        z = torch.zeros((1, length, length, self.model.config.esmfold_config.trunk.pairwise_state_dim))
+        self.model.trunk.set_chunk_size(chunk_size)
+        arrays = [x.to(self.device) for x in (s, z, zeros, torch.arange(length)[None], ones)]
+        with torch.inference_mode():
+            return self._done(self.model.trunk(*arrays, no_recycles=0)["s_z"])
+
+    def fold(self, length: int, chunk_size: int | None) -> Any:
+        """The same."""
+        self.model.trunk.set_chunk_size(chunk_size)
+        with self.torch.inference_mode():
+            return self._done(self.model(self._tensor(residues(length)), num_recycles=0).positions)
 
     def train(self, case: str, batches: list[dict[str, Any]], attention: str, lora: bool = False) -> Any:
         """The same."""
@@ -247,8 +294,6 @@ class FairEsm(Torch):
         self.ESM2, self.Dataset = ESM2, FastaBatchedDataset
 
     def load(self, folder: str) -> None:
-        import json
-
         from safetensors.torch import load_file
 
         from mlx_esm_hf.checkpoint.names import canonical_names, names_in

@@ -44,6 +44,10 @@ TARGETS = (
     Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1.2, "8 x 256 tokens"),
     Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1.5, "proteins as they arrive"),
     Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1, "peak memory"),
+    Target("fold", ("ESMFold trunk",), "transformers", 1.5, "256 residues"),
+    Target("fold", ("ESMFold trunk",), "transformers", 1.5, "384 residues"),
+    Target("fold", ("ESMFold trunk",), "transformers", 0.6, "256 residues, peak memory"),
+    Target("fold", ("ESMFold trunk",), "transformers", 0.6, "384 residues, peak memory"),
     Target("gemm", ("650M", "tiny"), "gemm", 0.85),
     Target("memory", ("650M", "tiny"), "transformers", 1),
 )

@@ -21,6 +21,7 @@ USUAL = "transformers sdpa, as they arrive"
 BEST = ("transformers sdpa, one at a time", "transformers sdpa, by length")
 QUICK = 1  # seconds; what warms up sooner is warmed up by a whole measurement, too
 MIN_ROUNDS = 2  # of ours and of the best peer, whatever they take
+CHUNKS = (4, 16, 64, None)  # rows of pairs that transformers' triangle attention takes at a time
 PROBE = 64  # tokens, for a guess of how long a peer will take
 LONGEST = 1022  # residues that ESM-1b has positions for
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # relative to the largest value
@@ -269,6 +270,31 @@ def lora(s: Session) -> Iterator[Case]:
     yield peak_memory(s, f"{name}, peak memory", "train", args, peer, theirs)
 
 
+def fold(s: Session) -> Iterator[Case]:
+    """One pass of a folding trunk with its structure module, and its peak memory beside transformers' smallest; of the
+    whole model, loading and one pass over a protein, in fresh processes."""
+    smallest = chunks_of(CHUNKS[0])
+    if s.model == "ESMFold":
+        args = "100 residues", "fold", {"length": 100}, *smallest
+        yield started(s, *args)
+        yield peak_memory(s, f"{args[0]}, peak memory", *args[1:])
+        return
+    lengths = (64, 128, 256, 384) if s.shape.blocks > 1 else (16,)
+    for length in lengths:
+        args = {"length": length}
+        theirs = [
+            s.runner("trunk", args | chunk, "transformers", name, needed=1) for name, chunk in map(chunks_of, CHUNKS)
+        ]
+        yield Case(f"{length} residues", "s", [s.runner("trunk", args, OURS), *theirs])
+    for length in lengths:
+        yield peak_memory(s, f"{length} residues, peak memory", "trunk", {"length": length}, *smallest)
+
+
+def chunks_of(size: int | None) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of transformers' folding in chunks of so many rows."""
+    return f"transformers, {f'chunks of {size}' if size else 'in one chunk'}", {"chunk_size": size}
+
+
 def gemm(s: Session) -> Iterator[Case]:
     """The encoder, against its matrix products alone: the ratio is the share of the machine's speed."""
     rows, length, layers = 4, 512, 4
@@ -304,18 +330,21 @@ def scaling(s: Session) -> Iterator[Case]:
 
 def loading(s: Session) -> Iterator[Case]:
     """Checkpoint and a first forward of 8 tokens, in fresh processes; without the imports."""
+    yield started(s, "and 8 tokens", "hidden", {"ids": token_ids(1, 8)}, "transformers sdpa", {"attention": "sdpa"})
+
+
+def started(s: Session, case: str, call: str, args: dict[str, Any], peer: str, theirs: dict[str, Any]) -> Case:
+    """Loading and a first call in fresh processes, beside transformers, which takes the arguments `theirs` besides."""
 
     def runner(name: str, process: str, args: dict[str, Any]) -> Runner:
         def run(keep: Path | None) -> float:
+            s.close()
             with s.start(process) as worker:
-                return 1 / (worker.ready["seconds"] + worker.ask("hidden", args, keep=keep)["seconds"])
+                return 1 / (worker.ready["seconds"] + worker.ask(call, args, keep=keep)["seconds"])
 
         return Runner(name, run)
 
-    s.close()
-    args: dict[str, Any] = {"ids": token_ids(1, 8)}
-    theirs = runner("transformers sdpa", "transformers", args | {"attention": "sdpa"})
-    yield Case("and 8 tokens", "s", [runner(OURS, OURS, args), theirs])
+    return Case(case, "s", [runner(OURS, OURS, args), runner(peer, "transformers", args | theirs)])
 
 
 def memory(s: Session) -> Iterator[Case]:
@@ -326,7 +355,7 @@ def memory(s: Session) -> Iterator[Case]:
     yield peak_memory(s, f"bulk, {len(sequences)} proteins", "embed", args, s.best_schedule, theirs)
 
 
-def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], peer: str, theirs: dict[str, str]) -> Case:
+def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], peer: str, theirs: dict[str, Any]) -> Case:
     """Of a call in fresh processes, beside transformers, which takes the arguments `theirs` besides."""
 
     def runner(name: str, process: str, args: dict[str, Any]) -> Runner:
@@ -346,6 +375,7 @@ WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]
     "uniform": (uniform, ("8M", "150M", "650M")),
     "single": (single, ("8M", "150M", "650M")),
     "contacts": (contacts, ("150M",)),
+    "fold": (fold, ("ESMFold trunk", "ESMFold", "tiny ESMFold")),
     "gemm": (gemm, ("650M",)),
     "scaling": (scaling, ("8M", "150M")),
     "training": (training, ("8M", "35M", "150M")),

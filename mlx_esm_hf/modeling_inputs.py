@@ -5,7 +5,6 @@ MLX gathers do not check their indices: a token id or a position outside its tab
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -38,12 +37,6 @@ def host(x: mx.array | None) -> np.ndarray | None:
         return None if x is None else np.array(x)
     except ValueError:
         return None
-
-
-def evaluate(x: mx.array) -> None:
-    """Compute `x` now, but for the time while it is being traced by `mx.compile` or `mx.vmap`."""
-    with contextlib.suppress(ValueError):
-        mx.eval(x)
 
 
 class Tables(NamedTuple):

@@ -39,12 +39,16 @@ __all__ = [
 ACTIVATIONS = (None, "gelu", "relu")
 
 
-def _backend(*arrays: mx.array | None) -> ModuleType:
+def plain_backend() -> ModuleType:
+    """The one of MLX's own operations on the default device."""
+    return cpu if mx.default_device() == mx.cpu else gpu
+
+
+def backend_of(*arrays: mx.array | None) -> ModuleType:
     """The best one on the default device for arrays of these dtypes."""
-    if mx.default_device() != mx.cpu:
-        return gpu
-    if kernels.native is None or any(x is not None and x.dtype != mx.float32 for x in arrays):
-        return cpu
+    on_cpu = mx.default_device() == mx.cpu
+    if not on_cpu or kernels.native is None or any(x is not None and x.dtype != mx.float32 for x in arrays):
+        return plain_backend()
     return kernels
 
 
@@ -66,7 +70,7 @@ def linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
-    if _backend(x, weight, bias, residual) is kernels:
+    if backend_of(x, weight, bias, residual) is kernels:
         return kernels.linear(x, weight, bias, residual, activation)
     y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
     return activated(y, residual, activation)
@@ -89,7 +93,7 @@ def quantized_linear(
 
     On a CPU MLX's own product of a quantized matrix is 50 times slower than one of the matrix that it stands for.
     """
-    backend = _backend(x)
+    backend = backend_of(x)
     if backend is not gpu:
         whole = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
         return linear(x, whole.astype(x.dtype), bias, residual, activation)
@@ -108,17 +112,17 @@ def activated(y: mx.array, residual: mx.array | None, activation: str | None) ->
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
     """Layer norm over the last axis (Ba et al. 2016), `eps` inside the root; it need not have a bias."""
-    return _backend(x, weight, bias).layer_norm(x, weight, bias, eps)
+    return backend_of(x, weight, bias).layer_norm(x, weight, bias, eps)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x · Φ(x) by the exact error function, as ESM has it (not the tanh approximation)."""
-    return _backend(x).gelu(x)
+    return backend_of(x).gelu(x)
 
 
 def softmax(x: mx.array) -> mx.array:
     """Softmax over the last axis, summed in float32 or better; the result has the dtype of `x`."""
-    return _backend(x).softmax(x)
+    return backend_of(x).softmax(x)
 
 
 def attention(
@@ -144,7 +148,7 @@ def attention(
         [B, L, D].
     """
     layout = layout or Layout(query.shape[:2])  # type: ignore[arg-type]
-    backend = _backend(query, key, value, *(rotary or ()), *(bias_kv or ()), bias)
+    backend = backend_of(query, key, value, *(rotary or ()), *(bias_kv or ()), bias)
     if backend is kernels:
         return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias)
     assert not layout.packed, "`choose_layout` packs for the kernels alone"
@@ -162,7 +166,7 @@ def attention_probabilities(query: mx.array, key: mx.array, mask: mx.array | Non
 
 def sum_of_squares(x: mx.array) -> mx.array:
     """Over all elements, in float32 or better."""
-    if _backend(x) is kernels:
+    if backend_of(x) is kernels:
         return kernels.sum_of_squares(x)
     flat = x.flatten().astype(mx.float32)
     return flat @ flat
@@ -191,7 +195,7 @@ def adamw(
     Returns:
         The new weight, mean and square.
     """
-    if _backend(weight, gradient, mean, square) is kernels:
+    if backend_of(weight, gradient, mean, square) is kernels:
         arrays = weight, gradient, mean, square, scale, learning_rate, step
         return kernels.adamw(*arrays, betas=betas, epsilon=epsilon, decay=decay)
     gradient = gradient * scale
@@ -232,6 +236,6 @@ def choose_layout(
         keep_padding: somebody asks for what becomes of padding.
     """
     mask = None if mask is None else mask.astype(mx.bool_)
-    if mask is None or values is None or keep_padding or dtype != mx.float32 or _backend() is not kernels:
+    if mask is None or values is None or keep_padding or dtype != mx.float32 or backend_of() is not kernels:
         return Layout(shape, mask)
     return Layout(shape, packed=values.astype(bool))

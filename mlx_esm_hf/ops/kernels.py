@@ -147,3 +147,44 @@ def sum_of_squares(x: mx.array) -> mx.array:
 def adamw(*arrays: mx.array, betas: tuple[float, float], epsilon: float, decay: float) -> list[mx.array]:
     """`ops.adamw`, of the same arrays."""
     return native.adamw(*arrays, *betas, epsilon, decay)
+
+
+Affine = tuple[mx.array, mx.array | None]  # the weight and bias of a layer
+Norm = tuple[mx.array, mx.array | None, float]  # the same of a layer norm, and its eps
+
+
+def gated_linear(
+    z: mx.array,
+    norm: Norm,
+    gate: Affine,
+    layer: Affine,
+    x: mx.array | None,
+    x_norm: Norm | None,
+    mask: mx.array | None,
+    residual: mx.array | None,
+    channels_first: bool,
+) -> mx.array:
+    """`pairs.gated_linear`."""
+    return native.gated_linear(z, norm, gate, layer, x, x_norm, mask, residual, channels_first)
+
+
+def triangle_attention(
+    z: mx.array,
+    mask: mx.array,
+    norm: Norm,
+    bias: mx.array,
+    query: mx.array,
+    key: mx.array,
+    value: mx.array,
+    gate: Affine,
+    output: Affine,
+    residual: mx.array | None,
+    ending: bool,
+) -> mx.array:
+    """`pairs.triangle_attention`."""
+    return native.triangle_attention(z, mask, norm, bias, query, key, value, gate, output, residual, ending)
+
+
+def transition(x: mx.array, norm: Norm, expand: Affine, shrink: Affine, residual: mx.array | None) -> mx.array:
+    """`pairs.transition`."""
+    return native.transition(x, norm, expand, shrink, residual)

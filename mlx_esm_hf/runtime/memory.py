@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -24,6 +25,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+
+
+def evaluate(x: mx.array) -> None:
+    """Compute `x` now, but for the time while it is being traced by `mx.compile` or `mx.vmap`."""
+    with contextlib.suppress(ValueError):
+        mx.eval(x)
 
 
 def free_memory() -> int:

@@ -124,6 +124,24 @@ struct Softmax {
   }
 };
 
+// The panel `context` [d, NR] of a panel of queries, before it is divided by softmax's denominator: softmax is left in
+// `softmax`. score(k, n, scores) makes the scores [n, NR] of the keys [k, k + n); value rows are `stride` apart.
+// `scores` is memory for KEYS of them.
+template <class Score>
+inline void attend(long keys, const float* values, long stride, long d, float* scores, float* context,
+                   Softmax (&softmax)[NV], Score score) {
+  for (long k = 0; k < keys; k += KEYS) {
+    const long n = least(KEYS, keys - k);
+    score(k, n, scores);
+    for (int j = 0; j < NV; j++) {
+      const vec factor = softmax[j].add(scores + j * W, n);
+      if (k)
+        for (long i = 0; i < d; i++) store(context + i * NR + j * W, load(context + i * NR + j * W) * factor);
+    }
+    multiply<false>(d, values + k * stride, stride, scores, n, context, k > 0);
+  }
+}
+
 // Tasks are (sequence, head, block of queries), the blocks of one head side by side.
 struct Task {
   long sequence, head, first;
@@ -179,16 +197,8 @@ inline void attention_task(const Attention& p, const Task& task) {
   for (long q = task.first, end = least(task.first + QUERIES, head.length); q < end; q += NR) {
     head.pack_queries(q, queries, angles);
     Softmax softmax[NV];
-    for (long k = 0; k < head.keys; k += KEYS) {
-      const long n = least(KEYS, head.keys - k);
-      head.score(keys, k, n, queries, q, scores);
-      for (int j = 0; j < NV; j++) {
-        const vec factor = softmax[j].add(scores + j * W, n);
-        if (k)
-          for (long i = 0; i < d; i++) store(context + i * NR + j * W, load(context + i * NR + j * W) * factor);
-      }
-      multiply<false>(d, values + k * d, d, scores, n, context, k > 0);
-    }
+    attend(head.keys, values, d, d, scores, context, softmax,
+           [&](long k, long n, float* scores) { head.score(keys, k, n, queries, q, scores); });
     write_context(head, q, context, softmax);
   }
 }

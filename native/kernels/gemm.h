@@ -66,18 +66,18 @@ __attribute__((noinline)) void multiply(long rows, const float* a, long stride, 
   multiply_rest<ALONG_K>(rows - i, a + i * step, stride, panel, depth, c + i * NR, add);
 }
 
-// The panel [width, NR] of `count` <= NR rows of x, which are `stride` apart; missing rows are zero.
-inline void pack(const float* x, long stride, long count, long width, float* panel) {
+// The panel [width, NR] of `count` <= NR rows, of which row(i) is the address; missing rows are zero.
+template <class Row>
+inline void pack_rows(Row row, long count, long width, float* panel) {
   for (int j = 0; j < NV; j++) {
-    long rows = count - j * W;
+    const long present = count - j * W;
+    const float* rows[W];
+    for (int i = 0; i < W; i++) rows[i] = i < present ? row(j * W + i) : nullptr;
     for (long k = 0; k < width; k += W) {
       long columns = least(W, width - k);
       vec r[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i++) {
-        const float* row = x + (j * W + i) * stride + k;
-        r[i] = i >= rows ? vec{} : load_columns(row, columns);
-      }
+      for (int i = 0; i < W; i++) r[i] = i >= present ? vec{} : load_columns(rows[i] + k, columns);
       transpose(r);
       float* out = panel + k * NR + j * W;
       if (columns == W) {
@@ -88,6 +88,11 @@ inline void pack(const float* x, long stride, long count, long width, float* pan
       }
     }
   }
+}
+
+// The panel of `count` rows of x, which are `stride` apart.
+inline void pack(const float* x, long stride, long count, long width, float* panel) {
+  pack_rows([=](long i) { return x + i * stride; }, count, width, panel);
 }
 
 // The reverse: hand out, for each of `count` rows, pieces of up to W columns: write(row, column, values, columns).

@@ -9,6 +9,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "optimizer.h"
+#include "pairs.h"
 #include "threads.h"
 
 namespace {
@@ -119,10 +120,42 @@ void adamw(const AdamW& p, long size) {
   pieces(size, 1 << 14, [&](long begin, long end) { adamw_range(p, rates, begin, end); });
 }
 
+void gated_linear(const GatedLinear& p) {
+  parallel_for(ceil_div(p.tokens, NR), [&](long i) { gated_linear_panel(p, i * NR); });
+}
+
+void transition(const Transition& p) {
+  parallel_for(ceil_div(p.tokens, NR), [&](long i) { transition_panel(p, i * NR); });
+}
+
+void triangle_attention(const TriangleAttention& p) {
+  Arena arena;
+  for (long protein = 0; protein < p.proteins; protein++) {
+    const Triangle triangle{p, protein};
+    arena.clear();
+    float* bias = arena.take(triangle.bias_size());
+    parallel_for(p.length, [&](long key) { triangle.bias_of(key, bias); });
+    parallel_for(p.length, [&](long row) { triangle.attend_row(row, bias); });
+  }
+}
+
 }  // namespace
 
 const mlx_esm::Kernels* mlx_esm::TABLE() {
-  static const Kernels table{NAME,    linear,           gelu_of,        gelu_gradient, layer_norm, layer_norm_gradient,
-                             softmax, softmax_gradient, sum_of_squares, adamw,         attention,  attention_gradients};
+  static const Kernels table{NAME,
+                             linear,
+                             gelu_of,
+                             gelu_gradient,
+                             layer_norm,
+                             layer_norm_gradient,
+                             softmax,
+                             softmax_gradient,
+                             sum_of_squares,
+                             adamw,
+                             attention,
+                             attention_gradients,
+                             gated_linear,
+                             triangle_attention,
+                             transition};
   return &table;
 }

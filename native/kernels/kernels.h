@@ -45,6 +45,54 @@ struct AdamW {
   long step;  // from 1 on
 };
 
+// A layer norm over `width` numbers, and a linear layer [outputs, width], whose bias may be null.
+struct Norm {
+  const float *weight, *bias;
+  float eps;
+};
+
+struct Layer {
+  const float *weight, *bias;
+};
+
+// y = (z' · layerᵀ) · sigmoid(z' · gateᵀ) · mask + residual with z' = norm(z), of tokens that are pairs of residues; where
+// there is an x, x_norm(x) · layerᵀ instead of z' · layerᵀ.
+struct GatedLinear {
+  const float* z;         // [tokens, width]
+  const float* x;         // [width, tokens]; or null
+  const float* mask;      // [tokens]; or null
+  const float* residual;  // [tokens, outputs]; or null
+  float* y;               // [tokens, outputs]; [outputs, tokens] if y_first, without a residual
+  Norm norm, x_norm;
+  Layer gate, layer;
+  long tokens, width, outputs;
+  bool y_first;
+};
+
+// In each row of the pairs z of a protein, gated attention with a bias that all rows share (Jumper et al. 2021,
+// Supplement, algorithms 13 and 14): y = output(sigmoid(gate(z')) · attention(z')) + residual with z' = norm(z).
+struct TriangleAttention {
+  const float* z;         // [proteins, length, length, width]
+  const float* mask;      // [proteins, length], 0 hides a key
+  const float* residual;  // of the shape of z; or null
+  float* y;               // of the shape of z
+  Norm norm;
+  const float* bias;                // [heads, width], from z' to the bias
+  const float *query, *key, *value;  // [width, width]
+  Layer gate, output;
+  long proteins, length, width, heads;
+  bool ending;  // rows and columns are exchanged
+};
+
+// y = shrink(ReLU(expand(norm(x)))) + residual
+struct Transition {
+  const float *x, *residual;  // [tokens, width]; the residual may be null
+  float* y;                   // [tokens, width]
+  Norm norm;
+  Layer expand, shrink;  // [inner, width] and [width, inner]
+  long tokens, width, inner;
+};
+
 struct Kernels {
   const char* name;  // of the instruction set
 
@@ -72,6 +120,10 @@ struct Kernels {
 
   void (*attention)(const Attention&);
   void (*attention_gradients)(const AttentionGradients&);
+
+  void (*gated_linear)(const GatedLinear&);
+  void (*triangle_attention)(const TriangleAttention&);
+  void (*transition)(const Transition&);
 };
 
 // The tables that were compiled; those of another architecture than this machine's do not exist.

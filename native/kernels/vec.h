@@ -49,6 +49,7 @@ inline float sum(vec v) {
 }
 
 inline long least(long a, long b) { return a < b ? a : b; }
+inline long clamp(long columns) { return columns < 0 ? 0 : least(columns, W); }  // of a vector
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 inline long round_up(long a, long b) { return ceil_div(a, b) * b; }
 
@@ -118,6 +119,12 @@ inline vec gelu(vec x) {
   vec a = size(x);
   vec tail = exp_nonpositive(a * a * -0.5f) * normal_tail_ratio(a);
   return (x > 0.0f ? x : x * 0.0f) - a * tail;
+}
+
+// 1 / (1 + e^-x)
+inline vec sigmoid(vec x) {
+  const vec e = exp_nonpositive(-max(x, -x)), larger = 1.0f / (1.0f + e);
+  return x < 0.0f ? e * larger : larger;
 }
 
 // The derivative Φ(x) + x φ(x).

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -14,6 +15,8 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using mlx::core::array;
 using Optional = std::optional<array>;
+using Norm = std::tuple<array, Optional, float>;  // weight, bias, eps
+using Layer = std::tuple<array, Optional>;        // weight, bias
 
 static mlx_esm::Activation activation_called(const std::optional<std::string>& name) {
   if (!name) return mlx_esm::Activation::none;
@@ -21,6 +24,12 @@ static mlx_esm::Activation activation_called(const std::optional<std::string>& n
   if (*name == "relu") return mlx_esm::Activation::relu;
   throw std::invalid_argument("linear: the activation '" + *name + "' is neither 'gelu' nor 'relu'");
 }
+
+static mlx_esm::PairNorm norm_of(const Norm& norm) {
+  return {std::get<0>(norm), std::get<1>(norm), std::get<2>(norm)};
+}
+
+static mlx_esm::PairLayer layer_of(const Layer& layer) { return {std::get<0>(layer), std::get<1>(layer)}; }
 
 NB_MODULE(_native, m) {
   m.doc() = "The CPU kernels of mlx-esm-hf as operations on float32 mx.arrays; mlx_esm_hf.ops.kernels is their face.";
@@ -61,6 +70,31 @@ NB_MODULE(_native, m) {
       },
       "query"_a, "key"_a, "value"_a, "heads"_a, "offsets"_a, "mask"_a = none, "cos"_a = none, "sin"_a = none,
       "bias_k"_a = none, "bias_v"_a = none, "bias"_a = none);
+  m.def(
+      "gated_linear",
+      [](const array& z, const Norm& norm, const Layer& gate, const Layer& layer, const Optional& x,
+         const std::optional<Norm>& x_norm, const Optional& mask, const Optional& residual, bool y_first) {
+        const auto normed = x_norm ? std::optional(norm_of(*x_norm)) : std::nullopt;
+        return mlx_esm::gated_linear(z, norm_of(norm), layer_of(gate), layer_of(layer), x, normed, mask, residual,
+                                     y_first);
+      },
+      "z"_a, "norm"_a, "gate"_a, "layer"_a, "x"_a = none, "x_norm"_a = none, "mask"_a = none, "residual"_a = none,
+      "y_first"_a = false);
+  m.def(
+      "triangle_attention",
+      [](const array& z, const array& mask, const Norm& norm, const array& bias, const array& query, const array& key,
+         const array& value, const Layer& gate, const Layer& output, const Optional& residual, bool ending) {
+        return mlx_esm::triangle_attention(z, mask, norm_of(norm), bias, query, key, value, layer_of(gate),
+                                           layer_of(output), residual, ending);
+      },
+      "z"_a, "mask"_a, "norm"_a, "bias"_a, "query"_a, "key"_a, "value"_a, "gate"_a, "output"_a, "residual"_a = none,
+      "ending"_a = false);
+  m.def(
+      "transition",
+      [](const array& x, const Norm& norm, const Layer& expand, const Layer& shrink, const Optional& residual) {
+        return mlx_esm::transition(x, norm_of(norm), layer_of(expand), layer_of(shrink), residual);
+      },
+      "x"_a, "norm"_a, "expand"_a, "shrink"_a, "residual"_a = none);
 
   m.def("use_threads", &mlx_esm::use_threads, "n"_a);
   m.def("threads", &mlx_esm::threads);

@@ -31,4 +31,27 @@ mx::array attention(const mx::array& query, const mx::array& key, const mx::arra
                     const std::optional<mx::array>& bias_k, const std::optional<mx::array>& bias_v,
                     const std::optional<mx::array>& bias, mx::StreamOrDevice s = {});
 
+// The parameters of a layer norm, and of a linear layer.
+struct PairNorm {
+  mx::array weight;
+  std::optional<mx::array> bias;
+  float eps;
+};
+
+struct PairLayer {
+  mx::array weight;
+  std::optional<mx::array> bias;
+};
+
+mx::array gated_linear(const mx::array& z, const PairNorm& norm, const PairLayer& gate, const PairLayer& layer,
+                       const std::optional<mx::array>& x, const std::optional<PairNorm>& x_norm,
+                       const std::optional<mx::array>& mask, const std::optional<mx::array>& residual, bool y_first,
+                       mx::StreamOrDevice s = {});
+mx::array triangle_attention(const mx::array& z, const mx::array& mask, const PairNorm& norm, const mx::array& bias,
+                             const mx::array& query, const mx::array& key, const mx::array& value,
+                             const PairLayer& gate, const PairLayer& output, const std::optional<mx::array>& residual,
+                             bool ending, mx::StreamOrDevice s = {});
+mx::array transition(const mx::array& x, const PairNorm& norm, const PairLayer& expand, const PairLayer& shrink,
+                     const std::optional<mx::array>& residual, mx::StreamOrDevice s = {});
+
 }  // namespace mlx_esm

@@ -187,3 +187,97 @@ struct ExactAttention {
   const mlx_esm::Attention& p;
   const long d, D;
 };
+
+inline Doubles exact_norm(const float* x, const mlx_esm::Norm& norm, long width) {
+  double mean = 0, variance = 0;
+  for (long i = 0; i < width; i++) mean += x[i] / double(width);
+  for (long i = 0; i < width; i++) variance += std::pow(x[i] - mean, 2) / width;
+  Doubles y(width);
+  for (long i = 0; i < width; i++)
+    y[i] = (x[i] - mean) / std::sqrt(variance + norm.eps) * norm.weight[i] + (norm.bias ? norm.bias[i] : 0);
+  return y;
+}
+
+inline double exact_output(const Doubles& x, const mlx_esm::Layer& layer, long n) {
+  double sum = layer.bias ? layer.bias[n] : 0;
+  for (size_t k = 0; k < x.size(); k++) sum += x[k] * layer.weight[n * x.size() + k];
+  return sum;
+}
+
+inline double exact_sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+inline Doubles exact_gated_linear(const mlx_esm::GatedLinear& p) {
+  Doubles y(p.tokens * p.outputs);
+  for (long t = 0; t < p.tokens; t++) {
+    const Doubles z = exact_norm(p.z + t * p.width, p.norm, p.width);
+    Doubles x = z;
+    if (p.x) {
+      Floats column(p.width);
+      for (long k = 0; k < p.width; k++) column[k] = p.x[k * p.tokens + t];
+      x = exact_norm(column.data(), p.x_norm, p.width);
+    }
+    for (long n = 0; n < p.outputs; n++) {
+      const double value = exact_output(x, p.layer, n) * exact_sigmoid(exact_output(z, p.gate, n));
+      y[p.y_first ? n * p.tokens + t : t * p.outputs + n] =
+          value * (p.mask ? p.mask[t] : 1) + (p.residual ? p.residual[t * p.outputs + n] : 0);
+    }
+  }
+  return y;
+}
+
+inline Doubles exact_transition(const mlx_esm::Transition& p) {
+  Doubles y(p.tokens * p.width);
+  for (long t = 0; t < p.tokens; t++) {
+    const Doubles x = exact_norm(p.x + t * p.width, p.norm, p.width);
+    Doubles inner(p.inner);
+    for (long n = 0; n < p.inner; n++) inner[n] = std::max(0.0, exact_output(x, p.expand, n));
+    for (long n = 0; n < p.width; n++)
+      y[t * p.width + n] = exact_output(inner, p.shrink, n) + (p.residual ? p.residual[t * p.width + n] : 0);
+  }
+  return y;
+}
+
+inline Doubles exact_triangle_attention(const mlx_esm::TriangleAttention& p) {
+  const long L = p.length, C = p.width, d = C / p.heads;
+  Doubles y(p.proteins * L * L * C);
+  for (long b = 0; b < p.proteins; b++) {
+    auto place = [&](long row, long column) {
+      return ((b * L + (p.ending ? column : row)) * L + (p.ending ? row : column)) * C;
+    };
+    auto outputs = [&](const Doubles& z, const float* weight) {
+      Doubles all(C);
+      for (long n = 0; n < C; n++) all[n] = exact_output(z, {weight, nullptr}, n);
+      return all;
+    };
+    std::vector<std::vector<Doubles>> z(L, std::vector<Doubles>(L));
+    for (long i = 0; i < L; i++)
+      for (long j = 0; j < L; j++) z[i][j] = exact_norm(p.z + place(i, j), p.norm, C);
+    for (long i = 0; i < L; i++) {
+      std::vector<Doubles> keys, values;
+      for (long k = 0; k < L; k++) {
+        keys.push_back(outputs(z[i][k], p.key));
+        values.push_back(outputs(z[i][k], p.value));
+      }
+      for (long j = 0; j < L; j++) {
+        const Doubles query = outputs(z[i][j], p.query);
+        Doubles gated(C);
+        for (long h = 0; h < p.heads; h++) {
+          double total = 0;
+          Doubles context(d);
+          for (long k = 0; k < L; k++) {
+            if (!p.mask[b * L + k]) continue;
+            double score = exact_output(z[j][k], {p.bias, nullptr}, h);
+            for (long e = h * d; e < (h + 1) * d; e++) score += query[e] * keys[k][e] / std::sqrt(d);
+            total += std::exp(score);
+            for (long e = 0; e < d; e++) context[e] += std::exp(score) * values[k][h * d + e];
+          }
+          for (long e = 0; e < d; e++)
+            gated[h * d + e] = context[e] / total * exact_sigmoid(exact_output(z[i][j], p.gate, h * d + e));
+        }
+        for (long n = 0; n < C; n++)
+          y[place(i, j) + n] = exact_output(gated, p.output, n) + (p.residual ? p.residual[place(i, j) + n] : 0);
+      }
+    }
+  }
+  return y;
+}

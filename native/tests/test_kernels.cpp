@@ -234,6 +234,84 @@ void test_attentions() {
   }
 }
 
+// Weights and a bias, which keep numbers at their size.
+struct Parameters {
+  Floats weight, bias;
+
+  Parameters(long outputs, long inputs) : weight(numbers(outputs * inputs, 1 / std::sqrt(inputs))), bias(numbers(outputs)) {}
+
+  Layer layer(bool with_bias = true) const { return {weight.data(), with_bias ? bias.data() : nullptr}; }
+  Norm norm(bool with_bias = true) const { return {weight.data(), with_bias ? bias.data() : nullptr, 1e-5f}; }
+};
+
+void test_gated_linear() {
+  for (long tokens : {0, 1, 31, 70})
+    for (long width : {4, 33, 128})
+      for (long outputs : {1, 20, 128})
+        for (int options = 0; options < 8; options++) {
+          const Parameters norm(width, 1), x_norm(width, 1), gate(outputs, width), layer(outputs, width);
+          const Floats z = numbers(tokens * width), x = numbers(tokens * width), mask = numbers(tokens);
+          const Floats residual = numbers(tokens * outputs);
+          const bool with_x = options & 1, with_mask = options & 2, y_first = options & 4;
+          Floats y(tokens * outputs);
+          const GatedLinear p{z.data(),      with_x ? x.data() : nullptr, with_mask ? mask.data() : nullptr,
+                              y_first ? nullptr : residual.data(),        y.data(),
+                              norm.norm(),   x_norm.norm(with_mask),      gate.layer(with_mask),
+                              layer.layer(), tokens,                      width,
+                              outputs,       y_first};
+          kernels().gated_linear(p);
+          compare("gated linear", y, exact_gated_linear(p), width == 4 ? 1e-4 : 5e-6);
+        }
+}
+
+void test_transition() {
+  for (long tokens : {0, 1, 31, 70})
+    for (long width : {4, 33, 128})
+      for (long inner : {1, 130, 512})
+        for (bool with_residual : {false, true}) {
+          const Parameters norm(width, 1), expand(inner, width), shrink(width, inner);
+          const Floats x = numbers(tokens * width), residual = numbers(tokens * width);
+          Floats y(tokens * width);
+          const Transition p{x.data(),     with_residual ? residual.data() : nullptr, y.data(), norm.norm(),
+                             expand.layer(), shrink.layer(with_residual),             tokens,   width,
+                             inner};
+          kernels().transition(p);
+          compare("transition", y, exact_transition(p), width == 4 ? 1e-4 : 5e-6);
+        }
+}
+
+void test_triangle_attention() {
+  for (long length : {1, 2, 17, 34})
+    for (long heads : {1, 3})
+      for (bool ending : {false, true})
+        for (bool with_residual : {false, true}) {
+          const long proteins = 2, width = heads * 11, size = proteins * length * length * width;
+          const Parameters norm(width, 1), bias(heads, width), query(width, width), key(width, width);
+          const Parameters value(width, width), gate(width, width), output(width, width);
+          const Floats z = numbers(size), residual = numbers(size);
+          Floats mask(proteins * length, 1.0f), y(size);
+          for (long i = length / 2 + 1; i < length; i++) mask[length + i] = 0;  // of the second protein
+          const TriangleAttention p{z.data(),
+                                    mask.data(),
+                                    with_residual ? residual.data() : nullptr,
+                                    y.data(),
+                                    norm.norm(),
+                                    bias.weight.data(),
+                                    query.weight.data(),
+                                    key.weight.data(),
+                                    value.weight.data(),
+                                    gate.layer(),
+                                    output.layer(with_residual),
+                                    proteins,
+                                    length,
+                                    width,
+                                    heads,
+                                    ending};
+          kernels().triangle_attention(p);
+          compare("triangle attention", y, exact_triangle_attention(p), 5e-6);
+        }
+}
+
 void test_instruction_sets() {
   try {
     choose("nonsense");
@@ -328,6 +406,9 @@ int main() {
     test_softmax();
     test_adamw();
     test_attentions();
+    test_gated_linear();
+    test_transition();
+    test_triangle_attention();
     std::printf("%s: %d checks so far, %d failed\n", set.c_str(), checks.load(), failures.load());
   }
   return failures ? 1 : 0;

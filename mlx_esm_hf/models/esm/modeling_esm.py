@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.checkpoint.names import Dialect
-from mlx_esm_hf.modeling_inputs import IGNORED, Tables, as_array, check_inputs, check_labels, evaluate, host, labels_at
+from mlx_esm_hf.modeling_inputs import IGNORED, Tables, as_array, check_inputs, check_labels, host, labels_at
 from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear, whole_weight
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
@@ -36,6 +36,7 @@ from mlx_esm_hf.modeling_outputs import (
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig, as_mlx_config, check_config
 from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TRANSFORMERS_5
+from mlx_esm_hf.runtime.memory import evaluate
 
 # The share of residues that ESM's training replaced by <mask>: 15% were selected, 80% of those masked.
 MASK_RATIO_TRAIN = 0.15 * 0.8

@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.modeling_inputs import as_array, evaluate, host
+from mlx_esm_hf.modeling_inputs import as_array, host
 from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear
 from mlx_esm_hf.modeling_outputs import MLXEsmForProteinFoldingOutput
 from mlx_esm_hf.modeling_utils import as_dtype
@@ -27,6 +27,8 @@ from mlx_esm_hf.models.esm import residue_constants
 from mlx_esm_hf.models.esm.modeling_esm import MLXEsmModel, MLXEsmPreTrainedModel
 from mlx_esm_hf.models.esm.names import TRANSFORMERS_4, TRANSFORMERS_5
 from mlx_esm_hf.models.esm.structure_module import MLXEsmFoldStructureModule
+from mlx_esm_hf.ops.pairs import Layer, gated_linear, transition, triangle_attention
+from mlx_esm_hf.runtime.memory import evaluate
 
 DISTOGRAM_BINS = 64
 LDDT_BINS = 50
@@ -38,64 +40,17 @@ RECYCLE_RANGE = (3.375, 21.375)  # in Å, between CB atoms
 NUM_AA_TOKENS = len(residue_constants.RESTYPES) + 3
 UNKNOWN = residue_constants.RESTYPES_WITH_X.index("X")
 
-# Numbers that an operation on pairs makes at a time (16 MB): what stays in the cache is faster, and bounds the memory.
-NUMBERS_AT_A_TIME = 1 << 22
-
-
 # Operations on the state of residue pairs
 
 
-def by_rows(function: Callable[..., mx.array], rows: int, *arrays: mx.array) -> mx.array:
-    """function(*arrays), of `rows` rows [B, rows, ...] at a time."""
-    L = arrays[0].shape[1]
-    if rows >= L:
-        return function(*arrays)
-    results = []
-    for first in range(0, L, rows):
-        results.append(function(*(x[:, first : first + rows] for x in arrays)))
-        evaluate(results[-1])  # left to itself, MLX has the inside of several in memory
-    return mx.concatenate(results, axis=1)
-
-
-def triangle_attention(query: mx.array, key: mx.array, value: mx.array, bias: mx.array) -> mx.array:
-    """In each row of pairs, softmax(query · keyᵀ / √d + bias) · value over the pairs of the row.
-
-    Args:
-        query, key, value: [B, R, L, H, d], of R rows.
-        bias: [B, 1, H, L, L], the same for every row, and far below 0 for a key that is padding.
-
-    Returns:
-        [B, R, L, H · d].
-    """
-    q, k, v = (x.swapaxes(2, 3) for x in (query, key, value))
-    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2) + bias
-    return (ops.softmax(scores) @ v).swapaxes(2, 3).flatten(3)
+def parameters_of(layer: Any) -> Layer:
+    """The weight and bias of a linear layer or a layer norm."""
+    return layer.weight, layer.get("bias")
 
 
 def triangle_product(a: mx.array, b: mx.array, outgoing: bool) -> mx.array:
-    """Σ_k a_ik · b_jk of each channel, or Σ_k a_ki · b_kj of edges that come in; all are [B, L, L, C]."""
-    a, b = a.transpose(0, 3, 1, 2), b.transpose(0, 3, 1, 2)
-    product = a @ b.swapaxes(-1, -2) if outgoing else a.swapaxes(-1, -2) @ b
-    return product.transpose(0, 2, 3, 1)
-
-
-def gated(x: mx.array, gate: mx.array) -> mx.array:
-    """x · sigmoid(gate)"""
-    return x * mx.sigmoid(gate)
-
-
-def transition(
-    x: mx.array, norm: LayerNorm, expand: Linear, shrink: Linear, drop: Any, rows: int | None = None
-) -> mx.array:
-    """x + shrink(ReLU(expand(norm(x)))) [B, L, ..., C]; the inside, 4 · C wide, is made of some rows at a time."""
-    inside = expand.weight.shape[0] * x[:, :1, ..., 0].size
-
-    def step(x: mx.array) -> mx.array:
-        if drop.training and drop.p:
-            return x + drop(shrink(expand(norm(x), activation="relu")))
-        return shrink(expand(norm(x), activation="relu"), residual=x)
-
-    return by_rows(step, rows or max(1, NUMBERS_AT_A_TIME // inside), x)
+    """Σ_k a_ik · b_jk of each channel, or Σ_k a_ki · b_kj of edges that come in; all are [C, B, L, L]."""
+    return a @ b.swapaxes(-1, -2) if outgoing else a.swapaxes(-1, -2) @ b
 
 
 class Dropout(nn.Module):
@@ -105,11 +60,13 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self.axis = p, axis
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def add(self, x: mx.array, update: Callable[[mx.array | None], mx.array]) -> mx.array:
+        """x + dropout(update(None)). Where nothing is dropped it is update(x), which adds x to what it computes."""
         if not (self.training and self.p):
-            return x
-        shape = [1 if axis == self.axis else n for axis, n in enumerate(x.shape)]
-        return x * mx.random.bernoulli(1 - self.p, shape) / (1 - self.p)
+            return update(x)
+        y = update(None)
+        shape = [1 if axis == self.axis else n for axis, n in enumerate(y.shape)]
+        return x + y * mx.random.bernoulli(1 - self.p, shape) / (1 - self.p)
 
 
 class MLXEsmFoldTriangleMultiplicativeUpdate(nn.Module):
@@ -123,47 +80,29 @@ class MLXEsmFoldTriangleMultiplicativeUpdate(nn.Module):
         self.linear_g, self.linear_z = Linear(C, C), Linear(C, C)
         self.layer_norm_in, self.layer_norm_out = LayerNorm(C), LayerNorm(C)
 
-    def __call__(self, z: mx.array, mask: mx.array) -> mx.array:
-        """z [B, L, L, C] and mask [B, L] to [B, L, L, C]."""
-        pairs = (mask[:, :, None] * mask[:, None, :])[..., None].astype(z.dtype)
-        rows = max(1, NUMBERS_AT_A_TIME // z[:, :1].size)
-
-        def edges(project: Linear, gate: Linear) -> mx.array:
-            def step(z: mx.array, pairs: mx.array) -> mx.array:
-                z = self.layer_norm_in(z)
-                return pairs * gated(project(z), gate(z))
-
-            return by_rows(step, rows, z, pairs)
-
-        a, b = edges(self.linear_a_p, self.linear_a_g), edges(self.linear_b_p, self.linear_b_g)
+    def __call__(self, z: mx.array, mask: mx.array, residual: mx.array | None = None) -> mx.array:
+        """z [B, L, L, C], mask [B, L] and perhaps a residual to [B, L, L, C]."""
+        names = "layer_norm_in", "linear_a_g", "linear_a_p", "linear_b_g", "linear_b_p", "linear_g", "linear_z"
+        norm, a_gate, a_layer, b_gate, b_layer, gate, layer = (parameters_of(self[name]) for name in names)
+        pairs = (mask[:, :, None] * mask[:, None, :]).astype(z.dtype)
+        a = gated_linear(z, norm, a_gate, a_layer, mask=pairs, channels_first=True)
+        b = gated_linear(z, norm, b_gate, b_layer, mask=pairs, channels_first=True)
         x = triangle_product(a, b, self.outgoing)
-
-        def outcome(x: mx.array, z: mx.array) -> mx.array:
-            return gated(self.linear_z(self.layer_norm_out(x)), self.linear_g(self.layer_norm_in(z)))
-
         del a, b
         evaluate(x)
-        return by_rows(outcome, rows, x, z)
+        return gated_linear(z, norm, gate, layer, x, parameters_of(self.layer_norm_out), residual=residual)
 
 
 class MLXEsmFoldAttention(nn.Module):
-    """Gated attention in rows of pairs."""
+    """The layers of gated attention in rows of pairs."""
 
-    def __init__(self, C: int, head_width: int):
+    def __init__(self, C: int):
         super().__init__()
-        self.heads = C // head_width
         self.linear_q = Linear(C, C, bias=False)
         self.linear_k = Linear(C, C, bias=False)
         self.linear_v = Linear(C, C, bias=False)
         self.linear_o = Linear(C, C)
         self.linear_g = Linear(C, C)
-
-    def __call__(self, z: mx.array, bias: mx.array) -> mx.array:
-        """z [B, R, L, C], of R rows, and bias [B, 1, H, L, L] to [B, R, L, C]."""
-        query, key, value = (
-            linear(z).reshape(*z.shape[:3], self.heads, -1) for linear in (self.linear_q, self.linear_k, self.linear_v)
-        )
-        return self.linear_o(gated(triangle_attention(query, key, value, bias), self.linear_g(z)))
 
 
 class MLXEsmFoldTriangleAttention(nn.Module):
@@ -174,24 +113,31 @@ class MLXEsmFoldTriangleAttention(nn.Module):
         self.starting = starting
         self.layer_norm = LayerNorm(C)
         self.linear = Linear(C, C // head_width, bias=False)
-        self.mha = MLXEsmFoldAttention(C, head_width)
+        self.mha = MLXEsmFoldAttention(C)
 
-    def __call__(self, z: mx.array, mask: mx.array, chunk_size: int | None = None) -> mx.array:
-        """z [B, L, L, C] and mask [B, L] to [B, L, L, C].
+    def __call__(
+        self, z: mx.array, mask: mx.array, residual: mx.array | None = None, chunk_size: int | None = None
+    ) -> mx.array:
+        """z [B, L, L, C], mask [B, L] and perhaps a residual to [B, L, L, C].
 
         Args:
-            chunk_size: how many rows to compute at a time; None, as many as `NUMBERS_AT_A_TIME` allows.
+            chunk_size: how many rows to compute at a time; None, as many as 16 MB hold. The CPU kernel needs none.
         """
-        if not self.starting:
-            z = z.swapaxes(1, 2)
-        bias = by_rows(
-            lambda z: self.linear(self.layer_norm(z)), max(1, NUMBERS_AT_A_TIME // z[:, :1].size), z
-        ).transpose(0, 3, 1, 2)[:, None]
-        # A finite number: in rows of nothing but padding −∞ would become NaN, which spreads.
-        bias = bias + (1e9 * (mask.astype(bias.dtype) - 1))[:, None, None, None, :]
-        rows = chunk_size or max(1, NUMBERS_AT_A_TIME // bias.size)
-        z = by_rows(lambda z: self.mha(self.layer_norm(z), bias), rows, z)
-        return z if self.starting else z.swapaxes(1, 2)
+        mha = self.mha
+        return triangle_attention(
+            z,
+            mask.astype(z.dtype),
+            parameters_of(self.layer_norm),
+            self.linear.weight,
+            mha.linear_q.weight,
+            mha.linear_k.weight,
+            mha.linear_v.weight,
+            parameters_of(mha.linear_g),
+            parameters_of(mha.linear_o),
+            residual,
+            not self.starting,
+            chunk_size,
+        )
 
 
 # The block
@@ -207,14 +153,14 @@ class MLXEsmFoldSelfAttention(nn.Module):
         self.o_proj = Linear(C, C)
         self.g_proj = Linear(C, C)
 
-    def __call__(self, x: mx.array, mask: mx.array, bias: mx.array) -> mx.array:
-        """x [B, L, C], mask [B, L] and bias [B, L, L, H] to [B, L, C]."""
+    def __call__(self, x: mx.array, mask: mx.array, bias: mx.array, residual: mx.array | None = None) -> mx.array:
+        """x [B, L, C], mask [B, L], bias [B, L, L, H] and perhaps a residual to [B, L, C]."""
         B, L, C = x.shape
         qkv = self.proj(x).reshape(B, L, self.heads, 3, -1)  # each head has its own three in a row
         query, key, value = (qkv[..., i, :].reshape(B, L, C) for i in range(3))
         layout = ops.Layout((B, L), mask.astype(mx.bool_))
         y = ops.attention(query, key, value, self.heads, layout, bias=bias.transpose(0, 3, 1, 2))
-        return self.o_proj(gated(y, self.g_proj(x)))
+        return self.o_proj(y * mx.sigmoid(self.g_proj(x)), residual=residual)
 
 
 class MLXEsmFoldSequenceToPair(nn.Module):
@@ -256,7 +202,8 @@ class MLXEsmFoldResidueMLP(nn.Module):
 
     def __call__(self, x: mx.array, rows: int | None = None) -> mx.array:
         norm, expand, _, shrink, drop = self.mlp
-        return transition(x, norm, expand, shrink, drop, rows)
+        layers = parameters_of(norm), parameters_of(expand), parameters_of(shrink)
+        return drop.add(x, lambda residual: transition(x, *layers, residual, rows))
 
 
 class MLXEsmFoldTriangularSelfAttentionBlock(nn.Module):
@@ -284,17 +231,18 @@ class MLXEsmFoldTriangularSelfAttentionBlock(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """s [B, L, sequence_state_dim] and z [B, L, L, pairwise_state_dim], under mask [B, L], to the same."""
         bias = self.pair_to_sequence(z)
-        s = s + self.drop(self.seq_attention(self.layernorm_1(s), mask, bias))
+        attended = self.layernorm_1(s)
+        s = self.drop.add(s, lambda residual: self.seq_attention(attended, mask, bias, residual))
         s = self.mlp_seq(s)
         z = z + self.sequence_to_pair(s)
         # Each is computed before the next one, so that the inside of one alone is in memory.
-        z = z + self.row_drop(self.tri_mul_out(z, mask))
+        z = self.row_drop.add(z, lambda residual: self.tri_mul_out(z, mask, residual))
         evaluate(z)
-        z = z + self.col_drop(self.tri_mul_in(z, mask))
+        z = self.col_drop.add(z, lambda residual: self.tri_mul_in(z, mask, residual))
         evaluate(z)
-        z = z + self.row_drop(self.tri_att_start(z, mask, chunk_size))
+        z = self.row_drop.add(z, lambda residual: self.tri_att_start(z, mask, residual, chunk_size))
         evaluate(z)
-        z = z + self.col_drop(self.tri_att_end(z, mask, chunk_size))
+        z = self.col_drop.add(z, lambda residual: self.tri_att_end(z, mask, residual, chunk_size))
         evaluate(z)
         return s, self.mlp_pair(z, chunk_size)
 

@@ -16,8 +16,8 @@ from transformers import EsmForProteinFolding
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
 from mlx_esm_hf.checkpoint.errors import CheckpointError
-from mlx_esm_hf.models.esm import modeling_esmfold
 from mlx_esm_hf.models.esm.residue_constants import RESTYPES
+from mlx_esm_hf.ops import pairs
 from tests.bar import hold_to_bar
 from tests.models.esm.folding import Peers, peers, residues
 from tests.tiny import tiny_folding
@@ -94,7 +94,7 @@ def test_padded_batch(models: Peers, chunk_size: int | None) -> None:
 def test_chunks_change_nothing(models: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask, positions = residues([19, 12])
     whole = models.ours(ids, mask, positions, num_recycles=1)
-    monkeypatch.setattr(modeling_esmfold, "NUMBERS_AT_A_TIME", 1)
+    monkeypatch.setattr(pairs, "NUMBERS_AT_A_TIME", 1)
     for chunk_size in (None, 4):
         models.ours.set_chunk_size(chunk_size)
         chunked = models.ours(ids, mask, positions, num_recycles=1)
@@ -140,7 +140,7 @@ PARTS: dict[str, tuple[str, str, Call, Call, str]] = {
     ),
     "triangle attention, ending, by 3 rows": (
         *("trunk.blocks.0.tri_att_end", "z"),
-        *(lambda m, z, mask: m(z, mask, 3), lambda m, z, mask: m(z, mask=pair(mask)), "z"),
+        *(lambda m, z, mask: m(z, mask, chunk_size=3), lambda m, z, mask: m(z, mask=pair(mask)), "z"),
     ),
     "transition of pairs, by 2 rows": (
         *("trunk.blocks.0.mlp_pair", "z"),

@@ -1,0 +1,201 @@
+// What the trunk of a folding network does to the states of pairs of residues.
+//
+// A state is narrow, 128 numbers, so that the weights of a few layers stay in the second-level cache: a panel of NR
+// pairs (gemm.h) is packed once and goes through layer norm, products, gates and the residual while it is in the first.
+// Nothing between has the size of all pairs.
+#pragma once
+
+#include "arena.h"
+#include "attention.h"
+#include "gemm.h"
+#include "kernels.h"
+
+namespace {
+
+using mlx_esm::GatedLinear;
+using mlx_esm::Layer;
+using mlx_esm::Norm;
+using mlx_esm::Transition;
+using mlx_esm::TriangleAttention;
+
+// Layer norm of a panel [width, NR], in place.
+inline void normalize(float* panel, long width, const Norm& norm) {
+  for (int j = 0; j < NV; j++) {
+    float* x = panel + j * W;
+    // Four sums, which are exact to more digits than one.
+    auto mean_of = [&](auto f) {
+      vec s[4] = {};
+      for (long k = 0; k < width; k++) s[k % 4] += f(load(x + k * NR));
+      return ((s[0] + s[1]) + (s[2] + s[3])) / float(width);
+    };
+    const vec mean = mean_of([](vec v) { return v; });
+    const vec variance = mean_of([&](vec v) { return (v - mean) * (v - mean); });
+    float scales[W];
+    store(scales, variance + norm.eps);
+    for (float& s : scales) s = 1.0f / __builtin_sqrtf(s);
+    const vec scale = load(scales);
+    for (long k = 0; k < width; k++)
+      store(x + k * NR, (load(x + k * NR) - mean) * scale * norm.weight[k] + (norm.bias ? norm.bias[k] : 0.0f));
+  }
+}
+
+// y[outputs, NR] = weight[outputs, width] · panel[width, NR].
+inline void product(const float* weight, const float* panel, long outputs, long width, float* y) {
+  multiply<true>(outputs, weight, width, panel, width, y, false);
+}
+
+inline float at(const float* bias, long i) { return bias ? bias[i] : 0.0f; }
+
+// y = (y + bias) · sigmoid(gate + gate_bias), of panels.
+inline void apply_gate(float* y, const float* bias, const float* gate, const float* gate_bias, long outputs) {
+  for (long n = 0; n < outputs; n++)
+    for (int j = 0; j < NV; j++) {
+      const long i = n * NR + j * W;
+      store(y + i, (load(y + i) + at(bias, n)) * sigmoid(load(gate + i) + at(gate_bias, n)));
+    }
+}
+
+// A panel [width, NR] to tokens, + bias + residual: `place(i)` is where the i-th token's numbers are, in both.
+template <class Place>
+inline void write_tokens(const float* panel, const float* bias, const float* residual, float* y, long count,
+                         long width, Place place) {
+  unpack(panel, count, width, [&](long token, long column, vec v, long columns) {
+    const long i = place(token) + column;
+    if (bias) v += load_columns(bias + column, columns);
+    if (residual) v += load_columns(residual + i, columns);
+    store_columns(y + i, v, columns);
+  });
+}
+
+// The NR tokens from t on.
+inline void gated_linear_panel(const GatedLinear& p, long t) {
+  static thread_local Arena arena;
+  const long count = least(NR, p.tokens - t), K = p.width, N = p.outputs;
+  arena.clear();
+  float *x = arena.take(K * NR), *gate = arena.take(N * NR), *y = arena.take(N * NR);
+
+  pack(p.z + t * K, K, count, K, x);
+  normalize(x, K, p.norm);
+  product(p.gate.weight, x, N, K, gate);
+  if (p.x) {
+    for (long k = 0; k < K; k++)
+      for (int j = 0; j < NV; j++)
+        store(x + k * NR + j * W, load_columns(p.x + k * p.tokens + t + j * W, clamp(count - j * W)));
+    normalize(x, K, p.x_norm);
+  }
+  product(p.layer.weight, x, N, K, y);
+  apply_gate(y, p.layer.bias, gate, p.gate.bias, N);
+
+  if (p.mask)
+    for (int j = 0; j < NV; j++) {
+      const vec mask = load_columns(p.mask + t + j * W, clamp(count - j * W));
+      for (long n = 0; n < N; n++) store(y + n * NR + j * W, load(y + n * NR + j * W) * mask);
+    }
+  if (p.y_first)
+    for (long n = 0; n < N; n++)
+      for (int j = 0; j < NV; j++)
+        store_columns(p.y + n * p.tokens + t + j * W, load(y + n * NR + j * W), clamp(count - j * W));
+  else
+    write_tokens(y, nullptr, p.residual, p.y, count, N, [&](long token) { return (t + token) * N; });
+}
+
+// The NR tokens from t on. The inside is made of some numbers of the inner width at a time.
+inline void transition_panel(const Transition& p, long t) {
+  static thread_local Arena arena;
+  constexpr long INNER = 8 * MR;
+  const long count = least(NR, p.tokens - t), K = p.width;
+  arena.clear();
+  float *x = arena.take(K * NR), *inner = arena.take(INNER * NR), *y = arena.take(K * NR);
+  pack(p.x + t * K, K, count, K, x);
+  normalize(x, K, p.norm);
+  for (long n = 0; n < p.inner; n += INNER) {
+    const long N = least(INNER, p.inner - n);
+    product(p.expand.weight + n * K, x, N, K, inner);
+    for (long i = 0; i < N; i++)
+      for (int j = 0; j < NV; j++) {
+        const vec v = load(inner + i * NR + j * W) + at(p.expand.bias, n + i);
+        store(inner + i * NR + j * W, v < 0.0f ? vec{} : v);  // NaN stays NaN
+      }
+    multiply<true>(K, p.shrink.weight + n, p.inner, inner, N, y, n > 0);
+  }
+  write_tokens(y, p.shrink.bias, p.residual, p.y, count, K, [&](long token) { return (t + token) * K; });
+}
+
+// One protein's pairs. A row is those that begin at a residue, or that end there.
+struct Triangle {
+  const TriangleAttention& p;
+  long protein;
+
+  long stride() const { return round_up(p.length, NR); }  // of the bias
+  long bias_size() const { return p.heads * p.length * stride(); }
+
+  // Where the numbers of a pair are.
+  long place(long row, long column) const {
+    const long first = p.ending ? column : row, second = p.ending ? row : column;
+    return ((protein * p.length + first) * p.length + second) * p.width;
+  }
+
+  void pack_row(long row, long column, float* panel) const {
+    auto address = [&](long i) { return p.z + place(row, column + i); };
+    pack_rows(address, least(NR, p.length - column), p.width, panel);
+    normalize(panel, p.width, p.norm);
+  }
+
+  // The bias [heads, keys, queries] of one key, that of hidden ones included: queries are side by side, as in a panel.
+  void bias_of(long key, float* bias) const {
+    static thread_local Arena arena;
+    arena.clear();
+    float *x = arena.take(p.width * NR), *y = arena.take(p.heads * NR);
+    for (long q = 0; q < p.length; q += NR) {
+      auto address = [&](long i) { return p.z + place(q + i, key); };
+      pack_rows(address, least(NR, p.length - q), p.width, x);
+      normalize(x, p.width, p.norm);
+      product(p.bias, x, p.heads, p.width, y);
+      for (long h = 0; h < p.heads; h++)
+        for (int j = 0; j < NV; j++) {
+          const bool hidden = p.mask[protein * p.length + key] == 0;
+          store(bias + (h * p.length + key) * stride() + q + j * W, hidden ? splat(HIDDEN) : load(y + h * NR + j * W));
+        }
+    }
+  }
+
+  void attend_row(long row, const float* bias) const {
+    static thread_local Arena arena;
+    const long L = p.length, C = p.width, d = C / p.heads;
+    const float scale = 1.0f / __builtin_sqrtf(d);
+    arena.clear();
+    float *keys = arena.take(L * C), *values = arena.take(L * C);
+    float *x = arena.take(C * NR), *y = arena.take(C * NR), *queries = arena.take(C * NR), *gate = arena.take(C * NR);
+    float* scores = arena.take(KEYS * NR);
+    for (long k = 0; k < L; k += NR) {
+      const long count = least(NR, L - k);
+      pack_row(row, k, x);
+      product(p.key, x, C, C, y);
+      write_tokens(y, nullptr, nullptr, keys, count, C, [&](long i) { return (k + i) * C; });
+      product(p.value, x, C, C, y);
+      write_tokens(y, nullptr, nullptr, values, count, C, [&](long i) { return (k + i) * C; });
+    }
+    for (long q = 0; q < L; q += NR) {
+      pack_row(row, q, x);
+      product(p.query, x, C, C, queries);
+      for (long i = 0; i < C * NR; i += W) store(queries + i, load(queries + i) * scale);
+      product(p.gate.weight, x, C, C, gate);
+      float* context = x;  // which is not needed any more
+      for (long h = 0; h < p.heads; h++) {
+        Softmax softmax[NV];
+        attend(L, values + h * d, C, d, scores, context + h * d * NR, softmax, [&](long k, long n, float* scores) {
+          for (long i = 0; i < n; i++)
+            __builtin_memcpy(scores + i * NR, bias + (h * L + k + i) * stride() + q, NR * sizeof(float));
+          multiply<true>(n, keys + k * C + h * d, C, queries + h * d * NR, d, scores, true);
+        });
+        for (long i = h * d * NR; i < (h + 1) * d * NR; i += W)
+          store(context + i, load(context + i) / softmax[i / W % NV].total);
+      }
+      apply_gate(context, nullptr, gate, p.gate.bias, C);
+      product(p.output.weight, context, C, C, y);
+      write_tokens(y, p.output.bias, p.residual, p.y, least(NR, L - q), C, [&](long i) { return place(row, q + i); });
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,168 @@
+"""Operations on pairs of residues and their gradients, by each instruction set's kernels and without them, against
+float64 and held to torch's float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from mlx_esm_hf.ops import kernels, pairs
+from tests.bar import hold_to_bar
+
+F = torch.nn.functional
+B, C, OUTPUTS = 2, 24, 20
+SETS = kernels.native.instruction_sets() if kernels.native else []
+
+
+@pytest.fixture(params=[*SETS, "plain"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernels of an instruction set, or none."""
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "native", None)
+        yield
+    else:
+        before = kernels.native.instruction_set()
+        kernels.native.choose(request.param)
+        yield
+        kernels.native.choose(before)
+    mx.set_default_device(device)
+
+
+def numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+def norm(seed: int) -> list[np.ndarray]:
+    return [1 + numbers(C, seed=seed, scale=0.2), numbers(C, seed=seed + 1, scale=0.2)]
+
+
+def layer(outputs: int, inputs: int, seed: int) -> list[np.ndarray]:
+    return [numbers(outputs, inputs, seed=seed, scale=inputs**-0.5), numbers(outputs, seed=seed + 1, scale=0.1)]
+
+
+def normed(x: Any, weight: Any, bias: Any) -> Any:
+    return F.layer_norm(x, (C,), weight, bias, pairs.EPS)
+
+
+def check(ours: Callable[..., mx.array], theirs: Callable[..., torch.Tensor], inputs: list[np.ndarray]) -> None:
+    """The output, and the gradient of each input."""
+    expected = []
+    for dtype in (torch.float32, torch.float64):
+        tensors = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in inputs]
+        output = theirs(*tensors)
+        dy = numbers(*output.shape, seed=99)
+        gradients = torch.autograd.grad(output, tensors, torch.tensor(dy, dtype=dtype))
+        expected.append([output.detach(), *gradients])
+
+    def loss(*x: mx.array) -> tuple[mx.array, mx.array]:
+        y = ours(*x)
+        return (y * mx.array(dy)).sum(), y
+
+    (_, output), found = mx.value_and_grad(loss, argnums=list(range(len(inputs))))(*map(mx.array, inputs))
+    hold_to_bar(output, expected[0][0], expected[1][0], "output")
+    scale = max(float(x.abs().max()) for x in expected[1][1:])
+    for i, (gradient, *bars) in enumerate(zip(found, expected[0][1:], expected[1][1:], strict=True)):
+        hold_to_bar(gradient, *bars, label=f"gradient {i}", scale=scale)
+
+
+@pytest.mark.parametrize("length", [1, 7, 19])
+@pytest.mark.parametrize("with_x", [False, True])
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_gated_linear(length, with_x, channels_first):
+    inputs = [numbers(B, length, length, C), *norm(1), *layer(OUTPUTS, C, 3), *layer(OUTPUTS, C, 5)]
+    mask = numbers(B, length, length, seed=7)
+    inputs += [numbers(C, B, length, length, seed=9), *norm(10)] if with_x else []
+    residual = None if channels_first else numbers(B, length, length, OUTPUTS, seed=8)
+
+    def ours(z, w, b, g, gb, p, pb, x=None, xw=None, xb=None):
+        added = None if residual is None else mx.array(residual)
+        return pairs.gated_linear(z, (w, b), (g, gb), (p, pb), x, (xw, xb), mx.array(mask), added, channels_first)
+
+    def theirs(z, w, b, g, gb, p, pb, x=None, xw=None, xb=None):
+        z = normed(z, w, b)
+        x = z if x is None else normed(x.movedim(0, -1), xw, xb)
+        y = F.linear(x, p, pb) * torch.sigmoid(F.linear(z, g, gb)) * torch.tensor(mask, dtype=z.dtype)[..., None]
+        return y.movedim(-1, 0) if residual is None else y + torch.tensor(residual, dtype=z.dtype)
+
+    check(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 21])
+@pytest.mark.parametrize("ending", [False, True])
+@pytest.mark.parametrize("rows", [None, 2])
+def test_triangle_attention(length, ending, rows):
+    heads = 3
+    matrices = [numbers(n, C, seed=n + i, scale=C**-0.5) for i, n in enumerate([heads, C, C, C])]
+    z, residual = (numbers(B, length, length, C, seed=seed) for seed in (0, 50))
+    inputs = [z, *norm(1), *matrices, *layer(C, C, 3), *layer(C, C, 5), residual]
+    mask = np.ones((B, length), np.float32)
+    mask[1, length // 2 + 1 :] = 0
+
+    def ours(z, w, b, bias, q, k, v, g, gb, o, ob, residual):
+        layers = (w, b), bias, q, k, v, (g, gb), (o, ob)
+        return pairs.triangle_attention(z, mx.array(mask), *layers, residual, ending, rows)
+
+    def theirs(z, w, b, bias, q, k, v, g, gb, o, ob, residual):
+        z = normed(z.transpose(1, 2) if ending else z, w, b)
+        q, k, v = (F.linear(z, x).unflatten(-1, (heads, -1)).transpose(2, 3) for x in (q, k, v))
+        scores = (q @ k.mT) * (C // heads) ** -0.5 + F.linear(z, bias).permute(0, 3, 1, 2)[:, None]
+        scores = scores.masked_fill(torch.tensor(mask == 0)[:, None, None, None], -torch.inf)
+        y = (scores.softmax(-1) @ v).transpose(2, 3).flatten(3) * torch.sigmoid(F.linear(z, g, gb))
+        y = F.linear(y, o, ob)
+        return (y.transpose(1, 2) if ending else y) + residual
+
+    check(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("length", [1, 6, 33])
+@pytest.mark.parametrize("rows", [None, 2])
+def test_transition(length, rows):
+    x, residual = (numbers(B, length, length, C, seed=seed) for seed in (0, 50))
+    inputs = [x, *norm(1), *layer(4 * C, C, 3), *layer(C, 4 * C, 5), residual]
+
+    def ours(x, w, b, e, eb, s, sb, residual):
+        return pairs.transition(x, (w, b), (e, eb), (s, sb), residual, rows)
+
+    def theirs(x, w, b, e, eb, s, sb, residual):
+        return F.linear(F.relu(F.linear(normed(x, w, b), e, eb)), s, sb) + residual
+
+    check(ours, theirs, inputs)
+
+
+def test_few_rows_at_a_time(monkeypatch):
+    """What does not fit is cut into rows, which changes nothing."""
+    z = mx.array(numbers(B, 9, 9, C))
+    layers = [tuple(map(mx.array, x)) for x in (norm(1), layer(C, C, 3), layer(C, C, 5))]
+    whole = pairs.gated_linear(z, *layers)
+    monkeypatch.setattr(pairs, "NUMBERS_AT_A_TIME", 1)
+    assert mx.allclose(pairs.gated_linear(z, *layers), whole, atol=1e-6)
+
+
+@pytest.mark.skipif(not SETS, reason="there are no kernels")
+def test_what_does_not_fit_is_refused():
+    z, (w, b), (p, pb) = mx.zeros((1, 3, 3, C)), map(mx.array, norm(1)), map(mx.array, layer(C, C, 3))
+    native = kernels.native or pytest.skip("without kernels")
+    n, a = (w, b, pairs.EPS), (p, pb)
+    for call, message in [
+        (lambda: native.gated_linear(z, n, a, (p[:, 1:], pb)), "z and layer do not fit"),
+        (lambda: native.gated_linear(z, n, (p[1:], pb), a), "layer and gate do not fit"),
+        (lambda: native.gated_linear(z, (w[1:], b, 1e-5), a, a), "norm does not fit"),
+        (lambda: native.gated_linear(z, n, a, a, z.T, None), "x and x_norm come together"),
+        (lambda: native.gated_linear(z, n, a, a, z, n), "x does not fit"),
+        (lambda: native.gated_linear(z, n, a, a, mask=mx.ones(8)), "mask does not fit"),
+        (lambda: native.gated_linear(z, n, a, a, residual=z, y_first=True), "residual does not fit"),
+        (lambda: native.triangle_attention(z, mx.ones((1, 4)), n, p[:3], p, p, p, a, a), "mask does not fit"),
+        (lambda: native.triangle_attention(z, mx.ones((1, 3)), n, p[:5], p, p, p, a, a), "bias does not fit"),
+        (lambda: native.triangle_attention(z[:, 1:], mx.ones((1, 2)), n, p[:3], p, p, p, a, a), "not .B, L, L, C"),
+        (lambda: native.transition(z, n, a, (p[1:], pb)), "expand and shrink do not fit"),
+        (lambda: native.transition(z.astype(mx.float16), n, a, a), "float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
