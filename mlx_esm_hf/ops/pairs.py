@@ -9,6 +9,7 @@ time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -53,7 +54,7 @@ def computed(kernel: Callable[..., mx.array], plain: Callable[..., mx.array], *a
         rest = iter(given)
         return function(*(None if x is None else next(rest) for x in arrays))
 
-    function = mx.custom_function(lambda *given: all_of(kernel, given))
+    function: Any = mx.custom_function(lambda *given: all_of(kernel, given))
     function.vjp(lambda given, dy, _: mx.vjp(lambda *given: all_of(plain, given), list(given), [dy])[1])
     return function(*given)
 
