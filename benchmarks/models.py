@@ -34,7 +34,7 @@ SHAPES = {
     "650M": Shape(33, 1280, 20),
     "ESM-1b": Shape(33, 1280, 20, rotary=False),
     "tiny ESMFold": Shape(1, 32, 2, blocks=1),
-    "ESMFold trunk": Shape(1, 32, 2, blocks=8),
+    "ESMFold trunk": Shape(1, 32, 2, blocks=4),
     "ESMFold": Shape(36, 2560, 40, blocks=48),
 }
 
