@@ -42,7 +42,7 @@ TARGETS = (
     Target("uniform", ("150M", "650M", "tiny"), "", 1.15),
     Target("single", ("8M", "150M", "650M", "tiny"), "", 1.1, "256 residues"),
     Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1.2, "8 x 256 tokens"),
-    Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1.5, "proteins as they arrive"),
+    Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1.5, "proteins as they arrive, 4 a batch"),
     Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1, "peak memory"),
     Target("fold", ("ESMFold trunk",), "transformers", 1.5, "256 residues"),
     Target("fold", ("ESMFold trunk",), "transformers", 1.5, "384 residues"),

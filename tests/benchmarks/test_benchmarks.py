@@ -17,9 +17,9 @@ CASES = {
     "gemm": ["4 x 512 tokens"],
     "training": [
         "8 x 256 tokens",
-        "3 proteins as they arrive",
+        "3 proteins as they arrive, 4 a batch",
         "8 x 256 tokens, peak memory",
-        "3 proteins as they arrive, peak memory",
+        "3 proteins as they arrive, 4 a batch, peak memory",
     ],
     "lora": ["4 x 256 tokens", "4 x 256 tokens, peak memory"],
     "loading": ["and 8 tokens"],
