@@ -68,7 +68,8 @@ def hold_outputs(models: Peers, lengths: list[int], num_recycles: int | None, **
         assert ours[name].shape == ((len(lengths),) if name == "ptm" else theirs[name].shape), name
         if name == "ptm":
             if len(lengths) == 1:
-                hold_to_bar(ours.ptm[0], theirs.ptm, float64.ptm, name)
+                # A mean of probabilities, so that 1 is its scale: how small it is for one protein says nothing of them.
+                hold_to_bar(ours.ptm[0], theirs.ptm, float64.ptm, name, scale=1)
             continue
         trio = (
             np.concatenate([real(name, output[name], row, length).ravel() for row, length in enumerate(lengths)])
