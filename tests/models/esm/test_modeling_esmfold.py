@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.models.esm import modeling_esmfold
 from mlx_esm_hf.models.esm.residue_constants import RESIDUES, RESTYPES
 from tests.bar import hold_to_bar
+from tests.checkpoints import python_of_transformers_4
 from tests.models.esm.folding import Peers, peers, residues
 from tests.tiny import tiny_folding
 
@@ -583,6 +585,32 @@ def test_layout_of_transformers_4(half_stem: Peers, tmp_path: Any) -> None:
     assert not info["unexpected_keys"]
     ids = residues([9])[0]
     assert mx.array_equal(model(ids).positions, half_stem.ours(ids).positions)
+
+
+TRANSFORMERS_4 = """
+import sys, transformers
+assert transformers.__version__.startswith("4.")
+theirs, back = sys.argv[1:]
+model, info = transformers.EsmForProteinFolding.from_pretrained(theirs, output_loading_info=True)
+assert not any(info.values()), info
+model.save_pretrained(back)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stem", ["float32", "float16"])
+def test_there_and_back_through_transformers_4(request: pytest.FixtureRequest, stem: str, tmp_path: Any) -> None:
+    """The last 4.x loads what is written here, and from what it writes the same bits are loaded here."""
+    ours = request.getfixturevalue("models" if stem == "float32" else "half_stem").ours
+    ours.save_pretrained(tmp_path / "ours")
+    python = python_of_transformers_4(tmp_path)
+    subprocess.run([python, "-c", TRANSFORMERS_4, tmp_path / "ours", tmp_path / "theirs"], check=True)
+    back, info = MLXEsmForProteinFolding.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(info.values())
+    wanted, found = ours.state_dict(), back.state_dict()
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and mx.array_equal(found[name], value), name
 
 
 def test_part_of_a_checkpoint(models: Peers, tmp_path: Any) -> None:
