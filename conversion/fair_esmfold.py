@@ -66,11 +66,10 @@ def convert(folding: Path, language_model: Path, output: Path) -> MLXEsmForProte
     state, settings = load_torch_checkpoint(folding)
     # OpenFold 2 has the two projections to points in a module of their own.
     state = {key.replace("_points.linear.", "_points."): array for key, array in state.items()}
-    stem = fair_esm.read(language_model)
-    stem.esm.load_state_dict({key: state.pop(key) for key in list(state) if key.startswith("esm.")}, strict=False)
-    stem.half()
+    in_folding = {key: state.pop(key) for key in list(state) if key.startswith("esm.")}
+    stem = fair_esm.read(language_model).half()
     for _, array in tree_flatten(stem.parameters()):
-        mx.eval(array)  # one by one: where the file is float32, neither is then in memory as a whole
+        mx.eval(array)  # one by one, so that of a file in float32 each is let go before the next is cast
     try:
         model = MLXEsmForProteinFolding(make_config(settings, state, stem.config))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, StrictDataclassError) as error:
@@ -79,6 +78,7 @@ def convert(folding: Path, language_model: Path, output: Path) -> MLXEsmForProte
     if stem.esm.contact_head is None:
         model.esm.contact_head = None
     try:
+        stem.esm.load_state_dict(in_folding, strict=False)
         model.load_state_dict(state | {f"esm.{name}": x for name, x in tree_flatten(stem.esm.parameters())})
     except RuntimeError as error:
         raise CheckpointError(f"{folding}, with the language model {language_model}: {error}") from error
@@ -103,10 +103,9 @@ def make_config(settings: dict[str, Any], state: dict[str, mx.array], stem: MLXE
     settings = omegaconf_values(settings["cfg"]["model"])
     trunk = settings["trunk"]
     structure = {RENAMES.get(name, name): value for name, value in trunk["structure_module"].items()}
-    trunk = (
-        {"chunk_size": None} | known(trunk, TrunkConfig) | {"structure_module": known(structure, StructureModuleConfig)}
-    )
-    fold = known(settings, EsmFoldConfig) | {"trunk": trunk}
+    trunk = {"chunk_size": None} | known(trunk, TrunkConfig)
+    trunk["structure_module"] = known(structure, StructureModuleConfig)
+    fold = known(settings, EsmFoldConfig) | {"fp16_esm": True, "trunk": trunk}
     fields = {"is_folding_model": True, "vocab_list": list(get_default_vocab_list()), "esmfold_config": fold}
     config = MLXEsmConfig.from_dict(stem.to_dict() | fields)
     # Before a model of any size is built. Shapes are looked at when the weights are loaded.

@@ -255,6 +255,7 @@ def test_other_weights(original: Any, cfg: Any, tmp_path: Path) -> None:
         ({name: x for name, x in state.items() if name != bias}, f"missing keys: {bias}"),
         (state | {"more": torch.ones(1)}, "unexpected keys: more"),
         (state | {bias: torch.ones(3)}, rf"{bias}: \(3,\) in the checkpoint"),
+        (state | {"esm.layers.0.fc1.bias": torch.ones(3)}, r"intermediate.dense.bias: \(3,\) in the checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=rf"x\.pt, with the language model .*esm2_tiny\.pt(.|\n)*{message}"):
             convert(save_folding(wrong, tmp_path / "x.pt", cfg), stem, tmp_path / "converted")
