@@ -29,12 +29,23 @@ def convert(checkpoint: Path, output: Path) -> MLXEsmForMaskedLM:
     """Write `config.json`, `model.safetensors` and the files of the tokenizer into the folder `output`.
 
     Returns:
-        The model. Its `esm.contact_head` is None where there is no regression file. The folder then has none either,
-        which whoever loads it is told.
+        The model, as `read` does. Without a contact head the folder has none either, which whoever loads it is told.
+
+    Raises:
+        CheckpointError, OSError: as `read` does, and where the folder cannot be written.
+    """
+    model = read(checkpoint)
+    write_tokenizer(model.config, output)
+    model.save_pretrained(output)
+    return model
+
+
+def read(checkpoint: Path) -> MLXEsmForMaskedLM:
+    """The model of a checkpoint, in its dtype. Its `esm.contact_head` is None where there is no regression file.
 
     Raises:
         CheckpointError: a damaged or hostile file, or not a whole checkpoint of one of these models.
-        OSError: a file cannot be read or written.
+        OSError: a file cannot be read.
     """
     state, settings = load_torch_checkpoint(checkpoint)
     state = {bare_name(key): array for key, array in state.items()}
@@ -60,8 +71,6 @@ def convert(checkpoint: Path, output: Path) -> MLXEsmForMaskedLM:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
-    write_tokenizer(model.config, output)
-    model.save_pretrained(output)
     return model
 
 

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -28,6 +31,16 @@ INPUTS = {
     "attention_mask": [[1] * 9, [1] * 6 + [0] * 3],
 }
 REAL = np.array(INPUTS["attention_mask"], bool)
+
+
+def python_of_transformers_4(folder):
+    """The interpreter of an environment with the last 4.x, that of MLX_ESM_TRANSFORMERS4_PYTHON or one made here."""
+    python = os.environ.get("MLX_ESM_TRANSFORMERS4_PYTHON")
+    if python is None:
+        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+        python = folder / "venv" / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", "-q", "torch==2.13.0", "transformers<5"], check=True)
+    return python
 
 
 def ours(task):

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import EsmConfig
+from transformers import EsmConfig, EsmForProteinFolding
 
+from mlx_esm_hf import MLXEsmForProteinFolding
 from mlx_esm_hf.models.esm.tokenization_esm import EsmTokenizer
-from tests.tiny import tiny
+from tests.models.esm.folding import perturb
+from tests.tiny import tiny, tiny_folding
 from tests.vocabulary import write_vocabulary
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -78,6 +82,49 @@ def test_port_prints_what_the_original_prints(example, architecture, lines, tiny
 )
 def test_one_script_for_each_job(example, lines, tiny_checkpoint):
     assert len(run(f"{example}.py", tiny_checkpoint("EsmForMaskedLM")).splitlines()) == lines
+
+
+NO_STRUCTURE = {"cells": [{"source": []}, {"outputs": [{"data": {"text/plain": ["7"]}}]}]}
+
+
+def notebook(pdb):
+    """As a viewer of structures leaves it: a script in HTML, cut into lines."""
+    shown = 'viewer.addModel("PARENT N/A\\n{}","pdb");\nviewer.render();'.format(pdb.replace("\n", "\\n"))
+    cell = {"outputs": [{"data": {"text/html": shown.splitlines(keepends=True)}}]}
+    return json.dumps({"cells": [*NO_STRUCTURE["cells"], cell]})
+
+
+def test_check_of_esmfold(tmp_path):
+    """It tells another model by its atom, by its structures and by its confidence, and takes itself for the same."""
+    model = perturb(EsmForProteinFolding(EsmConfig(**tiny_folding())).eval())
+    model.save_pretrained(tmp_path)
+    ours = MLXEsmForProteinFolding.from_pretrained(tmp_path)
+    script = (EXAMPLES / "check_esmfold.py").read_text()
+    golden = "[2.5828, 0.7993, -10.9334]"
+    assert golden in script
+    residues = runpy.run_path(str(EXAMPLES / "check_esmfold.py"))["RESIDUES"]
+    atom = ours([residues]).positions[0, 0, 0, 0].tolist()
+    (tmp_path / "same.py").write_text(script.replace(golden, str(atom)))
+    pdb = ours.infer_pdb("MKTAYIAKQRW")
+    with_b_of_1 = "".join(
+        f"{line[:60]}{float(line[60:66]) / 100:6.2f}{line[66:]}" if line.startswith("ATOM") else line
+        for line in pdb.splitlines(keepends=True)
+    )
+    turned = re.sub(r"(ATOM.{26})(.{8})(.{8})", r"\1\3\2", with_b_of_1)  # a mirror image
+    for name, text in (("same", notebook(with_b_of_1)), ("mirror", notebook(turned)), ("sure", notebook(pdb))):
+        (tmp_path / f"{name}.ipynb").write_text(text)
+
+    def verdicts(script, name):
+        with pytest.raises(SystemExit) as done:
+            run(script, tmp_path, tmp_path / f"{name}.ipynb")
+        return done.value.code
+
+    assert verdicts(tmp_path / "same.py", "same") == 0
+    assert verdicts(EXAMPLES / "check_esmfold.py", "same") == 1
+    assert verdicts(tmp_path / "same.py", "mirror") == 1
+    assert verdicts(tmp_path / "same.py", "sure") == 1
+    (tmp_path / "none.ipynb").write_text(json.dumps(NO_STRUCTURE))
+    assert verdicts(tmp_path / "same.py", "none") == "error: the notebook shows no structure."
 
 
 def test_no_peptide_is_similar_to_one_of_another_side():

@@ -30,6 +30,7 @@ from tests.checkpoints import (
     config,
     heard,
     ours,
+    python_of_transformers_4,
     run,
     save,
     save_bin,
@@ -344,12 +345,7 @@ print(json.dumps(result))
 @pytest.mark.long
 def test_transformers_4_loads_what_we_save(tmp_path):
     """The last 4.x, in an environment of its own or of MLX_ESM_TRANSFORMERS4_PYTHON: no warning, the same outputs."""
-    python = os.environ.get("MLX_ESM_TRANSFORMERS4_PYTHON")
-    if python is None:
-        subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-        python = tmp_path / "venv" / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", "-q", "torch==2.13.0", "transformers<5"], check=True)
-
+    python = python_of_transformers_4(tmp_path)
     for kind in KINDS:
         models = {}
         for task in TASKS:

@@ -9,7 +9,8 @@ a persistent id that names its storage.
 pickle.Unpickler is not used: whatever its find_class refuses, a file can still make it call and alter what is
 allowed, or crash Python (by the hash of deeply nested tuples). Here pickletools splits the pickle into
 opcodes, and a machine that knows only those of a state dict turns them into inert data. Of a training checkpoint it
-reads settings, too, which are an `argparse.Namespace` in those of fairseq: it becomes a dict of its attributes.
+reads settings, too, which are an `argparse.Namespace` in those of fairseq, and an omegaconf in that of ESMFold: each of
+their objects becomes a dict of its attributes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,18 @@ _DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _ALLOWED_GLOBALS = frozenset({_DICT, _TENSOR, *_PARAMETERS, *_DTYPES})
-_NAMESPACE = "argparse.Namespace"
+# Objects of settings, and what omegaconf's metadata name besides; Python 2 called builtins `__builtin__`.
+_OBJECTS = frozenset(
+    {"argparse.Namespace", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata"}
+    | {"omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"}
+    | {f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean")}
+)
+_DEFAULTDICT = "collections.defaultdict"
+_SETTINGS = (
+    _OBJECTS
+    | {f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in ("dict", "list", "int", "long", "str")}
+    | {_DEFAULTDICT, "typing.Any"}
+)
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MAX_DIMENSIONS = 32  # of an array in NumPy 1
@@ -89,8 +101,8 @@ class _Tensor:
         return np.dtype(_DTYPES[self.storage_type]).itemsize
 
 
-class _Namespace(dict[str, Any]):
-    """The attributes of an `argparse.Namespace`."""
+class _Object(dict[str, Any]):
+    """The attributes of an object."""
 
 
 def load_torch_bin(path: str | os.PathLike[str]) -> dict[str, mx.array]:
@@ -108,15 +120,34 @@ def load_torch_bin(path: str | os.PathLike[str]) -> dict[str, mx.array]:
 def load_torch_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Return the state dict under "model" of a training checkpoint, as `load_torch_bin` does, and what is beside it.
 
-    Those are dicts, lists, tuples, strings and numbers; an `argparse.Namespace` has become a dict of its attributes.
+    Those are dicts, lists, tuples, strings and numbers. An `argparse.Namespace` has become a dict of its attributes,
+    and so have the objects of omegaconf, from which `omegaconf_values` takes the values.
     Tensors outside "model", such as an optimizer's, are not read: in their place is what the pickle says of them.
 
     Raises:
         CheckpointError: the file is damaged, has no "model", or has anything but these.
         OSError: the file cannot be opened.
     """
-    data, arrays = _load_path(path, _ALLOWED_GLOBALS | {_NAMESPACE}, _model_of)
+    data, arrays = _load_path(path, _ALLOWED_GLOBALS | _SETTINGS, _model_of)
     return arrays, {key: value for key, value in data.items() if key != "model"}
+
+
+def omegaconf_values(node: Any) -> Any:
+    """The dicts, lists and plain values of a config of omegaconf that `load_torch_checkpoint` has read.
+
+    Raises:
+        RecursionError: it is a part of itself, or nested without end.
+    """
+    match node:
+        case {"_val": value}:
+            return value
+        case {"_content": content}:
+            return omegaconf_values(content)
+        case dict():
+            return {key: omegaconf_values(value) for key, value in node.items()}
+        case list():
+            return [omegaconf_values(value) for value in node]
+    return node
 
 
 def _model_of(data: Any) -> Any:
@@ -215,7 +246,7 @@ def _storage_itemsize(identity: Any) -> tuple[str, int]:
 
 
 def _unpickle(file: BinaryIO, allowed: frozenset[str] = _ALLOWED_GLOBALS) -> tuple[Any, list[Any]]:
-    """Read one pickle as data: strings, numbers, lists, tuples, dicts, `_Namespace`, `_Global` and `_Call`.
+    """Read one pickle as data: strings, numbers, lists, tuples, dicts, `_Object`, `_Global` and `_Call`.
 
     Returns:
         What was pickled, and all of its persistent ids.
@@ -275,19 +306,21 @@ def _unpickle(file: BinaryIO, allowed: frozenset[str] = _ALLOWED_GLOBALS) -> tup
                 function, arguments = cut(-2)
                 if not isinstance(function, _Global):
                     raise CheckpointError("the pickle calls what is not a global")
-                is_dict = function.name == _DICT and arguments == ()
+                is_dict = (function.name == _DICT and arguments == ()) or function.name == _DEFAULTDICT
                 stack.append({} if is_dict else _Call(function.name, arguments))
-            case "NEWOBJ" if _NAMESPACE in allowed:
-                if cut(-2) != [_Global(_NAMESPACE), ()]:
-                    raise CheckpointError("the pickle makes an object of what is not a namespace")
-                stack.append(_Namespace())
+            case "NEWOBJ" if allowed >= _OBJECTS:
+                match cut(-2):
+                    case [_Global(name), ()] if name in _OBJECTS:
+                        stack.append(_Object())
+                    case _:
+                        raise CheckpointError("the pickle makes an object of what is no settings")
             case "BUILD":  # sets attributes: an OrderedDict has _metadata, the versions of the modules
                 attributes = stack.pop()
                 if not isinstance(stack[-1], dict):
                     raise CheckpointError("the pickle sets attributes of what is not a dict")
-                if isinstance(stack[-1], _Namespace):
+                if isinstance(stack[-1], _Object):
                     if not isinstance(attributes, dict):
-                        raise CheckpointError(f"the attributes of a namespace are a pickled {_kind(attributes)}")
+                        raise CheckpointError(f"the attributes of an object are a pickled {_kind(attributes)}")
                     stack[-1].update(attributes)
             case _:
                 raise CheckpointError(f"it holds the opcode {opcode.name}, which no state dict needs")

@@ -335,18 +335,18 @@ NAMESPACE = b"cargparse\nNamespace\n"
 @pytest.mark.parametrize(
     ("opcodes", "message"),
     [
-        (b"ccollections\nOrderedDict\n)\x81", "makes an object of what is not a namespace"),
-        (b"ctorch\nFloatStorage\n)\x81", "makes an object of what is not a namespace"),
-        (NAMESPACE + b"X\x01\x00\x00\x00a\x85\x81", "makes an object of what is not a namespace"),
-        (NAMESPACE + b")" + b"\x85" * 100_000 + b"\x81", "makes an object of what is not a namespace"),
-        (b"])\x81", "makes an object of what is not a namespace"),
+        (b"ccollections\nOrderedDict\n)\x81", "makes an object of what is no settings"),
+        (b"ctorch\nFloatStorage\n)\x81", "makes an object of what is no settings"),
+        (NAMESPACE + b"X\x01\x00\x00\x00a\x85\x81", "makes an object of what is no settings"),
+        (NAMESPACE + b")" + b"\x85" * 100_000 + b"\x81", "makes an object of what is no settings"),
+        (b"])\x81", "makes an object of what is no settings"),
         (NAMESPACE + b")}\x92", "opcode NEWOBJ_EX"),
-        (NAMESPACE + b")\x81Nb", "the attributes of a namespace are a pickled NoneType"),
-        (NAMESPACE + b")\x81N}\x86b", "the attributes of a namespace are a pickled tuple"),  # state and slots
-        (NAMESPACE + b")\x81])" + b"\x85" * 100_000 + b"N\x86ab", "the attributes of a namespace are a pickled list"),
+        (NAMESPACE + b")\x81Nb", "the attributes of an object are a pickled NoneType"),
+        (NAMESPACE + b")\x81N}\x86b", "the attributes of an object are a pickled tuple"),  # state and slots
+        (NAMESPACE + b")\x81])" + b"\x85" * 100_000 + b"N\x86ab", "the attributes of an object are a pickled list"),
         (NAMESPACE + b"}b", "sets attributes of what is not a dict"),  # of the class
         (NAMESPACE + b")\x81}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsb", "global 'os.system'"),
-        (b"\x81", "makes an object of what is not a namespace"),
+        (b"\x81", "makes an object of what is no settings"),
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)

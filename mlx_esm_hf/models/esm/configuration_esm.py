@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, EsmConfig, PreTrainedConfig
 
+GENERIC_FIELDS = frozenset(PreTrainedConfig().to_dict())
 POSITION_EMBEDDING_TYPES = ("absolute", "rotary", "sinusoidal")
 
 
@@ -57,6 +58,20 @@ class MLXEsmConfig(EsmConfig):
                     f"{', '.join(ours)}: only ESM-1 has this, and a config with model_type 'esm' must mean to "
                     "transformers what it means here. Use MLXEsm1Config."
                 )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, but the settings of folding without the fields that every config there has.
+
+        Nothing in folding reads those, and transformers 4 loads no config that has them there.
+        """
+        config_dict = super().to_dict()
+        nested = config_dict
+        for name in ("esmfold_config", "trunk", "structure_module"):
+            if not nested.get(name):
+                break
+            nested[name] = {key: value for key, value in nested[name].items() if key not in GENERIC_FIELDS}
+            nested = nested[name]
+        return config_dict
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

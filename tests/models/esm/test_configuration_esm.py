@@ -31,6 +31,60 @@ def test_saves_what_transformers_saves(fields, tmp_path):
         assert type(read[0]) is MLXEsmConfig and read[0].to_diff_dict() == read[1].to_diff_dict()
 
 
+# Of `facebook/esmfold_v1`, but its `esm_type` and its `chunk_size`; they are all that transformers 4 accepts.
+ESMFOLD = {
+    "esm_type": None,
+    "fp16_esm": True,
+    "use_esm_attn_map": False,
+    "esm_ablate_pairwise": False,
+    "esm_ablate_sequence": False,
+    "esm_input_dropout": 0.0,
+    "embed_aa": True,
+    "bypass_lm": False,
+    "lddt_head_hid_dim": 128,
+}
+TRUNK = {
+    "num_blocks": 48,
+    "sequence_state_dim": 1024,
+    "pairwise_state_dim": 128,
+    "sequence_head_width": 32,
+    "pairwise_head_width": 32,
+    "position_bins": 32,
+    "dropout": 0.0,
+    "layer_drop": 0.0,
+    "cpu_grad_checkpoint": False,
+    "max_recycles": 4,
+    "chunk_size": 128,
+}
+STRUCTURE_MODULE = {
+    "sequence_dim": 384,
+    "pairwise_dim": 128,
+    "ipa_dim": 16,
+    "resnet_dim": 128,
+    "num_heads_ipa": 12,
+    "num_qk_points": 4,
+    "num_v_points": 8,
+    "dropout_rate": 0.1,
+    "num_blocks": 8,
+    "num_transition_layers": 1,
+    "num_resnet_blocks": 2,
+    "num_angles": 7,
+    "trans_scale_factor": 10,
+    "epsilon": 1e-8,
+    "inf": 1e5,
+}
+
+
+def test_saves_the_settings_of_folding_as_transformers_4_does(tmp_path):
+    """Without the fields that every config has in transformers 5, which reads it all the same."""
+    config = MLXEsmConfig(**ESM2, is_folding_model=True)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["esmfold_config"]
+    assert written == {**ESMFOLD, "trunk": {**TRUNK, "structure_module": STRUCTURE_MODULE}}
+    read, plain = (c.from_pretrained(tmp_path).esmfold_config for c in (MLXEsmConfig, EsmConfig))
+    assert read.to_dict() == plain.to_dict() == config.esmfold_config.to_dict()
+
+
 def test_plain_config_is_accepted():
     plain = EsmConfig(**ESM2, num_labels=3)
     twin = as_mlx_config(plain)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,15 +12,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from Bio.PDB import PDBParser
+from Bio.SeqUtils import seq1
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
 from transformers import EsmForProteinFolding
+from transformers.models.esm.modeling_esmfold import EsmFoldingTrunk
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
 from mlx_esm_hf.checkpoint.errors import CheckpointError
-from mlx_esm_hf.models.esm.residue_constants import RESTYPES
+from mlx_esm_hf.models.esm.residue_constants import RESIDUES, RESTYPES
 from mlx_esm_hf.ops import pairs
 from tests.bar import hold_to_bar
+from tests.checkpoints import python_of_transformers_4
 from tests.models.esm.folding import Peers, peers, residues
 from tests.tiny import tiny_folding
 
@@ -68,7 +76,8 @@ def hold_outputs(models: Peers, lengths: list[int], num_recycles: int | None, **
         assert ours[name].shape == ((len(lengths),) if name == "ptm" else theirs[name].shape), name
         if name == "ptm":
             if len(lengths) == 1:
-                hold_to_bar(ours.ptm[0], theirs.ptm, float64.ptm, name)
+                # A mean of probabilities, so that 1 is its scale: how small it is for one protein says nothing of them.
+                hold_to_bar(ours.ptm[0], theirs.ptm, float64.ptm, name, scale=1)
             continue
         trio = (
             np.concatenate([real(name, output[name], row, length).ravel() for row, length in enumerate(lengths)])
@@ -124,6 +133,7 @@ def pair(x: np.ndarray) -> np.ndarray:
 
 
 Call = Callable[..., Any]
+POSITIONS = np.array([[0, 1, 2, 3, 12, 13, 14, 15, 30], [5, 6, 7, 8, 9, 11, 0, 0, 0]])
 # Where it is, the inputs (s, z, or both), how ours and theirs are called with them and a mask, the output's kind.
 PARTS: dict[str, tuple[str, str, Call, Call, str]] = {
     "triangle multiplication, outgoing": (
@@ -173,6 +183,12 @@ PARTS: dict[str, tuple[str, str, Call, Call, str]] = {
     ),
     "backbone update": (
         *("trunk.structure_module.bb_update", "t", lambda m, s, mask: m(s), lambda m, s, mask: m(s), "s"),
+    ),
+    "relative positions": (
+        *("trunk.pairwise_positional_embedding", ""),
+        lambda m, mask: m(mx.array(POSITIONS), mask.astype(mx.int32)),
+        lambda m, mask: m(torch.tensor(POSITIONS), mask.long()),
+        "z",
     ),
     "structure transition": (
         *("trunk.structure_module.transition", "t", lambda m, s, mask: m(s), lambda m, s, mask: m(s), "s"),
@@ -224,6 +240,7 @@ def test_part(models: Peers, part: str) -> None:
         arrays = [mx.array(x) for x in inputs]
         (_, output), found = mx.value_and_grad(loss, argnums=tuple(range(len(arrays) + 1)))(parameters, *arrays)
         module.update(parameters)
+        found = found if arrays else (found,)  # MLX returns one gradient without a tuple
         gradients = dict(tree_flatten(found[0]))
         return [np.array(x) for x in (output * (weight != 0), *found[1:], *(gradients[n] for n in sorted(gradients)))]
 
@@ -234,6 +251,118 @@ def test_part(models: Peers, part: str) -> None:
     hold_to_bar(ours[0], theirs[0], float64[0], "output")
     for number, trio in enumerate(zip(ours[1:], theirs[1:], float64[1:], strict=True)):
         hold_to_bar(*trio, label=f"gradient {number}", scale=scale)
+
+
+class Given(torch.nn.Module):
+    """In the place of the trunk: what it returns."""
+
+    def __init__(self, structure: dict[str, torch.Tensor]):
+        super().__init__()
+        self.structure = structure
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return self.structure
+
+
+SAID = ["distogram_logits", "lm_logits", "lddt_head", "plddt", "ptm_logits", "ptm", "predicted_aligned_error"]
+SAID_BY = ("distogram_head", "lm_head", "lddt_head", "ptm_head")
+
+
+def test_heads(models: Peers) -> None:
+    """What is said of given states, and the gradients of the states and of the heads' weights."""
+    random, L = np.random.default_rng(6), 9
+    shapes = {"s_s": (1, L, 64), "s_z": (1, L, L, 32), "states": (3, 1, L, 48)}
+    given = {name: 2 * random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    ids = residues([L])[0]
+    weights: dict[str, np.ndarray] = {}
+
+    def torch_results(model: Any) -> list[np.ndarray]:
+        model = copy.deepcopy(model)
+        model.zero_grad()
+        states = {
+            name: torch.tensor(x, dtype=model.esm_s_combine.dtype, requires_grad=True) for name, x in given.items()
+        }
+        model.trunk = Given(states)
+        output = model(torch.tensor(ids))
+        for name in SAID:
+            weights.setdefault(name, random.normal(size=output[name].shape).astype(np.float32))
+        sum((output[name] * torch.tensor(weights[name])).sum() for name in SAID).backward()
+        trained = [p.grad for name, p in sorted(model.named_parameters()) if name.startswith(SAID_BY)]
+        gradients = [*(states[name].grad for name in given), *trained]
+        return [*(output[name].detach().numpy() for name in SAID), *(g.numpy() for g in gradients)]
+
+    theirs, float64 = torch_results(models.theirs), torch_results(models.float64)
+    parameters = {name: models.ours.parameters()[name] for name in SAID_BY}
+
+    def loss(parameters: Any, states: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
+        models.ours.update(parameters)
+        output = models.ours.heads(states, mx.ones((1, L), dtype=mx.int32))
+        output["ptm"] = output["ptm"][0]
+        return sum((output[name] * mx.array(weights[name])).sum() for name in SAID), output
+
+    states = {name: mx.array(x) for name, x in given.items()}
+    (_, output), found = mx.value_and_grad(loss, argnums=(0, 1))(parameters, states)
+    models.ours.update(parameters)
+    gradients = [*(found[1][name] for name in given), *(g for _, g in sorted(tree_flatten(found[0])))]
+    ours = [np.array(x) for x in (*(output[name] for name in SAID), *gradients)]
+    assert len(ours) == len(theirs) == len(SAID) + 3 + 14
+    scale = max(np.abs(x).max() for x in float64[len(SAID) :])
+    for number, trio in enumerate(zip(ours, theirs, float64, strict=True)):
+        hold_to_bar(*trio, label=str(number), scale=1 if number < len(SAID) else scale)
+
+
+RECYCLED = ("recycle_s_norm", "recycle_z_norm", "recycle_disto")  # what each of the states is given to
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_one_pass(models: Peers, before: int) -> None:
+    """A pass from the states and bins that the original's passes before it came to: no error is carried along."""
+    ids, mask, positions = residues([33])
+    s = np.random.default_rng(7).normal(size=(1, 33, 64)).astype(np.float32)
+    states = [np.zeros_like(s), np.zeros((1, 33, 33, 32), dtype=np.float32), np.zeros((1, 33, 33), dtype=np.int64)]
+    inputs = [torch.tensor(x) for x in (ids, positions, mask)]
+
+    @torch.no_grad()
+    def torch_pass(model: Any, states: list[np.ndarray], num_recycles: int = 0) -> Any:
+        """The trunk as it stands, with states in the place of the zeros that it begins with, if any are given."""
+        trunk, dtype = model.trunk, model.esm_s_combine.dtype
+        given = [torch.tensor(x, dtype=None if x.dtype == np.int64 else dtype) for x in states]
+        hooks = [
+            getattr(trunk, name).register_forward_pre_hook(lambda _, args, x=x: (x,))
+            for name, x in zip(RECYCLED, given, strict=False)
+        ]
+        s_z = torch.zeros(1, 33, 33, 32, dtype=dtype)
+        output = trunk(torch.tensor(s, dtype=dtype), s_z, *inputs, no_recycles=num_recycles)
+        for hook in hooks:
+            hook.remove()
+        return output
+
+    if before:
+        exact = torch_pass(models.float64, [], before - 1)
+        bins = models.float64.trunk.distogram(exact["positions"][-1][:, :, :3], 3.375, 21.375, 15)
+        states = [exact["s_s"].numpy().astype(np.float32), exact["s_z"].numpy().astype(np.float32), bins.numpy()]
+        assert len(np.unique(states[2])) > 8
+    theirs, float64 = (torch_pass(model, states) for model in (models.theirs, models.float64))
+    given = [mx.array(x) for x in (s, *states, ids, positions, mask)]
+    ours = models.ours.trunk.run(*given)
+    assert len(ours) == 8
+    length = np.linalg.norm(float64["unnormalized_angles"], axis=-1, keepdims=True)
+    for name in ours:
+        # Dividing by a small length makes a large error of a small one, for which nobody is to blame.
+        factor = np.minimum(length, 1) if name == "angles" else 1
+        hold_to_bar(*(np.asarray(output[name]) * factor for output in (ours, theirs, float64)), label=name)
+
+
+def test_recycle_bins() -> None:
+    """Those of the original, for distances that no rounding moves over a boundary."""
+    random = np.random.default_rng(8)
+    backbone = random.normal(size=(2, 60, 1, 3)) * 6 + random.normal(size=(2, 60, 3, 3))
+    theirs = EsmFoldingTrunk.distogram(torch.tensor(backbone), 3.375, 21.375, 15)
+    beside = EsmFoldingTrunk.distogram(torch.tensor(backbone * (1 + 1e-5)), 3.375, 21.375, 15)
+    clear = (theirs == beside).numpy()
+    ours = np.array(modeling_esmfold.recycle_bins(mx.array(backbone.astype(np.float32))))
+    assert clear.mean() > 0.99 and (ours == theirs.numpy())[clear].all()
+    assert set(np.unique(ours)) == set(range(15))
 
 
 def test_whole_gradient(models: Peers) -> None:
@@ -349,6 +478,32 @@ def test_pdb(models: Peers) -> None:
         models.ours.infer_pdb(["W"])
 
 
+PROTEINS = st.lists(st.text(RESTYPES + "X", min_size=1, max_size=9), min_size=1, max_size=3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(PROTEINS, st.integers(0, 2))
+def test_backbones_in_files_are_ideal(models: Peers, chains: list[str], num_recycles: int) -> None:
+    """Bond lengths and angles of each residue in a file are those of the table, as far as its three digits tell."""
+    pdb = models.ours.infer_pdb(":".join(chains), num_recycles=num_recycles)
+    found = list(PDBParser(QUIET=True).get_structure("protein", io.StringIO(pdb)).get_residues())
+    assert seq1("".join(residue.resname for residue in found)) == "".join(chains).replace("X", "")
+    for residue in found:
+        table = {name: np.array(place) for name, (_, place) in RESIDUES[seq1(residue.resname)].atoms.items()}
+        table["O"] = table["C"] + (table["O"][0], np.hypot(*table["O"][1:]), 0)  # however it is turned around CA-C
+        atoms = {name: residue[name].coord for name in ("N", "CA", "C", "O")}
+        for a, b in (("N", "CA"), ("CA", "C"), ("C", "O")):
+            assert abs(np.linalg.norm(atoms[a] - atoms[b]) - np.linalg.norm(table[a] - table[b])) < 2e-3
+        for a, b, c in (("N", "CA", "C"), ("CA", "C", "O")):
+            assert abs(angle(atoms[a], atoms[b], atoms[c]) - angle(table[a], table[b], table[c])) < 0.2
+
+
+def angle(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
+    """At b, in degrees."""
+    a, c = a - b, c - b
+    return float(np.degrees(np.arccos(a @ c / np.linalg.norm(a) / np.linalg.norm(c))))
+
+
 # Refusals
 
 
@@ -409,6 +564,8 @@ def test_round_trip(request: pytest.FixtureRequest, stem: str, tmp_path: Any) ->
     stored = load_file(tmp_path / "model.safetensors")
     assert {str(x.dtype) for name, x in stored.items() if name.startswith("esm.")} == {f"torch.{stem}"}
     assert stored["af2_to_esm"].dtype == torch.int64
+    frequencies = {name for name in stored if name.endswith("inv_freq")}  # in each layer, as in transformers 4
+    assert frequencies == {f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq" for i in range(3)}
 
 
 def test_layout_of_transformers_4(half_stem: Peers, tmp_path: Any) -> None:
@@ -428,6 +585,32 @@ def test_layout_of_transformers_4(half_stem: Peers, tmp_path: Any) -> None:
     assert not info["unexpected_keys"]
     ids = residues([9])[0]
     assert mx.array_equal(model(ids).positions, half_stem.ours(ids).positions)
+
+
+TRANSFORMERS_4 = """
+import sys, transformers
+assert transformers.__version__.startswith("4.")
+theirs, back = sys.argv[1:]
+model, info = transformers.EsmForProteinFolding.from_pretrained(theirs, output_loading_info=True)
+assert not any(info.values()), info
+model.save_pretrained(back)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stem", ["float32", "float16"])
+def test_there_and_back_through_transformers_4(request: pytest.FixtureRequest, stem: str, tmp_path: Any) -> None:
+    """The last 4.x loads what is written here, and from what it writes the same bits are loaded here."""
+    ours = request.getfixturevalue("models" if stem == "float32" else "half_stem").ours
+    ours.save_pretrained(tmp_path / "ours")
+    python = python_of_transformers_4(tmp_path)
+    subprocess.run([python, "-c", TRANSFORMERS_4, tmp_path / "ours", tmp_path / "theirs"], check=True)
+    back, info = MLXEsmForProteinFolding.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(info.values())
+    wanted, found = ours.state_dict(), back.state_dict()
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and mx.array_equal(found[name], value), name
 
 
 def test_part_of_a_checkpoint(models: Peers, tmp_path: Any) -> None:
