@@ -137,9 +137,9 @@ def clean_chains(sequence: str, aligned: bool = False, report: Report | None = N
     """
     chains = sequence.split(":")
     cleaned = []
-    for number, chain in enumerate(chains, 1):
+    for number, part in enumerate(chains, 1):
         try:
-            cleaned.append(clean(chain, aligned, report))
+            cleaned.append(clean(part, aligned, report))
         except ValueError as error:
             raise ValueError(f"{error}, in chain {number}" if len(chains) > 1 else str(error)) from None
     return ":".join(cleaned)

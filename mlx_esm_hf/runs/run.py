@@ -150,10 +150,10 @@ class Run:
 
     def _intact(self) -> bool:
         """Whether all of a finished run is there."""
-        names = {INDEX, *(path.name for path in self.shards())}
-        if not names <= self.checksums.keys() or len(self.checksums) != len(names) + self.manifest.get("files", 0):
+        if len(self.checksums) != self.manifest["shards"] + 1 + self.manifest.get("files", 0):
             return False
-        return all(self._is_intact(name) for name in self.checksums)
+        names = {INDEX, *(path.name for path in self.shards())}
+        return names <= self.checksums.keys() and all(self._is_intact(name) for name in self.checksums)
 
     def shards(self) -> list[Path]:
         """The shards of a finished run, in order."""
