@@ -32,7 +32,8 @@ from mlx_esm_hf.runs.outputs import check_library, check_outputs, earlier_settin
 from mlx_esm_hf.runs.run import Run
 from mlx_esm_hf.runtime.device import use_device
 
-BATCH_TOKENS = 1024  # fair-esm's
+# Of a batch, by the device: fair-esm's, and where larger ones are no faster, as many as a kill may cost.
+BATCH_TOKENS = {"gpu": 1024, "cpu": 256}
 LINKER = "G" * 25  # between two chains, as fair-esm has it
 PAIR_STATES = 12  # that are in memory at a time, at most
 
@@ -67,8 +68,8 @@ def fold(
         formats: of the structures in a folder: "pdb", "cif", or both.
         pictures: draw pLDDT along the chains, `_plddt.png`, and the predicted aligned error, `_pae.png`, as well.
         num_recycles: the trunk runs once more than this; by default as often as the model's config says.
-        batch_tokens: most residues, with linkers and padding, that are folded together; by default 1,024, or fewer
-            where memory is short.
+        batch_tokens: most residues, with linkers and padding, that are folded together, if so many fit into memory; by
+            default 1,024 on a GPU and 256 on a CPU.
         loading: `revision`, `dtype`, `device` and the others of `from_pretrained`.
 
     A protein that would not fit into the memory that is free is left out, as others that cannot be read.
@@ -94,7 +95,7 @@ def fold(
     folding = as_folding_model(model, num_recycles, loading)
     room = Room(output, lambda ids: folding.bytes_needed(folding.linked_length(ids)))
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
-    folding.batch_tokens = agreed(wanted or folding.most_tokens(room.bytes), wanted)
+    folding.batch_tokens = agreed(folding.most_tokens(room.bytes, wanted), wanted)
 
     def check(ids: np.ndarray) -> None:
         refuse_unknown(ids)
@@ -237,7 +238,7 @@ class FoldingModel:
     recycles: int
     name: str = ""
     revision: str | None = None
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int = 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -275,9 +276,10 @@ class FoldingModel:
         layers = 2 * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)  # of the stem
         return 4 * (pair * length**2 + residue * length + layers + 8 * NUMBERS_AT_A_TIME)
 
-    def most_tokens(self, room: int) -> int:
-        """How many residues can be folded within so many bytes, up to `BATCH_TOKENS`; 1 at least."""
-        return max(1, bisect_right(range(BATCH_TOKENS + 1), room, key=self.bytes_needed) - 1)
+    def most_tokens(self, room: int, wanted: int) -> int:
+        """The residues of a batch: as many as are wanted, or 0, as suit the device, if they fit into so many bytes."""
+        wanted = wanted or BATCH_TOKENS[mx.default_device().type.name]
+        return max(1, bisect_right(range(wanted + 1), room, key=self.bytes_needed) - 1)
 
     def predict(self, proteins: Sequence[np.ndarray]) -> list[Arrays]:
         """Fold proteins, by their ids, together."""
