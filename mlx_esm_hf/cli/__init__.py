@@ -7,7 +7,20 @@ from __future__ import annotations
 
 import typer
 
-from mlx_esm_hf.cli import contacts, convert, embed, env, fill_mask, finetune, generate, perplexity, push, score, train
+from mlx_esm_hf.cli import (
+    contacts,
+    convert,
+    embed,
+    env,
+    fill_mask,
+    finetune,
+    fold,
+    generate,
+    perplexity,
+    push,
+    score,
+    train,
+)
 
 app = typer.Typer(
     help="Meta's ESM protein language models on MLX.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -16,6 +29,7 @@ app.command("embed")(embed.command)
 app.command("fill-mask")(fill_mask.command)
 app.command("score")(score.command)
 app.command("contacts")(contacts.command)
+app.command("fold")(fold.command)
 app.command("perplexity")(perplexity.command)
 app.command("generate")(generate.command)
 app.command("train")(train.command)

@@ -31,15 +31,18 @@ class Running:
     def __init__(self, console: Console, quiet: bool):
         self.console, self.quiet = console, quiet
         self.residues, self.begin = 0, time.perf_counter()
-        columns = (TaskProgressColumn(), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+        texts = (TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("{task.fields[doing]}"))
+        columns = (TaskProgressColumn(), BarColumn(), *texts)
         self.bar = Bar(*columns, console=console, disable=quiet or not console.is_terminal)
-        self.task = self.bar.add_task("", total=None, speed="")
+        self.task = self.bar.add_task("", total=None, speed="", doing="")
 
     def show(self, progress: Progress) -> None:
         """Move the bar; the jobs call this."""
         self.residues += progress.computed
-        speed = f"{self.residues / (time.perf_counter() - self.begin):,.0f} residues/s"
-        self.bar.update(self.task, total=progress.total, advance=progress.residues, speed=speed)
+        speed = f"{self.residues / (time.perf_counter() - self.begin):,.0f} residues/s" if self.residues else ""
+        self.bar.update(
+            self.task, total=progress.total, advance=progress.residues, speed=speed, doing=escape(progress.doing)
+        )
 
     def finish(self, output: Path, report: Any) -> None:
         """Say what was computed, changed and left out; exit with 3 if something was left out.

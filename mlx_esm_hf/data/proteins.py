@@ -129,7 +129,25 @@ def clean(sequence: str, aligned: bool = False, report: Report | None = None) ->
     return "".join(cleaned)
 
 
-def read_proteins(source: Source, aligned: bool = False, report: Report | None = None) -> Iterator[Protein]:
+def clean_chains(sequence: str, aligned: bool = False, report: Report | None = None) -> str:
+    """The chains of a protein, with `:` between them, each as `clean` makes it.
+
+    Raises:
+        ValueError: as `clean`, of one of the chains.
+    """
+    chains = sequence.split(":")
+    cleaned = []
+    for number, part in enumerate(chains, 1):
+        try:
+            cleaned.append(clean(part, aligned, report))
+        except ValueError as error:
+            raise ValueError(f"{error}, in chain {number}" if len(chains) > 1 else str(error)) from None
+    return ":".join(cleaned)
+
+
+def read_proteins(
+    source: Source, aligned: bool = False, report: Report | None = None, chains: bool = False
+) -> Iterator[Protein]:
     """The proteins of a source in its order; those that cannot be read are left to the report.
 
     Args:
@@ -137,6 +155,7 @@ def read_proteins(source: Source, aligned: bool = False, report: Report | None =
             iterable of sequences, of pairs (id, sequence) or of Biopython records. Sequences alone are numbered from 1.
         aligned: keep gaps.
         report: takes counts and messages, which name the file, the line and the id.
+        chains: a protein may have several, with `:` between them.
 
     Raises:
         ValueError: not FASTA, or a damaged stream; with a strict report, a bad record.
@@ -148,7 +167,7 @@ def read_proteins(source: Source, aligned: bool = False, report: Report | None =
         try:
             if not isinstance(sequence, str):
                 raise ValueError(f"is no sequence, but {sequence!r}")
-            yield Protein(name, clean(sequence, aligned, report), place)
+            yield Protein(name, (clean_chains if chains else clean)(sequence, aligned, report), place)
         except ValueError as error:
             report.leave_out(f"{place}: {shown(name)} {error}.")
 

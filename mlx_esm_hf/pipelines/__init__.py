@@ -5,6 +5,7 @@ from mlx_esm_hf.pipelines.contacts import contacts
 from mlx_esm_hf.pipelines.convert import convert
 from mlx_esm_hf.pipelines.embed import embed
 from mlx_esm_hf.pipelines.fill_mask import fill_mask
+from mlx_esm_hf.pipelines.fold import fold
 from mlx_esm_hf.pipelines.generate import generate
 from mlx_esm_hf.pipelines.huggingface import pipeline
 from mlx_esm_hf.pipelines.perplexity import perplexity
@@ -16,6 +17,7 @@ __all__ = [
     "convert",
     "embed",
     "fill_mask",
+    "fold",
     "generate",
     "load",
     "perplexity",

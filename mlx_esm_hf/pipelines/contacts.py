@@ -12,23 +12,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stream, read_proteins, shown, tokens
+from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stream, read_proteins, tokens
 from mlx_esm_hf.data.windows import Window, ramp
 from mlx_esm_hf.models.auto import MLXAutoModel
-from mlx_esm_hf.pipelines.protein_job import ProteinJob, WriteRun
+from mlx_esm_hf.pipelines.protein_job import ProteinJob, Room, WriteRun
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
-from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.formats import write_npz
 from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
-from mlx_esm_hf.runs.outputs import check_outputs, check_picture, earlier_settings
+from mlx_esm_hf.runs.outputs import check_outputs, check_picture
 from mlx_esm_hf.runs.run import Run
-from mlx_esm_hf.runtime import memory
 
 SEPARATION = 6  # residues between the partners of a contact, at least (Rao et al. 2020, 3.1)
 RANGES = {"all": (6, None), "short": (6, 12), "medium": (12, 24), "long": (24, None)}
 DISTANCE = 8.0  # Å between Cβ atoms
 ATTENTIONS = 512  # tokens of a batch at most: attention maps grow with the square
-NO_LIMIT = (1 << 31) - 1  # MiB
 
 
 def contacts(
@@ -68,25 +65,10 @@ def contacts(
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
     _check_head(protein_model)
     protein_model = replace(protein_model, batch_tokens=min(protein_model.batch_tokens, ATTENTIONS))
-    free = memory.free_memory() // ranks.size()
-    room = room_of_run(output, free)
-
-    def check(ids: np.ndarray) -> None:
-        needed = bytes_needed(protein_model, len(ids))
-        if needed > room:
-            raise ValueError(
-                f"has {len(ids)} residues, whose contacts need {needed / 1e9:.2f} GB of memory; there are "
-                f"{room / 1e9:.2f} GB free"
-            )
+    room = Room(output, lambda ids: bytes_needed(protein_model, len(ids)))
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
-        for item in items:
-            needed = bytes_needed(protein_model, item.length)
-            if needed > free:  # a run that was begun with more
-                raise ValueError(
-                    f"{shown(item.id)} needs {needed / 1e9:.2f} GB of memory for its contacts. When this run began "
-                    f"{room / 1e9:.2f} GB were free, now {free / 1e9:.2f} are: free some, then go on."
-                )
+        room.confirm(items)
         return maps(protein_model, [item.content for item in items])
 
     def size(residues: int) -> int:
@@ -101,9 +83,9 @@ def contacts(
         others[Path(picture)] = write_picture
     if top is not None:
         others[Path(top)] = write_top_contacts
-    settings = {"memory": room >> 20}
+    settings = {"memory": room.mebibytes}
     job = ProteinJob(
-        "contacts", protein_model, settings, compute, size, check=check, arrays=1, aligned=aligned, strict=strict
+        "contacts", protein_model, settings, compute, size, check=room.check, arrays=1, aligned=aligned, strict=strict
     )
     if output is None:
         return job.stream(proteins)
@@ -155,17 +137,6 @@ def bytes_needed(model: ProteinModel, residues: int) -> int:
     its computation (6.6 of them at most were measured, in plain MLX), and what is made of the maps of all residues."""
     window = model.windows(0, residues)[0].length + model.vocabulary.around
     return 4 * (7 * model.network.config.num_attention_heads * window**2 + 12 * residues**2)
-
-
-def room_of_run(output: str | os.PathLike[str] | None, free: int) -> int:
-    """Bytes for a protein: those that are free or, in a run that goes on, those that were when it began.
-
-    Which proteins there is room for must not change within a run, since it decides how results are counted.
-    """
-    earlier = earlier_settings(output).get("memory")
-    # The ranks have to leave out the same proteins, and those that do not write may not see the output.
-    known = ranks.smallest(NO_LIMIT if earlier is None else earlier)
-    return (ranks.smallest(free >> 20) if known == NO_LIMIT else known) << 20
 
 
 def maps(model: ProteinModel, sequences: Sequence[np.ndarray]) -> list[Arrays]:

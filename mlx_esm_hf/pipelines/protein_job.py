@@ -7,19 +7,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stdin, is_stream, read_proteins, shown, standard_input
-from mlx_esm_hf.pipelines.protein_model import ProteinModel
 from mlx_esm_hf.runs import ranks
-from mlx_esm_hf.runs.ids import Ids
-from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, stream
-from mlx_esm_hf.runs.outputs import claimed, shards_of, write_files
+from mlx_esm_hf.runs.ids import FileNames, Ids
+from mlx_esm_hf.runs.job import Arrays, Files, Item, Job, OnProgress, Result, no_files, stream
+from mlx_esm_hf.runs.outputs import claimed, earlier_settings, shards_of, write_files
 from mlx_esm_hf.runs.run import Run, compute_run, sha256_of
+from mlx_esm_hf.runtime import memory
 
 CHUNK_BATCHES = 16  # of a chunk: enough to order by length
+NO_LIMIT = (1 << 31) - 1  # MiB
 ID_BYTES = 40  # of each character of an id, so that the ids of a chunk fit into the header of its shard
 
 WriteRun = Callable[[Path, Run], None]
@@ -34,6 +35,21 @@ def one_pass_work(tokens: int) -> int:
     return tokens
 
 
+class Model(Protocol):
+    """What a job has to know of its model; see `ProteinModel`."""
+
+    batch_tokens: int
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def encode(self, sequence: str) -> np.ndarray: ...
+
+    def passes(self, ids: np.ndarray) -> list[int]: ...
+
+    def refuse_long(self, length: int) -> None: ...
+
+
 @dataclass
 class ProteinJob:
     """A job whose items are proteins.
@@ -44,16 +60,19 @@ class ProteinJob:
         settings: what results depend on, besides the model.
         compute: the results of items, whose contents are sequences of ids.
         size: bytes of the results of a protein of so many residues.
-        work: tokens that go through the model for a window of so many tokens.
+        work: for a window of so many tokens, by default those that go through the model.
         check: refuses a sequence of ids, by ValueError, that this job has nothing to do for.
         copies: how many results a protein gives.
         input: what the manifest says of the input; by default what `describe` does.
         aligned, strict: how proteins are read.
         arrays: of each result, those that have a name of their own in a file; 0 where all make one matrix.
+        chains: a protein may have several.
+        chunk_work: of a chunk; 0, that of `CHUNK_BATCHES`.
+        files, columns: what a folder of shards has besides; see `Job`.
     """
 
     command: str
-    model: ProteinModel
+    model: Model
     settings: dict[str, Any]
     compute: Callable[[Sequence[Item]], Sequence[Arrays]]
     size: Callable[[int], int]
@@ -64,6 +83,10 @@ class ProteinJob:
     aligned: bool = False
     strict: bool = False
     arrays: int = 0
+    chains: bool = False
+    chunk_work: int = 0
+    files: Callable[[Item], Files] = no_files
+    columns: Callable[[Result], dict[str, Any]] | None = None
 
     def stream(self, source: Source) -> Iterator[Result]:
         """The results in the order of the proteins, computed while they are read. Warns of what was left out.
@@ -121,20 +144,22 @@ class ProteinJob:
             input=input,
             items=lambda: self._items(source, report, suffix),
             compute=self.compute,
-            chunk_work=CHUNK_BATCHES * self.model.batch_tokens,
+            chunk_work=self.chunk_work or CHUNK_BATCHES * self.model.batch_tokens,
             total=total,
             left_out=report.left_out,
+            files=self.files,
+            columns=self.columns,
         )
 
     def _items(self, source: Source, report: Report, suffix: str | None) -> Iterator[Item]:
-        number = 0
+        number, names = 0, None if self.files is no_files else FileNames()
         for protein, ids in self._read(source, report, suffix):
             self._refuse(protein, ids)
-            windows = self.model.windows(0, len(ids))
-            work = sum(self.work(window.length + self.model.vocabulary.around) for window in windows)
+            work = sum(self.work(tokens) for tokens in self.model.passes(ids))
             size = self.size(len(ids)) + ID_BYTES * len(protein.id)
             for _ in range(self.copies):
-                yield Item(number, protein.id, ids, len(ids), work, size)
+                name = "" if names is None else names.name(protein.id)
+                yield Item(number, protein.id, ids, len(ids), work, size, name)
                 number += 1
 
     def _read(self, source: Source, report: Report, suffix: str | None) -> Iterator[tuple[Protein, np.ndarray]]:
@@ -144,11 +169,11 @@ class ProteinJob:
             suffix: of the file that is to hold the results; None, there is none.
         """
         names = Ids(suffix or "", self.arrays)
-        for protein in read_proteins(source, self.aligned, report):
+        for protein in read_proteins(source, self.aligned, report, self.chains):
             try:
                 if suffix is not None:
                     names.refuse(protein.id)
-                ids = self.model.cut(self.model.vocabulary.encode(protein.sequence))
+                ids = self.model.encode(protein.sequence)
                 self.check(ids)
             except ValueError as error:
                 report.leave_out(f"{protein.place}: {shown(protein.id)} {error}.")
@@ -187,6 +212,56 @@ class ProteinJob:
         if not total:
             raise ValueError("\n".join([f"{source} holds no proteins.", *report.left_out]))
         return total
+
+
+class Room:
+    """The memory that there is for a protein.
+
+    In a run that goes on it is that which was free when the run began: which proteins there is room for must not
+    change within a run, since it decides how results are counted.
+
+    Args:
+        output: of the run.
+        needed: an upper bound of its bytes for the ids of a protein.
+    """
+
+    def __init__(self, output: str | os.PathLike[str] | None, needed: Callable[[np.ndarray], int]):
+        self.needed = needed
+        self.free = memory.free_memory() // ranks.size()
+        earlier = earlier_settings(output).get("memory")
+        # The ranks have to leave out the same proteins, and those that do not write may not see the output.
+        known = ranks.smallest(NO_LIMIT if earlier is None else earlier)
+        self.mebibytes = ranks.smallest(self.free >> 20) if known == NO_LIMIT else known
+
+    @property
+    def bytes(self) -> int:
+        """How much there is."""
+        return self.mebibytes << 20
+
+    def check(self, ids: np.ndarray) -> None:
+        """
+        Raises:
+            ValueError: there is too little for this protein.
+        """
+        needed = self.needed(ids)
+        if needed > self.bytes:
+            raise ValueError(
+                f"has {len(ids)} residues, which need {needed / 1e9:.2f} GB of memory; there are "
+                f"{self.bytes / 1e9:.2f} GB free"
+            )
+
+    def confirm(self, items: Sequence[Item]) -> None:
+        """
+        Raises:
+            ValueError: of a run that was begun with more, a protein for which there is too little now.
+        """
+        for item in items:
+            needed = self.needed(item.content)
+            if needed > self.free:
+                raise ValueError(
+                    f"{shown(item.id)} needs {needed / 1e9:.2f} GB of memory. When this run began "
+                    f"{self.bytes / 1e9:.2f} GB were free, now {self.free / 1e9:.2f} are: free some, then go on."
+                )
 
 
 def describe(source: Source) -> dict[str, str]:

@@ -69,15 +69,7 @@ class ProteinModel:
     @property
     def settings(self) -> dict[str, Any]:
         """What results depend on, for the manifest of a run."""
-        return {
-            "model": self.name,
-            "revision": self.revision,
-            "weights": fingerprint(self.network),
-            "dtype": str(self.network.dtype).removeprefix("mlx.core."),
-            "device": mx.default_device().type.name,
-            "long": self.long,
-            "batch_tokens": self.batch_tokens,
-        }
+        return settings_of(self) | {"long": self.long}
 
     def refuse_long(self, length: int) -> None:
         """
@@ -90,9 +82,18 @@ class ProteinModel:
                 "Take --long truncate, --long window, or ESM-2, which has no such limit"
             )
 
-    def cut(self, ids: np.ndarray) -> np.ndarray:
-        """What is read of a sequence of ids: its beginning, if long proteins are truncated."""
+    def encode(self, sequence: str) -> np.ndarray:
+        """What is read of a cleaned sequence as ids [positions]: its beginning, if long proteins are truncated.
+
+        Raises:
+            ValueError: a token that the vocabulary does not have.
+        """
+        ids = self.vocabulary.encode(sequence)
         return ids[: self.longest] if self.long == "truncate" else ids
+
+    def passes(self, ids: np.ndarray) -> list[int]:
+        """How many tokens each window of a sequence of ids has."""
+        return [window.length + self.vocabulary.around for window in self.windows(0, len(ids))]
 
     def windows(self, sequence: int, length: int) -> list[Window]:
         """A sequence, by its index and length, in as many windows as the model needs; see `cut_windows`."""
@@ -180,10 +181,20 @@ def load(
     tokenizer = load_tokenizer(model, **hub | commit)
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
     loaded = ProteinModel(network.eval(), tokenizer, str(model), commit.get("revision", revision), long, wanted)
-    # The ranks have to cut the same batches, and those that do not write may not see the output.
-    decided = wanted > 0 or ranks.rank() == 0
-    loaded.batch_tokens = ranks.smallest(loaded.batch_tokens if decided else 1 << 30)
+    loaded.batch_tokens = agreed(loaded.batch_tokens, wanted)
     return loaded
+
+
+def agreed(batch_tokens: int, wanted: int) -> int:
+    """The tokens of a batch, the same on all ranks: they have to cut the same batches, and those that do not write may
+    not see the output.
+
+    Args:
+        batch_tokens: of this rank.
+        wanted: by the caller or an earlier run; 0, by nobody.
+    """
+    decided = wanted > 0 or ranks.rank() == 0
+    return ranks.smallest(batch_tokens if decided else 1 << 30)
 
 
 def load_network(cls: Any, model: str, **options: Any) -> Any:
@@ -223,6 +234,18 @@ def as_protein_model(
     if loading:
         raise TypeError(f"{', '.join(loading)}: this is for `load`, and the model is loaded already.")
     return model
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """What results depend on, of a model with a network, a name, a revision and a number of tokens in a batch."""
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "weights": fingerprint(model.network),
+        "dtype": str(model.network.dtype).removeprefix("mlx.core."),
+        "device": mx.default_device().type.name,
+        "batch_tokens": model.batch_tokens,
+    }
 
 
 def fingerprint(network: MLXPreTrainedModel) -> str:

@@ -163,11 +163,9 @@ def _score(
     The model lives no longer than this call, so that there is one at a time.
     """
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, folder, loading)
-    vocabulary = protein_model.vocabulary
     try:
-        ids = vocabulary.encode(wild_type)
+        ids = protein_model.encode(wild_type)
         protein_model.refuse_long(len(ids))
-        ids = protein_model.cut(ids)
     except ValueError as error:
         raise ValueError(f"The wild type {error}.") from None
     within = {i: m for i, m in mutants.items() if all(s.position < len(ids) for s in m)}
@@ -181,7 +179,7 @@ def _score(
         results = list(run.results())
     if method == "pseudo-perplexity":
         return {result.number: float(result.arrays["score"][0]) for result in results}, len(ids)
-    return _differences(results, within, method, vocabulary.ids), len(ids)
+    return _differences(results, within, method, protein_model.vocabulary.ids), len(ids)
 
 
 def _job(model: ProteinModel, ids: np.ndarray, mutants: dict[int, Mutant], method: str) -> Job:

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from mlx_esm_hf.runs.ids import accession
 from mlx_esm_hf.runs.job import Result
 from mlx_esm_hf.runs.run import Run
 
@@ -106,12 +107,6 @@ def sort_metadata(path: Path) -> None:
         assert len(text) <= size, "the same entries, written the same way"
         file.seek(8)
         file.write(text.ljust(size))
-
-
-def accession(name: str) -> str:
-    """`P12345` of UniProt's `sp|P12345|NAME_HUMAN`; other names as they are."""
-    parts = name.split("|")
-    return parts[1] if len(parts) == 3 and parts[0] in ("sp", "tr") and parts[1] else name
 
 
 class KeptErrors(io.FileIO):

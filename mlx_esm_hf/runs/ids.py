@@ -1,12 +1,14 @@
-"""Ids that files cannot hold, found before the work."""
+"""Ids that files cannot hold, found before the work, and the names of files for ids."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 LONGEST_ID = 1 << 15  # bytes; twice that is the most of a name in a zip archive, and of an attribute in HDF5
 HEADER = 99_000_000  # bytes of names; safetensors reads headers of 100 MB
+LONGEST_NAME = 150  # characters of a file; with a number and a suffix it stays below 255, and is readable
 ID_ARRAY = 1 << 32  # bytes of the ids in an .npz file, an array in which all are as long as the longest
 
 
@@ -62,3 +64,29 @@ class Ids:
                 f"The ids of {self.count:,} proteins and more, one of {self.longest:,} characters, make an array of "
                 "over 4 GiB in an .npz file: choose .h5, .parquet or a folder of shards."
             )
+
+
+def accession(name: str) -> str:
+    """`P12345` of UniProt's `sp|P12345|NAME_HUMAN`; other names as they are."""
+    parts = name.split("|")
+    return parts[1] if len(parts) == 3 and parts[0] in ("sp", "tr") and parts[1] else name
+
+
+@dataclass
+class FileNames:
+    """Names of files, without a suffix, for ids one after the other: of UniProt's the accession, `_` for what is not
+    safe in a name everywhere, and a number behind a name that was there before, be it in other letters (`a` and `A` are
+    one file on a Mac)."""
+
+    used: set[str] = field(default_factory=set)
+
+    def name(self, id: str) -> str:
+        """That of the next id."""
+        safe = re.sub(r"[^A-Za-z0-9._+=@-]", "_", accession(id))[:LONGEST_NAME]
+        name = base = safe if re.match("[A-Za-z0-9]", safe) else f"_{safe}"
+        count = 1
+        while name.casefold() in self.used:
+            count += 1
+            name = f"{base}_{count}"
+        self.used.add(name.casefold())
+        return name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ class Item(NamedTuple):
     length: int  # residues
     work: int  # in units of the job's own
     size: int  # bytes of its results
+    name: str = ""  # of its files, where it has any: no other item's
 
 
 class Chunk(NamedTuple):
@@ -38,14 +39,21 @@ class Result(NamedTuple):
     id: str
     length: int
     arrays: Arrays
+    name: str = ""
+
+
+# Files by their names, and what makes their bytes of a result.
+Files = Mapping[str, Callable[[Result], bytes]]
 
 
 class Progress(NamedTuple):
-    """What is told after each step, in residues: those that are done now, those of them just computed, those of all."""
+    """What is told after each step, in residues: those that are done now, those of them just computed, those of all.
+    Within a step, what is being done."""
 
     residues: int
     computed: int
     total: int | None
+    doing: str = ""
 
 
 OnProgress = Callable[[Progress], None]
@@ -57,6 +65,11 @@ def no_progress(progress: Progress) -> None:
 
 def always() -> bool:
     return True
+
+
+def no_files(item: Item) -> Files:
+    """The files of a job whose results are in its shards alone."""
+    return {}
 
 
 @dataclass
@@ -73,6 +86,8 @@ class Job:
         total: residues of all items, if that is known.
         left_out: what could not be made an item, and why; it fills while items are read.
         input_is_same: whether the input still is what `input` says; asked when all items are computed.
+        files: what a folder holds of an item beside the shards, made of its result.
+        columns: what the index says of a result, besides where it is; None, nothing.
     """
 
     command: str
@@ -84,6 +99,8 @@ class Job:
     total: int | None = None
     left_out: list[str] = field(default_factory=list)
     input_is_same: Callable[[], bool] = always
+    files: Callable[[Item], Files] = no_files
+    columns: Callable[[Result], dict[str, Any]] | None = None
 
 
 def chunks(items: Iterable[Item], chunk_work: int) -> Iterator[Chunk]:
@@ -104,4 +121,4 @@ def stream(job: Job) -> Iterator[Result]:
     """The results in order, computed chunk by chunk while the items are read, and written nowhere."""
     for chunk in chunks(job.items(), job.chunk_work):
         for item, arrays in zip(chunk.items, job.compute(chunk.items), strict=True):
-            yield Result(item.number, item.id, item.length, arrays)
+            yield Result(item.number, item.id, item.length, arrays, item.name)

@@ -22,6 +22,8 @@ LIBRARIES = {
     ".h5": ("h5py", "hdf5"),
     ".parquet": ("pyarrow", "parquet"),
     **dict.fromkeys(PICTURES, ("matplotlib", "plots")),
+    ".pdb": ("gemmi", "fold"),
+    ".cif": ("modelcif", "fold"),
 }
 
 WRITTEN = "written.json"  # beside the shards: which of the files are there, and how to know them
@@ -113,6 +115,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise ValueError(f"{os.fspath(path)} cannot be written: there is no folder {folder}.")
+    check_library(path)
+
+
+def check_library(path: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        ValueError: what writes such a file is not installed.
+    """
     module, extra = LIBRARIES.get(os.path.splitext(path)[1], ("", ""))
     if module and importlib.util.find_spec(module) is None:
         raise ValueError(f"{os.fspath(path)} needs {module}: pip install 'mlx-esm-hf[{extra}]'.")

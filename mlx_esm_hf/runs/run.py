@@ -2,7 +2,8 @@
 
 Chunks follow from the input and the settings alone. Each becomes one shard, a file that is there as a whole or not at
 all, with a checksum. A run that is started again, finished or not, computes the shards that are missing or damaged. The
-manifest says what the shards were computed with, and a run with other settings is refused.
+manifest says what the shards were computed with, and a run with other settings is refused. A job may have files made of
+the results in a shard, which stand beside it.
 
 Several ranks take turns at the chunks; the first one is given the shards of all and writes them.
 """
@@ -15,14 +16,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
 from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.files import GO_ON, remove_all_parts, replace_file
-from mlx_esm_hf.runs.job import Chunk, Job, OnProgress, Progress, Result, chunks
+from mlx_esm_hf.runs.job import Chunk, Files, Item, Job, OnProgress, Progress, Result, chunks
 from mlx_esm_hf.runs.shards import read_shard, shard_bytes, shard_items, shard_name
 
 MANIFEST, INDEX = "manifest.json", "index.csv"
@@ -46,7 +47,7 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
     if ranks.total(int(run.finished)):
         job.left_out[:] = run.manifest.get("left_out", [])
         return run
-    turns, items, shards = chunks(job.items(), job.chunk_work), 0, 0
+    turns, items, shards, files = chunks(job.items(), job.chunk_work), 0, 0, 0
     while turn := list(islice(turns, ranks.size())):
         items, shards = items + sum(len(chunk.items) for chunk in turn), shards + len(turn)
         missing = [not ranks.total(int(ranks.rank() == 0 and run.has(chunk))) for chunk in turn]
@@ -58,6 +59,8 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
         for chunk, shard in zip(turn, ranks.gather(data, turn[0].number), strict=False):
             if shard and ranks.rank() == 0:
                 run.add(shard_name(chunk.number), shard)
+        if ranks.rank() == 0:
+            files += sum(run.add_files(chunk, job.files) for chunk in turn)
         on_progress(Progress(residues(turn), residues(compress(turn, missing)), job.total))
     if ranks.total(int(not job.input_is_same())):
         ranks.on_first(run.distrust)
@@ -65,7 +68,7 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
             f"{job.input['name']} has changed while it was read, and nothing that was computed of it is trusted: "
             f"remove {folder}, then start again."
         )
-    ranks.on_first(lambda: run.finish(items, shards, job.left_out))
+    ranks.on_first(lambda: run.finish({"items": items, "shards": shards, "files": files}, job))
     return run
 
 
@@ -105,8 +108,8 @@ class Run:
             self.manifest = before
             self.checksums = read_checksums(self.folder / CHECKSUMS)
             if self.finished and not self._intact():
-                for key in ("items", "shards", "left_out"):
-                    del self.manifest[key]
+                for key in ("items", "shards", "files", "left_out"):
+                    self.manifest.pop(key, None)
             if not self.finished:
                 self._write_checksums()  # without what a kill cut off
             return
@@ -147,10 +150,10 @@ class Run:
 
     def _intact(self) -> bool:
         """Whether all of a finished run is there."""
-        if len(self.checksums) != self.manifest["shards"] + 1:
+        if len(self.checksums) != self.manifest["shards"] + 1 + self.manifest.get("files", 0):
             return False
-        names = [INDEX, *(path.name for path in self.shards())]
-        return self.checksums.keys() == set(names) and all(self._is_intact(name) for name in names)
+        names = {INDEX, *(path.name for path in self.shards())}
+        return names <= self.checksums.keys() and all(self._is_intact(name) for name in self.checksums)
 
     def shards(self) -> list[Path]:
         """The shards of a finished run, in order."""
@@ -178,6 +181,17 @@ class Run:
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error.strerror}). {GO_ON}") from error
 
+    def add_files(self, chunk: Chunk, files: Callable[[Item], Files]) -> int:
+        """Make those files of a chunk's items that are missing or damaged, of its shard; returns how many there are."""
+        wanted = {item.number: files(item) for item in chunk.items}
+        names = [name for made in wanted.values() for name in made]
+        if not all(self._is_intact(name) for name in names):
+            for result in read_shard(self.folder / shard_name(chunk.number)):
+                for name, make in wanted[result.number].items():
+                    if not self._is_intact(name):
+                        self.add(name, make(result))
+        return len(names)
+
     def distrust(self) -> None:
         """Forget what was computed: whoever goes on computes all of it anew."""
         self.checksums.clear()
@@ -190,23 +204,36 @@ class Run:
     def _write_manifest(self) -> None:
         replace_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
 
-    def finish(self, items: int, shards: int, left_out: list[str]) -> None:
+    def finish(self, counts: dict[str, int], job: Job) -> None:
         """Write the index and the checksums, and into the manifest that all is there.
+
+        Args:
+            counts: of items, shards and files.
 
         Raises:
             ValueError: there were no items.
         """
-        if not items:
-            raise ValueError("\n".join(["There is nothing to compute.", *left_out]))
-        self.manifest |= {"items": items, "shards": shards, "left_out": left_out}
+        if not counts["items"]:
+            raise ValueError("\n".join(["There is nothing to compute.", *job.left_out]))
+        self.manifest |= {name: count for name, count in counts.items() if count} | {"left_out": job.left_out}
         table = io.StringIO()
         rows = csv.writer(table)
-        rows.writerow(["number", "id", "length", "shard"])
-        for path in self.shards():
-            rows.writerows([number, id, length, path.name] for number, id, length in shard_items(path))
+        for number, (item, columns) in enumerate(self._index(job)):
+            if number == 0:
+                rows.writerow(["number", "id", "length", "shard", *columns])
+            rows.writerow([*item, *columns.values()])
         self.add(INDEX, table.getvalue().encode())
         self._write_checksums()
         self._write_manifest()
+
+    def _index(self, job: Job) -> Iterator[tuple[tuple[int, str, int, str], dict[str, Any]]]:
+        """Of each result where it is, and what the job says of it."""
+        for path in self.shards():
+            if job.columns is None:
+                yield from (((*item, path.name), {}) for item in shard_items(path))
+                continue
+            for result in read_shard(path):
+                yield (result.number, result.id, result.length, path.name), job.columns(result)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -258,7 +285,8 @@ def is_manifest(value: Any) -> bool:
         return True
     left_out = value.get("left_out")
     is_list = isinstance(left_out, list) and all(isinstance(message, str) for message in left_out)
-    return is_list and is_count(value.get("items")) and is_count(value.get("shards"))
+    counts = (value.get("items"), value.get("shards"), value.get("files", 1))
+    return is_list and all(is_count(count) for count in counts)
 
 
 def is_count(value: Any) -> bool:

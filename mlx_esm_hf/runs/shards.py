@@ -20,8 +20,9 @@ def shard_name(number: int) -> str:
 
 
 def shard_bytes(chunk: Chunk, results: Sequence[Arrays]) -> bytes:
-    """A shard; the metadata has one entry, [number, id, length] of each item, since their order can vary."""
-    items = [[item.number, item.id, item.length] for item in chunk.items]
+    """A shard; the metadata has one entry, [number, id, length] of each item and the name of its files if it has any,
+    since the order of entries can vary."""
+    items = [[item.number, item.id, item.length, *([item.name] if item.name else [])] for item in chunk.items]
     tensors = {
         f"{item.number:08d}/{name}": np.ascontiguousarray(array)
         for item, arrays in zip(chunk.items, results, strict=True)
@@ -40,15 +41,15 @@ def read_shard(path: Path) -> Iterator[Result]:
         names: dict[int, list[str]] = {}
         for key in file.keys():  # noqa: SIM118
             names.setdefault(int(key.partition("/")[0]), []).append(key)
-        for number, id, length in json.loads(file.metadata()["items"]):
+        for number, id, length, *name in json.loads(file.metadata()["items"]):
             arrays = {key.partition("/")[2]: file.get_tensor(key) for key in names.get(number, [])}
-            yield Result(number, id, length, arrays)
+            yield Result(number, id, length, arrays, *name)
 
 
 def shard_items(path: Path) -> list[tuple[int, str, int]]:
-    """Number, id and residues of each item of a shard."""
+    """Number, id and residues of each item of a shard, without its arrays."""
     with _opened(path) as file:
-        return [tuple(item) for item in json.loads(file.metadata()["items"])]
+        return [(number, id, length) for number, id, length, *_ in json.loads(file.metadata()["items"])]
 
 
 def _opened(path: Path) -> Any:

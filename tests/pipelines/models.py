@@ -4,11 +4,13 @@ import functools
 
 import esm as fair_esm
 import mlx.core as mx
+import numpy as np
 import torch
+from mlx.utils import tree_flatten
 
-from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsmConfig, MLXEsmForMaskedLM
+from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
 from mlx_esm_hf.pipelines.protein_model import ProteinModel
-from tests.tiny import tiny
+from tests.tiny import tiny, tiny_folding
 from tests.vocabulary import write_vocabulary
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -48,3 +50,27 @@ def fair_esm_tokens(alphabet, sequence):
 def fair_esm_log_probabilities(model, tokens):
     with torch.no_grad():
         return torch.log_softmax(model(tokens)["logits"].float(), dim=-1)[0].numpy()
+
+
+def write_folding_model(folder, seed=0):
+    """A folding checkpoint of random weights, none of which is trivial: freshly drawn, all residues would lie within a
+    few Å."""
+    draw = np.random.default_rng(seed)
+    model = MLXEsmForProteinFolding(MLXEsmConfig(**tiny_folding()))
+    weights = []
+    for name, parameter in sorted(tree_flatten(model.parameters()), key=lambda pair: pair[0]):
+        values = draw.standard_normal(parameter.shape)
+        if mx.issubdtype(parameter.dtype, mx.integer) or name.endswith("inv_freq"):
+            continue
+        if "embedding" in name or "recycle_disto" in name:
+            values *= 0.5
+        elif parameter.ndim == 2:
+            values *= parameter.shape[1] ** -0.5
+        elif name.endswith("bias"):
+            values *= 0.1
+        elif name != "esm_s_combine":
+            values = 1 + 0.2 * values
+        weights.append((name, mx.array(values.astype(np.float32))))
+    model.load_weights(weights, strict=False)
+    model.save_pretrained(folder)
+    return folder

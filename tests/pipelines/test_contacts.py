@@ -160,14 +160,14 @@ def test_what_does_not_fit_into_memory_is_left_out_before_the_work(folder, room,
     fasta.write_text(f">a\n{UBIQUITIN}\n>long\n{'MKTAYIAKQR' * 50}\n>b\n{UBIQUITIN[:40]}\n")
     room(100)
     report = contacts(fasta, folder, tmp_path / "out.npz")
-    message = "line 3: 'long' has 500 residues, whose contacts need 0.04 GB of memory; there are 0.00 GB free."
+    message = "line 3: 'long' has 500 residues, which need 0.04 GB of memory; there are 0.00 GB free."
     assert len(report.left_out) == 1 and report.left_out[0].endswith(message)
     with np.load(tmp_path / "out.npz") as file:
         assert sorted(file.files) == ["a", "b", "metadata"]
         assert "memory" not in str(file["metadata"])  # the numbers do not depend on it
-    with pytest.warns(UserWarning, match="left out: .*'long' has 500 residues, whose contacts need"):
+    with pytest.warns(UserWarning, match="left out: .*'long' has 500 residues, which need"):
         assert [result.id for result in contacts(fasta, folder)] == ["a", "b"]
-    with pytest.raises(ValueError, match="'long' has 500 residues, whose contacts need"):
+    with pytest.raises(ValueError, match="'long' has 500 residues, which need"):
         contacts(fasta, folder, tmp_path / "strict.npz", strict=True)
 
 
@@ -199,7 +199,7 @@ def test_a_protein_that_no_memory_holds(folder, tmp_path):
     arguments = ["contacts", tmp_path / "p.fasta", "--model", folder, "--output", tmp_path / "top.csv"]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 3
-    assert "'titin_and_more' has 300000 residues, whose contacts need" in result.output.replace("\n", " ")
+    assert "'titin_and_more' has 300000 residues, which need" in result.output.replace("\n", " ")
     assert {row["id"] for row in csv.DictReader((tmp_path / "top.csv").open())} == {"b"}
 
 

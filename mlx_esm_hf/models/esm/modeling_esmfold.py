@@ -293,6 +293,7 @@ class MLXEsmFoldingTrunk(nn.Module):
         self.trunk2sm_s = Linear(c_s, structure.sequence_dim)
         self.trunk2sm_z = Linear(c_z, structure.pairwise_dim)
         self.chunk_size: int | None = None
+        self.on_pass: Callable[[int, int], None] | None = None  # told which pass begins, from 1, and of how many
 
     def set_chunk_size(self, chunk_size: int | None) -> None:
         """How many rows of pairs triangle attention and the transition of pairs compute at a time.
@@ -330,7 +331,10 @@ class MLXEsmFoldingTrunk(nn.Module):
         recycle_z = mx.zeros((B, L, L, self.config.pairwise_state_dim), dtype=s.dtype)
         bins = mx.zeros((B, L, L), dtype=mx.int32)
         structure: dict[str, mx.array] = {}
-        for _ in range(self.passes(num_recycles)):
+        passes = self.passes(num_recycles)
+        for number in range(1, passes + 1):
+            if self.on_pass is not None:
+                self.on_pass(number, passes)
             structure = self.run(s, recycle_s, recycle_z, bins, aatype, position_ids, mask)
             recycle_s, recycle_z = mx.stop_gradient(structure["s_s"]), mx.stop_gradient(structure["s_z"])
             bins = mx.stop_gradient(recycle_bins(structure["positions"][-1]))
