@@ -18,12 +18,12 @@ from mlx_esm_hf.data.batches import by_length
 from mlx_esm_hf.data.proteins import Report, Source, is_stream, read_proteins, tokens
 from mlx_esm_hf.models.esm.modeling_esmfold import (
     DISTOGRAM_BINS,
-    NUMBERS_AT_A_TIME,
     MLXEsmForProteinFolding,
     atom14_to_atom37,
     encode_sequence,
 )
 from mlx_esm_hf.models.esm.residue_constants import ATOM37, RESTYPES, RESTYPES_WITH_X
+from mlx_esm_hf.ops.pairs import NUMBERS_AT_A_TIME
 from mlx_esm_hf.pipelines import structures
 from mlx_esm_hf.pipelines.protein_job import ProteinJob, Room, WriteRun
 from mlx_esm_hf.pipelines.protein_model import agreed, same_commit, settings_of

@@ -1,4 +1,4 @@
-"""`python -m benchmarks` as a command, on a model of 2 layers."""
+"""`python -m benchmarks` as a command, on models of a few layers."""
 
 import json
 import subprocess
@@ -14,6 +14,7 @@ CASES = {
     "uniform": ["4 x 512 tokens"],
     "single": ["64 residues", "256 residues", "1022 residues"],
     "contacts": ["256 residues"],
+    "fold": ["16 residues", "16 residues, peak memory"],
     "gemm": ["4 x 512 tokens"],
     "training": [
         "8 x 256 tokens",
@@ -33,7 +34,7 @@ SMALLER_IS_BETTER = {"ms": True, "s": True, "residues/s": False, "GFLOP/s": Fals
 def run(tmp_path_factory):
     """What the command prints, and the files that it writes."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    options = ["--models=tiny", "--proteins=3", "--repeats=1", "--at-least=0", "--budget=1000"]
+    options = ["--models=tiny,tiny ESMFold", "--proteins=3", "--repeats=1", "--at-least=0", "--budget=1000"]
     command = [sys.executable, "-m", "benchmarks", *options, "--json", folder / "a.json", "--markdown", folder / "a.md"]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
@@ -48,7 +49,7 @@ def test_every_peer_is_measured_in_every_workload(run):
             peers = [peer for w, c, peer in rows if (w, c) == (workload, case)]
             assert peers[0] == "ours" and len(peers) > 1, (workload, case)
             for text in (printed, markdown):
-                assert f"{workload} tiny, {case}" in text
+                assert f"{workload} {'tiny ESMFold' if workload == 'fold' else 'tiny'}, {case}" in text
     assert {"transformers sdpa, as they arrive", "transformers eager, by length", "ours, kernels off"} <= {
         peer for _, _, peer in rows
     }

@@ -23,6 +23,7 @@ from transformers.models.esm.modeling_esmfold import EsmFoldingTrunk
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
 from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.models.esm import modeling_esmfold
 from mlx_esm_hf.models.esm.residue_constants import RESIDUES, RESTYPES
 from mlx_esm_hf.ops import pairs
 from tests.bar import hold_to_bar
