@@ -1,5 +1,6 @@
 """How a command ends: a sentence for a mistake, a traceback for a bug, neither for Ctrl-C."""
 
+import io
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 
 import mlx_esm_command
 from mlx_esm_hf.cli.options import tokens_of
-from mlx_esm_hf.cli.running import running
+from mlx_esm_hf.cli.running import Running, running
+from mlx_esm_hf.runs.job import Progress
 from mlx_esm_hf.runs.run import read_manifest
 from mlx_esm_hf.runtime import process
 from tests.pipelines.models import write_model
@@ -97,3 +100,15 @@ def test_a_bug_as_the_command_shows_it(tmp_path):
     done = subprocess.run(script, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("TypeError: len() takes")
+
+
+def test_what_is_being_done_is_shown():
+    """Within a step, when no residues are done yet; an id may look like markup."""
+    terminal = io.StringIO()
+    run = Running(Console(file=terminal, force_terminal=True, width=200), quiet=False)
+    with run.bar:
+        run.show(Progress(0, 0, 100, "[b]p1 (76 residues), pass 2 of 4"))
+        run.bar.refresh()
+        assert "[b]p1 (76 residues), pass 2 of 4" in terminal.getvalue()
+        run.show(Progress(76, 76, 100))
+    assert "76%" in terminal.getvalue() and "residues/s" in terminal.getvalue()

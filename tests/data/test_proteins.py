@@ -79,6 +79,34 @@ def test_what_cannot_be_read(sequence, message):
         clean(sequence)
 
 
+def test_chains():
+    report = Report()
+    (protein, plain) = read_proteins(["mk-t:GG*:J", "MKT"], report=report, chains=True)
+    assert (protein.sequence, plain.sequence) == ("MKT:GG:X", "MKT")
+    assert (report.gaps, report.replaced, report.left_out) == (1, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        ("MKT:", "is empty, in chain 2"),
+        ("::MKT", "is empty, in chain 1"),
+        ("MKT:M3", "has '3' at 2, which is no residue, in chain 2"),
+        ("MK3", "has '3' at 3, which is no residue"),
+    ],
+)
+def test_chains_that_cannot_be_read(sequence, message):
+    report = Report()
+    assert list(read_proteins([("a", sequence)], report=report, chains=True)) == []
+    assert report.left_out == [f"record 1: 'a' {message}."]
+
+
+def test_without_chains_a_colon_is_no_residue():
+    report = Report()
+    assert list(read_proteins([("a", "MKT:GG")], report=report)) == []
+    assert report.left_out == ["record 1: 'a' has ':' at 4, which is no residue."]
+
+
 @given(st.text(st.sampled_from(RESIDUES + "acj-.*<> \n1é") | st.characters(), max_size=60))
 @example("<mask><mask")
 def test_cleaning_ends_well_or_says_why(text):

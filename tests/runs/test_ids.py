@@ -5,7 +5,7 @@ import pytest
 
 from mlx_esm_hf.pipelines import embed
 from mlx_esm_hf.runs import ids
-from mlx_esm_hf.runs.ids import Ids
+from mlx_esm_hf.runs.ids import FileNames, Ids
 from tests.pipelines.models import write_model
 
 SUFFIXES = ["", ".npz", ".safetensors", ".h5", ".parquet"]
@@ -98,3 +98,22 @@ def test_the_header_is_as_large_as_it_is_said(folder, tmp_path):
         for id, _ in records:
             counted.add(id)
         assert written - 1000 <= counted.header <= 2 * written
+
+
+def test_names_of_files():
+    """Safe everywhere, readable, and no two alike, be it where `a` and `A` are one name."""
+    named = {
+        "sp|P12345|ONE_HUMAN": "P12345",
+        "p12345": "p12345_2",
+        "P12345_2": "P12345_2_2",
+        "a/b": "a_b",
+        "../../up": "_.._.._up",
+        ".hidden": "_.hidden",
+        "": "_",
+        "-rf": "_-rf",
+        "é": "__",
+        "x" * 300: "x" * 150,
+        "x" * 299: "x" * 150 + "_2",
+    }
+    names = FileNames()
+    assert {id: names.name(id) for id in named} == named

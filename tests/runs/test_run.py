@@ -487,6 +487,59 @@ def test_a_shard_of_a_stopped_run_is_looked_at_again(damage, tmp_path):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
+def job_with_files():
+    """Two files for each item, beside the shards."""
+    job = small_job()
+    job.items = lambda: (item(number)._replace(name=f"n{number}") for number in range(6))
+    job.files = lambda item: {f"{item.name}{end}": lambda result: f"{result}".encode() for end in (".a", ".b")}
+    job.columns = lambda result: {"files": result.name, "sum": result.arrays["x"].sum()}
+    return job
+
+
+def test_files_of_results(tmp_path):
+    folder = tmp_path / "out"
+    run = compute_run(job_with_files(), folder, no_progress)
+    assert read_manifest(folder)["files"] == 12
+    for result in run.results():
+        for end in (".a", ".b"):
+            assert (folder / f"{result.name}{end}").read_text() == str(result)
+    rows = (folder / "index.csv").read_text().splitlines()
+    assert rows[0] == "number,id,length,shard,files,sum"
+    assert rows[3] == "2,2,10,shard-00000002.safetensors,n2,3"
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_files_are_made_again_of_their_shards(damage, tmp_path):
+    """Those that are damaged, without computing anything."""
+    folder, told = tmp_path / "out", []
+    compute_run(job_with_files(), folder, no_progress)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder / "n3.b")
+    compute_run(job_with_files(), folder, told.append)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sum(progress.computed for progress in told) == 0
+    compute_run(job_with_files(), folder, stop)  # is not told of anything: all is there
+
+
+@pytest.mark.parametrize("name", ["n2.a", "n2.b", "index.csv"])
+def test_a_kill_between_two_files(name, tmp_path, monkeypatch):
+    folder, whole, add = tmp_path / "out", tmp_path / "whole", Run.add
+
+    def kill(run, added, data):
+        if added == name:
+            raise KeyboardInterrupt
+        add(run, added, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "add", kill)
+        compute_run(job_with_files(), folder, no_progress)
+    told = []
+    compute_run(job_with_files(), folder, told.append)
+    compute_run(job_with_files(), whole, no_progress)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    assert [progress.computed for progress in told][:3] == [0, 0, 0]
+
+
 def test_checksums_are_those_of_sha256sum(tmp_path):
     compute_run(small_job(), tmp_path / "out", no_progress)
     lines = (tmp_path / "out" / "checksums.txt").read_text().splitlines()
