@@ -69,7 +69,7 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def take(name: str) -> None:
         if mx.default_device() == mx.cpu:
-            monkeypatch.setattr(ops, "_backend", lambda *arrays: backends[name])
+            monkeypatch.setattr(ops, "backend_of", lambda *arrays: backends[name])
 
     return take
 
