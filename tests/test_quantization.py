@@ -183,6 +183,22 @@ def test_save_load_save(made, mode, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("made", ["esm2", "head of its own", "esm1"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounded_activations_are_remembered(bits, tmp_path):
+    """By the layers and by the config, in which a packing without them says nothing of them."""
+    weights_alone, rounding = (pack(small(), make_packing(bits, 32, activations=a)) for a in (None, "int8"))
+    rounding.save_pretrained(tmp_path)
+    block = json.loads((tmp_path / "config.json").read_text())["quantization"]
+    assert block == {"group_size": 32, "bits": bits, "mode": "affine", "activations": "int8"} | {
+        path: False for path, layer in layers(rounding) if packing_of(layer) is None
+    }
+    assert "activations" not in block_of(weights_alone)
+    loaded = MLXEsmForMaskedLM.from_pretrained(tmp_path)
+    assert np.array_equal(logits(loaded), logits(rounding))
+    difference = np.abs(logits(rounding) - logits(weights_alone)).max() / np.abs(logits(weights_alone)).max()
+    assert 1e-4 < difference < 0.1
+
+
 def test_embeddings_and_heads_too(made, tmp_path):
     rules = {"*word_embeddings": make_packing(8, 32), "lm_head.*": make_packing(8, 32)}
     if made == "esm2":

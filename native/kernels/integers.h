@@ -5,10 +5,6 @@
 // multiplies and adds up bytes (VNNI), else two of 16 bits.
 #pragma once
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "packed.h"
 
 namespace {
@@ -85,6 +81,10 @@ struct IntegerRows {
 
 template <int BITS>
 inline void spread(const Byte* row, long k, long depth, Byte* out) {
+  if (BITS == 8 && TOGETHER == 4) {
+    __builtin_memcpy(out, row + k, depth);
+    return;
+  }
   for (long i = 0; i < depth; i += W) {
     const uvec v = integers_at<BITS>(row, k + i);
     if constexpr (TOGETHER == 4) {

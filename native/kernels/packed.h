@@ -2,6 +2,10 @@
 // nowhere is there a float32 copy of the matrix.
 #pragma once
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <utility>
 
 #include "arena.h"
@@ -27,6 +31,10 @@ inline V load_as(const void* p) {
 // The float32 of a number of half precision in the low bits of each lane.
 inline vec float_of(uvec half, Number type) {
   if (type == Number::bfloat16) return (vec)(half << 16);
+#if defined(__AVX512F__)
+  // All lanes of the form that zeroes some: GCC 12 warns of the other's own header.
+  return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)__builtin_convertvector(half, halves));
+#else
   // The exponent, whose bias is 15, gets float32's, 127. A denormal number is made with the smallest exponent and a
   // leading one too many, infinity and NaN have the largest exponent in either.
   constexpr unsigned one = 1 << 23;
@@ -35,6 +43,7 @@ inline vec float_of(uvec half, Number type) {
   const vec denormal = (vec)(moved + one) - 0x1p-14f;
   const uvec magnitude = exponent == 0 ? (uvec)denormal : exponent == 31 * one ? moved + 112 * one : moved;
   return (vec)(magnitude | (half & 0x8000) << 16);
+#endif
 }
 
 // The i-th of an array of numbers.
@@ -61,7 +70,8 @@ inline uvec lane_numbers(std::integer_sequence<int, L...>) {
 template <int BITS>
 inline uvec integers_at(const Byte* row, long i) {
   if constexpr (BITS == 8) {
-    return __builtin_convertvector(load_as<bytes>(row + i), uvec);
+    // In two steps, each of which is an instruction: GCC 12 makes many of one.
+    return __builtin_convertvector(__builtin_convertvector(load_as<bytes>(row + i), halves), uvec);
   } else {
     constexpr int WORD = BITS > 4 ? 4 : 8, SIZE = WORD * BITS / 8;  // integers in at most 32 bits, and their bytes
     const uvec lane = lane_numbers(std::make_integer_sequence<int, W>());
