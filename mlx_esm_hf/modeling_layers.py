@@ -37,7 +37,9 @@ class Linear(nn.Linear):
             ValueError: activations are to be quantized, too.
         """
         if quantize_input:
-            raise ValueError("quantize_input=True is not supported: activations='int8' rounds the input here.")
+            raise ValueError(
+                "quantize_input=True is not supported: only weights are quantized here, unless activations='int8'."
+            )
         layer: Any = QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type]
         layer.activations = activations
         return layer

@@ -28,7 +28,7 @@ def close(a, b, tolerance=1e-5):
 @pytest.fixture(params=["this device", "gpu backend"])
 def backend(request, monkeypatch):
     if request.param == "gpu backend":
-        monkeypatch.setattr(ops, "_backend", lambda *arrays: gpu)
+        monkeypatch.setattr(ops, "backend_of", lambda *arrays: gpu)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -64,7 +64,7 @@ def threads():
 @pytest.fixture(params=["this device", "without kernels"])
 def backend(request, monkeypatch):
     if request.param == "without kernels":
-        monkeypatch.setattr(ops, "_backend", lambda *arrays: cpu)
+        monkeypatch.setattr(ops, "backend_of", lambda *arrays: cpu)
 
 
 def train_by_chance(model: Any) -> None:
