@@ -103,7 +103,7 @@ struct PackedWeight {
   Number type;                   // of the numbers, or of scales and biases
   const void *scales, *biases;  // [outputs, inputs / group]; or null
   int bits;
-  long group;  // a multiple of 32, and inputs one of it
+  long group;  // a power of two, 32 at least, of which inputs are a multiple
 };
 
 struct Kernels {

@@ -80,7 +80,8 @@ inline uvec integers_at(const Byte* row, long i) {
     for (unsigned l = 0; l < W; l += WORD) {
       unsigned word = 0;
       __builtin_memcpy(&word, row + (i + l) / WORD * SIZE, SIZE);
-      v = lane >= l ? uvec{} + (word >> i % WORD * BITS) : v;
+      if (W < WORD) word >>= i % WORD * BITS;
+      v = lane >= l ? uvec{} + word : v;
     }
     return v >> lane % WORD * BITS & ((1 << BITS) - 1);
   }
@@ -90,10 +91,11 @@ inline uvec integers_at(const Byte* row, long i) {
 template <int BITS>
 inline void unpack_integers(const PackedWeight& w, long inputs, long n, long k, long depth, float* out) {
   const Byte* row = static_cast<const Byte*>(w.numbers) + n * inputs * BITS / 8;
+  const int shift = __builtin_ctzl(w.group);  // a division for each group would take as long as the rest
   for (long i = k, end; i < k + depth; i = end) {
-    const long group = i / w.group, place = n * (inputs / w.group) + group;
+    const long group = i >> shift, place = n * (inputs >> shift) + group;
     const float scale = number_at(w.scales, w.type, place), bias = number_at(w.biases, w.type, place);
-    end = least((group + 1) * w.group, k + depth);
+    end = least((group + 1) << shift, k + depth);
     for (long j = i; j < end; j += W)
       store(out + j - k, __builtin_convertvector((ivec)integers_at<BITS>(row, j), vec) * scale + bias);
   }

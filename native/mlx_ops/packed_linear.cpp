@@ -36,7 +36,8 @@ array quantized_linear(const array& x, const array& weight, const array& scales,
   const Number type = number_of(scales.dtype());
   require(bits == 4 || bits == 8 || (!integers && (bits == 2 || bits == 3 || bits == 6)),
           "quantized_linear: there is no kernel for so many bits");
-  require(group_size > 0 && group_size % 32 == 0, "quantized_linear: groups are multiples of 32 numbers");
+  require(group_size == 32 || group_size == 64 || group_size == 128,
+          "quantized_linear: groups are of 32, 64 or 128 numbers");
   require(weight.dtype() == mx::uint32 && weight.ndim() == 2, "quantized_linear: weight is no matrix of uint32");
   require(x.ndim() > 0 && x.shape(-1) % group_size == 0 && long(x.shape(-1)) * bits == 32L * weight.shape(1),
           "linear: x and weight do not fit");

@@ -64,8 +64,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make `ops` take a backend for everything, "gpu" or "cpu", or, before that, leave it its own choice: half precision
-    through our kernels, where they are there."""
+    """Make `ops` take a backend for everything, "gpu" or "cpu". Its own choice, which comes first, are our kernels
+    where they are there, in half precision, too."""
     backends: dict[str, ModuleType] = {"gpu": gpu, "cpu": cpu}
 
     def take(name: str) -> None:
