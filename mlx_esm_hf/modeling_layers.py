@@ -26,15 +26,23 @@ class Linear(nn.Linear):
         bits: int | None = None,
         mode: str = "affine",
         quantize_input: bool = False,
+        activations: str | None = None,
     ) -> QuantizedLinear:
         """What `mlx.nn.quantize` calls.
+
+        Args:
+            activations: see `ops.quantized_linear`.
 
         Raises:
             ValueError: activations are to be quantized, too.
         """
         if quantize_input:
-            raise ValueError("quantize_input=True is not supported: only weights are quantized here.")
-        return QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type, return-value]
+            raise ValueError(
+                "quantize_input=True is not supported: only weights are quantized here, unless activations='int8'."
+            )
+        layer: Any = QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type]
+        layer.activations = activations
+        return layer
 
 
 class Embedding(nn.Embedding):
@@ -46,8 +54,10 @@ class Embedding(nn.Embedding):
         bits: int | None = None,
         mode: str = "affine",
         quantize_input: bool = False,
+        activations: str | None = None,
     ) -> QuantizedEmbedding:
-        """What `mlx.nn.quantize` calls.
+        """What `mlx.nn.quantize` calls. Ids are not rounded, nor is what a tied output projection is given, whatever
+        `activations` say.
 
         Raises:
             ValueError: a mode other than "affine": the others do not keep the dtype, which the whole network has from
@@ -77,6 +87,8 @@ class Packed(nn.Module):
 class QuantizedLinear(Packed, nn.QuantizedLinear):
     """A `Linear` whose weight MLX has quantized (`mlx.nn.quantize`)."""
 
+    activations: str | None = None  # "int8": x is rounded as well
+
     def __call__(self, x: mx.array, activation: str | None = None, residual: mx.array | None = None) -> mx.array:
         return ops.quantized_linear(
             x,
@@ -89,6 +101,7 @@ class QuantizedLinear(Packed, nn.QuantizedLinear):
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
+            activations=self.activations,
         )
 
 

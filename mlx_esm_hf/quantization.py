@@ -22,6 +22,7 @@ from mlx_esm_hf.modeling_layers import Embedding, Linear, whole_weight
 
 # What MLX can do, the defaults first.
 GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
+INTEGER_BITS = (4, 8)  # of a weight, where activations may be rounded as well
 BITS = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 
 
@@ -31,23 +32,34 @@ class Packing(NamedTuple):
     group_size: int
     bits: int
     mode: str = "affine"
+    activations: str | None = None  # "int8": what is multiplied with the weight is rounded to 8 bits
+
+    def settings(self) -> dict[str, Any]:
+        """As the config has them: activations only where they are rounded, since mlx-lm knows no such thing."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-def make_packing(bits: int | None = None, group_size: int | None = None, mode: str = "affine") -> Packing:
-    """A packing that MLX has, with the defaults of its mode.
+def make_packing(
+    bits: int | None = None, group_size: int | None = None, mode: str = "affine", activations: str | None = None
+) -> Packing:
+    """A packing that there is, with the defaults of its mode.
 
     Raises:
-        ValueError: MLX has no such packing.
+        ValueError: there is no such packing.
     """
     if mode not in BITS:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(BITS)}.")
-    packing = Packing(group_size or GROUP_SIZES[mode][0], bits or BITS[mode][0], mode)
+    packing = Packing(group_size or GROUP_SIZES[mode][0], bits or BITS[mode][0], mode, activations)
     for name, value, possible in (
         ("bits", packing.bits, BITS[mode]),
         ("group size", packing.group_size, GROUP_SIZES[mode]),
     ):
         if value not in possible:
             raise ValueError(f"{name} {value}: mode {mode!r} has {', '.join(map(str, sorted(possible)))}.")
+    if activations not in (None, "int8"):
+        raise ValueError(f"activations {activations!r}: there is 'int8' alone, or none.")
+    if activations and (mode != "affine" or packing.bits not in INTEGER_BITS):
+        raise ValueError(f"activations {activations!r} need mode 'affine' and 4 or 8 bits.")
     return packing
 
 
@@ -63,7 +75,7 @@ def packing_for(width: int, wanted: Packing) -> Packing | None:
 def packing_of(layer: nn.Module) -> Packing | None:
     """How a layer is packed; None if it is not."""
     if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-        return Packing(layer.group_size, layer.bits, layer.mode)
+        return Packing(layer.group_size, layer.bits, layer.mode, getattr(layer, "activations", None))
     return None
 
 
@@ -84,8 +96,8 @@ def block_of(model: nn.Module) -> dict[str, Any] | None:
     if not used:
         return None
     usual = used.most_common(1)[0][0]
-    others = {path: packing._asdict() if packing else False for path, packing in packings.items() if packing != usual}
-    return usual._asdict() | others
+    others = {path: packing.settings() if packing else False for path, packing in packings.items() if packing != usual}
+    return usual.settings() | others
 
 
 def declare(config: Any, model: nn.Module) -> None:
@@ -128,7 +140,9 @@ def declared_packings(config: Any, names: Iterable[str], prefix: str, source: st
         bare = path.removeprefix(f"{prefix}.")
         settings = block.get(f"{prefix}.{bare}", block.get(bare, block))
         try:
-            packings[bare] = make_packing(settings["bits"], settings["group_size"], settings.get("mode", "affine"))
+            packings[bare] = make_packing(
+                settings["bits"], settings["group_size"], settings.get("mode", "affine"), settings.get("activations")
+            )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"{source}: the config's `quantization` does not say how {path!r} is packed ({error})."
@@ -149,7 +163,7 @@ def replace_layers(model: nn.Module, packings: Mapping[str, Packing], prefix: st
 
     def settings(path: str, module: nn.Module) -> dict[str, Any] | bool:
         packing = packings.get(path.removeprefix(f"{prefix}."))
-        return packing._asdict() if packing and hasattr(module, "to_quantized") else False
+        return packing.settings() if packing and hasattr(module, "to_quantized") else False
 
     if packings:
         nn.quantize(model, class_predicate=settings)

@@ -21,6 +21,7 @@ from mlx_esm_hf import (
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.modeling_layers import QuantizedEmbedding, QuantizedLinear, whole_weight
 from mlx_esm_hf.quantization import (
+    Packing,
     block_of,
     choose_packings,
     dequantize_layers,
@@ -81,9 +82,9 @@ def edit_config(folder, **fields):
     ],
 )
 def test_defaults_are_those_of_mlx(asked, packing):
-    assert make_packing(**asked) == packing
+    assert make_packing(**asked) == Packing(*packing)
     layer = nn.Linear(128, 4).to_quantized(**asked)
-    assert packing_of(layer) == packing
+    assert packing_of(layer) == Packing(*packing)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,9 @@ def test_defaults_are_those_of_mlx(asked, packing):
         ({"group_size": 16}, "group size 16: mode 'affine' has 32, 64, 128"),
         ({"mode": "mxfp4", "bits": 8}, "bits 8: mode 'mxfp4' has 4"),
         ({"mode": "nvfp4", "group_size": 32}, "group size 32: mode 'nvfp4' has 16"),
+        ({"activations": "int4"}, "activations 'int4': there is 'int8' alone"),
+        ({"activations": "int8", "bits": 6}, "activations 'int8' need mode 'affine' and 4 or 8 bits"),
+        ({"activations": "int8", "mode": "mxfp8"}, "activations 'int8' need mode 'affine' and 4 or 8 bits"),
         ({"mode": "int8"}, "mode 'int8' is not one of affine, mxfp4, mxfp8, nvfp4"),
     ],
 )
@@ -123,7 +127,7 @@ def test_rules():
     rules = {"*.query": make_packing(8, 32), "*.layer.1.*": None, "lm_head.*": MODES["nvfp4"]}
     model = pack(small(tie_word_embeddings=False), MODES["affine"], rules)
     found = {path: packing_of(layer) for path, layer in layers(model)}
-    assert found[QUERY] == (32, 8, "affine") and found[QUERY.replace("query", "key")] == MODES["affine"]
+    assert found[QUERY] == make_packing(8, 32) and found[QUERY.replace("query", "key")] == MODES["affine"]
     assert not any(packing for path, packing in found.items() if ".layer.1." in path)
     assert found["lm_head.dense"] == found["lm_head.decoder"] == MODES["nvfp4"]
     with pytest.raises(
@@ -180,6 +184,22 @@ def test_save_load_save(made, mode, dtype, tmp_path):
     a, b = (m(IDS, MASK)[0] for m in (model, again))
     assert mx.array_equal(a, b)
     assert block_of(again) == json.loads((tmp_path / "a" / "config.json").read_text())["quantization"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounded_activations_are_remembered(bits, tmp_path):
+    """By the layers and by the config, in which a packing without them says nothing of them."""
+    weights_alone, rounding = (pack(small(), make_packing(bits, 32, activations=a)) for a in (None, "int8"))
+    rounding.save_pretrained(tmp_path)
+    block = json.loads((tmp_path / "config.json").read_text())["quantization"]
+    assert block == {"group_size": 32, "bits": bits, "mode": "affine", "activations": "int8"} | {
+        path: False for path, layer in layers(rounding) if packing_of(layer) is None
+    }
+    assert "activations" not in block_of(weights_alone)
+    loaded = MLXEsmForMaskedLM.from_pretrained(tmp_path)
+    assert np.array_equal(logits(loaded), logits(rounding))
+    difference = np.abs(logits(rounding) - logits(weights_alone)).max() / np.abs(logits(weights_alone)).max()
+    assert 1e-4 < difference < 0.1
 
 
 @pytest.mark.parametrize("made", ["esm2", "head of its own", "esm1"])

@@ -37,6 +37,7 @@ __all__ = [
 
 
 ACTIVATIONS = (None, "gelu", "relu")
+HALF = (mx.float16, mx.bfloat16)
 
 
 def plain_backend() -> ModuleType:
@@ -52,6 +53,15 @@ def backend_of(*arrays: mx.array | None) -> ModuleType:
     return kernels
 
 
+def wide(x: mx.array, *others: mx.array | None) -> list[Any] | None:
+    """The arrays in float32, where x is of half precision and there are kernels, which compute in float32: MLX is 50
+    times slower in half precision on a CPU. Else None."""
+    if x.dtype not in HALF or backend_of() is not kernels:
+        return None
+    arrays = x, *others
+    return [None if array is None else array.astype(mx.float32) for array in arrays]
+
+
 def linear(
     x: mx.array,
     weight: mx.array,
@@ -63,13 +73,17 @@ def linear(
 
     Args:
         x: [..., inputs].
-        weight: [outputs, inputs].
+        weight: [outputs, inputs]. Kernels read it in half precision, too, without a copy in float32.
         bias: [outputs].
         residual: [..., outputs].
         activation: "gelu" or "relu".
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
+    if weight.dtype in HALF and backend_of() is kernels:
+        x32, bias32, residual32 = wide(x, bias, residual) or (x, bias, residual)
+        if backend_of(x32, bias32, residual32) is kernels:
+            return kernels.half_linear(x32, weight, bias32, residual32, activation).astype(x.dtype)
     if backend_of(x, weight, bias, residual) is kernels:
         return kernels.linear(x, weight, bias, residual, activation)
     y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
@@ -88,17 +102,41 @@ def quantized_linear(
     group_size: int,
     bits: int,
     mode: str = "affine",
+    activations: str | None = None,
 ) -> mx.array:
     """`linear` with a weight that `mx.quantize` has made: [outputs, inputs · bits / 32], beside its scales and biases.
 
     On a CPU MLX's own product of a quantized matrix is 50 times slower than one of the matrix that it stands for.
+
+    Args:
+        activations: "int8": x is rounded to 8 bits, with a scale for each token and group. Kernels multiply integers
+            then; gradients are those of a layer that does not round.
     """
+    if mode == "affine" and bits in kernels.BITS:
+        x32, bias32, residual32 = wide(x, bias, residual) or (x, bias, residual)
+        if biases is not None and backend_of(x32, bias32, residual32) is kernels:
+            y = kernels.quantized_linear(
+                x32, weight, scales, biases, bias32, residual32, activation, group_size, bits, activations == "int8"
+            )
+            return y.astype(x.dtype)
+    if activations == "int8":
+        x = rounded(x, group_size)
     backend = backend_of(x)
     if backend is not gpu:
         whole = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
         return linear(x, whole.astype(x.dtype), bias, residual, activation)
     y = mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
     return activated(y if bias is None else y + bias, residual, activation)
+
+
+def rounded(x: mx.array, group_size: int) -> mx.array:
+    """x [..., inputs] with each group of a token rounded to multiples of a 127th of its largest number, as int8 has
+    them; its gradient is that of x."""
+    groups = mx.unflatten(x.astype(mx.float32), -1, (-1, group_size))
+    largest = mx.abs(groups).max(-1, keepdims=True)
+    to_integer = mx.where(largest > 1e-30, 127 / mx.maximum(largest, 1e-30), 0)
+    found = (mx.round(groups * to_integer) * (largest / 127)).flatten(-2).astype(x.dtype)
+    return x + mx.stop_gradient(found - x)
 
 
 def activated(y: mx.array, residual: mx.array | None, activation: str | None) -> mx.array:
@@ -148,6 +186,10 @@ def attention(
         [B, L, D].
     """
     layout = layout or Layout(query.shape[:2])  # type: ignore[arg-type]
+    if arrays := wide(query, key, value, *(rotary or (None, None)), *(bias_kv or (None, None)), bias):
+        q, k, v, cos, sin, bias_k, bias_v, bias = arrays
+        rotary, bias_kv = rotary and (cos, sin), bias_kv and (bias_k, bias_v)  # type: ignore[assignment]
+        return kernels.attention(q, k, v, heads, layout, rotary, bias_kv, bias).astype(query.dtype)
     backend = backend_of(query, key, value, *(rotary or ()), *(bias_kv or ()), bias)
     if backend is kernels:
         return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias)

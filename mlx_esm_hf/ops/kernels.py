@@ -107,6 +107,32 @@ def linear(
     return native.linear(x, weight, bias, residual, activation)
 
 
+BITS = (2, 3, 4, 6, 8)  # of a quantized weight
+
+
+def half_linear(
+    x: mx.array, weight: mx.array, bias: mx.array | None, residual: mx.array | None, activation: str | None
+) -> mx.array:
+    """`ops.linear` of float32 with a weight of float16 or bfloat16."""
+    return native.half_linear(x, weight, bias, residual, activation)
+
+
+def quantized_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bias: mx.array | None,
+    residual: mx.array | None,
+    activation: str | None,
+    group_size: int,
+    bits: int,
+    integers: bool,
+) -> mx.array:
+    """`ops.quantized_linear` of float32."""
+    return native.quantized_linear(x, weight, scales, biases, bias, residual, activation, group_size, bits, integers)
+
+
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
     """`ops.layer_norm`."""
     return native.layer_norm(x, weight, bias, eps)

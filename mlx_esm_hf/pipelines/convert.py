@@ -32,6 +32,7 @@ from mlx_esm_hf.models.auto import (
 from mlx_esm_hf.pipelines.compare import Row, compare
 from mlx_esm_hf.pipelines.protein_model import load, load_network
 from mlx_esm_hf.quantization import (
+    INTEGER_BITS,
     Packing,
     block_of,
     choose_packings,
@@ -82,6 +83,7 @@ def convert(
     bits: int | None = None,
     group_size: int | None = None,
     mode: str | None = None,
+    activations: str | None = None,
     rules: Mapping[str, How] | None = None,
     dequantize: bool = False,
     max_shard_size: int | str = "5GB",
@@ -101,6 +103,8 @@ def convert(
         quantize: pack the weights of the encoder. Embeddings, heads and the contact head stay as they are.
         bits, group_size, mode: how, as in `mlx.core.quantize`; by default 4 bits in groups of 64. A layer whose width
             the groups do not divide has smaller ones, and stays in full precision if there are none that do.
+        activations: "int8": what the packed layers are given is rounded to 8 bits, with a scale for each token and
+            group, whenever the model runs. For 4 and 8 bits; faster on a CPU than weights alone.
         rules: {pattern of the path of a layer, as in a shell: bits (affine), a mode, or None for full precision}, such
             as {"lm_head.*": 8, "*.layer.0.*": None}. The last one that fits counts.
         dequantize: make a plain checkpoint of a quantized one, which transformers loads.
@@ -119,8 +123,10 @@ def convert(
         >>> convert("facebook/esm2_t33_650M_UR50D", "esm2-650M-4bit", quantize=True, dtype="float16")
     """
     source = os.fspath(source)
-    check_options(dtype, quantize, dequantize, bits=bits, group_size=group_size, mode=mode, rules=rules)
-    usual = make_packing(bits, group_size, mode or "affine")
+    check_options(
+        dtype, quantize, dequantize, bits=bits, group_size=group_size, mode=mode, activations=activations, rules=rules
+    )
+    usual = make_packing(bits, group_size, mode or "affine", activations)
     exceptions = {pattern: packing_by(how, usual) for pattern, how in (rules or {}).items()}
     commit = resolve_revision(source, revision or "main") or "main"
     config = read_config(source, revision=commit)
@@ -196,7 +202,8 @@ def packing_by(how: How, usual: Packing) -> Packing | None:
         return None
     if isinstance(how, str):
         return make_packing(mode=how)
-    return make_packing(how, usual.group_size if usual.mode == "affine" else None)
+    activations = usual.activations if how in INTEGER_BITS else None
+    return make_packing(how, usual.group_size if usual.mode == "affine" else None, activations=activations)
 
 
 def class_of(config: dict[str, Any], source: str) -> Any:
@@ -243,11 +250,15 @@ def quantize_layers(model: MLXPreTrainedModel, usual: Packing, rules: Mapping[st
         raise ValueError(f"There is nothing to quantize.{widths}")
     replace_layers(model, packings)
     counts = Counter(packings.values()).most_common()
-    kinds = [f"{count} to {p.bits} bits in groups of {p.group_size} ({p.mode})" for p, count in counts]
+    kinds = [f"{count} to {p.bits} bits in groups of {p.group_size} ({kind_of(p)})" for p, count in counts]
     notes = [f"{len(packings)} layers are quantized: {', '.join(kinds)}."]
     if too_narrow:
         notes.append(f"In full precision, since no group divides their width: {', '.join(too_narrow)}.")
     return notes
+
+
+def kind_of(packing: Packing) -> str:
+    return packing.mode if packing.activations is None else f"{packing.mode}, activations {packing.activations}"
 
 
 def write(model: MLXPreTrainedModel, folder: Path, max_shard_size: int | str) -> None:

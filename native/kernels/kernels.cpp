@@ -7,8 +7,10 @@
 #include "attention.h"
 #include "attention_gradients.h"
 #include "elementwise.h"
+#include "integers.h"
 #include "linear.h"
 #include "optimizer.h"
+#include "packed.h"
 #include "pairs.h"
 #include "threads.h"
 
@@ -19,10 +21,16 @@ using mlx_esm::threads;
 
 void linear(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
             long outputs, long inputs, Activation activation) {
-  if (!tokens || !outputs) return;
-  Linear p{x, weight, bias, residual, y, tokens, outputs, inputs, activation, 0, 0};
-  cut(p, threads());
-  parallel_for(p.token_blocks() * p.output_blocks(), [&](long task) { linear_block(p, task); });
+  auto rows = [=](long n, long, long k, long) { return Rows{weight + n * inputs + k, inputs}; };
+  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, 0, 0},
+            [&](const Linear& p, long task) { linear_block(p, task, rows); });
+}
+
+void packed_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
+                   long tokens, long outputs, long inputs, Activation activation) {
+  auto rows = [&](long n, long N, long k, long depth) { return unpacked_rows(weight, inputs, n, N, k, depth); };
+  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, 0, 0},
+            [&](const Linear& p, long task) { linear_block(p, task, rows); });
 }
 
 void attention(const Attention& p) {
@@ -144,6 +152,8 @@ void triangle_attention(const TriangleAttention& p) {
 const mlx_esm::Kernels* mlx_esm::TABLE() {
   static const Kernels table{NAME,
                              linear,
+                             packed_linear,
+                             integer_linear,
                              gelu_of,
                              gelu_gradient,
                              layer_norm,

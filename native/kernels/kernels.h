@@ -93,6 +93,19 @@ struct Transition {
   long tokens, width, inner;
 };
 
+enum class Number { float32, float16, bfloat16 };
+
+// A weight [outputs, inputs] of fewer bits than float32: the numbers of half precision themselves, or, if there are
+// scales, MLX's affine quantization: q · scale + bias, q of 2, 3, 4, 6 or 8 bits, one behind the other from the lowest
+// bit of a row on, with a scale and a bias for each `group` of a row.
+struct PackedWeight {
+  const void* numbers;
+  Number type;                   // of the numbers, or of scales and biases
+  const void *scales, *biases;  // [outputs, inputs / group]; or null
+  int bits;
+  long group;  // a power of two, 32 at least, of which inputs are a multiple
+};
+
 struct Kernels {
   const char* name;  // of the instruction set
 
@@ -100,6 +113,15 @@ struct Kernels {
   // [outputs, inputs]; bias [outputs] and residual [tokens, outputs] may be null.
   void (*linear)(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
                  long outputs, long inputs, Activation activation);
+
+  // The same with a weight of fewer bits.
+  void (*packed_linear)(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
+                        long tokens, long outputs, long inputs, Activation activation);
+
+  // The same with a weight of 4 or 8 bits, and x rounded to 8 bits, with a scale for each token and group: products
+  // are those of integers.
+  void (*integer_linear)(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
+                         long tokens, long outputs, long inputs, Activation activation);
 
   // x Φ(x), and dy times its derivative.
   void (*gelu)(const float* x, float* y, long size);
@@ -129,6 +151,8 @@ struct Kernels {
 // The tables that were compiled; those of another architecture than this machine's do not exist.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();  // AVX2 and products of bytes
 const Kernels* avx512_kernels();
+const Kernels* avx512vnni_kernels();
 
 }  // namespace mlx_esm

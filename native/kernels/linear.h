@@ -4,6 +4,7 @@
 #include "arena.h"
 #include "gemm.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace {
 
@@ -15,7 +16,7 @@ using mlx_esm::Arena;
 constexpr long TOKENS = 256, OUTPUTS = 16 * MR, DEPTH = 6144 / NR;
 
 struct Linear {
-  const float *x, *weight, *bias, *residual;
+  const float *x, *bias, *residual;
   float* y;
   long tokens, outputs, inputs;
   Activation activation;
@@ -44,34 +45,68 @@ inline vec activated(vec v, Activation activation) {
   }
 }
 
-// One block of tokens times one block of outputs.
-inline void linear_block(const Linear p, long task) {
+// The tokens and outputs of a task.
+struct Block {
+  long t0, t1, first, last;
+
+  Block(const Linear& p, long task)
+      : t0(task / p.output_blocks() * p.token_block),
+        t1(least(t0 + p.token_block, p.tokens)),
+        first(task % p.output_blocks() * p.output_block),
+        last(least(first + p.output_block, p.outputs)) {}
+};
+
+// Rows of a weight, `stride` numbers apart.
+struct Rows {
+  const float* first;
+  long stride;
+};
+
+// The products of the tokens from t0 on and the N outputs from n0 on, then bias, activation and residual.
+inline void finish(const Linear& p, const Block& block, long n0, long N, const float* product) {
+  for (long t = block.t0; t < block.t1; t += NR) {
+    unpack(product + (t - block.t0) * N, least(NR, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
+      const long n = n0 + column, at = (t + token) * p.outputs + n;
+      if (p.bias) v += load_columns(p.bias + n, columns);
+      v = activated(v, p.activation);
+      if (p.residual) v += load_columns(p.residual + at, columns);
+      store_columns(p.y + at, v, columns);
+    });
+  }
+}
+
+// One block of tokens times one block of outputs. `rows(n, N, k, depth)` are N rows of the weight from row n and column
+// k on.
+template <class Weight>
+inline void linear_block(const Linear p, long task, Weight rows) {
   static thread_local Arena arena;
   const long K = p.inputs;
-  const long t0 = task / p.output_blocks() * p.token_block, t1 = least(t0 + p.token_block, p.tokens);
-  const long first = task % p.output_blocks() * p.output_block, last = least(first + p.output_block, p.outputs);
+  const Block block(p, task);
+  const long t0 = block.t0, t1 = block.t1;
   arena.clear();
   float* packed = arena.take(p.token_block * K);
   float* product = arena.take(p.token_block * OUTPUTS);
   for (long t = t0; t < t1; t += NR) pack(p.x + t * K, K, least(NR, t1 - t), K, packed + (t - t0) * K);
 
-  const long depth = round_up(ceil_div(K, ceil_div(K, DEPTH)), 8);
-  for (long n0 = first; n0 < last; n0 += OUTPUTS) {
-    const long N = least(OUTPUTS, last - n0);
-    for (long k = 0; k < K; k += depth)
+  const long depth = round_up(ceil_div(K, ceil_div(K, DEPTH)), 32);  // which is a group of a quantized row
+  for (long n0 = block.first; n0 < block.last; n0 += OUTPUTS) {
+    const long N = least(OUTPUTS, block.last - n0);
+    for (long k = 0; k < K; k += depth) {
+      const Rows weight = rows(n0, N, k, least(depth, K - k));
       for (long t = 0; t < t1 - t0; t += NR)
-        multiply<true>(N, p.weight + n0 * K + k, K, packed + t * K + k * NR, least(depth, K - k), product + t * N,
+        multiply<true>(N, weight.first, weight.stride, packed + t * K + k * NR, least(depth, K - k), product + t * N,
                        k > 0);
-    for (long t = 0; t < t1 - t0; t += NR) {
-      unpack(product + t * N, least(NR, t1 - t0 - t), N, [=](long token, long column, vec v, long columns) {
-        const long n = n0 + column, at = (t0 + t + token) * p.outputs + n;
-        if (p.bias) v += load_columns(p.bias + n, columns);
-        v = activated(v, p.activation);
-        if (p.residual) v += load_columns(p.residual + at, columns);
-        store_columns(p.y + at, v, columns);
-      });
     }
+    finish(p, block, n0, N, product);
   }
+}
+
+// body(p, task) for each block of tokens and outputs.
+template <class F>
+void in_blocks(Linear p, F body) {
+  if (!p.tokens || !p.outputs) return;
+  cut(p, mlx_esm::threads());
+  mlx_esm::parallel_for(p.token_blocks() * p.output_blocks(), [&](long task) { body(p, task); });
 }
 
 }  // namespace

@@ -43,6 +43,23 @@ NB_MODULE(_native, m) {
         return mlx_esm::linear(x, weight, bias, residual, activation_called(activation));
       },
       "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none);
+  m.def(
+      "half_linear",
+      [](const array& x, const array& weight, const Optional& bias, const Optional& residual,
+         const std::optional<std::string>& activation) {
+        return mlx_esm::half_linear(x, weight, bias, residual, activation_called(activation));
+      },
+      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none);
+  m.def(
+      "quantized_linear",
+      [](const array& x, const array& weight, const array& scales, const array& biases, const Optional& bias,
+         const Optional& residual, const std::optional<std::string>& activation, int group_size, int bits,
+         bool integers) {
+        return mlx_esm::quantized_linear(x, weight, scales, biases, bias, residual, activation_called(activation),
+                                         group_size, bits, integers);
+      },
+      "x"_a, "weight"_a, "scales"_a, "biases"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none,
+      "group_size"_a, "bits"_a, "integers"_a = false);
   m.def("gelu", [](const array& x) { return mlx_esm::gelu(x); }, "x"_a);
   m.def("softmax", [](const array& x) { return mlx_esm::softmax(x); }, "x"_a);
   m.def(

@@ -1,6 +1,7 @@
 // What the kernels compute, as plain loops over doubles.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -36,6 +37,28 @@ inline Doubles exact_linear(const Floats& x, const Floats& weight, const float* 
       y[t * outputs + n] = activated(sum, activation) + (residual ? residual[t * outputs + n] : 0);
     }
   return y;
+}
+
+// Integers of `bits` bits, one behind the other.
+inline std::vector<unsigned char> packed(const std::vector<unsigned>& integers, int bits) {
+  std::vector<unsigned char> bytes(integers.size() * bits / 8);
+  for (size_t i = 0; i < integers.size(); i++)
+    for (int b = 0; b < bits; b++)
+      if (integers[i] >> b & 1) bytes[(i * bits + b) / 8] |= 1 << (i * bits + b) % 8;
+  return bytes;
+}
+
+// Numbers, each group of them rounded to 127 steps on either side of zero.
+inline Floats rounded(Floats x, long group) {
+  for (size_t first = 0; first < x.size(); first += group) {
+    float largest = 0;
+    for (long i = 0; i < group; i++) largest = std::max(largest, std::abs(x[first + i]));
+    for (long i = 0; i < group; i++) {
+      const float steps = x[first + i] * (127 / largest);
+      x[first + i] = std::nearbyint(steps) * (largest / 127);
+    }
+  }
+  return x;
 }
 
 struct ExactAdamW {

@@ -3,6 +3,7 @@
 // Arrays have exactly the size that kernels.h names, so the address sanitizer finds whoever reads or writes past one.
 #include <atomic>
 #include <cstdio>
+#include <cstring>
 #include <initializer_list>
 #include <memory>
 #include <random>
@@ -73,6 +74,52 @@ void test_linear() {
   Floats y(20 * 7);
   kernels().linear(x.data(), weight.data(), nullptr, nullptr, y.data(), 20, 7, 1500, Activation::none);
   compare("deep linear", y, exact_linear(x, weight, nullptr, nullptr, 20, 7, 1500, Activation::none));
+}
+
+void test_quantized_linear() {
+  std::mt19937 generator(1);
+  for (int bits : {2, 3, 4, 6, 8})
+    for (long group : {32, 64, 128})
+      for (long tokens : {0, 1, 17, 300})
+        for (long outputs : {1, 33, 200}) {
+          const long inputs = 3 * group, groups = outputs * 3;
+          const Floats x = numbers(tokens * inputs), scales = numbers(groups), biases = numbers(groups);
+          const Floats bias = numbers(outputs), residual = numbers(tokens * outputs);
+          std::vector<unsigned> integers(outputs * inputs);
+          for (unsigned& q : integers) q = generator() >> (32 - bits);
+          Floats weight(outputs * inputs), y(tokens * outputs);
+          for (size_t i = 0; i < weight.size(); i++) weight[i] = integers[i] * scales[i / group] + biases[i / group];
+          const auto bytes = packed(integers, bits);
+          const PackedWeight p{bytes.data(), Number::float32, scales.data(), biases.data(), bits, group};
+          auto check = [&](auto kernel, const Floats& x_of_exact, const std::string& what) {
+            kernel(x.data(), p, bias.data(), residual.data(), y.data(), tokens, outputs, inputs, Activation::gelu);
+            compare(what, y, exact_linear(x_of_exact, weight, bias.data(), residual.data(), tokens, outputs, inputs,
+                                          Activation::gelu));
+          };
+          check(kernels().packed_linear, x, "quantized linear");
+          if (bits == 4 || bits == 8) check(kernels().integer_linear, rounded(x, group), "linear of integers");
+        }
+}
+
+void test_half_linear() {
+  for (long tokens : {0, 1, 17, 300})
+    for (long outputs : {1, 33, 200})
+      for (long inputs : {1, 7, 130, 1500}) {
+        const Floats x = numbers(tokens * inputs), exact = numbers(outputs * inputs);
+        Floats weight(exact.size()), y(tokens * outputs);
+        std::vector<unsigned short> halves;
+        for (size_t i = 0; i < exact.size(); i++) {
+          unsigned word;
+          std::memcpy(&word, &exact[i], sizeof word);
+          halves.push_back(word >> 16);
+          word = word >> 16 << 16;
+          std::memcpy(&weight[i], &word, sizeof word);
+        }
+        const PackedWeight p{halves.data(), Number::bfloat16, nullptr, nullptr, 16, 1};
+        kernels().packed_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none);
+        compare("linear of bfloat16", y,
+                exact_linear(x, weight, nullptr, nullptr, tokens, outputs, inputs, Activation::none));
+      }
 }
 
 void test_gelu() {
@@ -401,6 +448,8 @@ int main() {
   for (const auto& set : instruction_sets()) {
     choose(set);
     test_linear();
+    test_quantized_linear();
+    test_half_linear();
     test_gelu();
     test_layer_norm();
     test_softmax();

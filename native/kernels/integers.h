@@ -1,0 +1,207 @@
+// Linear layers whose products are those of integers: the weight's of 4 or 8 bits without a sign, and the tokens',
+// rounded to 8 bits with one, each group of a token with a scale of its own.
+//
+// A lane is a token, as in gemm.h, but holds several of its integers, one beside the other: four bytes where the machine
+// multiplies and adds up bytes (VNNI), else two of 16 bits.
+#pragma once
+
+#include "packed.h"
+
+namespace {
+
+// sum + the products of the integers in w and x, lane by lane.
+#if defined(__AVX512VNNI__)
+constexpr int TOGETHER = 4;
+inline ivec dot(ivec sum, uvec w, uvec x) { return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x); }
+#elif defined(__AVXVNNI__)
+constexpr int TOGETHER = 4;
+inline ivec dot(ivec sum, uvec w, uvec x) { return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x); }
+#else
+constexpr int TOGETHER = 2;
+#if defined(__AVX512BW__)
+inline ivec dot(ivec sum, uvec w, uvec x) { return sum + (ivec)_mm512_madd_epi16((__m512i)w, (__m512i)x); }
+#elif defined(__AVX2__)
+inline ivec dot(ivec sum, uvec w, uvec x) { return sum + (ivec)_mm256_madd_epi16((__m256i)w, (__m256i)x); }
+#elif defined(__SSE2__)
+inline ivec dot(ivec sum, uvec w, uvec x) { return sum + (ivec)_mm_madd_epi16((__m128i)w, (__m128i)x); }
+#else
+inline ivec dot(ivec sum, uvec w, uvec x) {
+  return sum + (ivec)(w & 0xffff) * ((ivec)(x << 16) >> 16) + (ivec)(w >> 16) * ((ivec)x >> 16);
+}
+#endif
+#endif
+
+constexpr int WIDTH = 32 / TOGETHER;  // bits of an integer in a lane
+
+// NR tokens as integers: x ≈ scale · integer.
+struct IntegerPanel {
+  unsigned* integers;   // [K / TOGETHER, NR], several in each
+  float *scales, *sums;  // [K / group, NR]: the scales, and scale · the sum of a group's integers
+};
+
+// From a panel [K, NR] of floats.
+inline void round_panel(const float* panel, long K, long group, IntegerPanel out) {
+  constexpr float round = 1.5f * (1 << 23);  // adding it leaves the nearest integer in the low bits
+  for (long g = 0; g < K / group; g++)
+    for (int j = 0; j < NV; j++) {
+      const float* x = panel + g * group * NR + j * W;
+      vec largest{}, poison{};
+      for (long k = 0; k < group; k++) {
+        const vec v = load(x + k * NR);
+        largest = max(max(v, -v), largest);
+        poison += v * 0.0f;  // NaN where a number is infinite or NaN
+      }
+      const vec to_integer = largest > 1e-30f ? 127.0f / largest : vec{};
+      const vec scale = largest / 127.0f + poison;
+      vec sum{};
+      for (long k = 0; k < group; k += TOGETHER) {
+        uvec together{};
+#pragma GCC unroll 4
+        for (int i = 0; i < TOGETHER; i++) {
+          // The maximum changes nothing. It keeps the product from being rounded together with the sum, which not every
+          // machine does.
+          const vec shifted = max(load(x + (k + i) * NR) * to_integer, splat(-127.0f)) + round;
+          sum += shifted - round;
+          together |= ((uvec)shifted & ((1u << WIDTH) - 1)) << WIDTH * i;
+        }
+        __builtin_memcpy(out.integers + (g * group + k) / TOGETHER * NR + j * W, &together, sizeof together);
+      }
+      store(out.scales + g * NR + j * W, scale);
+      store(out.sums + g * NR + j * W, sum * scale);
+    }
+}
+
+// N rows of a weight, as what a lane of tokens is multiplied with.
+struct IntegerRows {
+  const Byte* integers;
+  long stride;                    // bytes
+  const float *scales, *biases;  // [N, groups]
+  long groups, group;
+};
+
+template <int BITS>
+inline void spread(const Byte* row, long k, long depth, Byte* out) {
+  if (BITS == 8 && TOGETHER == 4) {
+    __builtin_memcpy(out, row + k, depth);
+    return;
+  }
+  for (long i = 0; i < depth; i += W) {
+    const uvec v = integers_at<BITS>(row, k + i);
+    if constexpr (TOGETHER == 4) {
+      const bytes narrow = __builtin_convertvector(v, bytes);
+      __builtin_memcpy(out + i, &narrow, sizeof narrow);
+    } else {
+      const halves narrow = __builtin_convertvector(v, halves);
+      __builtin_memcpy(out + 2 * i, &narrow, sizeof narrow);
+    }
+  }
+}
+
+// N rows from column k on, which is where a group begins; they last until the same thread takes others.
+inline IntegerRows integer_rows(const PackedWeight& w, long inputs, long n, long N, long k, long depth) {
+  static thread_local Arena arena;
+  arena.clear();
+  const long groups = depth / w.group, stride = depth * 4 / TOGETHER;
+  float *scales = arena.take(N * groups), *biases = arena.take(N * groups);
+  Byte* integers = reinterpret_cast<Byte*>(arena.take(N * depth / TOGETHER));
+  for (long i = 0; i < N; i++) {
+    const Byte* row = static_cast<const Byte*>(w.numbers) + (n + i) * inputs * w.bits / 8;
+    w.bits == 4 ? spread<4>(row, k, depth, integers + i * stride) : spread<8>(row, k, depth, integers + i * stride);
+    for (long g = 0; g < groups; g++) {
+      const long place = ((n + i) * inputs + k) / w.group + g;
+      scales[i * groups + g] = number_at(w.scales, w.type, place);
+      biases[i * groups + g] = number_at(w.biases, w.type, place);
+    }
+  }
+  return {integers, stride, scales, biases, groups, w.group};
+}
+
+// c[R, NR] (+)= the rows from the i-th on times the panel.
+template <int R>
+inline void multiply_integers(const IntegerRows& w, long first, const IntegerPanel& x, float* __restrict c, bool add) {
+  for (long g = 0; g < w.groups; g++) {
+    ivec acc[R][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) acc[i][j] = ivec{};
+    const Byte* row = w.integers + first * w.stride + g * w.group * 4 / TOGETHER;
+    const unsigned* panel = x.integers + g * w.group / TOGETHER * NR;
+    for (long k = 0; k < w.group / TOGETHER; k++) {
+      uvec b[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) b[j] = load_as<uvec>(panel + k * NR + j * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; i++) {
+        const uvec a = uvec{} + load_as<unsigned>(row + i * w.stride + 4 * k);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) acc[i][j] = dot(acc[i][j], a, b[j]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) {
+        const long place = (first + i) * w.groups + g;
+        float* out = c + i * NR + j * W;
+        const vec scaled = __builtin_convertvector(acc[i][j], vec) * (load(x.scales + g * NR + j * W) * w.scales[place]);
+        const vec sum = scaled + load(x.sums + g * NR + j * W) * w.biases[place];
+        store(out, add || g ? load(out) + sum : sum);
+      }
+  }
+}
+
+template <int R = MR>
+inline void multiply_integers_rest(long rows, const IntegerRows& w, long first, const IntegerPanel& x, float* c,
+                                   bool add) {
+  if constexpr (R > 0) {
+    if (rows == R) return multiply_integers<R>(w, first, x, c, add);
+    multiply_integers_rest<R - 1>(rows, w, first, x, c, add);
+  }
+}
+
+// One block of tokens times one block of outputs.
+inline void integer_block(const Linear p, long task, const PackedWeight& weight) {
+  static thread_local Arena arena;
+  const long K = p.inputs, groups = K / weight.group;
+  const Block block(p, task);
+  const long panels = ceil_div(block.t1 - block.t0, NR);
+  arena.clear();
+  float* packed = arena.take(K * NR);
+  auto integers = reinterpret_cast<unsigned*>(arena.take(panels * K / TOGETHER * NR));
+  float *scales = arena.take(panels * groups * NR), *sums = arena.take(panels * groups * NR);
+  float* product = arena.take(p.token_block * OUTPUTS);
+  // The i-th panel from column k on.
+  auto panel = [=](long i, long k) {
+    const long g = (i * groups + k / weight.group) * NR;
+    return IntegerPanel{integers + (i * K + k) / TOGETHER * NR, scales + g, sums + g};
+  };
+  for (long i = 0; i < panels; i++) {
+    const long t = block.t0 + i * NR;
+    pack(p.x + t * K, K, least(NR, block.t1 - t), K, packed);
+    round_panel(packed, K, weight.group, panel(i, 0));
+  }
+
+  const long depth = round_up(TOGETHER * DEPTH, weight.group);
+  for (long n0 = block.first; n0 < block.last; n0 += OUTPUTS) {
+    const long N = least(OUTPUTS, block.last - n0);
+    for (long k = 0; k < K; k += depth) {
+      const IntegerRows rows = integer_rows(weight, K, n0, N, k, least(depth, K - k));
+      for (long i = 0; i < panels; i++) {
+        float* c = product + i * NR * N;
+        long n = 0;
+        for (; n + MR <= N; n += MR) multiply_integers<MR>(rows, n, panel(i, k), c + n * NR, k > 0);
+        multiply_integers_rest(N - n, rows, n, panel(i, k), c + n * NR, k > 0);
+      }
+    }
+    finish(p, block, n0, N, product);
+  }
+}
+
+void integer_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
+                    long tokens, long outputs, long inputs, Activation activation) {
+  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, 0, 0},
+            [&](const Linear& p, long task) { integer_block(p, task, weight); });
+}
+
+}  // namespace

@@ -1,0 +1,130 @@
+// Weights of fewer bits than float32, unpacked block by block: what is multiplied lies in the second-level cache, and
+// nowhere is there a float32 copy of the matrix.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include <utility>
+
+#include "arena.h"
+#include "kernels.h"
+#include "linear.h"
+
+namespace {
+
+using mlx_esm::Number;
+using mlx_esm::PackedWeight;
+
+using Byte = unsigned char;
+using bytes = Byte __attribute__((vector_size(W)));
+using halves = unsigned short __attribute__((vector_size(2 * W)));
+
+template <class V>
+inline V load_as(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The float32 of a number of half precision in the low bits of each lane.
+inline vec float_of(uvec half, Number type) {
+  if (type == Number::bfloat16) return (vec)(half << 16);
+#if defined(__AVX512F__)
+  // All lanes of the form that zeroes some: GCC 12 warns of the other's own header.
+  return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)__builtin_convertvector(half, halves));
+#else
+  // The exponent, whose bias is 15, gets float32's, 127. A denormal number is made with the smallest exponent and a
+  // leading one too many, infinity and NaN have the largest exponent in either.
+  constexpr unsigned one = 1 << 23;
+  const uvec size = (half & 0x7fff) << 13, exponent = size & (31 << 23);
+  const uvec moved = size + 112 * one;
+  const vec denormal = (vec)(moved + one) - 0x1p-14f;
+  const uvec magnitude = exponent == 0 ? (uvec)denormal : exponent == 31 * one ? moved + 112 * one : moved;
+  return (vec)(magnitude | (half & 0x8000) << 16);
+#endif
+}
+
+// The i-th of an array of numbers.
+inline float number_at(const void* numbers, Number type, long i) {
+  if (type == Number::float32) return static_cast<const float*>(numbers)[i];
+  return float_of(uvec{} + static_cast<const unsigned short*>(numbers)[i], type)[0];
+}
+
+inline void unpack_halves(const unsigned short* row, Number type, long depth, float* out) {
+  for (long k = 0; k < depth; k += W) {
+    const long columns = least(W, depth - k);
+    halves v{};
+    __builtin_memcpy(&v, row + k, columns == W ? sizeof v : columns * sizeof *row);
+    store_columns(out + k, float_of(__builtin_convertvector(v, uvec), type), columns);
+  }
+}
+
+template <int... L>
+inline uvec lane_numbers(std::integer_sequence<int, L...>) {
+  return uvec{L...};
+}
+
+// The W integers of BITS bits from the i-th of a row on, i being a multiple of W.
+template <int BITS>
+inline uvec integers_at(const Byte* row, long i) {
+  if constexpr (BITS == 8) {
+    // In two steps, each of which is an instruction: GCC 12 makes many of one.
+    return __builtin_convertvector(__builtin_convertvector(load_as<bytes>(row + i), halves), uvec);
+  } else {
+    constexpr int WORD = BITS > 4 ? 4 : 8, SIZE = WORD * BITS / 8;  // integers in at most 32 bits, and their bytes
+    const uvec lane = lane_numbers(std::make_integer_sequence<int, W>());
+    uvec v{};
+#pragma GCC unroll 16
+    for (unsigned l = 0; l < W; l += WORD) {
+      unsigned word = 0;
+      __builtin_memcpy(&word, row + (i + l) / WORD * SIZE, SIZE);
+      if (W < WORD) word >>= i % WORD * BITS;
+      v = lane >= l ? uvec{} + word : v;
+    }
+    return v >> lane % WORD * BITS & ((1 << BITS) - 1);
+  }
+}
+
+// Column k on of row n, k and depth being multiples of 32, where groups may end.
+template <int BITS>
+inline void unpack_integers(const PackedWeight& w, long inputs, long n, long k, long depth, float* out) {
+  const Byte* row = static_cast<const Byte*>(w.numbers) + n * inputs * BITS / 8;
+  const int shift = __builtin_ctzl(w.group);  // a division for each group would take as long as the rest
+  for (long i = k, end; i < k + depth; i = end) {
+    const long group = i >> shift, place = n * (inputs >> shift) + group;
+    const float scale = number_at(w.scales, w.type, place), bias = number_at(w.biases, w.type, place);
+    end = least((group + 1) << shift, k + depth);
+    for (long j = i; j < end; j += W)
+      store(out + j - k, __builtin_convertvector((ivec)integers_at<BITS>(row, j), vec) * scale + bias);
+  }
+}
+
+inline void unpack_row(const PackedWeight& w, long inputs, long n, long k, long depth, float* out) {
+  if (!w.scales)
+    return unpack_halves(static_cast<const unsigned short*>(w.numbers) + n * inputs + k, w.type, depth, out);
+  switch (w.bits) {
+    case 2:
+      return unpack_integers<2>(w, inputs, n, k, depth, out);
+    case 3:
+      return unpack_integers<3>(w, inputs, n, k, depth, out);
+    case 4:
+      return unpack_integers<4>(w, inputs, n, k, depth, out);
+    case 6:
+      return unpack_integers<6>(w, inputs, n, k, depth, out);
+    default:
+      return unpack_integers<8>(w, inputs, n, k, depth, out);
+  }
+}
+
+// N rows from column k on, which last until the same thread unpacks others.
+inline Rows unpacked_rows(const PackedWeight& w, long inputs, long n, long N, long k, long depth) {
+  static thread_local Arena arena;
+  arena.clear();
+  float* rows = arena.take(N * depth);
+  for (long i = 0; i < N; i++) unpack_row(w, inputs, n + i, k, depth, rows + i * depth);
+  return {rows, depth};
+}
+
+}  // namespace
