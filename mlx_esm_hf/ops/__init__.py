@@ -33,6 +33,7 @@ __all__ = [
     "softmax",
     "split_heads",
     "sum_of_squares",
+    "swiglu",
 ]
 
 
@@ -116,6 +117,12 @@ def gelu(x: mx.array) -> mx.array:
     return _backend(x).gelu(x)
 
 
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) · up, where silu(x) = x / (1 + e^−x) (Shazeer 2020)."""
+    backend = _backend(gate, up)
+    return (cpu if backend is kernels else backend).swiglu(gate, up)
+
+
 def softmax(x: mx.array) -> mx.array:
     """Softmax over the last axis, summed in float32 or better; the result has the dtype of `x`."""
     return _backend(x).softmax(x)
@@ -145,6 +152,8 @@ def attention(
     """
     layout = layout or Layout(query.shape[:2])  # type: ignore[arg-type]
     backend = _backend(query, key, value, *(rotary or ()), *(bias_kv or ()), bias)
+    if layout.visible is not None and layout.visible.ndim == 3:  # of the kernels' batches chains are packed
+        backend = cpu if backend is kernels else backend
     if backend is kernels:
         return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias)
     assert not layout.packed, "`choose_layout` packs for the kernels alone"
@@ -222,6 +231,7 @@ def choose_layout(
     values: np.ndarray | None,
     dtype: mx.Dtype,
     keep_padding: bool = False,
+    chains: mx.array | None = None,
 ) -> Layout:
     """How to compute a batch in `dtype`: packed where that is faster, which is with our kernels, else as it is.
 
@@ -230,8 +240,9 @@ def choose_layout(
         mask: [B, L], 0 at padding; None, there is none.
         values: those of the mask, where they are known (not under `mx.compile`).
         keep_padding: somebody asks for what becomes of padding.
+        chains: [B, L], whole numbers, where a row holds several sequences; below 0 where the mask is 0.
     """
     mask = None if mask is None else mask.astype(mx.bool_)
     if mask is None or values is None or keep_padding or dtype != mx.float32 or _backend() is not kernels:
-        return Layout(shape, mask)
-    return Layout(shape, packed=values.astype(bool))
+        return Layout(shape, mask, chains=chains)
+    return Layout(shape, packed=values.astype(bool), chains=chains)
