@@ -207,7 +207,7 @@ def scaled_dot_product_attention(
 
 
 def _added_to_scores(mask: mx.array | None, bias: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
-    """Mask [B, 1, 1 or L, S] and bias [B or 1, H, L, S] as one array that is added to the scores; None without either."""
+    """Mask [B, 1, 1 or L, S] and bias [B or 1, H, L, S] as one that is added to the scores; None without either."""
     if mask is None:
         return bias
     return mx.where(mask, 0.0 if bias is None else bias, mx.finfo(dtype).min).astype(dtype)

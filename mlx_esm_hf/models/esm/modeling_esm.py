@@ -44,7 +44,7 @@ MASK_RATIO_TRAIN = 0.15 * 0.8
 MAPS_AT_A_TIME = 1 << 22
 
 
-def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -> Linear:
+def linear(config: Any, inputs: int, outputs: int, bias: bool = True) -> Linear:
     """A linear layer under transformers' initialisation: normal weights, no bias."""
     layer = Linear(inputs, outputs, bias=bias)
     layer.weight = mx.random.normal((outputs, inputs), scale=config.initializer_range)
@@ -339,7 +339,7 @@ class MLXEsmEncoder(nn.Module):
 
 
 def again(
-    layer: MLXEsmLayer, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
+    layer: nn.Module, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
 ) -> Callable[[mx.array], mx.array]:
     """A layer, [B, L, D] to [B, L, D], whose inside is computed again for its gradient instead of being kept."""
     return nn.utils.checkpoint(layer, lambda hidden_states: layer(hidden_states, layout, position_embeddings)[0])

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, check_sequence_id, host, labels_at
-from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear
+from mlx_esm_hf.modeling_layers import Embedding, LayerNorm
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
     MLXMaskedLMOutput,
@@ -303,9 +303,8 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         """
         config = self.config
         tables = Tables(config.vocab_size, config.hidden_size, config.pad_token_id)
-        inputs = check_inputs(
-            input_ids, None if sequence_id is not None else attention_mask, position_ids, None, tables
-        )
+        attention_mask = attention_mask if sequence_id is None else None
+        inputs = check_inputs(input_ids, attention_mask, position_ids, None, tables)
         mask, values, chains = inputs.attention_mask, inputs.mask_values, None
         if sequence_id is not None:
             chains = check_sequence_id(sequence_id, inputs.shape)
@@ -350,7 +349,7 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
     ) -> MLXMaskedLMOutput | tuple:
         """
         Args:
-            labels: [B, L] token ids; −100 is left out of the loss, which is the mean cross-entropy.
+            labels: [B, L] token ids; −100 is left out of the loss, which is the mean cross-entropy, in float32.
 
         The other arguments are those of `MLXEsmcModel`.
 
@@ -364,7 +363,7 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
         )
         logits = layout.unpack(self.lm_head(outputs.last_hidden_state))
         output = MLXMaskedLMOutput(
-            loss=None if labels is None else cross_entropy(logits, labels),
+            loss=None if labels is None else cross_entropy(logits.astype(mx.float32), labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -435,7 +434,7 @@ class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
     ) -> MLXTokenClassifierOutput | tuple:
         """
         Args:
-            labels: [B, L] classes; −100 is left out of the loss, which is the mean cross-entropy.
+            labels: [B, L] classes; −100 is left out of the loss, which is the mean cross-entropy, in float32.
 
         The other arguments are those of `MLXEsmcModel`.
         """
@@ -444,7 +443,7 @@ class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
         )
         logits = layout.unpack(self.score(self.dropout(outputs.last_hidden_state)))
         output = MLXTokenClassifierOutput(
-            loss=None if labels is None else cross_entropy(logits, labels),
+            loss=None if labels is None else cross_entropy(logits.astype(mx.float32), labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
