@@ -134,7 +134,7 @@ class ProteinJob:
             work = sum(self.work(window.length + self.model.vocabulary.around) for window in windows)
             size = self.size(len(ids)) + ID_BYTES * len(protein.id)
             for _ in range(self.copies):
-                yield Item(number, protein.id, ids, len(ids), work, size)
+                yield Item(number, protein.id, ids, self._residues(ids), work, size)
                 number += 1
 
     def _read(self, source: Source, report: Report, suffix: str | None) -> Iterator[tuple[Protein, np.ndarray]]:
@@ -167,6 +167,9 @@ class ProteinJob:
         except ValueError as error:
             raise ValueError(f"{protein.place}: {shown(protein.id)} {error}.") from None
 
+    def _residues(self, ids: np.ndarray) -> int:
+        return int(self.model.vocabulary.residues(ids).sum())
+
     def _survey(self, source: Source, suffix: str | None) -> int | None:
         """Read a file once before the work; returns how many residues there are to compute, None if that would use up
         the source."""
@@ -176,7 +179,7 @@ class ProteinJob:
             return None
         total, problems, report = 0, list[str](), Report(self.strict)
         for protein, ids in self._read(source, report, suffix):
-            total += len(ids) * self.copies
+            total += self._residues(ids) * self.copies
             try:
                 self._refuse(protein, ids)
             except ValueError as error:

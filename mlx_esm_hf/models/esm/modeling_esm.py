@@ -466,6 +466,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     required = ("embeddings.", "encoder.")
     without_loss = ("contact_head.",)
     quantized = ("encoder.",)
+    adapted = ("query", "key", "value")
     input_embeddings = "embeddings.word_embeddings"
     residues = {residue: 4 + place for place, residue in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO")}
 

@@ -175,6 +175,7 @@ class MLXEsmcPreTrainedModel(MLXPreTrainedModel):
     dialects = (TRANSFORMERS, ORIGINAL)
     required = ("embed_tokens.", "layers.", "norm.")
     quantized = ("layers.",)
+    adapted = ("q_proj", "k_proj", "v_proj")
     input_embeddings = "embed_tokens"
     residues = {residue: 4 + place for place, residue in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO")}
 
