@@ -32,8 +32,8 @@ Source = str | os.PathLike | Iterable[Any]
 
 
 class Protein(NamedTuple):
-    """An id, a sequence of upper-case residues and special tokens, such as `MK<mask>A`, with `|` between its chains, and
-    where it was found."""
+    """An id, a sequence of upper-case residues and special tokens, such as `MK<mask>A`, with `|` between its chains,
+    and where it was found."""
 
     id: str
     sequence: str
@@ -105,8 +105,8 @@ def clean(sequence: str, aligned: bool = False, report: Report | None = None) ->
         report: counts the letters that became X, and the gaps.
 
     Raises:
-        ValueError: nothing is left, or nothing of a chain; a stop inside; an unknown token; what is neither letter, gap,
-            token nor a break between chains.
+        ValueError: nothing is left, or nothing of a chain; a stop inside; an unknown token; what is neither letter,
+            gap, token nor a break between chains.
     """
     if PLAIN.fullmatch(sequence):
         return sequence

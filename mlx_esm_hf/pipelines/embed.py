@@ -49,8 +49,8 @@ def embed(
         model: a Hub repository, a folder, or a model that was loaded by `load`.
         output: a folder of shards, or a file (`.safetensors`, `.npz`, `.h5`, `.parquet`).
         layers: 0, the embeddings, to the number of layers; or from the end, -1.
-        pooling: of "mean", "max" (over residues), "cls" (the state of <cls>), "residues" (all states), and "chains" (the
-            number of each residue's chain, from 0).
+        pooling: of "mean", "max" (over residues), "cls" (the state of <cls>), "residues" (all states), and "chains"
+            (the number of each residue's chain, from 0).
         loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` and the others of `load`.
 
     Returns:
