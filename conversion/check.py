@@ -2,10 +2,11 @@
 
     python conversion/check.py esm2_t6_8M_UR50D esm2_t6_8M_UR50D.pt
     python conversion/check.py mlx-esm weights/esm1-202402151405.npz
+    python conversion/check.py ESMC-300M esmc_300m_2024_12_v0.pth
 
 Of a `.pt` file the original is fair-esm on torch (`pip install fair-esm torch`). Its loader unpickles the file, and a
 pickle can run any program: check only files that you trust. Converting executes nothing. Of an `.npz` file the original
-is mlx-esm's network, written down below in NumPy and computed in float64.
+is mlx-esm's network, of a `.pth` file ESMC's; both are written down below in NumPy and computed in float64.
 
 Both see one protein at a time. For every output the table has the largest difference over all proteins beside the
 output's scale, its largest absolute value. The exit code is 0 where every difference is at most 1e-4 of the scale, and
@@ -21,10 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from transformers import AutoTokenizer
 
-from mlx_esm_hf import MLXEsmForMaskedLM
+from mlx_esm_hf import EsmcTokenizer, MLXAutoModelForMaskedLM
+from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
 from mlx_esm_hf.data.proteins import read_proteins
 
 # Of an output's scale. In float32 two implementations differ by some 1e-6 of it, and where one is wrong by far more.
@@ -35,7 +38,7 @@ Outputs = dict[str, np.ndarray]  # by name: [tokens, ...], of contacts [residues
 Original = Callable[[str], tuple[list[int], Outputs]]  # from a sequence to its token ids, and to what the model says
 
 
-def converted_outputs(model: MLXEsmForMaskedLM, ids: list[int], contacts: bool) -> Outputs:
+def converted_outputs(model: Any, ids: list[int], contacts: bool) -> Outputs:
     output: Any = model([ids], output_hidden_states=True)
     arrays = {"logits": output.logits, **{f"layer {i}": x for i, x in enumerate(output.hidden_states)}}
     if contacts:
@@ -104,9 +107,6 @@ def mlx_esm(weights: dict[str, np.ndarray], ids: np.ndarray, heads: int = 4) -> 
         context = scores / scores.sum(axis=-1, keepdims=True) @ value
         return linear(context.swapaxes(0, 1).reshape(L, D), f"{name}.out_proj")
 
-    def gelu(x: np.ndarray) -> np.ndarray:
-        return x * (1 + np.vectorize(math.erf, otypes=[x.dtype])(x / math.sqrt(2))) / 2
-
     L, D = len(ids), weights["embed_tokens.weight"].shape[1]
     frequencies = np.exp(-np.arange(D // 2) * math.log(10000) / (D // 2 - 1))
     angles = np.arange(1, L + 1)[:, None] * frequencies
@@ -122,13 +122,80 @@ def mlx_esm(weights: dict[str, np.ndarray], ids: np.ndarray, heads: int = 4) -> 
     return {"logits": linear(x, "out"), **outputs}
 
 
+def load_esmc(path: Path) -> Original:
+    """ESMC's network in NumPy, under the names that its weights were published with."""
+    weights = {
+        key: np.array(array.astype(mx.float32)).astype(np.float64) for key, array in load_torch_bin(path).items()
+    }
+    tokenizer = EsmcTokenizer()
+
+    def original(sequence: str) -> tuple[list[int], Outputs]:
+        ids = tokenizer(sequence)["input_ids"]
+        return ids, esmc(weights, np.array(ids))
+
+    return original
+
+
+def esmc(weights: dict[str, np.ndarray], ids: np.ndarray, head_dim: int = 64) -> Outputs:
+    """The network: token ids [L] to logits [L, 64] and the states before the first and after each layer, [L, D]; those
+    after the last are behind the layer norm."""
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def layer_norm(x: np.ndarray, name: str) -> np.ndarray:
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5)
+        return x * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
+
+    def rotated(x: np.ndarray) -> np.ndarray:
+        first, second = np.split(x.reshape(len(x), -1, head_dim), 2, axis=-1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).swapaxes(0, 1)
+
+    def attention(x: np.ndarray, name: str) -> np.ndarray:
+        query, key, value = np.split(linear(layer_norm(x, f"{name}.layernorm_qkv.0"), f"{name}.layernorm_qkv.1"), 3, -1)
+        query, key = rotated(layer_norm(query, f"{name}.q_ln")), rotated(layer_norm(key, f"{name}.k_ln"))
+        scores = query @ key.swapaxes(1, 2) / math.sqrt(head_dim)
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        value = value.reshape(len(x), -1, head_dim).swapaxes(0, 1)
+        context = scores / scores.sum(axis=-1, keepdims=True) @ value
+        return linear(context.swapaxes(0, 1).reshape(x.shape), f"{name}.out_proj")
+
+    def feed_forward(x: np.ndarray, name: str) -> np.ndarray:
+        gate, up = np.split(linear(layer_norm(x, f"{name}.0"), f"{name}.1"), 2, axis=-1)
+        return linear(gate / (1 + np.exp(-gate)) * up, f"{name}.3")
+
+    frequencies = 10000.0 ** -(np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(len(ids))[:, None, None] * frequencies
+    cos, sin = np.cos(angles), np.sin(angles)
+    layers = len({key.split(".")[2] for key in weights if key.startswith("transformer.blocks.")})
+    scaling = math.sqrt(layers / 36)
+    x = weights["embed.weight"][ids]
+    outputs = {"layer 0": x}
+    for layer in range(layers):
+        x = x + attention(x, f"transformer.blocks.{layer}.attn") / scaling
+        x = x + feed_forward(x, f"transformer.blocks.{layer}.ffn") / scaling
+        outputs[f"layer {layer + 1}"] = x
+    x = outputs[f"layer {layers}"] = layer_norm(x, "transformer.norm")
+    x = linear(x, "sequence_head.0")
+    logits = linear(layer_norm(gelu(x), "sequence_head.2"), "sequence_head.3")
+    return {"logits": logits, **outputs}
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return x * (1 + np.vectorize(math.erf, otypes=[x.dtype])(x / math.sqrt(2))) / 2
+
+
+LOADERS: dict[str, Callable[[Path], Original]] = {".npz": load_mlx_esm, ".pth": load_esmc}
+
+
 def compare(converted: Path, original: Original, fasta: Path) -> dict[str, tuple[float, float]]:
     """For every output the largest difference over all proteins, and the scale.
 
     Raises:
         ValueError: the two make different tokens of a protein, or outputs of different shapes.
     """
-    model = MLXEsmForMaskedLM.from_pretrained(converted, dtype="float32")
+    model = MLXAutoModelForMaskedLM.from_pretrained(converted, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(converted)
     table: dict[str, tuple[float, float]] = {}
     for protein in read_proteins(fasta):
@@ -151,10 +218,10 @@ def main() -> None:
         epilog="A .pt file is loaded by fair-esm, which executes what is in it: check only files that you trust.",
     )
     parser.add_argument("converted", type=Path, help="the folder that was converted")
-    parser.add_argument("original", type=Path, help="the .pt or .npz file that it was made from")
+    parser.add_argument("original", type=Path, help="the .pt, .npz or .pth file that it was made from")
     parser.add_argument("--fasta", type=Path, default=Path(__file__).parents[1] / "examples" / "proteins.fasta")
     options = parser.parse_args()
-    load = load_mlx_esm if options.original.suffix == ".npz" else load_fair_esm
+    load = LOADERS.get(options.original.suffix, load_fair_esm)
     try:
         table = compare(options.converted, load(options.original), options.fasta)
     except (OSError, ValueError) as error:

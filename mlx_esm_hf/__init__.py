@@ -40,6 +40,15 @@ if TYPE_CHECKING:
     )
     from mlx_esm_hf.models.esm.modeling_esmfold import MLXEsmForProteinFolding
     from mlx_esm_hf.models.esm.tokenization_esm import Esm1Tokenizer, EsmTokenizer
+    from mlx_esm_hf.models.esmc.configuration_esmc import MLXEsmcConfig
+    from mlx_esm_hf.models.esmc.modeling_esmc import (
+        MLXEsmcForMaskedLM,
+        MLXEsmcForSequenceClassification,
+        MLXEsmcForTokenClassification,
+        MLXEsmcModel,
+        MLXEsmcPreTrainedModel,
+    )
+    from mlx_esm_hf.models.esmc.tokenization_esmc import EsmcTokenizer
     from mlx_esm_hf.pipelines.huggingface import pipeline
     from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
     from mlx_esm_hf.training.arguments import MLXTrainingArguments
@@ -49,6 +58,7 @@ __all__ = [
     "__version__",
     "Esm1Tokenizer",
     "EsmTokenizer",
+    "EsmcTokenizer",
     "LoraConfig",
     "MLXAutoModel",
     "MLXAutoModelForMaskedLM",
@@ -62,6 +72,12 @@ __all__ = [
     "MLXEsmForTokenClassification",
     "MLXEsmModel",
     "MLXEsmPreTrainedModel",
+    "MLXEsmcConfig",
+    "MLXEsmcForMaskedLM",
+    "MLXEsmcForSequenceClassification",
+    "MLXEsmcForTokenClassification",
+    "MLXEsmcModel",
+    "MLXEsmcPreTrainedModel",
     "MLXTrainer",
     "MLXTrainingArguments",
     "add_adapters",
@@ -76,6 +92,7 @@ __all__ = [
 HOMES = {
     "Esm1Tokenizer": "mlx_esm_hf.models.esm.tokenization_esm",
     "EsmTokenizer": "mlx_esm_hf.models.esm.tokenization_esm",
+    "EsmcTokenizer": "mlx_esm_hf.models.esmc.tokenization_esmc",
     "MLXAutoModel": "mlx_esm_hf.models.auto",
     "MLXAutoModelForMaskedLM": "mlx_esm_hf.models.auto",
     "MLXAutoModelForSequenceClassification": "mlx_esm_hf.models.auto",
@@ -88,6 +105,12 @@ HOMES = {
     "MLXEsmForTokenClassification": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmModel": "mlx_esm_hf.models.esm.modeling_esm",
     "MLXEsmPreTrainedModel": "mlx_esm_hf.models.esm.modeling_esm",
+    "MLXEsmcConfig": "mlx_esm_hf.models.esmc.configuration_esmc",
+    "MLXEsmcForMaskedLM": "mlx_esm_hf.models.esmc.modeling_esmc",
+    "MLXEsmcForSequenceClassification": "mlx_esm_hf.models.esmc.modeling_esmc",
+    "MLXEsmcForTokenClassification": "mlx_esm_hf.models.esmc.modeling_esmc",
+    "MLXEsmcModel": "mlx_esm_hf.models.esmc.modeling_esmc",
+    "MLXEsmcPreTrainedModel": "mlx_esm_hf.models.esmc.modeling_esmc",
     "MLXTrainer": "mlx_esm_hf.training.trainer",
     "MLXTrainingArguments": "mlx_esm_hf.training.arguments",
     "LoraConfig": "mlx_esm_hf.training.adapters",

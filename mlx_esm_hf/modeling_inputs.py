@@ -164,6 +164,22 @@ def _check_positions(
     return position_ids
 
 
+def check_sequence_id(sequence_id: Any, shape: tuple[int, int]) -> mx.array:
+    """The numbers of the tokens' chains as an array [B, L], −1 at padding.
+
+    Raises:
+        ValueError: another shape, or anything but whole numbers.
+    """
+    sequence_id = as_array(sequence_id)
+    if sequence_id.shape != shape:
+        raise ValueError(f"sequence_id has the shape {sequence_id.shape}, the input {shape}.")
+    if not mx.issubdtype(sequence_id.dtype, mx.integer):
+        raise ValueError(
+            f"sequence_id must be whole numbers, the chain of each token and -1 at padding, not {sequence_id.dtype}."
+        )
+    return sequence_id
+
+
 def labels_at(labels: Any, places: np.ndarray) -> bool:
     """Whether tokens at `places` (bool [B, L]) have a label, or may have one: while labels are traced, nobody knows."""
     if labels is None:

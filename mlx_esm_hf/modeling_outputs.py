@@ -14,8 +14,8 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class MLXBaseModelOutput(ModelOutput):
-    """Of the encoder: `last_hidden_state` [B, L, D]; `hidden_states`, one [B, L, D] for the embeddings and each
-    layer; `attentions`, one [B, H, L, L] for each layer."""
+    """Of the encoder, and of `MLXEsmcModel`: `last_hidden_state` [B, L, D]; `hidden_states`, one [B, L, D] for the
+    embeddings and each layer; `attentions`, one [B, H, L, L] for each layer."""
 
     last_hidden_state: mx.array | None = None
     hidden_states: tuple[mx.array, ...] | None = None

@@ -85,6 +85,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         without_loss: beginnings of the names, in the base model, of parameters that no loss reaches, so that training a
             model does not train them.
         quantized: beginnings of the names, in the base model, of layers that `mlx-esm convert --quantize` packs.
+        adapted: endings of the names of layers that `finetune` gives an adapter, unless others are named.
         input_embeddings: the embedding table, as an attribute of the base model.
         output_embeddings: the projection to the vocabulary, as an attribute of the model; None, it has none. Where
             `config.tie_word_embeddings` says so, it is the embedding table.
@@ -99,6 +100,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     required: ClassVar[tuple[str, ...]] = ()
     without_loss: ClassVar[tuple[str, ...]] = ()
     quantized: ClassVar[tuple[str, ...]] = ()
+    adapted: ClassVar[tuple[str, ...]] = ()
     input_embeddings: ClassVar[str] = ""
     output_embeddings: ClassVar[str | None] = None
     vocabulary_biases: ClassVar[tuple[str, ...]] = ()

@@ -29,7 +29,9 @@ def command(
     model: Model,
     output: Output,
     layers: Annotated[str, typer.Option(help="Such as -1 or 0,6,-1; 0 are the embeddings, -1 the last layer.")] = "-1",
-    pooling: Annotated[str, typer.Option(help="Of mean, max, cls and residues, such as mean,residues.")] = "mean",
+    pooling: Annotated[
+        str, typer.Option(help="Of mean, max, cls, residues and chains, such as mean,residues.")
+    ] = "mean",
     revision: Revision = None,
     dtype: Dtype = None,
     device: Device = None,

@@ -28,7 +28,9 @@ def command(
     rank: Annotated[int, typer.Option(help="Of LoRA's matrices.", min=1)] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA's scale is alpha / rank.")] = 16,
     dropout: Annotated[float, typer.Option(help="Of what goes into LoRA.", min=0, max=1)] = 0.0,
-    target_modules: Annotated[str, typer.Option(help="Layers that get an adapter.")] = "query,key,value",
+    target_modules: Annotated[
+        str, typer.Option(help="Layers that get an adapter, by default the projections to query, key and value.")
+    ] = "",
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole model instead of adapters.")] = False,
     batch_size: Annotated[int, typer.Option(help="Proteins to a batch.", min=1)] = 8,
     accumulate: options.Accumulate = 1,

@@ -21,6 +21,7 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 STANDARD = "ACDEFGHIKLMNPQRSTVWY"
 RESIDUES = STANDARD + "XBUZO"
 GAPS = "-."
+CHAIN_BREAK = "|"
 ALPHABET = frozenset(RESIDUES)
 SPECIAL = ("<mask>", "<cls>", "<eos>", "<unk>")
 TOKEN = re.compile(r"<[^<>]*>|.", re.DOTALL)
@@ -31,7 +32,8 @@ Source = str | os.PathLike | Iterable[Any]
 
 
 class Protein(NamedTuple):
-    """An id, a sequence of upper-case residues and special tokens, such as `MK<mask>A`, and where it was found."""
+    """An id, a sequence of upper-case residues and special tokens, such as `MK<mask>A`, with `|` between its chains,
+    and where it was found."""
 
     id: str
     sequence: str
@@ -86,8 +88,13 @@ def shown(id: str) -> str:
 
 
 def tokens(sequence: str) -> list[str]:
-    """The positions of a cleaned sequence: residues and special tokens."""
+    """The positions of a cleaned sequence: residues, special tokens and the breaks between chains."""
     return TOKEN.findall(sequence) if "<" in sequence else list(sequence)
+
+
+def residue_places(sequence: str) -> list[int]:
+    """At which positions of a cleaned sequence its residues stand: all but the breaks between chains."""
+    return [place for place, token in enumerate(tokens(sequence)) if token != CHAIN_BREAK]
 
 
 def clean(sequence: str, aligned: bool = False, report: Report | None = None) -> str:
@@ -98,7 +105,8 @@ def clean(sequence: str, aligned: bool = False, report: Report | None = None) ->
         report: counts the letters that became X, and the gaps.
 
     Raises:
-        ValueError: nothing is left; a stop inside; an unknown token; what is neither letter, gap nor token.
+        ValueError: nothing is left, or nothing of a chain; a stop inside; an unknown token; what is neither letter,
+            gap, token nor a break between chains.
     """
     if PLAIN.fullmatch(sequence):
         return sequence
@@ -108,7 +116,7 @@ def clean(sequence: str, aligned: bool = False, report: Report | None = None) ->
         parts.pop()
     cleaned = []
     for place, part in enumerate(parts, 1):
-        if part in SPECIAL:
+        if part in SPECIAL or part == CHAIN_BREAK:
             cleaned.append(part)
         elif part.isascii() and part.upper() in ALPHABET:
             cleaned.append(part.upper())
@@ -126,6 +134,8 @@ def clean(sequence: str, aligned: bool = False, report: Report | None = None) ->
             raise ValueError(f"has {part!r} at {place}, which is no residue")
     if not any(cleaned):
         raise ValueError("is empty")
+    if CHAIN_BREAK in cleaned and not all("".join(cleaned).split(CHAIN_BREAK)):
+        raise ValueError(f"has an empty chain: {CHAIN_BREAK} stands between chains")
     return "".join(cleaned)
 
 

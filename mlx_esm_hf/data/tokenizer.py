@@ -22,7 +22,8 @@ def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
         CheckpointError: a file is damaged or incomplete.
     """
     # Which compares checksums; transformers takes what arrives.
-    _, vocabulary = (find_file(source, name, **hub) for name in ("tokenizer_config.json", "vocab.txt"))
+    find_file(source, "tokenizer_config.json", **hub)
+    vocabulary = find_file(source, "vocab.txt", **hub) or find_file(source, "tokenizer.json", **hub)
     try:
         return AutoTokenizer.from_pretrained(source, **hub)
     except OSError:

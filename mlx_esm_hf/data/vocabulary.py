@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import SPECIAL, STANDARD, tokens
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, SPECIAL, STANDARD, tokens
 
 
 class Vocabulary:
@@ -26,6 +26,7 @@ class Vocabulary:
             the tokenizer has for them.
         before, after: ids of the tokens around the residues, such as <cls> and <eos>.
         pad, mask: ids of <pad> and <mask>.
+        chain_break: that of the break between chains; −1, it has none.
 
     Raises:
         ValueError: the tokenizer knows no residues.
@@ -38,6 +39,7 @@ class Vocabulary:
         special = (self.mask, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
         named = {token: id for token, id in zip(SPECIAL, special, strict=True) if id is not None}
         self.ids: dict[str, int] = named | tokenizer.get_vocab()
+        self.chain_break = self.ids.get(CHAIN_BREAK, -1)
         if missing := [residue for residue in STANDARD if residue not in self.ids]:
             raise ValueError(
                 f"The vocabulary of {self.name} lacks the residues {', '.join(missing)}: its tokenizer is not one of "
@@ -65,6 +67,10 @@ class Vocabulary:
             return np.array([self.ids[token] for token in tokens(sequence)], np.int32)
         except KeyError as error:
             raise ValueError(f"has {error}, which {self.name} has no token for") from None
+
+    def residues(self, ids: np.ndarray) -> np.ndarray:
+        """Which of ids [positions] are residues, bool [positions]: all but the breaks between chains."""
+        return ids != self.chain_break
 
     def ids_of(self, letters: str) -> np.ndarray:
         """The ids of those of the letters that it has, [letters], int32."""

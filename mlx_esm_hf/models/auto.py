@@ -15,6 +15,13 @@ from mlx_esm_hf.models.esm.modeling_esm import (
     MLXEsmForTokenClassification,
     MLXEsmModel,
 )
+from mlx_esm_hf.models.esmc.configuration_esmc import MLXEsmcConfig
+from mlx_esm_hf.models.esmc.modeling_esmc import (
+    MLXEsmcForMaskedLM,
+    MLXEsmcForSequenceClassification,
+    MLXEsmcForTokenClassification,
+    MLXEsmcModel,
+)
 
 
 class AutoClass:
@@ -75,13 +82,21 @@ class AutoClass:
 class MLXAutoModel(AutoClass):
     """A model without a head."""
 
-    models: ClassVar = {MLXEsmConfig.model_type: MLXEsmModel, MLXEsm1Config.model_type: MLXEsmModel}
+    models: ClassVar = {
+        MLXEsmConfig.model_type: MLXEsmModel,
+        MLXEsm1Config.model_type: MLXEsmModel,
+        MLXEsmcConfig.model_type: MLXEsmcModel,
+    }
 
 
 class MLXAutoModelForMaskedLM(AutoClass):
     """A model with its language-model head."""
 
-    models: ClassVar = {MLXEsmConfig.model_type: MLXEsmForMaskedLM, MLXEsm1Config.model_type: MLXEsmForMaskedLM}
+    models: ClassVar = {
+        MLXEsmConfig.model_type: MLXEsmForMaskedLM,
+        MLXEsm1Config.model_type: MLXEsmForMaskedLM,
+        MLXEsmcConfig.model_type: MLXEsmcForMaskedLM,
+    }
 
 
 class MLXAutoModelForSequenceClassification(AutoClass):
@@ -90,6 +105,7 @@ class MLXAutoModelForSequenceClassification(AutoClass):
     models: ClassVar = {
         MLXEsmConfig.model_type: MLXEsmForSequenceClassification,
         MLXEsm1Config.model_type: MLXEsmForSequenceClassification,
+        MLXEsmcConfig.model_type: MLXEsmcForSequenceClassification,
     }
 
 
@@ -99,4 +115,5 @@ class MLXAutoModelForTokenClassification(AutoClass):
     models: ClassVar = {
         MLXEsmConfig.model_type: MLXEsmForTokenClassification,
         MLXEsm1Config.model_type: MLXEsmForTokenClassification,
+        MLXEsmcConfig.model_type: MLXEsmcForTokenClassification,
     }

@@ -33,6 +33,7 @@ __all__ = [
     "softmax",
     "split_heads",
     "sum_of_squares",
+    "swiglu",
 ]
 
 
@@ -158,6 +159,12 @@ def gelu(x: mx.array) -> mx.array:
     return backend_of(x).gelu(x)
 
 
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) · up, where silu(x) = x / (1 + e^−x) (Shazeer 2020)."""
+    backend = backend_of(gate, up)
+    return (cpu if backend is kernels else backend).swiglu(gate, up)
+
+
 def softmax(x: mx.array) -> mx.array:
     """Softmax over the last axis, summed in float32 or better; the result has the dtype of `x`."""
     return backend_of(x).softmax(x)
@@ -186,11 +193,15 @@ def attention(
         [B, L, D].
     """
     layout = layout or Layout(query.shape[:2])  # type: ignore[arg-type]
-    if arrays := wide(query, key, value, *(rotary or (None, None)), *(bias_kv or (None, None)), bias):
+    # Chains in rows that are not packed are seen by a mask of pairs, which the kernels do not take.
+    by_pairs = layout.visible is not None and layout.visible.ndim == 3
+    arrays = None if by_pairs else wide(query, key, value, *(rotary or (None, None)), *(bias_kv or (None, None)), bias)
+    if arrays:
         q, k, v, cos, sin, bias_k, bias_v, bias = arrays
         rotary, bias_kv = rotary and (cos, sin), bias_kv and (bias_k, bias_v)  # type: ignore[assignment]
         return kernels.attention(q, k, v, heads, layout, rotary, bias_kv, bias).astype(query.dtype)
     backend = backend_of(query, key, value, *(rotary or ()), *(bias_kv or ()), bias)
+    backend = plain_backend() if by_pairs else backend
     if backend is kernels:
         return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias)
     assert not layout.packed, "`choose_layout` packs for the kernels alone"
@@ -268,6 +279,7 @@ def choose_layout(
     values: np.ndarray | None,
     dtype: mx.Dtype,
     keep_padding: bool = False,
+    chains: mx.array | None = None,
 ) -> Layout:
     """How to compute a batch in `dtype`: packed where that is faster, which is with our kernels, else as it is.
 
@@ -276,8 +288,9 @@ def choose_layout(
         mask: [B, L], 0 at padding; None, there is none.
         values: those of the mask, where they are known (not under `mx.compile`).
         keep_padding: somebody asks for what becomes of padding.
+        chains: [B, L], whole numbers, where a row holds several sequences; below 0 where the mask is 0.
     """
     mask = None if mask is None else mask.astype(mx.bool_)
     if mask is None or values is None or keep_padding or dtype != mx.float32 or backend_of() is not kernels:
-        return Layout(shape, mask)
-    return Layout(shape, packed=values.astype(bool))
+        return Layout(shape, mask, chains=chains)
+    return Layout(shape, packed=values.astype(bool), chains=chains)

@@ -85,6 +85,32 @@ def gelu(x: mx.array) -> mx.array:
     return _gelu(x.astype(mx.float32)).astype(x.dtype)  # type: ignore[attr-defined]
 
 
+def _exp_of_size(x: mx.array) -> mx.array:
+    """e^-|x|, of which x / (1 + e^-x) and its gradient are made, since it cannot overflow."""
+    return _exp2(mx.abs(x) * -math.log2(math.e))
+
+
+@mx.custom_function
+def _silu(x: mx.array) -> mx.array:
+    small = _exp_of_size(x)
+    return mx.where(x > 0, x, x * small) / (1 + small)
+
+
+@_silu.vjp
+def _silu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    small = _exp_of_size(x)
+    sigmoid = mx.where(x > 0, 1.0, small) / (1 + small)
+    return cotangent * (sigmoid + output * (1 - sigmoid))
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`ops.swiglu`."""
+    if gate.dtype == mx.float64:
+        return gate * mx.sigmoid(gate) * up
+    silu: mx.array = _silu(gate.astype(mx.float32))  # type: ignore[assignment]
+    return silu.astype(gate.dtype) * up
+
+
 def _sum(x: mx.array) -> mx.array:
     """Over the last axis, which is kept: first in blocks, since one number after the other loses digits."""
     x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % SUM_BLOCK)])
@@ -174,14 +200,14 @@ def scaled_dot_product_attention(
         for r in _blocks(L, rows):
             of_rows = added
             if added is not None:
-                of_rows = added[h, r] if bias is not None else added[h]  # a mask is the same for all queries
+                of_rows = added[h, r] if added.shape[1] > 1 else added[h]  # padding is hidden from all queries alike
             blocks.append(_attention(query[h, r], key[h], value[h], of_rows))
         parts.append(mx.concatenate(blocks, axis=1))
     return mx.unflatten(mx.concatenate(parts), 0, (B, H))
 
 
 def _added_to_scores(mask: mx.array | None, bias: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
-    """Mask [B, 1, 1, S] and bias [B or 1, H, L, S] as one array that is added to the scores; None without either."""
+    """Mask [B, 1, 1 or L, S] and bias [B or 1, H, L, S] as one that is added to the scores; None without either."""
     if mask is None:
         return bias
     return mx.where(mask, 0.0 if bias is None else bias, mx.finfo(dtype).min).astype(dtype)

@@ -15,6 +15,13 @@ def gelu(x: mx.array) -> mx.array:
     return (y * (1 + mx.erf(y / math.sqrt(2))) / 2).astype(x.dtype)
 
 
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`ops.swiglu`, in float32 as well."""
+    x = gate.astype(mx.float32) if gate.dtype in (mx.float16, mx.bfloat16) else gate
+    return (x * mx.sigmoid(x)).astype(gate.dtype) * up
+
+
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
     return mx.fast.layer_norm(x, weight, bias, eps)
 

@@ -17,7 +17,7 @@ class Heads(NamedTuple):
     query: mx.array  # [B, H, L, d]
     key: mx.array  # [B, H, S, d], where S is L, or L + 1 with a learned key
     value: mx.array  # [B, H, S, d]
-    mask: mx.array | None  # bool [B, 1, 1, S], False hides a key
+    mask: mx.array | None  # bool [B, 1, 1, S] or, of chains, [B, 1, L, S], False hides a key
 
 
 def split_heads(
@@ -30,7 +30,9 @@ def split_heads(
     bias_kv: tuple[mx.array, mx.array] | None = None,
 ) -> Heads:
     """From [B, L, D] to [B, heads, L, D / heads], ready to be multiplied; arguments as those of `ops.attention`."""
-    mask = None if layout is None or layout.visible is None else layout.visible[:, None, None, :]
+    mask = None if layout is None else layout.visible
+    if mask is not None:
+        mask = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
     if bias_kv is not None:
         B, _, D = key.shape
         bias_k, bias_v = (mx.broadcast_to(bias.reshape(1, 1, D), (B, 1, D)) for bias in bias_kv)

@@ -19,7 +19,8 @@ from mlx_esm_hf.runs import formats
 from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
 
-POOLINGS = ("mean", "cls", "max", "residues")
+POOLINGS = ("mean", "cls", "max", "residues", "chains")
+PER_RESIDUE = ("residues", "chains")
 FORMATS: dict[str, WriteRun | None] = {
     "": None,
     ".safetensors": formats.write_safetensors,
@@ -48,13 +49,14 @@ def embed(
         model: a Hub repository, a folder, or a model that was loaded by `load`.
         output: a folder of shards, or a file (`.safetensors`, `.npz`, `.h5`, `.parquet`).
         layers: 0, the embeddings, to the number of layers; or from the end, -1.
-        pooling: of "mean", "max" (over residues), "cls" (the state of <cls>), and "residues" (all states).
+        pooling: of "mean", "max" (over residues), "cls" (the state of <cls>), "residues" (all states), and "chains"
+            (the number of each residue's chain, from 0).
         loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` and the others of `load`.
 
     Returns:
         Without an output, an iterator over results, whose `arrays` has one entry, [hidden_size] or
-        [residues, hidden_size], for each pooling, called `mean.6` where there are several layers. With an output, a
-        report of what was changed and left out.
+        [residues, hidden_size], for each pooling, called `mean.6` where there are several layers, and for the chains
+        `chains`, int32 [residues, 1]. With an output, a report of what was changed and left out.
 
     Example:
         >>> for result in embed(["MKTAYIAKQR"], "facebook/esm2_t6_8M_UR50D"):
@@ -74,7 +76,7 @@ def embed(
         return embeddings(protein_model, [item.content for item in items], resolved, pooling)
 
     def size(residues: int) -> int:
-        rows = sum(residues if name == "residues" else 1 for name in pooling)
+        rows = sum(residues if name in PER_RESIDUE else 1 for name in pooling)
         return 4 * config.hidden_size * len(resolved) * rows
 
     job = ProteinJob(
@@ -83,7 +85,7 @@ def embed(
         {"layers": resolved, "pooling": list(pooling)},
         compute,
         size,
-        arrays=len(resolved) * len(pooling) if "residues" in pooling else 0,
+        arrays=len(resolved) * len(pooling) if set(PER_RESIDUE) & set(pooling) else 0,
         aligned=aligned,
         strict=strict,
     )
@@ -117,8 +119,11 @@ def embeddings(
             residues = row[:, batch.first : batch.first + window.length]
             parts[index].append((window, row[:, 0], residues))
             if len(parts[index]) == counts[index]:
-                results[index] = pool(parts[index], len(sequences[index]), layers, pooling)
+                real = model.vocabulary.residues(sequences[index])
+                results[index] = pool(parts[index], real, layers, pooling)
                 parts[index].clear()
+                if "chains" in pooling:
+                    results[index]["chains"] = np.cumsum(~real, dtype=np.int32)[real][:, None]
     return results
 
 
@@ -137,12 +142,14 @@ def hidden_states(
 WindowStates = tuple[Window, np.ndarray, np.ndarray]
 
 
-def pool(parts: Sequence[WindowStates], length: int, layers: Sequence[int], pooling: Sequence[str]) -> Arrays:
-    """One protein's results from its windows."""
+def pool(parts: Sequence[WindowStates], real: np.ndarray, layers: Sequence[int], pooling: Sequence[str]) -> Arrays:
+    """One protein's results from its windows, over its `real` residues, bool [positions]."""
     arrays = {}
     for i, layer in enumerate(layers):
-        residues = blend([(window, states[i]) for window, _, states in parts], length)
+        residues = blend([(window, states[i]) for window, _, states in parts], len(real))[real]
         for name in pooling:
+            if name == "chains":  # which are the same in all layers
+                continue
             if name == "mean":
                 pooled = residues.mean(axis=0, dtype=np.float64)
             elif name == "max":
@@ -150,6 +157,6 @@ def pool(parts: Sequence[WindowStates], length: int, layers: Sequence[int], pool
             elif name == "cls":
                 pooled = np.mean([cls[i] for _, cls, _ in parts], axis=0)
             else:
-                pooled = residues.copy()
+                pooled = residues
             arrays[name if len(layers) == 1 else f"{name}.{layer}"] = pooled.astype(np.float32, copy=False)
     return arrays

@@ -38,7 +38,7 @@ def fill_mask(
         loading: see `load`.
 
     Returns:
-        See `embed`; the arrays are `positions` [masks], from 0, `tokens` (ids) and `scores` [masks, top_k].
+        See `embed`; the arrays are `positions` [masks], of residues from 0, `tokens` (ids) and `scores` [masks, top_k].
     """
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: at least one proposal is needed.")
@@ -80,8 +80,9 @@ def proposals(model: ProteinModel, sequences: Sequence[np.ndarray], count: int) 
     """The results of `fill_mask` for sequences of ids."""
     results: list[Arrays] = []
     for ids, rows in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
-        positions = np.flatnonzero(ids == model.vocabulary.mask)
-        order = np.argsort(-rows[positions], axis=1, kind="stable")[:, :count]
-        scores = np.exp(np.take_along_axis(rows[positions], order, axis=1))
+        masked = ids == model.vocabulary.mask
+        positions = np.flatnonzero(masked[model.vocabulary.residues(ids)])
+        order = np.argsort(-rows[masked], axis=1, kind="stable")[:, :count]
+        scores = np.exp(np.take_along_axis(rows[masked], order, axis=1))
         results.append({"positions": positions, "tokens": order, "scores": scores})
     return results

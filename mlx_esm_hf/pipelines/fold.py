@@ -259,6 +259,10 @@ class FoldingModel:
         aatype, _, chain_index, _ = encode_sequence(sequence, None, None)
         return np.stack([aatype, chain_index], axis=1)
 
+    def residues(self, ids: np.ndarray) -> int:
+        """How many there are, without linkers."""
+        return len(ids)
+
     def passes(self, ids: np.ndarray) -> list[int]:
         return [self.linked_length(ids)]
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_esm_hf.data.proteins import STANDARD, Report, Source
+from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.pipelines.protein_job import ProteinJob
 from mlx_esm_hf.pipelines.protein_model import ProteinModel, as_protein_model
@@ -73,7 +74,7 @@ class Plan:
         sweeps: how often "gibbs" draws each position anew.
         samples: designs for each protein.
         seed: of what is random.
-        kept: positions that stay as they are, all others being free; None, the masks are free.
+        kept: residues that stay as they are, all others being free; None, the masks are free.
     """
 
     order: str
@@ -88,9 +89,11 @@ class Plan:
         if self.samples < 1 or self.sweeps < 0:
             raise ValueError("samples must be 1 at least, and sweeps must not be negative.")
 
-    def free(self, ids: np.ndarray, mask: int) -> np.ndarray:
+    def free(self, ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """The positions of a sequence of ids that are to be filled."""
-        return np.flatnonzero(ids == mask) if self.kept is None else np.setdiff1d(np.arange(len(ids)), self.kept)
+        if self.kept is None:
+            return np.flatnonzero(ids == vocabulary.mask)
+        return np.delete(np.flatnonzero(vocabulary.residues(ids)), self.kept)
 
     def random(self, item: Item) -> np.random.Generator:
         """The same for a sample of a protein, whatever else is computed beside it."""
@@ -217,16 +220,17 @@ class Designer:
         Raises:
             ValueError: there is nothing to fill, or a position to be kept that the protein does not have.
         """
-        kept = self.plan.kept
-        if kept is not None and len(kept) and kept.max() >= len(ids):
-            raise ValueError(f"has {len(ids)} residues, and none at {kept.max() + 1}, which is to be kept")
-        if not len(self.plan.free(ids, self.mask)):
+        kept, residues = self.plan.kept, self.model.vocabulary.residues(ids).sum()
+        if kept is not None and len(kept) and kept.max() >= residues:
+            raise ValueError(f"has {residues} residues, and none at {kept.max() + 1}, which is to be kept")
+        if not len(self.plan.free(ids, self.model.vocabulary)):
             raise ValueError("has no free position: no <mask>, or all is kept")
 
     def compute(self, items: Sequence[Item]) -> list[Arrays]:
         """The results of proteins: `ids` [residues], and `log_probability` [1], the mean log p of what was drawn."""
+        vocabulary = self.model.vocabulary
         drafts = [
-            Draft(item.content, self.plan.free(item.content, self.mask), self.plan.random(item)) for item in items
+            Draft(item.content, self.plan.free(item.content, vocabulary), self.plan.random(item)) for item in items
         ]
         self.fill(drafts)
         return [{"ids": draft.ids, "log_probability": np.array([draft.drawn.mean()])} for draft in drafts]

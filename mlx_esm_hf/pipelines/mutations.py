@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mlx_esm_hf.data.proteins import RESIDUES, tokens
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, RESIDUES, residue_places, tokens
 
 SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d{1,9})([A-Za-z])")
 
 
 class Substitution(NamedTuple):
-    """A residue that becomes another; `position` counts from 0."""
+    """A residue that becomes another; `position` is that in the sequence, from 0."""
 
     wild_type: str
     position: int
@@ -28,20 +28,20 @@ def parse(mutant: str, sequence: str, first_residue: int = 1) -> list[Substituti
 
     Args:
         sequence: the wild type.
-        first_residue: the number that the table gives to the first residue of it.
+        first_residue: the number that the table gives to the first residue of it. Numbers run on across its chains.
 
     Raises:
         ValueError: not of this form, outside the sequence, another wild type than the sequence has, or one position
             twice.
     """
     found: list[Substitution] = []
-    residues = tokens(sequence)
+    residues, places = tokens(sequence), residue_places(sequence)
     for wild_type, number, to in split(mutant):
-        position = number - first_residue
-        if not 0 <= position < len(residues):
+        if not 0 <= number - first_residue < len(places):
             raise ValueError(
-                f"{mutant}: {number} is outside the sequence, {first_residue} to {first_residue + len(residues) - 1}"
+                f"{mutant}: {number} is outside the sequence, {first_residue} to {first_residue + len(places) - 1}"
             )
+        position = places[number - first_residue]
         if residues[position] != wild_type:
             raise ValueError(f"{mutant}: the sequence has {residues[position]} at {number}, not {wild_type}")
         if any(position == other.position for other in found):
@@ -66,7 +66,7 @@ def split(mutant: str) -> list[tuple[str, int, str]]:
 
 def suggest_first_residue(mutants: Sequence[str], sequence: str) -> int | None:
     """The numbering under which most substitutions have the wild type of the sequence; None if none has."""
-    residues, hits = tokens(sequence), Counter[int]()
+    residues, hits = tokens(sequence.replace(CHAIN_BREAK, "")), Counter[int]()
     found = set[tuple[str, int]]()
     for mutant in mutants:
         with contextlib.suppress(ValueError):

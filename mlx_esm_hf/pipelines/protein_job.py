@@ -47,6 +47,8 @@ class Model(Protocol):
 
     def passes(self, ids: np.ndarray) -> list[int]: ...
 
+    def residues(self, ids: np.ndarray) -> int: ...
+
     def refuse_long(self, length: int) -> None: ...
 
 
@@ -159,7 +161,7 @@ class ProteinJob:
             size = self.size(len(ids)) + ID_BYTES * len(protein.id)
             for _ in range(self.copies):
                 name = "" if names is None else names.name(protein.id)
-                yield Item(number, protein.id, ids, len(ids), work, size, name)
+                yield Item(number, protein.id, ids, self.model.residues(ids), work, size, name)
                 number += 1
 
     def _read(self, source: Source, report: Report, suffix: str | None) -> Iterator[tuple[Protein, np.ndarray]]:
@@ -201,7 +203,7 @@ class ProteinJob:
             return None
         total, problems, report = 0, list[str](), Report(self.strict)
         for protein, ids in self._read(source, report, suffix):
-            total += len(ids) * self.copies
+            total += self.model.residues(ids) * self.copies
             try:
                 self._refuse(protein, ids)
             except ValueError as error:

@@ -91,6 +91,10 @@ class ProteinModel:
         ids = self.vocabulary.encode(sequence)
         return ids[: self.longest] if self.long == "truncate" else ids
 
+    def residues(self, ids: np.ndarray) -> int:
+        """How many of a sequence of ids are residues: all but the breaks between chains."""
+        return int(self.vocabulary.residues(ids).sum())
+
     def passes(self, ids: np.ndarray) -> list[int]:
         """How many tokens each window of a sequence of ids has."""
         return [window.length + self.vocabulary.around for window in self.windows(0, len(ids))]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import STANDARD, Report, clean, read_proteins, tokens
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, STANDARD, Report, clean, read_proteins, tokens
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.pipelines.mutations import Substitution, parse, read_table, suggest_first_residue
 from mlx_esm_hf.pipelines.protein_job import CHUNK_BATCHES
@@ -275,7 +275,7 @@ def _table(
     mutants: str | os.PathLike[str] | Sequence[str] | None, column: str, wild_type: str, first_residue: int
 ) -> tuple[list[str], list[dict[str, Any]]]:
     if mutants is None:
-        places = enumerate(tokens(wild_type), first_residue)
+        places = enumerate(tokens(wild_type.replace(CHAIN_BREAK, "")), first_residue)
         return [column], [{column: f"{residue}{place}{to}"} for place, residue in places for to in STANDARD]
     if isinstance(mutants, (str, os.PathLike)):
         columns, rows = read_table(mutants, column)
@@ -311,9 +311,10 @@ def mutant_name(substitutions: Mutant) -> str:
 
 
 def pseudo_log_likelihood(model: ProteinModel, ids: np.ndarray) -> float:
-    """The sum of log p over all positions, each masked in turn (Salazar et al. 2020, arXiv:1910.14659)."""
-    rows = model.masked_log_probabilities(ids, range(len(ids)))
-    return float(rows[np.arange(len(ids)), ids].sum(dtype=np.float64))
+    """The sum of log p over all residues, each masked in turn (Salazar et al. 2020, arXiv:1910.14659)."""
+    places = np.flatnonzero(model.vocabulary.residues(ids))
+    rows = model.masked_log_probabilities(ids, places.tolist())
+    return float(rows[np.arange(len(places)), ids[places]].sum(dtype=np.float64))
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:

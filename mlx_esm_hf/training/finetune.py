@@ -44,7 +44,7 @@ def finetune(
     rank: int = 8,
     alpha: float = 16,
     dropout: float = 0.0,
-    target_modules: Sequence[str] = ("query", "key", "value"),
+    target_modules: Sequence[str] | None = None,
     merge: bool = False,
     report: Report | None = None,
     **arguments: Any,
@@ -62,7 +62,8 @@ def finetune(
         validation: a table to validate with.
         validation_share: without one, the share of the different sequences that is held out.
         metrics: scikit-learn's names, such as "accuracy" or "matthews_corrcoef"; by default those that suit the task.
-        rank, alpha, dropout, target_modules: of LoRA and DoRA.
+        rank, alpha, dropout, target_modules: of LoRA and DoRA; by default the projections to query, key and value get
+            an adapter.
         merge: write the model with its adapters merged into it instead of the adapters.
         report: takes what was changed and left out of the tables.
         arguments: of `MLXTrainingArguments`.
@@ -95,7 +96,7 @@ def finetune(
                 r=rank,
                 lora_alpha=alpha,
                 lora_dropout=dropout,
-                target_modules=list(target_modules),
+                target_modules=list(target_modules or network.adapted),
                 modules_to_save=["classifier"],
                 use_dora=train == "dora",
                 task_type="TOKEN_CLS" if task == "residues" else "SEQ_CLS",

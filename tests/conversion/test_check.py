@@ -6,9 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from conversion import check, fair_esm, mlx_esm_npz
-from mlx_esm_hf import MLXEsmForMaskedLM
+from conversion import check, esmc, fair_esm, mlx_esm_npz
+from mlx_esm_hf import MLXAutoModelForMaskedLM
 from tests.conversion.checkpoints import FAMILIES, build, save
+from tests.conversion.test_esmc import original_weights, write
 from tests.conversion.test_mlx_esm_npz import WEIGHTS
 from tests.parity import randomize
 
@@ -55,10 +56,19 @@ def test_mlx_esm(tmp_path, fasta, monkeypatch, capsys):
     assert run(monkeypatch, capsys, *arguments)[0] == 1
 
 
+def test_esmc(tmp_path, fasta, monkeypatch, capsys):
+    path = write(tmp_path, original_weights(layers=2))
+    esmc.convert(path, tmp_path / "converted")
+    arguments = (tmp_path / "converted", path, "--fasta", fasta)
+    assert run(monkeypatch, capsys, *arguments) == (0, ["logits", *LAYERS])
+    change(tmp_path / "converted", "layers.1.self_attn.k_norm.weight")
+    assert run(monkeypatch, capsys, *arguments)[0] == 1
+
+
 def change(folder, name, factor=1.01):
-    model = MLXEsmForMaskedLM.from_pretrained(folder)
-    state = model.state_dict()
-    model.load_state_dict({f"esm.{name}": factor * state[f"esm.{name}"]}, strict=False)
+    model = MLXAutoModelForMaskedLM.from_pretrained(folder)
+    state, name = model.state_dict(), f"{model.base_model_prefix}.{name}"
+    model.load_state_dict({name: factor * state[name]}, strict=False)
     model.save_pretrained(folder)
 
 

@@ -9,7 +9,7 @@ from Bio.SeqRecord import SeqRecord
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlx_esm_hf.data.proteins import RESIDUES, SPECIAL, Protein, Report, clean, read_proteins, tokens
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, RESIDUES, SPECIAL, Protein, Report, clean, read_proteins, tokens
 
 COMPRESSIONS = {"plain": lambda b: b, "gzip": gzip.compress, "zstd": lambda b: zstandard.ZstdCompressor().compress(b)}
 
@@ -46,6 +46,8 @@ def test_reads_what_python_has():
         ("M-K.T", "MKT", 0, 2),
         ("XBUZO", "XBUZO", 0, 0),
         ("mk<mask>T", "MK<mask>T", 0, 0),
+        ("mkt|ayi | j", "MKT|AYI|X", 1, 0),
+        ("<mask>|-A", "<mask>|A", 0, 1),
     ],
 )
 def test_rules(sequence, cleaned, replaced, gaps):
@@ -72,6 +74,9 @@ def test_aligned_keeps_gaps():
         ("MK3T", "'3' at 3"),
         ("MKéT", "'é' at 3"),
         ("MKſT", "'ſ' at 3"),
+        ("MKT|", "has an empty chain"),
+        ("|MKT", "has an empty chain"),
+        ("MKT|--|A", "has an empty chain"),
     ],
 )
 def test_what_cannot_be_read(sequence, message):
@@ -107,7 +112,7 @@ def test_without_chains_a_colon_is_no_residue():
     assert report.left_out == ["record 1: 'a' has ':' at 4, which is no residue."]
 
 
-@given(st.text(st.sampled_from(RESIDUES + "acj-.*<> \n1é") | st.characters(), max_size=60))
+@given(st.text(st.sampled_from(RESIDUES + "acj-.*<>| \n1é") | st.characters(), max_size=60))
 @example("<mask><mask")
 def test_cleaning_ends_well_or_says_why(text):
     try:
@@ -116,8 +121,9 @@ def test_cleaning_ends_well_or_says_why(text):
         assert str(error)
         return
     assert cleaned and clean(cleaned) == cleaned
-    assert all(token in RESIDUES or token in SPECIAL for token in tokens(cleaned))
+    assert all(token in RESIDUES or token in SPECIAL or token == CHAIN_BREAK for token in tokens(cleaned))
     assert "".join(tokens(cleaned)) == cleaned
+    assert all(cleaned.split(CHAIN_BREAK))
 
 
 def test_a_bad_record_is_named_and_does_not_lose_the_others(tmp_path):

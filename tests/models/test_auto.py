@@ -5,32 +5,35 @@ import pytest
 from transformers import BertConfig
 
 import mlx_esm_hf
-from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig
+from mlx_esm_hf import MLXEsm1Config, MLXEsmcConfig, MLXEsmConfig
 from tests.tiny import SIZE, tiny
 
 CONFIGS = {
     "esm": lambda: MLXEsmConfig(**tiny()),
     "esm1": lambda: MLXEsm1Config(**SIZE),
+    "esmc": lambda: MLXEsmcConfig(**SIZE),
 }
+FAMILIES = {"esm": "MLXEsm", "esm1": "MLXEsm", "esmc": "MLXEsmc"}
 TASKS = ("Model", "ModelForMaskedLM", "ModelForSequenceClassification", "ModelForTokenClassification")
 
 
-def classes(task):
-    return getattr(mlx_esm_hf, f"MLXAuto{task}"), getattr(mlx_esm_hf, f"MLXEsm{task.removeprefix('Model') or 'Model'}")
+def classes(task, model_type="esm"):
+    name = f"{FAMILIES[model_type]}{task.removeprefix('Model') or 'Model'}"
+    return getattr(mlx_esm_hf, f"MLXAuto{task}"), getattr(mlx_esm_hf, name)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_class_and_its_arguments(tmp_path, task, model_type):
-    auto, expected = classes(task)
+    auto, expected = classes(task, model_type)
     saved = auto.from_config(CONFIGS[model_type]())
     assert type(saved) is expected
     saved.save_pretrained(tmp_path)
     model, info = auto.from_pretrained(tmp_path, dtype="float16", output_loading_info=True)
     assert type(model) is expected and model.dtype == mx.float16 and not any(info.values())
     assert model.config.model_type == model_type
-    by_config = auto.from_pretrained(tmp_path, config=CONFIGS[model_type](), hidden_dropout_prob=0.25)
-    assert by_config.config.hidden_dropout_prob == 0.25
+    by_config = auto.from_pretrained(tmp_path, config=CONFIGS[model_type](), initializer_range=0.25)
+    assert by_config.config.initializer_range == 0.25
 
 
 def test_arguments_of_the_class(tmp_path):
@@ -44,5 +47,5 @@ def test_unknown_family(tmp_path, task):
     BertConfig().save_pretrained(tmp_path)
     auto, _ = classes(task)
     for load, source in ((auto.from_pretrained, tmp_path), (auto.from_config, BertConfig())):
-        with pytest.raises(ValueError, match=f"'bert'; MLXAuto{task} knows 'esm', 'esm1'"):
+        with pytest.raises(ValueError, match=f"'bert'; MLXAuto{task} knows 'esm', 'esm1', 'esmc'"):
             load(source)

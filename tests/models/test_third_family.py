@@ -100,5 +100,5 @@ def test_embed(folder):
 
 
 def test_a_task_it_has_no_class_for(folder):
-    with pytest.raises(ValueError, match="model_type 'toy'; MLXAutoModelForMaskedLM knows 'esm', 'esm1'"):
+    with pytest.raises(ValueError, match="model_type 'toy'; MLXAutoModelForMaskedLM knows 'esm', 'esm1', 'esmc'"):
         MLXAutoModelForMaskedLM.from_pretrained(folder)

@@ -46,7 +46,7 @@ MASK_RATIO_TRAIN = 0.15 * 0.8
 MAPS_AT_A_TIME = 1 << 22
 
 
-def linear(config: MLXEsmConfig, inputs: int, outputs: int, bias: bool = True) -> Linear:
+def linear(config: Any, inputs: int, outputs: int, bias: bool = True) -> Linear:
     """A linear layer under transformers' initialisation: normal weights, no bias."""
     layer = Linear(inputs, outputs, bias=bias)
     layer.weight = mx.random.normal((outputs, inputs), scale=config.initializer_range)
@@ -341,7 +341,7 @@ class MLXEsmEncoder(nn.Module):
 
 
 def again(
-    layer: MLXEsmLayer, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
+    layer: nn.Module, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
 ) -> Callable[[mx.array], mx.array]:
     """A layer, [B, L, D] to [B, L, D], whose inside is computed again for its gradient instead of being kept."""
     return nn.utils.checkpoint(layer, lambda hidden_states: layer(hidden_states, layout, position_embeddings)[0])
@@ -468,6 +468,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     required: ClassVar[tuple[str, ...]] = ("embeddings.", "encoder.")
     without_loss = ("contact_head.",)
     quantized: ClassVar[tuple[str, ...]] = ("encoder.",)
+    adapted = ("query", "key", "value")
     input_embeddings = "embeddings.word_embeddings"
     folds: ClassVar[bool] = False
     residues = {residue: 4 + place for place, residue in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO")}
@@ -729,9 +730,7 @@ class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
     ) -> MLXSequenceClassifierOutput | tuple:
         """
         Args:
-            labels: [B] classes, [B] or [B, num_labels] numbers, as `config.problem_type` says. Where that is None it
-                is set as in transformers: one label is "regression", whole numbers are
-                "single_label_classification", others "multi_label_classification".
+            labels: see `classification_loss`.
 
         The other arguments are those of `MLXEsmModel`. A left-padded row is read at its first real token.
         """
@@ -741,39 +740,12 @@ class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
         )
         logits = self.classifier(outputs.last_hidden_state, attention_mask)
         output = MLXSequenceClassifierOutput(
-            loss=None if labels is None else self.loss(logits, as_array(labels)),
+            loss=None if labels is None else classification_loss(self.config, logits, as_array(labels)),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
         return output if self.returns_dict(return_dict) else output.to_tuple()
-
-    def loss(self, logits: mx.array, labels: mx.array) -> mx.array:
-        """The loss of logits [B, num_labels]; what a None for the `problem_type` means is put into the config.
-
-        Raises:
-            ValueError: labels of another shape than the loss needs.
-        """
-        if self.config.problem_type is None:
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            elif mx.issubdtype(labels.dtype, mx.integer):
-                self.config.problem_type = "single_label_classification"
-            else:
-                self.config.problem_type = "multi_label_classification"
-
-        if self.config.problem_type == "single_label_classification":
-            return cross_entropy(logits, labels)
-        if self.num_labels == 1 and self.config.problem_type == "regression":
-            logits, labels = logits.squeeze(), labels.squeeze()
-        if logits.shape != labels.shape:
-            raise ValueError(
-                f"labels have the shape {labels.shape}, a {self.config.problem_type} loss needs {logits.shape}."
-            )
-        labels = labels.astype(logits.dtype)
-        if self.config.problem_type == "regression":
-            return nn.losses.mse_loss(logits, labels)
-        return nn.losses.binary_cross_entropy(logits, labels)
 
 
 class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
@@ -822,3 +794,34 @@ def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = IGNORED) ->
     kept = labels != ignore_index
     losses = mx.where(kept, nn.losses.cross_entropy(logits, mx.where(kept, labels, 0)), 0)
     return losses.sum(axis=-1).sum() / kept.sum()  # by rows: MLX adds one by one, which over a batch loses digits
+
+
+def classification_loss(config: Any, logits: mx.array, labels: mx.array) -> mx.array:
+    """The loss of logits [B, num_labels] of whole sequences, as `config.problem_type` says.
+
+    Args:
+        config: where its `problem_type` is None it is set as in transformers: one label is "regression", whole numbers
+            are "single_label_classification", others "multi_label_classification".
+        labels: [B] classes, [B] or [B, num_labels] numbers.
+
+    Raises:
+        ValueError: labels of another shape than the loss needs.
+    """
+    if config.problem_type is None:
+        if config.num_labels == 1:
+            config.problem_type = "regression"
+        elif mx.issubdtype(labels.dtype, mx.integer):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+
+    if config.problem_type == "single_label_classification":
+        return cross_entropy(logits, labels)
+    if config.num_labels == 1 and config.problem_type == "regression":
+        logits, labels = logits.squeeze(), labels.squeeze()
+    if logits.shape != labels.shape:
+        raise ValueError(f"labels have the shape {labels.shape}, a {config.problem_type} loss needs {logits.shape}.")
+    labels = labels.astype(logits.dtype)
+    if config.problem_type == "regression":
+        return nn.losses.mse_loss(logits, labels)
+    return nn.losses.binary_cross_entropy(logits, labels)

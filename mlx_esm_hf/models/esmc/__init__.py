@@ -1,0 +1,1 @@
+"""ESMC, which follows ESM-2."""
