@@ -317,7 +317,6 @@ def test_namespace_is_no_part_of_a_state_dict(tmp_path, format):
         ({"model": {}, "args": Path("x")}, "global 'pathlib.*Path'"),
         ({"model": {}, "args": {1, 2}}, "global '.*set'"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("format", FORMATS)
 def test_not_a_training_checkpoint(tmp_path, format, value, message):
