@@ -35,7 +35,7 @@ from mlx_esm_hf.runtime.device import use_device
 # Of a batch, by the device: fair-esm's, and where larger ones are no faster, as many as a kill may cost.
 BATCH_TOKENS = {"gpu": 1024, "cpu": 256}
 LINKER = "G" * 25  # between two chains, as fair-esm has it
-PAIR_STATES = 12  # that are in memory at a time, at most
+PAIR_STATES = 8  # that are in memory at a time, at most
 
 Make = Callable[[Result], bytes]
 

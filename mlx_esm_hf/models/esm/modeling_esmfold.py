@@ -27,7 +27,7 @@ from mlx_esm_hf.models.esm import residue_constants
 from mlx_esm_hf.models.esm.modeling_esm import MLXEsmModel, MLXEsmPreTrainedModel
 from mlx_esm_hf.models.esm.names import TRANSFORMERS_4, TRANSFORMERS_5
 from mlx_esm_hf.models.esm.structure_module import MLXEsmFoldStructureModule
-from mlx_esm_hf.ops.pairs import Layer, gated_linear, transition, triangle_attention
+from mlx_esm_hf.ops.pairs import Layer, by_rows, gated_linear, rows_at_a_time, transition, triangle_attention
 from mlx_esm_hf.runtime.memory import evaluate
 
 DISTOGRAM_BINS = 64
@@ -39,6 +39,8 @@ RECYCLE_RANGE = (3.375, 21.375)  # in Å, between CB atoms
 # Residues, X, and two ids that no residue has: the trunk's own table of residues has rows for them.
 NUM_AA_TOKENS = len(residue_constants.RESTYPES) + 3
 UNKNOWN = residue_constants.RESTYPES_WITH_X.index("X")
+
+CHANNELS_AT_A_TIME = 32  # whose edges are in memory together
 
 # Operations on the state of residue pairs
 
@@ -85,10 +87,20 @@ class MLXEsmFoldTriangleMultiplicativeUpdate(nn.Module):
         names = "layer_norm_in", "linear_a_g", "linear_a_p", "linear_b_g", "linear_b_p", "linear_g", "linear_z"
         norm, a_gate, a_layer, b_gate, b_layer, gate, layer = (parameters_of(self[name]) for name in names)
         pairs = (mask[:, :, None] * mask[:, None, :]).astype(z.dtype)
-        a = gated_linear(z, norm, a_gate, a_layer, mask=pairs, channels_first=True)
-        b = gated_linear(z, norm, b_gate, b_layer, mask=pairs, channels_first=True)
-        x = triangle_product(a, b, self.outgoing)
-        del a, b
+
+        def edges(gate: Layer, layer: Layer, channels: slice) -> mx.array:
+            gate, layer = ((w[channels], None if b is None else b[channels]) for w, b in (gate, layer))
+            return gated_linear(z, norm, gate, layer, mask=pairs, channels_first=True)
+
+        products = []
+        for first in range(0, z.shape[-1], CHANNELS_AT_A_TIME):
+            channels = slice(first, first + CHANNELS_AT_A_TIME)
+            a, b = edges(a_gate, a_layer, channels), edges(b_gate, b_layer, channels)
+            products.append(triangle_product(a, b, self.outgoing))
+            del a, b
+            evaluate(products[-1])
+        x = mx.concatenate(products)
+        del products
         evaluate(x)
         return gated_linear(z, norm, gate, layer, x, parameters_of(self.layer_norm_out), residual=residual)
 
@@ -173,12 +185,18 @@ class MLXEsmFoldSequenceToPair(nn.Module):
         self.proj = Linear(sequence_state_dim, 2 * inner)
         self.o_proj = Linear(2 * inner, pairwise_state_dim)
 
-    def __call__(self, sequence_state: mx.array) -> mx.array:
+    def __call__(self, sequence_state: mx.array, residual: mx.array | None = None) -> mx.array:
         q, k = mx.split(self.proj(self.layernorm(sequence_state)), 2, axis=-1)
         product, difference = mx.split(self.o_proj.weight, 2, axis=1)
         # The differences are projected before they are taken: L of them, not L².
-        along = ops.linear(q, difference, self.o_proj.bias)[:, None] - ops.linear(k, difference)[:, :, None]
-        return ops.linear(q[:, None] * k[:, :, None], product, residual=along)
+        plus, minus = ops.linear(q, difference, self.o_proj.bias), ops.linear(k, difference)
+
+        def step(k: mx.array, minus: mx.array, residual: mx.array | None) -> mx.array:
+            along = plus[:, None] - minus[:, :, None]
+            along = along if residual is None else along + residual
+            return ops.linear(q[:, None] * k[:, :, None], product, residual=along)
+
+        return by_rows(step, rows_at_a_time(plus.size), k, minus, residual)
 
 
 class MLXEsmFoldPairToSequence(nn.Module):
@@ -234,8 +252,9 @@ class MLXEsmFoldTriangularSelfAttentionBlock(nn.Module):
         attended = self.layernorm_1(s)
         s = self.drop.add(s, lambda residual: self.seq_attention(attended, mask, bias, residual))
         s = self.mlp_seq(s)
-        z = z + self.sequence_to_pair(s)
+        z = self.sequence_to_pair(s, z)
         # Each is computed before the next one, so that the inside of one alone is in memory.
+        evaluate(z)
         z = self.row_drop.add(z, lambda residual: self.tri_mul_out(z, mask, residual))
         evaluate(z)
         z = self.col_drop.add(z, lambda residual: self.tri_mul_in(z, mask, residual))
@@ -328,7 +347,7 @@ class MLXEsmFoldingTrunk(nn.Module):
         """
         B, L, _ = s.shape
         recycle_s = mx.zeros_like(s)
-        recycle_z = mx.zeros((B, L, L, self.config.pairwise_state_dim), dtype=s.dtype)
+        recycle_z = mx.broadcast_to(mx.zeros(1, dtype=s.dtype), (B, L, L, self.config.pairwise_state_dim))
         bins = mx.zeros((B, L, L), dtype=mx.int32)
         structure: dict[str, mx.array] = {}
         passes = self.passes(num_recycles)
@@ -358,8 +377,10 @@ class MLXEsmFoldingTrunk(nn.Module):
                 before; zeros in the first one.
         """
         s = s + self.recycle_s_norm(recycle_s)
-        z = self.recycle_z_norm(recycle_z) + self.recycle_disto(bins)
-        z = z + self.pairwise_positional_embedding(position_ids, mask)
+        z = self.recycle_z_norm(recycle_z)
+        for added in (lambda: self.recycle_disto(bins), lambda: self.pairwise_positional_embedding(position_ids, mask)):
+            z = z + added()
+            evaluate(z)
         for block in self.blocks:
             s, z = block(s, z, mask, self.chunk_size)
             evaluate(z)
