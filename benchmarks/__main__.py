@@ -22,7 +22,7 @@ from benchmarks.peers import cores
 from benchmarks.worker import REPOSITORY
 from benchmarks.workloads import TOLERANCE, WORKLOADS, Result, Session, Settings, alternate
 
-DEFAULT_MODELS = ",".join(name for name in SHAPES if name != "tiny")
+DEFAULT_MODELS = ",".join(name for name in SHAPES if not name.startswith("tiny"))
 
 
 def chosen(names: str, known: list[str]) -> list[str]:
