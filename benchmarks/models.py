@@ -20,14 +20,17 @@ class Shape(NamedTuple):
     heads: int
     rotary: bool = True
     blocks: int = 0  # of a folding trunk as wide as ESMFold's
+    gated: int = 0  # width of the feed-forward of an ESMC; 0, it is an ESM
 
     def layer_flops(self, rows: int, length: int) -> int:
-        """Of a layer's matrix products: 4 of hidden x hidden, 2 of hidden x 4 hidden, 2 of length x length x hidden."""
+        """Of an ESM layer's matrix products: 4 of hidden x hidden, 2 of hidden x 4 hidden, 2 of length x length x
+        hidden."""
         return 2 * rows * length * (12 * self.hidden + 2 * length) * self.hidden
 
 
 SHAPES = {
     "tiny": Shape(2, 32, 2),  # for tests
+    "tiny-ESMC": Shape(2, 32, 2, gated=64),  # for tests
     "8M": Shape(6, 320, 20),
     "35M": Shape(12, 480, 20),
     "150M": Shape(30, 640, 20),
@@ -36,6 +39,7 @@ SHAPES = {
     "tiny ESMFold": Shape(1, 32, 2, blocks=1),
     "ESMFold trunk": Shape(1, 32, 2, blocks=4),
     "ESMFold": Shape(36, 2560, 40, blocks=48),
+    "ESMC-300M": Shape(30, 960, 15, gated=2560),
 }
 
 
@@ -44,10 +48,10 @@ DEFAULT = [name for name in SHAPES if name != "ESMFold" and not name.startswith(
 
 def config(shape: Shape) -> dict[str, Any]:
     """The published configs, but for dropout: peers draw different random numbers, so training could not agree."""
-    return {
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
+    size = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "num_attention_heads": shape.heads}
+    if shape.gated:
+        return size | {"intermediate_size": shape.gated}
+    return size | {
         "intermediate_size": 4 * shape.hidden,
         "vocab_size": 33,
         "pad_token_id": 1,
@@ -76,16 +80,20 @@ def folding(shape: Shape) -> dict[str, Any]:
 
 def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
     import mlx.core as mx
-    from transformers.models.esm.configuration_esm import get_default_vocab_list
 
-    from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
+    import mlx_esm_hf
+    from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
     from mlx_esm_hf.pipelines import read_proteins
 
     mx.random.seed(0)
-    cls = MLXEsmForProteinFolding if SHAPES[name].blocks else MLXEsmForMaskedLM
-    cls(MLXEsmConfig(**config(SHAPES[name]))).save_pretrained(folder)
+    shape = SHAPES[name]
+    configuration = (mlx_esm_hf.MLXEsmcConfig if shape.gated else mlx_esm_hf.MLXEsmConfig)(**config(shape))
+    if shape.blocks:
+        mlx_esm_hf.MLXEsmForProteinFolding(configuration).save_pretrained(folder)
+    else:
+        mlx_esm_hf.MLXAutoModelForMaskedLM.from_config(configuration).save_pretrained(folder)
+    (mlx_esm_hf.EsmcTokenizer() if shape.gated else esm2_tokenizer()).save_pretrained(folder)
     (folder / PROTEINS).write_text(json.dumps([protein.sequence for protein in read_proteins(fasta)]))
-    (folder / "vocab.txt").write_text("\n".join(get_default_vocab_list()))
 
 
 if __name__ == "__main__":

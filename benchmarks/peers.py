@@ -56,20 +56,20 @@ def is_folding_model(folder: str) -> bool:
 class Ours:
     def __init__(self, dtype: str):
         import mlx.core as mx
-        from transformers import EsmTokenizer
+        from transformers import AutoTokenizer
 
         import mlx_esm_hf
         from mlx_esm_hf.pipelines.embed import embeddings
         from mlx_esm_hf.pipelines.protein_model import ProteinModel
 
-        self.mx, self.library, self.Tokenizer, self.dtype = mx, mlx_esm_hf, EsmTokenizer, dtype
+        self.mx, self.library, self.Tokenizer, self.dtype = mx, mlx_esm_hf, AutoTokenizer, dtype
         self.embeddings, self.ProteinModel = embeddings, ProteinModel
         check_dtype(mx.default_device() == mx.cpu, dtype)
 
     def load(self, folder: str) -> None:
         self.folder, self.case = folder, None
         folds = is_folding_model(folder)
-        cls = self.library.MLXEsmForProteinFolding if folds else self.library.MLXEsmForMaskedLM
+        cls = self.library.MLXEsmForProteinFolding if folds else self.library.MLXAutoModelForMaskedLM
         self.model = cls.from_pretrained(folder, dtype=self.dtype)
         self.tokenizer = self.Tokenizer.from_pretrained(folder)
         self.mx.eval(self.model.parameters())
@@ -82,13 +82,13 @@ class Ours:
         return {"version": version("mlx-esm-hf"), "device": device, "BLAS": blas.bind(), "kernels": kernels}
 
     def embed(self, sequences: list[str]) -> np.ndarray:
-        model, last = self.ProteinModel(self.model.esm, self.tokenizer), self.model.config.num_hidden_layers
+        model, last = self.ProteinModel(self.model.base_model, self.tokenizer), self.model.config.num_hidden_layers
         ids = [model.vocabulary.encode(sequence) for sequence in sequences]
         found = self.embeddings(model, ids, [last], ["mean"])
         return np.stack([arrays["mean"] for arrays in found])
 
     def hidden(self, ids: list[list[int]]) -> Any:
-        return self._done(self.model.esm(self.mx.array(ids)).last_hidden_state)
+        return self._done(self.model.base_model(self.mx.array(ids)).last_hidden_state)
 
     def contacts(self, ids: list[list[int]]) -> Any:
         ids = self.mx.array(ids)
@@ -196,11 +196,11 @@ class Transformers(Torch):
         super().__init__(dtype)
         import transformers
 
-        self.library, self.Tokenizer = transformers, transformers.EsmTokenizer
+        self.library, self.Tokenizer = transformers, transformers.AutoTokenizer
 
     def load(self, folder: str) -> None:
         self.folder, self.case = folder, None
-        cls = self.library.EsmForProteinFolding if is_folding_model(folder) else self.library.EsmForMaskedLM
+        cls = self.library.EsmForProteinFolding if is_folding_model(folder) else self.library.AutoModelForMaskedLM
         self.model = cls.from_pretrained(folder, dtype=self.dtype).to(self.device).eval()
         self.tokenizer = self.Tokenizer.from_pretrained(folder)
 
@@ -224,13 +224,15 @@ class Transformers(Torch):
                 batch = order[start : start + size]
                 texts = [sequences[i] for i in batch]
                 inputs = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
-                means.update(zip(batch, self._means(self.model.esm(**inputs).last_hidden_state, texts), strict=True))
+                means.update(
+                    zip(batch, self._means(self.model.base_model(**inputs).last_hidden_state, texts), strict=True)
+                )
             return self._done(self.torch.stack([means[i] for i in range(len(sequences))]))
 
     def hidden(self, ids: list[list[int]], attention: str) -> Any:
         self.attend(attention)
         with self.torch.inference_mode():
-            return self._done(self.model.esm(self._tensor(ids)).last_hidden_state)
+            return self._done(self.model.base_model(self._tensor(ids)).last_hidden_state)
 
     def contacts(self, ids: list[list[int]], attention: str) -> Any:
         self.attend(attention)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.peers import cores
 from benchmarks.worker import REPOSITORY
-from benchmarks.workloads import OURS, USUAL, Result
+from benchmarks.workloads import ESMC, OURS, USUAL, Result
 
 PACKAGES = ("mlx-esm-hf", "mlx", "scipy-openblas32", "numpy", "torch", "transformers", "fair-esm", "esm-cpp")
 
@@ -35,15 +35,15 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target("bulk", ("8M", "150M", "tiny"), "transformers", 1.25),
-    Target("bulk", ("8M", "150M", "tiny"), USUAL, 3),
+    Target("bulk", ("8M", "150M", "tiny", *ESMC), "transformers", 1.25),
+    Target("bulk", ("8M", "150M", "tiny", *ESMC), USUAL, 3),
     Target("bulk", ("650M", "ESM-1b"), "transformers", 1.15),
     Target("bulk", ("650M", "ESM-1b"), USUAL, 2.5),
-    Target("uniform", ("150M", "650M", "tiny"), "", 1.15),
-    Target("single", ("8M", "150M", "650M", "tiny"), "", 1.1, "256 residues"),
-    Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1.2, "8 x 256 tokens"),
-    Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1.5, "proteins as they arrive, 4 a batch"),
-    Target("training", ("8M", "35M", "150M", "tiny"), "transformers", 1, "peak memory"),
+    Target("uniform", ("150M", "650M", "tiny", *ESMC), "", 1.15),
+    Target("single", ("8M", "150M", "650M", "tiny", *ESMC), "", 1.1, "256 residues"),
+    Target("training", ("8M", "35M", "150M", "tiny", *ESMC), "transformers", 1.2, "8 x 256 tokens"),
+    Target("training", ("8M", "35M", "150M", "tiny", *ESMC), "transformers", 1.5, "proteins as they arrive, 4 a batch"),
+    Target("training", ("8M", "35M", "150M", "tiny", *ESMC), "transformers", 1, "peak memory"),
     Target("fold", ("ESMFold trunk",), "transformers", 1.5, "256 residues"),
     Target("fold", ("ESMFold trunk",), "transformers", 1.5, "384 residues"),
     Target("fold", ("ESMFold trunk",), "transformers", 0.6, "256 residues, peak memory"),

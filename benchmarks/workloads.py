@@ -23,6 +23,7 @@ QUICK = 1  # seconds; what warms up sooner is warmed up by a whole measurement, 
 MIN_ROUNDS = 2  # of ours and of the best peer, whatever they take
 CHUNKS = (4, 16, 64, None)  # rows of pairs that transformers' triangle attention takes at a time
 PROBE = 64  # tokens, for a guess of how long a peer will take
+ESMC = ("ESMC-300M", "tiny-ESMC")
 LONGEST = 1022  # residues that ESM-1b has positions for
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # relative to the largest value
 
@@ -182,10 +183,11 @@ class Session:
             theirs, needed = args | {"attention": attention}, int(attention == "sdpa")
             name = f"transformers {attention}"
             runners.append(self.runner(call, theirs, "transformers", name, needed=needed, **options))
-        if self.shape.rotary:
+        esm2 = self.shape.rotary and not self.shape.gated
+        if esm2:
             runners.append(self.runner(call, args, "fair-esm", **options))
         runners.append(self.runner(call, args, KERNELS_OFF, **options))
-        if self.shape.rotary and self.settings.dtype == "float32" and call != "contacts":
+        if esm2 and self.settings.dtype == "float32" and call != "contacts":
             runners.append(self.runner(call, args, "esm-cpp", **options))
         return runners
 
@@ -374,14 +376,14 @@ def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], peer: st
 
 # In this order: those in fresh processes close the workers, and training changes their weights.
 WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]] = {
-    "bulk": (bulk, ("8M", "150M", "650M", "ESM-1b")),
-    "uniform": (uniform, ("8M", "150M", "650M")),
-    "single": (single, ("8M", "150M", "650M")),
+    "bulk": (bulk, ("8M", "150M", "650M", "ESM-1b", *ESMC)),
+    "uniform": (uniform, ("8M", "150M", "650M", *ESMC)),
+    "single": (single, ("8M", "150M", "650M", *ESMC)),
     "contacts": (contacts, ("150M",)),
     "fold": (fold, ("ESMFold trunk", "ESMFold", "tiny ESMFold")),
     "gemm": (gemm, ("650M",)),
     "scaling": (scaling, ("8M", "150M")),
-    "training": (training, ("8M", "35M", "150M")),
+    "training": (training, ("8M", "35M", "150M", *ESMC)),
     "lora": (lora, ("650M",)),
     "loading": (loading, ("650M",)),
     "memory": (memory, ("650M",)),

@@ -89,3 +89,20 @@ def test_targets_are_judged(run):
             reached = row["ratio"]["median"] <= bound if "≤" in row["target"] else row["ratio"]["median"] >= bound
             assert row["verdict"] == ("pass" if reached else "short")
             assert row["verdict"] in printed and f"| {row['target']} | {row['verdict']} |" in markdown
+
+
+def test_esmc_is_measured_beside_transformers(tmp_path):
+    options = [
+        "--models=tiny-ESMC",
+        "--workloads=uniform",
+        "--repeats=1",
+        "--at-least=0",
+        "--json",
+        tmp_path / "a.json",
+    ]
+    done = subprocess.run([sys.executable, "-m", "benchmarks", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "a.json").read_text())["results"]
+    peers = ["ours", "transformers sdpa", "transformers eager", "ours, kernels off"]
+    assert [row["peer"] for row in rows] == peers and all("figure" in row for row in rows)
+    assert max(row["deviation"] for row in rows[1:]) <= 1e-3
