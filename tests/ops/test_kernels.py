@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,22 +38,7 @@ ACTIVATIONS = {None: lambda x: x, "gelu": torch.nn.functional.gelu, "relu": torc
 F = torch.nn.functional
 
 
-@pytest.fixture(autouse=True)
-def _cpu() -> Iterator[None]:
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
-
-
-@pytest.fixture(params=native.instruction_sets())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.instruction_set()
-    native.choose(request.param)
-    yield request.param
-    native.choose(before)
-
-
+pytestmark = pytest.mark.usefixtures("on_cpu")
 every_set = pytest.mark.usefixtures("instructions")
 
 

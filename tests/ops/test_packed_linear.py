@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -21,22 +19,7 @@ SHAPES = [(1, 1), (17, 33), (70, 200), (300, 97)]  # tokens and outputs, which f
 F = torch.nn.functional
 
 
-@pytest.fixture(autouse=True)
-def _cpu() -> Iterator[None]:
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
-
-
-@pytest.fixture(params=native.instruction_sets())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.instruction_set()
-    native.choose(request.param)
-    yield request.param
-    native.choose(before)
-
-
+pytestmark = pytest.mark.usefixtures("on_cpu")
 every_set = pytest.mark.usefixtures("instructions")
 
 

@@ -20,19 +20,16 @@ SETS = kernels.native.instruction_sets() if kernels.native else []
 
 
 @pytest.fixture(params=[*SETS, "plain"], autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def backend(request: pytest.FixtureRequest, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The kernels of an instruction set, or none."""
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
     if request.param == "plain":
         monkeypatch.setattr(kernels, "native", None)
         yield
-    else:
-        before = kernels.native.instruction_set()
-        kernels.native.choose(request.param)
-        yield
-        kernels.native.choose(before)
-    mx.set_default_device(device)
+        return
+    before = kernels.native.instruction_set()
+    kernels.native.choose(request.param)
+    yield
+    kernels.native.choose(before)
 
 
 def numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
@@ -145,7 +142,6 @@ def test_few_rows_at_a_time(monkeypatch):
     assert mx.allclose(pairs.gated_linear(z, *layers), whole, atol=1e-6)
 
 
-@pytest.mark.skipif(not SETS, reason="there are no kernels")
 def test_what_does_not_fit_is_refused():
     z, (w, b), (p, pb) = mx.zeros((1, 3, 3, C)), map(mx.array, norm(1)), map(mx.array, layer(C, C, 3))
     native = kernels.native or pytest.skip("without kernels")
