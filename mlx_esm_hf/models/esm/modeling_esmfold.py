@@ -377,10 +377,10 @@ class MLXEsmFoldingTrunk(nn.Module):
                 before; zeros in the first one.
         """
         s = s + self.recycle_s_norm(recycle_s)
-        z = self.recycle_z_norm(recycle_z)
-        for added in (lambda: self.recycle_disto(bins), lambda: self.pairwise_positional_embedding(position_ids, mask)):
-            z = z + added()
-            evaluate(z)
+        z = self.recycle_z_norm(recycle_z) + self.recycle_disto(bins)
+        evaluate(z)  # before the next sum, so that fewer are in memory
+        z = z + self.pairwise_positional_embedding(position_ids, mask)
+        evaluate(z)
         for block in self.blocks:
             s, z = block(s, z, mask, self.chunk_size)
             evaluate(z)
