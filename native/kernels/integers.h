@@ -160,48 +160,60 @@ inline void multiply_integers_rest(long rows, const IntegerRows& w, long first, 
   }
 }
 
-// One block of tokens times one block of outputs.
-inline void integer_block(const Linear p, long task, const PackedWeight& weight) {
-  static thread_local Arena arena;
-  const long K = p.inputs, groups = K / weight.group;
-  const Block block(p, task);
-  const long panels = ceil_div(block.t1 - block.t0, NR);
-  arena.clear();
-  float* packed = arena.take(K * NR);
-  auto integers = reinterpret_cast<unsigned*>(arena.take(panels * K / TOGETHER * NR));
-  float *scales = arena.take(panels * groups * NR), *sums = arena.take(panels * groups * NR);
-  float* product = arena.take(p.token_block * OUTPUTS);
-  // The i-th panel from column k on.
-  auto panel = [=](long i, long k) {
-    const long g = (i * groups + k / weight.group) * NR;
-    return IntegerPanel{integers + (i * K + k) / TOGETHER * NR, scales + g, sums + g};
-  };
-  for (long i = 0; i < panels; i++) {
-    const long t = block.t0 + i * NR;
-    pack(p.x + t * K, K, least(NR, block.t1 - t), K, packed);
-    round_panel(packed, K, weight.group, panel(i, 0));
-  }
+// The panels of a round: panel(t, k) is the one from token t on, from column k on.
+struct IntegerPanels {
+  IntegerPanel first;
+  long inputs, group;
 
-  const long depth = round_up(TOGETHER * DEPTH, weight.group);
+  IntegerPanel operator()(long t, long k) const {
+    const long g = (t / NR * (inputs / group) + k / group) * NR;
+    return {first.integers + (t * inputs + k * NR) / TOGETHER, first.scales + g, first.sums + g};
+  }
+};
+
+// One block of tokens times one block of outputs.
+inline void integer_block(const Linear& p, const Block& block, const IntegerPanels& panel, const PackedWeight& weight) {
+  static thread_local Arena arena;
+  const long K = p.inputs, depth = round_up(TOGETHER * DEPTH, weight.group);
+  arena.clear();
+  float* product = arena.take(p.token_block * OUTPUTS);
   for (long n0 = block.first; n0 < block.last; n0 += OUTPUTS) {
     const long N = least(OUTPUTS, block.last - n0);
     for (long k = 0; k < K; k += depth) {
       const IntegerRows rows = integer_rows(weight, K, n0, N, k, least(depth, K - k));
-      for (long i = 0; i < panels; i++) {
-        float* c = product + i * NR * N;
+      for (long t = block.t0; t < block.t1; t += NR) {
+        float* c = product + (t - block.t0) * N;
         long n = 0;
-        for (; n + MR <= N; n += MR) multiply_integers<MR>(rows, n, panel(i, k), c + n * NR, k > 0);
-        multiply_integers_rest(N - n, rows, n, panel(i, k), c + n * NR, k > 0);
+        for (; n + MR <= N; n += MR) multiply_integers<MR>(rows, n, panel(t, k), c + n * NR, k > 0);
+        multiply_integers_rest(N - n, rows, n, panel(t, k), c + n * NR, k > 0);
+        if (k + depth >= K) finish(p, block, t, n0, N, c);
       }
     }
-    finish(p, block, n0, N, product);
   }
+}
+
+inline void integer_layer(Linear p, const PackedWeight& weight) {
+  if (!p.tokens || !p.outputs) return;
+  static thread_local Arena arena;
+  arena.clear();
+  cut(p);
+  const long K = p.inputs, groups = p.round * (K / weight.group);
+  auto integers = reinterpret_cast<unsigned*>(arena.take(p.round * K / TOGETHER));
+  const IntegerPanels panels{{integers, arena.take(groups), arena.take(groups)}, K, weight.group};
+  auto pack_panel = [&](const Linear& p, long i) {
+    static thread_local Arena arena;
+    arena.clear();
+    float* floats = arena.take(K * NR);
+    const long t = i * NR;
+    pack(p.x + t * K, K, least(NR, p.tokens - t), K, floats);
+    round_panel(floats, K, weight.group, panels(t, 0));
+  };
+  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { integer_block(p, block, panels, weight); });
 }
 
 void integer_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
                     long tokens, long outputs, long inputs, Activation activation) {
-  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, 0, 0},
-            [&](const Linear& p, long task) { integer_block(p, task, weight); });
+  integer_layer({x, bias, residual, y, tokens, outputs, inputs, activation}, weight);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The linear layer: a block of tokens is packed once and multiplied by block after block of the weight's rows.
+// The linear layer: all threads pack tokens into panels, which are then multiplied by block after block of the weight.
 #pragma once
 
 #include "arena.h"
@@ -11,27 +11,31 @@ namespace {
 using mlx_esm::Activation;
 using mlx_esm::Arena;
 
-// Tokens that are packed at once, weight rows whose products with them stay in the second-level cache, and the depth
-// at which a panel of tokens stays in the first.
-constexpr long TOKENS = 256, OUTPUTS = 16 * MR, DEPTH = 6144 / NR;
+// Tokens of a block, weight rows whose products with them stay in the second-level cache, and the depth at which a panel
+// of tokens stays in the first: it takes 40 KB with AVX-512 and 20 with AVX2.
+constexpr long TOKENS = 256, OUTPUTS = 16 * MR, DEPTH = 320;
 
 struct Linear {
   const float *x, *bias, *residual;
   float* y;
   long tokens, outputs, inputs;
   Activation activation;
-  long token_block, output_block;  // the size of a task
+  // The size of a task, and of a round: as many tokens as all threads have at work at a time.
+  long token_block = 0, output_block = 0, round = 0;
 
+  long panels() const { return ceil_div(tokens, NR); }
   long token_blocks() const { return ceil_div(tokens, token_block); }
   long output_blocks() const { return ceil_div(outputs, output_block); }
 };
 
 // Blocks of equal size, a multiple of the threads, then cut along the outputs so that nobody waits long for the last.
-inline void cut(Linear& p, long threads) {
+inline void cut(Linear& p) {
+  const long threads = mlx_esm::threads();
   const long blocks = ceil_div(p.tokens, TOKENS) > 1 ? threads * ceil_div(p.tokens, threads * TOKENS) : 1;
   p.token_block = round_up(ceil_div(p.tokens, blocks), NR);
-  const long pieces = ceil_div(4 * threads, p.token_blocks());
+  const long pieces = ceil_div(4 * threads, least(threads, p.token_blocks()));
   p.output_block = round_up(ceil_div(p.outputs, pieces), MR);
+  p.round = least(threads, p.token_blocks()) * p.token_block;
 }
 
 inline vec activated(vec v, Activation activation) {
@@ -62,51 +66,68 @@ struct Rows {
   long stride;
 };
 
-// The products of the tokens from t0 on and the N outputs from n0 on, then bias, activation and residual.
-inline void finish(const Linear& p, const Block& block, long n0, long N, const float* product) {
-  for (long t = block.t0; t < block.t1; t += NR) {
-    unpack(product + (t - block.t0) * N, least(NR, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
-      const long n = n0 + column, at = (t + token) * p.outputs + n;
-      if (p.bias) v += load_columns(p.bias + n, columns);
-      v = activated(v, p.activation);
-      if (p.residual) v += load_columns(p.residual + at, columns);
-      store_columns(p.y + at, v, columns);
-    });
-  }
+// The products [N, NR] of the panel from token t on and the outputs from n0 on, then bias, activation and residual.
+inline void finish(const Linear& p, const Block& block, long t, long n0, long N, const float* product) {
+  unpack(product, least(NR, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
+    const long n = n0 + column, at = (t + token) * p.outputs + n;
+    if (p.bias) v += load_columns(p.bias + n, columns);
+    v = activated(v, p.activation);
+    if (p.residual) v += load_columns(p.residual + at, columns);
+    store_columns(p.y + at, v, columns);
+  });
 }
 
-// One block of tokens times one block of outputs. `rows(n, N, k, depth)` are N rows of the weight from row n and column
-// k on.
+// One block of tokens, whose panels lie in `packed`, times one block of outputs. `rows(n, N, k, depth)` are N rows of the
+// weight from row n and column k on.
 template <class Weight>
-inline void linear_block(const Linear p, long task, Weight rows) {
+inline void linear_block(const Linear& p, const Block& block, const float* packed, Weight rows) {
   static thread_local Arena arena;
-  const long K = p.inputs;
-  const Block block(p, task);
-  const long t0 = block.t0, t1 = block.t1;
+  const long K = p.inputs, t0 = block.t0, t1 = block.t1;
   arena.clear();
-  float* packed = arena.take(p.token_block * K);
   float* product = arena.take(p.token_block * OUTPUTS);
-  for (long t = t0; t < t1; t += NR) pack(p.x + t * K, K, least(NR, t1 - t), K, packed + (t - t0) * K);
-
   const long depth = round_up(ceil_div(K, ceil_div(K, DEPTH)), 32);  // which is a group of a quantized row
   for (long n0 = block.first; n0 < block.last; n0 += OUTPUTS) {
     const long N = least(OUTPUTS, block.last - n0);
     for (long k = 0; k < K; k += depth) {
-      const Rows weight = rows(n0, N, k, least(depth, K - k));
-      for (long t = 0; t < t1 - t0; t += NR)
-        multiply<true>(N, weight.first, weight.stride, packed + t * K + k * NR, least(depth, K - k), product + t * N,
-                       k > 0);
+      const long columns = least(depth, K - k);
+      const Rows weight = rows(n0, N, k, columns);
+      for (long t = t0; t < t1; t += NR) {
+        float* c = product + (t - t0) * N;
+        multiply<true>(N, weight.first, weight.stride, packed + t * K + k * NR, columns, c, k > 0);
+        if (k + columns == K) finish(p, block, t, n0, N, c);
+      }
     }
-    finish(p, block, n0, N, product);
   }
 }
 
-// body(p, task) for each block of tokens and outputs.
-template <class F>
-void in_blocks(Linear p, F body) {
+// For each panel of a round pack(p, panel), then for each block of its tokens and outputs body(p, block), where p is the
+// layer of these tokens.
+template <class Pack, class Body>
+void in_rounds(Linear p, Pack pack, Body body) {
+  const long all = p.tokens;
+  for (long t = 0; t < all; t += p.round) {
+    p.tokens = least(p.round, all - t);
+    mlx_esm::parallel_for(p.panels(), [&](long panel) { pack(p, panel); });
+    mlx_esm::parallel_for(p.token_blocks() * p.output_blocks(), [&](long task) { body(p, Block(p, task)); });
+    p.x += p.round * p.inputs;
+    p.y += p.round * p.outputs;
+    if (p.residual) p.residual += p.round * p.outputs;
+  }
+}
+
+// The layer, whose weight is as linear_block takes it.
+template <class Weight>
+void linear_layer(Linear p, Weight rows) {
   if (!p.tokens || !p.outputs) return;
-  cut(p, mlx_esm::threads());
-  mlx_esm::parallel_for(p.token_blocks() * p.output_blocks(), [&](long task) { body(p, task); });
+  static thread_local Arena arena;
+  arena.clear();
+  cut(p);
+  float* packed = arena.take(p.round * p.inputs);
+  auto pack_panel = [=](const Linear& p, long panel) {
+    const long t = panel * NR;
+    pack(p.x + t * p.inputs, p.inputs, least(NR, p.tokens - t), p.inputs, packed + t * p.inputs);
+  };
+  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { linear_block(p, block, packed, rows); });
 }
 
 }  // namespace
