@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from transformers import AutoTokenizer
 from transformers.utils.hub import resolve_revision
 
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
+from mlx_esm_hf.checkpoint.write import save_safetensors
 from mlx_esm_hf.data.proteins import Protein, Report, Source, read_proteins
 from mlx_esm_hf.hub.card import task_head
 from mlx_esm_hf.hub.files import CARD, CONFIG, OTHERS, REPORT
@@ -91,8 +92,8 @@ def convert(
     report: Source | None = None,
     upload_repo: str | None = None,
 ) -> Conversion:
-    """Write a checkpoint in another precision, with its tokenizer beside it. Layers are converted one by one, so that
-    no whole copy of what they are made from is in memory.
+    """Write a checkpoint in another precision, with its tokenizer beside it. Arrays are read, converted and written one
+    by one: in memory is little more than the largest of them, unless the source is a `.bin`, whose files are read whole.
 
     Without `quantize` or `dequantize` a checkpoint is written anew, in safetensors and under the published keys.
 
@@ -149,8 +150,11 @@ def convert(
         whole = "Other weights" if block_of(model) else "The weights"
         conversion.notes.append(f"{whole} are {model.config.dtype}.")
         parameters = model.num_parameters()
-        write(model, folder, max_shard_size)
+        written, state = model.to_save(given_parameters(model))
         del model
+        gc.collect()  # parts of a model refer to it, and while it lives it holds all that is computed
+        save_safetensors(state, folder, max_shard_size)
+        written.save_pretrained(folder)
         copy_others(source, commit, folder)
 
         sizes = [weights_size(place, commit) for place in (source, str(folder))]
@@ -261,13 +265,9 @@ def kind_of(packing: Packing) -> str:
     return packing.mode if packing.activations is None else f"{packing.mode}, activations {packing.activations}"
 
 
-def write(model: MLXPreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
-    """Write those parameters that the source gave. What it lacks was drawn at random when the model was made."""
-    parameters: Any = tree_flatten(model.parameters())
-    for _, array in parameters:
-        mx.eval(array)  # one by one: together they would all be read before the first is packed
-    state = {name: array for name, array in model.state_dict().items() if name not in model.newly_initialized}
-    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=state)
+def given_parameters(model: MLXPreTrainedModel) -> dict[str, mx.array]:
+    """Those parameters that the source gave. What it lacks was drawn at random when the model was made."""
+    return {name: array for name, array in model.state_dict().items() if name not in model.newly_initialized}
 
 
 def copy_others(source: str, revision: str, folder: Path) -> None:

@@ -40,7 +40,7 @@ def test_nothing_is_half_written(error, tmp_path):
 @pytest.mark.parametrize("size", ["50GB", "3KB", 2048, 1024, 1])
 def test_save(size, variant, tmp_path):
     """One file, or shards of which none is larger than asked, and an index that names every key."""
-    files = save_safetensors(STATE, tmp_path, size, variant)
+    files = save_safetensors(dict(STATE), tmp_path, size, variant)
     assert set(files) == content(tmp_path).keys()
     assert all(variant is None or variant in file for file in files)
     paths = [str(tmp_path / file) for file in files if file.endswith("safetensors")]
@@ -69,7 +69,7 @@ def test_not_contiguous(dtype, tmp_path):
         "slice": mx.arange(10)[2:8:2],
         "scalar": mx.array(2.5, dtype),
     }
-    save_safetensors(state, tmp_path, "50GB")
+    save_safetensors(dict(state), tmp_path, "50GB")
     loaded = load_files([str(tmp_path / "model.safetensors")])
     for name, array in state.items():
         assert loaded[name].dtype == array.dtype and loaded[name].shape == array.shape
