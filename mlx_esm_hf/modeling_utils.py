@@ -28,7 +28,15 @@ from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
 from mlx_esm_hf.modeling_layers import TiedDecoder
 from mlx_esm_hf.ops.kernels import warn_if_missing
-from mlx_esm_hf.quantization import Packing, declare, declared_packings, layers, packing_of, replace_layers
+from mlx_esm_hf.quantization import (
+    Packing,
+    declare,
+    declared_packings,
+    layers,
+    packing_of,
+    replace_layers,
+    round_activations,
+)
 from mlx_esm_hf.runtime.process import check_process
 
 logger = logging.getLogger(__name__)
@@ -136,6 +144,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         ignore_mismatched_sizes: bool = False,
         state_dict: Mapping[str, Any] | None = None,
         quantization_config: None = None,
+        activations: str | None = None,
         lazy: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -152,6 +161,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
             state_dict: arrays (MLX, NumPy or torch) to take instead of the checkpoint's.
             quantization_config: None. transformers' kinds of quantization are torch's.
+            activations: "int8": the linear layers of a quantized checkpoint round what they are given to 8 bits, too,
+                where they have 4 or 8 bits in the mode "affine" (`mlx-esm convert --activations`). `save_pretrained`
+                writes it into the config. None: as the checkpoint's config says.
             lazy: leave weights in a safetensors file until they are needed, as in mlx-lm.
             kwargs: fields of the config to override, and arguments of the class, such as `add_pooling_layer`.
                 `attn_implementation`, `device_map`, `low_cpu_mem_usage` and `trust_remote_code` are accepted and
@@ -164,7 +176,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             OSError: no such repository or file, or no network and nothing in the cache.
             CheckpointError: a damaged or hostile file, or one that lacks a part of the base model.
             RuntimeError: parameters of another shape.
-            ValueError: a config of another `model_type` or with values that no model can have, an unknown dtype.
+            ValueError: a config of another `model_type` or with values that no model can have, an unknown dtype,
+                activations to be rounded that no layer can round.
             TypeError: a keyword that is neither an argument nor a field of the config.
         """
         if quantization_config is not None:
@@ -203,6 +216,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             replace_layers(model, packings, cls.base_model_prefix)
         except ValueError as error:
             raise CheckpointError(f"{source}: the config's `quantization` cannot be ({error})") from error
+        if activations is not None:
+            round_activations(model, activations, source)
         loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes, lazy, keep_scales)
         report_loading(cls.__name__, source, loading_info)
         model.eval()

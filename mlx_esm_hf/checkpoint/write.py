@@ -71,8 +71,8 @@ def write_safetensors(path: Path, arrays: dict[str, mx.array]) -> None:
         with open(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                array = mx.contiguous(arrays.pop(name))
-                file.write(memoryview(array.view(UNSIGNED[array.itemsize])))  # bfloat16 is none of Python's formats
+                array: Any = mx.contiguous(arrays.pop(name))
+                file.write(array.view(UNSIGNED[array.itemsize]))  # bfloat16 is none of Python's formats
     except (OSError, RuntimeError) as error:
         raise OSError(f"{path.name} cannot be written to {path.parent} ({error}). Is the disk full?") from error
 

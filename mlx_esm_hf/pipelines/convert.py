@@ -93,7 +93,7 @@ def convert(
     upload_repo: str | None = None,
 ) -> Conversion:
     """Write a checkpoint in another precision, with its tokenizer beside it. Arrays are read, converted and written one
-    by one: in memory is little more than the largest of them, unless the source is a `.bin`, whose files are read whole.
+    by one, so that little more than the largest is in memory; of a source in `.bin` all of it is.
 
     Without `quantize` or `dequantize` a checkpoint is written anew, in safetensors and under the published keys.
 
