@@ -811,8 +811,8 @@ def resolve_dtype(dtype: Any, config: PreTrainedConfig, stored: list[mx.Dtype]) 
     wanted = as_dtype(config.dtype) or (stored[0] if stored else mx.float32)
     if wanted in (mx.float16, mx.bfloat16) and mx.default_device() == mx.cpu:
         say_once(
-            "The checkpoint is in half precision, which is slower on the CPU: it is loaded as float32. Pass the dtype "
-            "to have it as it is, in half the memory."
+            "The checkpoint is in half precision, which is slower on the CPU: all but packed weights is loaded as "
+            "float32. Pass the dtype to have it as it is, in half the memory."
         )
         return mx.float32
     return wanted

@@ -189,7 +189,7 @@ def round_activations(model: nn.Module, activations: str, source: str) -> None:
             "mlx-esm convert --quantize --bits 8 makes a checkpoint that has them."
         )
     for layer, packing in fitting:
-        layer.activations = make_packing(*packing[:3], activations).activations
+        layer.activations = make_packing(packing.bits, packing.group_size, packing.mode, activations).activations
 
 
 def rounds_activations(model: nn.Module) -> bool:

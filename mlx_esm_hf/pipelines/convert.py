@@ -17,6 +17,7 @@ import mlx.core as mx
 from transformers import AutoTokenizer
 from transformers.utils.hub import resolve_revision
 
+from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
 from mlx_esm_hf.checkpoint.write import save_safetensors
 from mlx_esm_hf.data.proteins import Protein, Report, Source, read_proteins
@@ -135,10 +136,10 @@ def convert(
         raise ValueError(f"{source} is {'quantized already' if quantize else 'not quantized'}.")
     cls = class_of(config, source)
     proteins = None if report is None else read_for_report(report, source, commit)
-    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    kept: Any = config.get("dtype") or config.get("torch_dtype") or stored_dtype(source, commit)
 
     with new_folder(Path(output)) as folder:
-        model, info = load_network(cls, source, revision=commit, dtype=dtype, lazy=True, output_loading_info=True)
+        model, info = load_network(cls, source, revision=commit, dtype=dtype or kept, lazy=True, output_loading_info=True)
         conversion = Conversion([f"Made from {origin(source, commit)} by mlx-esm-hf {__version__}."])
         if info["unexpected_keys"]:
             conversion.notes.append(f"Left out: {', '.join(sorted(info['unexpected_keys']))}.")
@@ -263,6 +264,15 @@ def quantize_layers(model: MLXPreTrainedModel, usual: Packing, rules: Mapping[st
 
 def kind_of(packing: Packing) -> str:
     return packing.mode if packing.activations is None else f"{packing.mode}, activations {packing.activations}"
+
+
+def stored_dtype(source: str, revision: str) -> mx.Dtype:
+    """That of a checkpoint's floating arrays, where its config does not say it."""
+    for path in checkpoint_files(source, revision=revision):
+        for array in load_file(path).values():
+            if mx.issubdtype(array.dtype, mx.floating):
+                return array.dtype
+    return mx.float32
 
 
 def given_parameters(model: MLXPreTrainedModel) -> dict[str, mx.array]:
