@@ -18,7 +18,7 @@ from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
 from mlx_esm_hf.ops import kernels
 
 # Bytes of an array from which on it is mapped: each takes two pages more than it fills, and a call of the system.
-MAPPED_FROM = 1 << 20
+MAPPED_FROM = 1 << 18
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, mx.array]:

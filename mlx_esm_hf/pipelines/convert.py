@@ -136,10 +136,10 @@ def convert(
         raise ValueError(f"{source} is {'quantized already' if quantize else 'not quantized'}.")
     cls = class_of(config, source)
     proteins = None if report is None else read_for_report(report, source, commit)
-    kept: Any = config.get("dtype") or config.get("torch_dtype") or stored_dtype(source, commit)
+    precision: Any = dtype or config.get("dtype") or config.get("torch_dtype") or stored_dtype(source, commit)
 
     with new_folder(Path(output)) as folder:
-        model, info = load_network(cls, source, revision=commit, dtype=dtype or kept, lazy=True, output_loading_info=True)
+        model, info = load_network(cls, source, revision=commit, dtype=precision, lazy=True, output_loading_info=True)
         conversion = Conversion([f"Made from {origin(source, commit)} by mlx-esm-hf {__version__}."])
         if info["unexpected_keys"]:
             conversion.notes.append(f"Left out: {', '.join(sorted(info['unexpected_keys']))}.")
