@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -236,6 +237,21 @@ def test_what_cannot_be(esm2, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         convert(tmp_path / "nowhere", tmp_path / "result")
     assert names(tmp_path) == {"packed"}
+
+
+@pytest.mark.parametrize("shard", ["5GB", "9KB"])
+def test_full_disk(shard, esm2, tmp_path):
+    """A file that cannot grow, one of several or the only one: nothing is left behind."""
+    convert(esm2, tmp_path / "measured", quantize=True, group_size=32, max_shard_size=shard)
+    sizes = sorted((file.stat().st_size for file in (tmp_path / "measured").glob("*.safetensors")), reverse=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] - 1, hard))  # Python ignores the signal that comes with it
+    try:
+        with pytest.raises(OSError, match=r"model.*\.safetensors cannot be written .* Is the disk full\?"):
+            convert(esm2, tmp_path / "result", quantize=True, group_size=32, max_shard_size=shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (len(sizes) > 2) == (shard == "9KB") and names(tmp_path) == {"measured"}
 
 
 def test_no_width_that_a_group_divides(tmp_path):
