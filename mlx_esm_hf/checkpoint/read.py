@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,17 +11,13 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_esm_hf.checkpoint.descriptors import zero_taken
 from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.checkpoint.mapped import mapped
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
-from mlx_esm_hf.ops import kernels
-
-# Bytes of an array from which on it is mapped: each takes two pages more than it fills, and a call of the system.
-MAPPED_FROM = 1 << 18
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, mx.array]:
     """{key: array} of one weights file. The arrays of a safetensors file are read when they are evaluated; large ones,
-    where there are kernels, when their numbers are used, and again if the system has taken the memory meanwhile. So the
-    file has to stay as it is: who writes it anew puts another into its place, as all do here.
+    of a `.bin`, too, are mapped where they can be (see `mapped`).
 
     Raises:
         CheckpointError: the file is cut off, corrupt or of another format.
@@ -45,24 +38,14 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, mx.array]:
             arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
     except RuntimeError as error:
         raise CheckpointError(f"{path}: MLX cannot read it ({error}). Convert it to float32 or float16.") from error
-    return arrays | map_large(path, arrays)
-
-
-def map_large(path: str | os.PathLike[str], arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Those arrays of a whole safetensors file that can be mapped, and are large enough for that to be of use."""
-    if kernels.native is None or sys.byteorder != "little":
-        return {}
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(start - 8))
-    mapped = {}
     for key, array in arrays.items():
-        if array.nbytes >= MAPPED_FROM:
-            # Not every file system maps files, nor does every writer align the numbers.
-            with contextlib.suppress(RuntimeError, ValueError):
-                offset = start + header[key]["data_offsets"][0]
-                mapped[key] = kernels.native.mapped(str(path), offset, array.shape, array.dtype)
-    return mapped
+        in_file = mapped(path, start + header[key]["data_offsets"][0], array.shape, array.dtype)
+        if in_file is not None:
+            arrays[key] = in_file
+    return arrays
 
 
 def load_files(paths: list[str]) -> dict[str, mx.array]:

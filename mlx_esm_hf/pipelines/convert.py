@@ -94,7 +94,7 @@ def convert(
     upload_repo: str | None = None,
 ) -> Conversion:
     """Write a checkpoint in another precision, with its tokenizer beside it. Arrays are read, converted and written one
-    by one, so that little more than the largest is in memory; of a source in `.bin` all of it is.
+    by one, so that little more than the largest is in memory. Of a source in `.bin` that is so where there are kernels.
 
     Without `quantize` or `dequantize` a checkpoint is written anew, in safetensors and under the published keys.
 

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from mlx_esm_hf.checkpoint.errors import CheckpointError
-from mlx_esm_hf.checkpoint.read import MAPPED_FROM, load_file, load_files
+from mlx_esm_hf.checkpoint.mapped import MAPPED_FROM
+from mlx_esm_hf.checkpoint.read import load_file, load_files
 from mlx_esm_hf.ops import kernels
 
 STATE = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "ids": np.arange(4)}

@@ -420,8 +420,8 @@ def esmc_of(layers, width, heads, gated):
     return transformers.EsmcConfig(intermediate_size=gated, **shape), transformers.EsmcForMaskedLM
 
 
-def large(model, dtype, limit, *marks):
-    return pytest.param(model, dtype, limit, id=model, marks=marks)
+def large(model, dtype, limit, *marks, format="safetensors"):
+    return pytest.param(model, format, dtype, limit, id=f"{model}-{format}", marks=marks)
 
 
 LARGE = {
@@ -435,16 +435,17 @@ LARGE = {
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
 @pytest.mark.parametrize(
-    ("model", "dtype", "limit"),
+    ("model", "format", "dtype", "limit"),
     [
         large("38M", "float32", 0.2e9),
+        large("38M", "float32", 0.2e9, format="bin"),
         large("650M", "float32", 0.7e9, pytest.mark.long),
         large("3B", "float16", 2.2e9, pytest.mark.long),
         large("ESMC-6B", "float16", 4.2e9, pytest.mark.long),
         large("15B", "float16", 9.5e9, pytest.mark.long),
     ],
 )
-def test_memory(model, dtype, limit, tmp_path, capsys):
+def test_memory(model, format, dtype, limit, tmp_path, capsys):
     """Conversion takes the memory of its largest array; a 4-bit model of 76 residues stays below the limit, with all of
     the process and those parts of the file that the system has in memory for it."""
     shape, model_class = LARGE[model]()
@@ -454,7 +455,7 @@ def test_memory(model, dtype, limit, tmp_path, capsys):
     if shutil.disk_usage(tmp_path).free < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of disk")
     (tmp_path / "source").mkdir()
-    size = write_random(tmp_path / "source", "safetensors", dtype, shape, model_class)
+    size = write_random(tmp_path / "source", format, dtype, shape, model_class)
 
     def run(what):
         command = [sys.executable, "-c", CONVERT_AND_LOAD, what, tmp_path / "source", tmp_path / "packed"]
