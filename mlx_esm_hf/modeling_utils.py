@@ -28,7 +28,15 @@ from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
 from mlx_esm_hf.modeling_layers import TiedDecoder
 from mlx_esm_hf.ops.kernels import warn_if_missing
-from mlx_esm_hf.quantization import Packing, declare, declared_packings, layers, packing_of, replace_layers
+from mlx_esm_hf.quantization import (
+    Packing,
+    declare,
+    declared_packings,
+    layers,
+    packing_of,
+    replace_layers,
+    round_activations,
+)
 from mlx_esm_hf.runtime.process import check_process
 
 logger = logging.getLogger(__name__)
@@ -136,6 +144,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         ignore_mismatched_sizes: bool = False,
         state_dict: Mapping[str, Any] | None = None,
         quantization_config: None = None,
+        activations: str | None = None,
         lazy: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -146,11 +155,15 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             pretrained_model_name_or_path: an id on the Hub, or a folder.
             config: used instead of the checkpoint's: an object, an id or a folder.
             dtype, torch_dtype: a string, an `mx.Dtype` or torch's object. None and "auto" mean the checkpoint's own,
-                except on the CPU, where half precision runs at a fiftieth of the speed and is loaded as float32.
+                except on the CPU, where half precision is slower and is loaded as float32, all but the scales of
+                quantized layers. What needs no cast is not read into memory, but mapped.
             output_loading_info: return (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
             ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
             state_dict: arrays (MLX, NumPy or torch) to take instead of the checkpoint's.
             quantization_config: None. transformers' kinds of quantization are torch's.
+            activations: "int8": the linear layers of a quantized checkpoint round what they are given to 8 bits, too,
+                where they have 4 or 8 bits in the mode "affine" (`mlx-esm convert --activations`). `save_pretrained`
+                writes it into the config. None: as the checkpoint's config says.
             lazy: leave weights in a safetensors file until they are needed, as in mlx-lm.
             kwargs: fields of the config to override, and arguments of the class, such as `add_pooling_layer`.
                 `attn_implementation`, `device_map`, `low_cpu_mem_usage` and `trust_remote_code` are accepted and
@@ -163,7 +176,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             OSError: no such repository or file, or no network and nothing in the cache.
             CheckpointError: a damaged or hostile file, or one that lacks a part of the base model.
             RuntimeError: parameters of another shape.
-            ValueError: a config of another `model_type` or with values that no model can have, an unknown dtype.
+            ValueError: a config of another `model_type` or with values that no model can have, an unknown dtype,
+                activations to be rounded that no layer can round.
             TypeError: a keyword that is neither an argument nor a field of the config.
         """
         if quantization_config is not None:
@@ -193,14 +207,18 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             cls._check_size(loaded_config, names, arrays, packings, source)
         cls._untie_if_different(loaded_config, names, arrays)
         floating = [arrays[key].dtype for key, name in names.items() if cls._casts(name, arrays[key])]
-        dtype = resolve_dtype(torch_dtype if dtype is None else dtype, loaded_config, floating)
+        wanted = torch_dtype if dtype is None else dtype
+        dtype = resolve_dtype(wanted, loaded_config, floating)
+        keep_scales = (wanted is None or wanted == "auto") and dtype == mx.float32
 
         model = cls(loaded_config, **arguments)
         try:
             replace_layers(model, packings, cls.base_model_prefix)
         except ValueError as error:
             raise CheckpointError(f"{source}: the config's `quantization` cannot be ({error})") from error
-        loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes, lazy)
+        if activations is not None:
+            round_activations(model, activations, source)
+        loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes, lazy, keep_scales)
         report_loading(cls.__name__, source, loading_info)
         model.eval()
         return (model, loading_info) if output_loading_info else model
@@ -273,10 +291,17 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 config.tie_word_embeddings = False
 
     def _assign(
-        self, arrays: dict[str, mx.array], dtype: mx.Dtype, source: str, ignore_mismatched_sizes: bool, lazy: bool
+        self,
+        arrays: dict[str, mx.array],
+        dtype: mx.Dtype,
+        source: str,
+        ignore_mismatched_sizes: bool,
+        lazy: bool,
+        keep_scales: bool,
     ) -> dict[str, Any]:
         """Make a checkpoint's arrays the parameters. Each is taken out of `arrays` before it is read and cast, so that
-        no second copy of the checkpoint comes to be; a lazy one is read later."""
+        no second copy of the checkpoint comes to be; a lazy one is read later. Scales that keep their dtype are those
+        of linear layers: an embedding gives the network its dtype."""
         names, missing, unexpected, mismatched = self._match(arrays)
         if mismatched and not ignore_mismatched_sizes:
             raise RuntimeError(wrong_shapes(source, type(self).__name__, mismatched))
@@ -288,14 +313,16 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             )
 
         anew = missing | {name for name, _, _ in mismatched}
-        dtypes = {name: array.dtype for name, array in dict(tree_flatten(self.parameters())).items()}
+        held = dict(tree_flatten(self.parameters()))
+        packed = [path for path, layer in layers(self) if isinstance(layer, nn.QuantizedLinear)] if keep_scales else []
+        kept = {f"{path}.{name}" for path in packed for name in ("scales", "biases")}
         for key, name in names.items():
             array = arrays.pop(key)
             if name in unexpected or name in anew:
                 continue
-            if wrong := wrong_kind(array.dtype, dtypes.get(name, mx.float32)):
+            if wrong := wrong_kind(array.dtype, held[name].dtype):
                 raise CheckpointError(f"{source}: {key!r} {wrong}. The file is damaged, or of another model.")
-            if self._casts(name, array):
+            if self._casts(name, array) and name not in kept:
                 array = array.astype(self.loaded_dtype(name, dtype))
             try:
                 if not lazy:
@@ -303,7 +330,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             except RuntimeError as error:
                 raise CheckpointError(f"{source}: {key!r} cannot be read ({error}). Download it again.") from error
             self.update(tree_unflatten([(name, array)]))
-        self._cast(lambda name: self.loaded_dtype(name, dtype))
+        for name in anew:
+            if self._casts(name, held[name]):
+                self.update(tree_unflatten([(name, held[name].astype(self.loaded_dtype(name, dtype)))]))
         if not lazy:
             mx.eval(self.parameters())
         self.config.dtype = str(dtype).rpartition(".")[2]
@@ -340,6 +369,22 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             raise ValueError(
                 "Only safetensors are written; transformers for torch reads them: leave this argument out."
             )
+        config, state = self.to_save(state_dict)
+        with replace_files(save_directory) as folder:
+            files = save_safetensors(state, folder, max_shard_size, variant)
+            config.save_pretrained(folder)
+        remove_stale_shards(save_directory, files, variant)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
+
+    def to_save(self, state_dict: Mapping[str, mx.array] | None = None) -> tuple[Any, dict[str, mx.array]]:
+        """What `save_pretrained` writes of a state dict, by default of `state_dict()`: the config, and {published key:
+        array}.
+
+        Raises:
+            ValueError: a module says by an attribute `not_saved` why it cannot be written.
+        """
         for name, module in self.named_modules():
             if advice := getattr(module, "not_saved", None):
                 raise ValueError(f"{name} {advice}.")
@@ -354,14 +399,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         tied = [f"{self.output_embeddings}.weight"] if self._is_tied() else []
         for name in [*tied, *self._untrainable()]:  # what is random would look trained when it is loaded again
             state.pop(name, None)
-        state = names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
-        with replace_files(save_directory) as folder:
-            files = save_safetensors(state, folder, max_shard_size, variant)
-            config.save_pretrained(folder)
-        remove_stale_shards(save_directory, files, variant)
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
+        return config, names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
 
     def push_to_hub(
         self,
@@ -773,8 +811,8 @@ def resolve_dtype(dtype: Any, config: PreTrainedConfig, stored: list[mx.Dtype]) 
     wanted = as_dtype(config.dtype) or (stored[0] if stored else mx.float32)
     if wanted in (mx.float16, mx.bfloat16) and mx.default_device() == mx.cpu:
         say_once(
-            "The checkpoint is in half precision, which runs at a fiftieth of the speed on the CPU: it is loaded as "
-            "float32. Pass the dtype to have it as it is."
+            "The checkpoint is in half precision, which is slower on the CPU: all but packed weights is loaded as "
+            "float32. Pass the dtype to have it as it is, in half the memory."
         )
         return mx.float32
     return wanted

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_esm_hf.checkpoint.errors import CheckpointError
-from mlx_esm_hf.modeling_layers import Embedding, Linear, whole_weight
+from mlx_esm_hf.modeling_layers import Embedding, Linear, QuantizedLinear, whole_weight
 
 # What MLX can do, the defaults first.
 GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
@@ -167,6 +167,35 @@ def replace_layers(model: nn.Module, packings: Mapping[str, Packing], prefix: st
 
     if packings:
         nn.quantize(model, class_predicate=settings)
+
+
+def round_activations(model: nn.Module, activations: str, source: str) -> None:
+    """Let the linear layers that can do it, those of 4 or 8 bits in the mode "affine", round what they are given.
+
+    Raises:
+        ValueError: there is no such layer, or no such rounding.
+    """
+    found = [(layer, packing) for _, layer in layers(model) if (packing := packing_of(layer))]
+    fitting = [
+        (layer, packing)
+        for layer, packing in found
+        if isinstance(layer, QuantizedLinear) and packing.mode == "affine" and packing.bits in INTEGER_BITS
+    ]
+    if not fitting:
+        kinds = sorted({f"{packing.bits} bits ({packing.mode})" for _, packing in found})
+        has = f"has layers of {', '.join(kinds)}" if kinds else "is not quantized"
+        raise ValueError(
+            f"activations={activations!r} is for layers of 4 or 8 bits in mode 'affine', and {source} {has}. "
+            "mlx-esm convert --quantize --bits 8 makes a checkpoint that has them."
+        )
+    for layer, packing in fitting:
+        layer.activations = make_packing(packing.bits, packing.group_size, packing.mode, activations).activations
+
+
+def rounds_activations(model: nn.Module) -> bool:
+    """Whether a layer rounds what it is given."""
+    packings = [packing_of(layer) for _, layer in layers(model)]
+    return any(packing is not None and packing.activations is not None for packing in packings)
 
 
 def choose_packings(

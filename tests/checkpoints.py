@@ -104,14 +104,21 @@ FORMATS = {f.__name__: f for f in (save, save_shards, save_bin, save_old_bin, sa
 
 
 def write_large(folder, format, dtype, **shape):
+    """An ESM-2 of this shape with random weights; as `write_random`."""
+    return write_random(folder, format, dtype, config(**shape), theirs("ForMaskedLM"))
+
+
+def write_random(folder, format, dtype, config, model_class):
     """Random weights, a shard for each layer and one for the rest; returns their size together in float32."""
-    large = config(architectures=["EsmForMaskedLM"], **shape)
-    large.save_pretrained(folder)
+    config.architectures = [model_class.__name__]
+    config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = theirs("ForMaskedLM")(large).state_dict()
-    del shapes["lm_head.decoder.weight"]  # tied
+        shapes = model_class(config).state_dict()
+    if config.tie_word_embeddings:
+        del shapes["lm_head.decoder.weight"]
     names = {"safetensors": "model", "bin": "pytorch_model"}
-    weight_map = {key: f"{names[format]}-{(re.findall(r'layer.([0-9]+)', key) or ['x'])[0]}.{format}" for key in shapes}
+    layers = {key: (re.findall(r"layers?\.([0-9]+)", key) or ["x"])[0] for key in shapes}
+    weight_map = {key: f"{names[format]}-{layer}.{format}" for key, layer in layers.items()}
     for shard in set(weight_map.values()):
         keys = [key for key, place in weight_map.items() if place == shard]
         state = {key: 0.02 * torch.randn(shapes[key].shape).to(getattr(torch, dtype)) for key in keys}

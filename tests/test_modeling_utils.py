@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmModel, modeling_utils
 from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.ops import kernels
 from tests.checkpoints import (
     FORMATS,
     INPUTS,
@@ -790,6 +791,37 @@ def test_memory_of_loading(layers, hidden, heads, format, dtype, tmp_path, capsy
             ratio = added[library] / size
             print(f"\n{library}, {dtype} .{format} of {size / 1e6:.0f} MB: {ratio:.3f} x, {seconds:.1f} s")
     assert added["mlx_esm_hf"] <= 1.15 * size
+
+
+TIME_OF_LOADING = r"""
+import sys, time
+library, folder = sys.argv[1:]
+if library == "transformers":
+    from transformers import EsmForMaskedLM as Model
+else:
+    sys.modules["torch"] = None  # not needed
+    from mlx_esm_hf import MLXEsmForMaskedLM as Model
+start = time.perf_counter()
+Model.from_pretrained(folder)
+print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(kernels.native is None, reason=f"the kernels, which map files, are {kernels.STATE}")
+def test_time_of_loading(tmp_path, capsys):
+    """650M parameters in float32 take no longer than in transformers: the shortest of five times, taken by turns."""
+    write_large(tmp_path, "safetensors", "float32", num_hidden_layers=33, hidden_size=1280, num_attention_heads=20,
+                intermediate_size=5120)  # fmt: skip
+    seconds = {"mlx_esm_hf": [], "transformers": []}
+    for _ in range(5):
+        for library, times in seconds.items():
+            command = [sys.executable, "-c", TIME_OF_LOADING, library, tmp_path]
+            done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+            times.append(float(done.stdout))
+    with capsys.disabled():
+        print(f"\nloading 650M: {min(seconds['mlx_esm_hf']):.2f} s, transformers {min(seconds['transformers']):.2f} s")
+    assert min(seconds["mlx_esm_hf"]) <= min(seconds["transformers"])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_esm_hf import (
     MLXAutoModel,
+    MLXAutoModelForMaskedLM,
     MLXEsm1Config,
     MLXEsmConfig,
     MLXEsmForMaskedLM,
@@ -20,6 +21,7 @@ from mlx_esm_hf import (
 )
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.modeling_layers import QuantizedEmbedding, QuantizedLinear, whole_weight
+from mlx_esm_hf.ops import kernels
 from mlx_esm_hf.quantization import (
     Packing,
     block_of,
@@ -30,6 +32,7 @@ from mlx_esm_hf.quantization import (
     packing_for,
     packing_of,
     replace_layers,
+    rounds_activations,
 )
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
@@ -202,6 +205,48 @@ def test_rounded_activations_are_remembered(bits, tmp_path):
     assert 1e-4 < difference < 0.1
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("source", [MLXEsmForMaskedLM, MLXAutoModelForMaskedLM])
+def test_rounding_asked_for_at_loading(source, bits, tmp_path):
+    """The answers and the file are those of a checkpoint that was made so; the one that is loaded stays as it was."""
+    pack(small(), make_packing(bits, 32, activations="int8")).save_pretrained(tmp_path / "rounding")
+    pack(small(), make_packing(bits, 32)).save_pretrained(tmp_path / "weights")
+    expected = MLXEsmForMaskedLM.from_pretrained(tmp_path / "rounding")
+    loaded = source.from_pretrained(tmp_path / "weights", activations="int8")
+    assert np.array_equal(logits(loaded), logits(expected)) and block_of(loaded) == block_of(expected)
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "rounding" / name).read_bytes()
+    plain = MLXEsmForMaskedLM.from_pretrained(tmp_path / "weights")
+    assert not rounds_activations(plain) and not np.array_equal(logits(plain), logits(loaded))
+
+
+def test_rounding_of_those_layers_that_can(tmp_path):
+    """Of 3 bits there are no products of integers, and ids are not rounded."""
+    rules = {"*word_embeddings": make_packing(8, 32), "*.layer.0.*": make_packing(3, 32)}
+    pack(small(), make_packing(8, 32), rules).save_pretrained(tmp_path)
+    loaded = MLXEsmForMaskedLM.from_pretrained(tmp_path, activations="int8")
+    rounding = {path for path, layer in layers(loaded) if (packing := packing_of(layer)) and packing.activations}
+    packed = {path for path, layer in layers(loaded) if packing_of(layer)}
+    assert len(packed) == 13 and rounding == {path for path in packed if ".layer.1." in path}
+
+
+@pytest.mark.parametrize(
+    ("packing", "activations", "message"),
+    [
+        (None, "int8", "mode 'affine', and .* is not quantized. mlx-esm convert --quantize --bits 8 makes"),
+        (make_packing(3, 32), "int8", r"mode 'affine', and .* has layers of 3 bits \(affine\). mlx-esm"),
+        (make_packing(mode="mxfp8"), "int8", r"mode 'affine', and .* has layers of 8 bits \(mxfp8\). mlx-esm"),
+        (make_packing(8, 32), "int4", "activations 'int4': there is 'int8' alone"),
+    ],
+)
+def test_rounding_that_there_is_not(packing, activations, message, tmp_path):
+    model = small() if packing is None else pack(small(), packing)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        MLXEsmForMaskedLM.from_pretrained(tmp_path, activations=activations)
+
+
 @pytest.mark.parametrize("made", ["esm2", "head of its own", "esm1"])
 def test_embeddings_and_heads_too(made, tmp_path):
     rules = {"*word_embeddings": make_packing(8, 32), "lm_head.*": make_packing(8, 32)}
@@ -219,8 +264,27 @@ def test_embeddings_and_heads_too(made, tmp_path):
     np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="elsewhere half precision stays as it is")
+@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scales_stay_in_half_precision(dtype, with_kernels, tmp_path, monkeypatch):
+    """By default, on a CPU: the rest is float32, and the answers are those of scales in float32."""
+    if not with_kernels:
+        monkeypatch.setattr(kernels, "native", None)
+    pack(small().to(dtype), rules={"*word_embeddings": make_packing(8, 32)}).save_pretrained(tmp_path)
+    loaded = MLXEsmForMaskedLM.from_pretrained(tmp_path)
+    whole = MLXEsmForMaskedLM.from_pretrained(tmp_path, dtype="float32")
+    assert loaded.dtype == mx.float32
+    for path, layer in layers(loaded):
+        if packing_of(layer):
+            expected = mx.float32 if path.endswith("word_embeddings") else getattr(mx, dtype)
+            assert layer.scales.dtype == layer.biases.dtype == expected, path
+    assert all(x.dtype != getattr(mx, dtype) for n, x in loaded.named_parameters() if n.split(".")[-1] == "weight")
+    np.testing.assert_allclose(logits(loaded), logits(whole), rtol=1e-5, atol=1e-5)
+
+
 def test_float32_of_what_is_saved_in_float16(tmp_path):
-    """On the CPU half precision is loaded as float32, scales and all: the numbers are the same."""
+    """If it is asked for, scales and all are float32: the numbers are the same."""
     model = pack(small().to("float16"))
     model.save_pretrained(tmp_path)
     again = MLXEsmForMaskedLM.from_pretrained(tmp_path, dtype="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_esm_hf.checkpoint.descriptors import zero_taken
 from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.checkpoint.mapped import mapped
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, mx.array]:
-    """{key: array} of one weights file; arrays of a safetensors file are read when they are evaluated.
+    """{key: array} of one weights file. The arrays of a safetensors file are read when they are evaluated; large ones,
+    of a `.bin`, too, are mapped where they can be (see `mapped`).
 
     Raises:
         CheckpointError: the file is cut off, corrupt or of another format.
@@ -32,9 +35,17 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, mx.array]:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}). {hint}") from error
     try:
         with zero_taken():
-            return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
+            arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
     except RuntimeError as error:
         raise CheckpointError(f"{path}: MLX cannot read it ({error}). Convert it to float32 or float16.") from error
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    for key, array in arrays.items():
+        in_file = mapped(path, start + header[key]["data_offsets"][0], array.shape, array.dtype)
+        if in_file is not None:
+            arrays[key] = in_file
+    return arrays
 
 
 def load_files(paths: list[str]) -> dict[str, mx.array]:

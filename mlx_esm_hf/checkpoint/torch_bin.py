@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.checkpoint.mapped import mapped
 
 _DTYPES = {
     "torch.BFloat16Storage": "u2",  # NumPy has no bfloat16: the bits travel as uint16
@@ -42,6 +43,11 @@ _DTYPES = {
     "torch.CharStorage": "i1",
     "torch.ByteStorage": "u1",
     "torch.BoolStorage": "?",
+}
+_MAPPED = {
+    "torch.BFloat16Storage": mx.bfloat16,
+    "torch.HalfStorage": mx.float16,
+    "torch.FloatStorage": mx.float32,
 }
 _DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
@@ -61,6 +67,7 @@ _SETTINGS = (
 )
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_PIECE = 1 << 20  # bytes that are read at a time, to check them
 _MAX_DIMENSIONS = 32  # of an array in NumPy 1
 _MAX_EXPANSION = 1 << 30  # bytes by which tensors that repeat elements may outgrow the file
 
@@ -106,7 +113,7 @@ class _Object(dict[str, Any]):
 
 
 def load_torch_bin(path: str | os.PathLike[str]) -> dict[str, mx.array]:
-    """Return the tensors of the state dict in the file, evaluated and in its order.
+    """Return the tensors of the state dict in the file, in its order; evaluated, or of a zip mapped (see `mapped`).
 
     Dtypes stay as they are, but float64 becomes float32. Tied tensors are one and the same array.
 
@@ -206,8 +213,22 @@ def _load_zip(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of:
         byteorder = read("byteorder") if "byteorder" in records else b"little"
         if byteorder not in (b"little", b"big"):
             raise CheckpointError(f"the byte order {byteorder[:16]!r} is unknown")
-        arrays = _arrays(tensors, lambda key: read(f"data/{key}"), "<" if byteorder == b"little" else ">")
-        return data, arrays
+        order = "<" if byteorder == b"little" else ">"
+
+        def in_file(tensor: _Tensor) -> mx.array | None:
+            record = records[f"data/{tensor.storage}"]
+            if order == ">" or record.compress_type != zipfile.ZIP_STORED:
+                return None
+            file.seek(record.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4))
+            array = _map(file, record.header_offset + 30 + name + extra, tensor)
+            if array is not None:
+                with archive.open(record) as stream:
+                    while stream.read(_PIECE):  # at the end of which the CRC is checked
+                        pass
+            return array
+
+        return data, _arrays(tensors, lambda key: read(f"data/{key}"), order, in_file)
 
 
 def _load_legacy(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of: StateOf) -> Loaded:
@@ -234,7 +255,7 @@ def _load_legacy(file: BinaryIO, file_size: int, allowed: frozenset[str], state_
         file.seek(places[key])
         return file.read(sizes[key])
 
-    return data, _arrays(tensors, read, "<")
+    return data, _arrays(tensors, read, "<", lambda _: None)  # numbers begin anywhere, seldom aligned
 
 
 def _storage_itemsize(identity: Any) -> tuple[str, int]:
@@ -375,16 +396,33 @@ def _check(tensors: Mapping[str, _Tensor], sizes: Mapping[str, int], file_size: 
             raise CheckpointError(f"{key!r} makes the tensors much larger than the file")
 
 
-def _arrays(tensors: Mapping[str, _Tensor], read: Callable[[str], bytes], byteorder: str) -> dict[str, mx.array]:
-    """Read every storage once and make its tensors, holding one storage at a time."""
+def _map(file: BinaryIO, start: int, tensor: _Tensor) -> mx.array | None:
+    """A tensor whose storage starts there, in the file itself; None where it has to be read."""
+    row_by_row = tuple(math.prod(tensor.size[i + 1 :]) for i in range(len(tensor.size)))
+    if tensor.storage_type not in _MAPPED or tensor.stride != row_by_row:
+        return None
+    return mapped(file.name, start + tensor.offset * tensor.itemsize, tensor.size, _MAPPED[tensor.storage_type])
+
+
+def _arrays(
+    tensors: Mapping[str, _Tensor],
+    read: Callable[[str], bytes],
+    byteorder: str,
+    in_file: Callable[[_Tensor], mx.array | None],
+) -> dict[str, mx.array]:
+    """Read every storage once and make its tensors, holding one storage at a time; none where all can stay in the
+    file."""
     views: defaultdict[str, set[_Tensor]] = defaultdict(set)
     for tensor in tensors.values():
         views[tensor.storage].add(tensor)
     arrays: dict[_Tensor, mx.array] = {}
     for storage in views:
-        buffer = read(storage)
-        arrays |= {tensor: _array(tensor, buffer, byteorder) for tensor in views[storage]}
-        del buffer  # before the next is read
+        found = {tensor: array for tensor in views[storage] if (array := in_file(tensor)) is not None}
+        if found.keys() != views[storage]:
+            buffer = read(storage)
+            found = {tensor: _array(tensor, buffer, byteorder) for tensor in views[storage]}
+            del buffer  # before the next is read
+        arrays |= found
     return {key: arrays[tensor] for key, tensor in tensors.items()}
 
 

@@ -6,15 +6,31 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from mlx_esm_hf.checkpoint.descriptors import zero_taken
 from mlx_esm_hf.checkpoint.resolve import SAFETENSORS, with_variant
+
+DTYPES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.float32: "F32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+}
+UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 @contextmanager
@@ -28,32 +44,53 @@ def replace_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(file, folder / file.name)
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, mx.array]) -> None:
+def write_safetensors(path: Path, arrays: dict[str, mx.array]) -> None:
     """Write one file. Its metadata says "pt", without which transformers 4.x refuses it.
+
+    Args:
+        arrays: emptied on the way. Each is computed when its turn comes and forgotten when it is written, so that of
+            lazy arrays that nobody else holds one at a time is in memory.
 
     Raises:
         OSError: it cannot be written.
+        ValueError: a dtype that no reader of ours knows.
     """
+    # Where their bytes are multiples of eight the others' numbers are aligned, and behind those a smaller kind's.
+    names = sorted(arrays, key=lambda name: 9 - arrays[name].itemsize if arrays[name].nbytes % 8 else 0)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, end = end, end + arrays[name].nbytes
+        dtype = arrays[name].dtype
+        if dtype not in DTYPES:
+            raise ValueError(f"{name!r} is of {dtype}, which MLX does not read from safetensors: cast it first.")
+        header[name] = {"dtype": DTYPES[dtype], "shape": arrays[name].shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        with zero_taken():
-            mx.save_safetensors(str(path), dict(arrays), metadata={"format": "pt"})
-    except RuntimeError as error:
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                array: Any = mx.contiguous(arrays.pop(name))
+                file.write(array.view(UNSIGNED[array.itemsize]))  # bfloat16 is none of Python's formats
+    except (OSError, RuntimeError) as error:
         raise OSError(f"{path.name} cannot be written to {path.parent} ({error}). Is the disk full?") from error
 
 
 def save_safetensors(
-    state: Mapping[str, mx.array], folder: Path, max_shard_size: int | str, variant: str | None = None
+    state: dict[str, mx.array], folder: Path, max_shard_size: int | str, variant: str | None = None
 ) -> list[str]:
-    """Write `model.safetensors`, or shards and their index, into `folder`; returns the names of the files."""
+    """Write `model.safetensors`, or shards and their index, into `folder`; returns the names of the files. `state` is
+    emptied on the way, see `write_safetensors`."""
     name = with_variant(SAFETENSORS, variant)
     split = split_state_dict_into_shards_factory(
-        dict(state),
+        state,
         get_storage_size=lambda x: x.nbytes,
         filename_pattern=name.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard_size,
     )
     for file, keys in split.filename_to_tensors.items():
-        write_safetensors(folder / file, {k: state[k] for k in keys})
+        write_safetensors(folder / file, {k: state.pop(k) for k in keys})
     files = list(split.filename_to_tensors)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

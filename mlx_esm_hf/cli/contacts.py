@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mlx_esm_hf.cli.options import (
+    Activations,
     Aligned,
     BatchTokens,
     Device,
@@ -36,6 +37,7 @@ def command(
     chain: Annotated[str | None, typer.Option(help="Of the structure; by default the one that fits best.")] = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    activations: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -60,6 +62,7 @@ def command(
             chain=chain,
             revision=revision,
             dtype=dtype,
+            activations=activations,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mlx_esm_hf.cli.options import (
+    Activations,
     Aligned,
     BatchTokens,
     Device,
@@ -34,6 +35,7 @@ def command(
     ] = "mean",
     revision: Revision = None,
     dtype: Dtype = None,
+    activations: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -58,6 +60,7 @@ def command(
             pooling=listed(pooling),
             revision=revision,
             dtype=dtype,
+            activations=activations,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mlx_esm_hf.cli.options import (
+    Activations,
     Aligned,
     BatchTokens,
     Device,
@@ -30,6 +31,7 @@ def command(
     top_k: Annotated[int, typer.Option(help="Proposals for each mask.", min=1)] = 5,
     revision: Revision = None,
     dtype: Dtype = None,
+    activations: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -53,6 +55,7 @@ def command(
             top_k=top_k,
             revision=revision,
             dtype=dtype,
+            activations=activations,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mlx_esm_hf.cli.options import (
+    Activations,
     Aligned,
     BatchTokens,
     Device,
@@ -39,6 +40,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Equal seeds give equal designs.", min=0)] = 0,
     revision: Revision = None,
     dtype: Dtype = None,
+    activations: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -70,6 +72,7 @@ def command(
             seed=seed,
             revision=revision,
             dtype=dtype,
+            activations=activations,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

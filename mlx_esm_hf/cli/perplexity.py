@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mlx_esm_hf.cli.options import (
+    Activations,
     Aligned,
     BatchTokens,
     Device,
@@ -30,6 +31,7 @@ def command(
     method: Annotated[str, typer.Option(help="exact (a pass for each residue), or one-pass, an estimate.")] = "exact",
     revision: Revision = None,
     dtype: Dtype = None,
+    activations: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -53,6 +55,7 @@ def command(
             method=method,
             revision=revision,
             dtype=dtype,
+            activations=activations,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

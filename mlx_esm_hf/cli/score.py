@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.options import BatchTokens, Device, Dtype, Long, Models, Quiet, Revision, tokens_of
+from mlx_esm_hf.cli.options import Activations, BatchTokens, Device, Dtype, Long, Models, Quiet, Revision, tokens_of
 from mlx_esm_hf.cli.running import running
 
 
@@ -26,6 +26,7 @@ def command(
     picture: Annotated[Path | None, typer.Option(help="Without MUTANTS: a heat map, .png or .svg.")] = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    activations: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -53,6 +54,7 @@ def command(
             picture=picture,
             revision=revision,
             dtype=dtype,
+            activations=activations,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

@@ -124,6 +124,8 @@ def quantized_linear(
         x = rounded(x, group_size)
     backend = backend_of(x)
     if backend is not gpu:
+        if mode == "affine" and x.dtype == mx.float32:  # so that the weight is not rounded to the scales' precision
+            scales, biases = scales.astype(x.dtype), None if biases is None else biases.astype(x.dtype)
         whole = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
         return linear(x, whole.astype(x.dtype), bias, residual, activation)
     y = mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)

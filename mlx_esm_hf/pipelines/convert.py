@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from transformers import AutoTokenizer
 from transformers.utils.hub import resolve_revision
 
+from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
+from mlx_esm_hf.checkpoint.write import save_safetensors
 from mlx_esm_hf.data.proteins import Protein, Report, Source, read_proteins
 from mlx_esm_hf.hub.card import task_head
 from mlx_esm_hf.hub.files import CARD, CONFIG, OTHERS, REPORT
@@ -91,8 +93,8 @@ def convert(
     report: Source | None = None,
     upload_repo: str | None = None,
 ) -> Conversion:
-    """Write a checkpoint in another precision, with its tokenizer beside it. Layers are converted one by one, so that
-    no whole copy of what they are made from is in memory.
+    """Write a checkpoint in another precision, with its tokenizer beside it. Arrays are read, converted and written one
+    by one, so that little more than the largest is in memory. Of a source in `.bin` that is so where there are kernels.
 
     Without `quantize` or `dequantize` a checkpoint is written anew, in safetensors and under the published keys.
 
@@ -134,10 +136,10 @@ def convert(
         raise ValueError(f"{source} is {'quantized already' if quantize else 'not quantized'}.")
     cls = class_of(config, source)
     proteins = None if report is None else read_for_report(report, source, commit)
-    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    precision: Any = dtype or config.get("dtype") or config.get("torch_dtype") or stored_dtype(source, commit)
 
     with new_folder(Path(output)) as folder:
-        model, info = load_network(cls, source, revision=commit, dtype=dtype, lazy=True, output_loading_info=True)
+        model, info = load_network(cls, source, revision=commit, dtype=precision, lazy=True, output_loading_info=True)
         conversion = Conversion([f"Made from {origin(source, commit)} by mlx-esm-hf {__version__}."])
         if info["unexpected_keys"]:
             conversion.notes.append(f"Left out: {', '.join(sorted(info['unexpected_keys']))}.")
@@ -149,8 +151,11 @@ def convert(
         whole = "Other weights" if block_of(model) else "The weights"
         conversion.notes.append(f"{whole} are {model.config.dtype}.")
         parameters = model.num_parameters()
-        write(model, folder, max_shard_size)
+        written, state = model.to_save(given_parameters(model))
         del model
+        gc.collect()  # parts of a model refer to it, and while it lives it holds all that is computed
+        save_safetensors(state, folder, max_shard_size)
+        written.save_pretrained(folder)
         copy_others(source, commit, folder)
 
         sizes = [weights_size(place, commit) for place in (source, str(folder))]
@@ -261,13 +266,18 @@ def kind_of(packing: Packing) -> str:
     return packing.mode if packing.activations is None else f"{packing.mode}, activations {packing.activations}"
 
 
-def write(model: MLXPreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
-    """Write those parameters that the source gave. What it lacks was drawn at random when the model was made."""
-    parameters: Any = tree_flatten(model.parameters())
-    for _, array in parameters:
-        mx.eval(array)  # one by one: together they would all be read before the first is packed
-    state = {name: array for name, array in model.state_dict().items() if name not in model.newly_initialized}
-    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=state)
+def stored_dtype(source: str, revision: str) -> mx.Dtype:
+    """That of a checkpoint's floating arrays, where its config does not say it."""
+    for path in checkpoint_files(source, revision=revision):
+        for array in load_file(path).values():
+            if mx.issubdtype(array.dtype, mx.floating):
+                return array.dtype
+    return mx.float32
+
+
+def given_parameters(model: MLXPreTrainedModel) -> dict[str, mx.array]:
+    """Those parameters that the source gave. What it lacks was drawn at random when the model was made."""
+    return {name: array for name, array in model.state_dict().items() if name not in model.newly_initialized}
 
 
 def copy_others(source: str, revision: str, folder: Path) -> None:

@@ -21,6 +21,7 @@ from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import MLXAutoModel
+from mlx_esm_hf.quantization import rounds_activations
 from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runtime import memory
@@ -156,6 +157,7 @@ def load(
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    activations: str | None = None,
     device: str | None = None,
     long: str = "error",
     batch_tokens: int | None = None,
@@ -166,6 +168,7 @@ def load(
 
     Args:
         cls: what loads it: `MLXAutoModel` for `embed` and `contacts`, else `MLXAutoModelForMaskedLM`.
+        dtype, activations: see `MLXPreTrainedModel.from_pretrained`.
         device: "cpu" or "gpu"; by default MLX's own choice.
         batch_tokens: None, as many as suit the device and fit into the memory that is free.
         output: of a run; one that stopped goes on with the batches that it had.
@@ -178,7 +181,7 @@ def load(
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
     hub["revision"] = revision or "main"
-    network = load_network(cls, model, dtype=dtype, **hub)
+    network = load_network(cls, model, dtype=dtype, activations=activations, **hub)
     for option, value in PLAIN.items():
         setattr(network.config, option, value)
     commit = same_commit(network)
@@ -242,7 +245,7 @@ def as_protein_model(
 
 def settings_of(model: Any) -> dict[str, Any]:
     """What results depend on, of a model with a network, a name, a revision and a number of tokens in a batch."""
-    return {
+    settings = {
         "model": model.name,
         "revision": model.revision,
         "weights": fingerprint(model.network),
@@ -250,6 +253,9 @@ def settings_of(model: Any) -> dict[str, Any]:
         "device": mx.default_device().type.name,
         "batch_tokens": model.batch_tokens,
     }
+    if rounds_activations(model.network):
+        settings["activations"] = "int8"
+    return settings
 
 
 def fingerprint(network: MLXPreTrainedModel) -> str:

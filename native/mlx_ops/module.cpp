@@ -112,6 +112,7 @@ NB_MODULE(_native, m) {
         return mlx_esm::transition(x, norm_of(norm), layer_of(expand), layer_of(shrink), residual);
       },
       "x"_a, "norm"_a, "expand"_a, "shrink"_a, "residual"_a = none);
+  m.def("mapped", &mlx_esm::mapped, "path"_a, "offset"_a, "shape"_a, "dtype"_a);
 
   m.def("use_threads", &mlx_esm::use_threads, "n"_a);
   m.def("threads", &mlx_esm::threads);

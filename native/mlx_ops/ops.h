@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -62,5 +63,9 @@ mx::array triangle_attention(const mx::array& z, const mx::array& mask, const Pa
                              bool ending, mx::StreamOrDevice s = {});
 mx::array transition(const mx::array& x, const PairNorm& norm, const PairLayer& expand, const PairLayer& shrink,
                      const std::optional<mx::array>& residual, mx::StreamOrDevice s = {});
+
+// The numbers from `offset` on, in bytes, of a file, which are read when they are used. The file has to stay as it is.
+// Throws std::system_error where it cannot be mapped.
+mx::array mapped(const std::string& path, long offset, const std::vector<int>& shape, mx::Dtype dtype);
 
 }  // namespace mlx_esm

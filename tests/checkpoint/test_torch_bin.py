@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 
 import mlx_esm_hf
 from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.checkpoint.mapped import MAPPED_FROM
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin, load_torch_checkpoint
+from mlx_esm_hf.ops import kernels
 
 torch = pytest.importorskip("torch")
 
@@ -233,6 +235,41 @@ def test_result_outlives_the_file(tmp_path, format):
     path.write_bytes(b"\0" * path.stat().st_size)
     path.unlink()
     assert_same(arrays, example())
+
+
+LARGE = MAPPED_FROM // 2  # numbers of half precision
+
+
+@pytest.mark.skipif(kernels.native is None, reason=f"the kernels are {kernels.STATE}")
+@pytest.mark.parametrize(("format", "mapped"), [("zip", 4), ("legacy", 0)])
+def test_large_tensors_stay_in_the_file(tmp_path, format, mapped):
+    """Of a zip, those that lie there row by row."""
+    torch.manual_seed(0)
+    rows = torch.randn(3, LARGE)
+    state = {
+        "half": torch.randn(2, LARGE).half(),
+        "bfloat16": torch.randn(LARGE).bfloat16(),
+        "rows": rows,
+        "row": rows[1],
+        "transposed": torch.randn(5, LARGE).t(),
+        "double": torch.randn(LARGE).double(),
+        "integers": torch.arange(LARGE),
+        "small": torch.randn(7),
+    }
+    path = save(state, tmp_path / "x.bin", format)
+    arrays = load_torch_bin(path)
+    assert Path("/proc/self/maps").read_text().count(str(path)) == mapped
+    assert_same(arrays, state | {"double": state["double"].float()})
+
+
+def test_flipped_bit_of_a_large_tensor(tmp_path):
+    """Mapped or read, it is checked."""
+    path = save({"w": torch.arange(float(LARGE))}, tmp_path / "x.bin")
+    content = bytearray(path.read_bytes())
+    content[-LARGE] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="CRC"):
+        load_torch_bin(path)
 
 
 @pytest.mark.parametrize("format", FORMATS)

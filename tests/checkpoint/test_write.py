@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import shard_names
-from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
+from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors, write_safetensors
 
 STATE = {f"layer.{i}": mx.full((256,), i, dtype=mx.float32) for i in range(5)}  # 1 KiB each
 
@@ -40,7 +40,7 @@ def test_nothing_is_half_written(error, tmp_path):
 @pytest.mark.parametrize("size", ["50GB", "3KB", 2048, 1024, 1])
 def test_save(size, variant, tmp_path):
     """One file, or shards of which none is larger than asked, and an index that names every key."""
-    files = save_safetensors(STATE, tmp_path, size, variant)
+    files = save_safetensors(dict(STATE), tmp_path, size, variant)
     assert set(files) == content(tmp_path).keys()
     assert all(variant is None or variant in file for file in files)
     paths = [str(tmp_path / file) for file in files if file.endswith("safetensors")]
@@ -69,11 +69,50 @@ def test_not_contiguous(dtype, tmp_path):
         "slice": mx.arange(10)[2:8:2],
         "scalar": mx.array(2.5, dtype),
     }
-    save_safetensors(state, tmp_path, "50GB")
+    save_safetensors(dict(state), tmp_path, "50GB")
     loaded = load_files([str(tmp_path / "model.safetensors")])
     for name, array in state.items():
         assert loaded[name].dtype == array.dtype and loaded[name].shape == array.shape
         assert np.array_equal(np.array(loaded[name].astype(mx.float32)), np.array(array.astype(mx.float32))), name
+
+
+def test_numbers_are_aligned(tmp_path):
+    """Whatever lies before them in the file."""
+    state = {
+        "odd": mx.ones(3, mx.uint8),
+        "a": mx.array([1.5, 2, 3]),
+        "half": mx.array([1.5, 2, 3], mx.bfloat16),
+        "single": mx.array(7, mx.int64),
+        "b": mx.array([4.5]),
+        "even": mx.arange(8).astype(mx.float16),
+    }
+    write_safetensors(tmp_path / "model.safetensors", dict(state))
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    start = len(raw) - sum(array.nbytes for array in state.values())
+    for name, array in state.items():
+        assert (start + header[name]["data_offsets"][0]) % array.itemsize == 0, name
+    loaded = load_files([str(tmp_path / "model.safetensors")])
+    assert all(mx.array_equal(loaded[name], array) for name, array in state.items())
+
+
+def test_lazy_arrays_are_in_memory_one_at_a_time(tmp_path):
+    """Of three shards together, too."""
+    size = 4 << 20
+    state = {f"layer.{i}": mx.arange(size // 4).astype(mx.float32) + i for i in range(12)}
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    files = save_safetensors(state, tmp_path, 4 * size)
+    assert not state and mx.get_peak_memory() - before < 4 * size
+    loaded = load_files([str(tmp_path / file) for file in files if file.endswith(".safetensors")])
+    assert len(files) == 4 and all(loaded[f"layer.{i}"][5].item() == 5 + i for i in range(12))
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="only a CPU has float64")
+def test_dtype_that_is_not_read(tmp_path):
+    with pytest.raises(ValueError, match="'x' is of mlx.core.float64, .* cast it first"):
+        save_safetensors({"x": mx.array([1.0], mx.float64)}, tmp_path, "1GB")
+    assert not content(tmp_path)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmModel, __version__
 from mlx_esm_hf.cli import app
 from mlx_esm_hf.ops import kernels
+from mlx_esm_hf.pipelines import convert
 from mlx_esm_hf.runtime import blas
 from tests.pipelines.models import write_model
 from tests.tiny import SIZE
@@ -171,6 +172,37 @@ def test_a_config_that_asks_for_other_outputs(name, esm2, tmp_path):
         written.append((tmp_path / output).read_bytes())
         (tmp_path / output).unlink()
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("name", [*JOBS, "score"])
+def test_rounding_needs_packed_weights(name, esm2, tmp_path):
+    (tmp_path / "in.fasta").write_text(">a\nMK<mask>AYI\n")
+    output, options = ("out.csv", []) if name == "score" else JOBS[name][:2]
+    source = ["--sequence", "MKTAYI"] if name == "score" else [tmp_path / "in.fasta"]
+    arguments = [name, *source, "--model", esm2, "--output", tmp_path / output, "--activations", "int8", *options]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 1 and not (tmp_path / output).exists()
+    assert f"activations='int8' is for layers of 4 or 8 bits in mode 'affine', and {esm2} is not quantized" in (
+        result.output.replace("\n", " ")
+    )
+
+
+def test_rounding_is_asked_for_and_told(run, esm2, tmp_path):
+    """With --activations the results are those of a checkpoint that was converted so, and their metadata say it."""
+    packing = {"quantize": True, "bits": 8, "group_size": 32}
+    convert(esm2, tmp_path / "weights", **packing)
+    convert(esm2, tmp_path / "rounding", activations="int8", **packing)
+    found, said = [], []
+    for model, *options in (("weights",), ("rounding",), ("weights", "--activations", "int8")):
+        result, output = run(">a\nMKTAYIAKQR\n", tmp_path / model, *options)
+        assert result.exit_code == 0, result.output
+        embedding, metadata = means(output)
+        found.append(embedding)
+        said.append(metadata.get("activations"))
+        output.unlink()
+    assert said == [None, "int8", "int8"]
+    plain, rounding, asked = found
+    assert np.array_equal(asked, rounding) and not np.array_equal(asked, plain)
 
 
 def test_score_writes_the_table(esm2, tmp_path):
