@@ -161,8 +161,10 @@ def gelu(x: mx.array) -> mx.array:
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, where silu(x) = x / (1 + e^−x) (Shazeer 2020)."""
-    backend = backend_of(gate, up)
-    return (cpu if backend is kernels else backend).swiglu(gate, up)
+    arrays = wide(gate, up)
+    if arrays:
+        return kernels.swiglu(*arrays).astype(gate.dtype)
+    return backend_of(gate, up).swiglu(gate, up)
 
 
 def softmax(x: mx.array) -> mx.array:

@@ -143,6 +143,11 @@ def gelu(x: mx.array) -> mx.array:
     return native.gelu(x)
 
 
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`ops.swiglu`."""
+    return native.swiglu(gate, up)
+
+
 def softmax(x: mx.array) -> mx.array:
     """`ops.softmax`."""
     return native.softmax(x)

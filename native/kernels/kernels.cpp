@@ -70,6 +70,14 @@ void gelu_gradient(const float* x, const float* dy, float* dx, long size) {
   pieces(size, 1 << 14, [&](long begin, long end) { gelu_gradient_range(x, dy, dx, begin, end); });
 }
 
+void swiglu(const float* gate, const float* up, float* y, long size) {
+  pieces(size, 1 << 14, [&](long begin, long end) { swiglu_range(gate, up, y, begin, end); });
+}
+
+void swiglu_gradient(const float* gate, const float* up, const float* dy, float* dgate, float* dup, long size) {
+  pieces(size, 1 << 14, [&](long begin, long end) { swiglu_gradient_range(gate, up, dy, dgate, dup, begin, end); });
+}
+
 void layer_norm(const float* x, const float* weight, const float* bias, float* y, long rows, long width, float eps) {
   pieces(rows, ceil_div(1 << 14, width), [&](long begin, long end) {
     for (long r = begin; r < end; r++) layer_norm_row(x + r * width, weight, bias, y + r * width, width, eps);
@@ -156,6 +164,8 @@ const mlx_esm::Kernels* mlx_esm::TABLE() {
                              integer_linear,
                              gelu_of,
                              gelu_gradient,
+                             swiglu,
+                             swiglu_gradient,
                              layer_norm,
                              layer_norm_gradient,
                              softmax,

@@ -127,6 +127,10 @@ struct Kernels {
   void (*gelu)(const float* x, float* y, long size);
   void (*gelu_gradient)(const float* x, const float* dy, float* dx, long size);
 
+  // silu(gate) · up, where silu(x) = x / (1 + e^-x), and dy times its derivatives.
+  void (*swiglu)(const float* gate, const float* up, float* y, long size);
+  void (*swiglu_gradient)(const float* gate, const float* up, const float* dy, float* dgate, float* dup, long size);
+
   // Rows of `width` to mean 0 and variance 1, then times weight plus bias, which may be null.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, long rows, long width,
                      float eps);

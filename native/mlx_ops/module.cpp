@@ -61,6 +61,7 @@ NB_MODULE(_native, m) {
       "x"_a, "weight"_a, "scales"_a, "biases"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none,
       "group_size"_a, "bits"_a, "integers"_a = false);
   m.def("gelu", [](const array& x) { return mlx_esm::gelu(x); }, "x"_a);
+  m.def("swiglu", [](const array& gate, const array& up) { return mlx_esm::swiglu(gate, up); }, "gate"_a, "up"_a);
   m.def("softmax", [](const array& x) { return mlx_esm::softmax(x); }, "x"_a);
   m.def(
       "layer_norm",

@@ -25,6 +25,7 @@ mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx
                            const std::optional<mx::array>& residual, Activation activation, int group_size, int bits,
                            bool integers, mx::StreamOrDevice s = {});
 mx::array gelu(const mx::array& x, mx::StreamOrDevice s = {});
+mx::array swiglu(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s = {});
 mx::array layer_norm(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias, float eps,
                      mx::StreamOrDevice s = {});
 mx::array softmax(const mx::array& x, mx::StreamOrDevice s = {});

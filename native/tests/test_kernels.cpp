@@ -139,6 +139,26 @@ void test_gelu() {
     }
 }
 
+void test_swiglu() {
+  for (long size : {0, 1, 15, 33, 40000})
+    for (double scale : {0.1, 3.0, 1e4}) {
+      const Floats gate = numbers(size, scale), up = numbers(size), dy = numbers(size);
+      Floats y(size), dgate(size), dup(size);
+      Doubles exact, by_gate, by_up;
+      for (long i = 0; i < size; i++) {
+        const double s = exact_sigmoid(gate[i]), silu = gate[i] * s;
+        exact.push_back(silu * up[i]);
+        by_gate.push_back(double(dy[i]) * up[i] * (s + silu * (1 - s)));
+        by_up.push_back(dy[i] * silu);
+      }
+      kernels().swiglu(gate.data(), up.data(), y.data(), size);
+      kernels().swiglu_gradient(gate.data(), up.data(), dy.data(), dgate.data(), dup.data(), size);
+      compare("swiglu", y, exact, 2e-6, 0.1);
+      compare("swiglu's gradient by gate", dgate, by_gate, 2e-6, 0.1);
+      compare("swiglu's gradient by up", dup, by_up, 2e-6, 0.1);
+    }
+}
+
 void test_layer_norm() {
   constexpr float eps = 1e-5;
   for (long rows : {0, 1, 5, 70, 130})
@@ -451,6 +471,7 @@ int main() {
     test_quantized_linear();
     test_half_linear();
     test_gelu();
+    test_swiglu();
     test_layer_norm();
     test_softmax();
     test_adamw();

@@ -114,6 +114,10 @@ def torch_layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = EPS) ->
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def torch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
 def torch_softmax(x: torch.Tensor) -> torch.Tensor:
     return x.softmax(-1)
 
@@ -229,7 +233,7 @@ def test_operands_that_are_not_contiguous():
     ours = native.linear(*views, mx.array(residual).transpose(1, 2, 0))
     same = native.linear(*(mx.array(np.array(v)) for v in views), mx.array(residual.transpose(1, 2, 0).copy()))
     assert mx.array_equal(ours, same)
-    for operation in (native.gelu, native.softmax):
+    for operation in (native.gelu, native.softmax, lambda x: native.swiglu(x, x)):
         assert mx.array_equal(operation(views[0]), operation(mx.array(np.array(views[0]))))
     (q, k, v), _ = attention_inputs(2, 8, [0, 20])
     fused = mx.split(mx.concatenate([mx.array(i) for i in (q, k, v)], axis=-1), 3, axis=-1)
@@ -280,6 +284,7 @@ def test_sum_of_squares(size):
 def test_elementwise(shape, scale):
     x, weight, bias = numbers(*shape, scale=scale), numbers(shape[-1], seed=1), numbers(shape[-1], seed=2)
     check(native.gelu, F.gelu, x)
+    check(native.swiglu, torch_swiglu, x, numbers(*shape, seed=3))
     check(native.softmax, torch_softmax, x)
     check(native.layer_norm, torch_layer_norm, x, weight, bias, EPS)
     check(native.layer_norm, torch_layer_norm, x, weight, None, EPS)
@@ -295,6 +300,20 @@ def test_gelu_far_out():
     exact.sum().backward()
     np.testing.assert_allclose(np.array(gelu), exact.detach().numpy(), rtol=1e-6, atol=1e-30)
     finite = np.isfinite(x)  # where torch has a slope
+    np.testing.assert_allclose(np.array(slope)[finite], wide.grad.numpy()[finite], rtol=1e-6, atol=1e-6)
+    assert np.isnan(np.array(slope)[np.isnan(x)]).all()
+
+
+@every_set
+def test_swiglu_far_out():
+    x = np.array([0, 1e-30, -1e-30, 88, -88, 100, -100, 3e38, -3e38, np.inf, -np.inf, np.nan, 1] * 3, np.float32)[:-1]
+    ones = mx.ones(len(x))
+    y, slope = native.swiglu(mx.array(x), ones), mx.grad(lambda x: native.swiglu(x, ones).sum())(mx.array(x))
+    wide = torch.tensor(x.clip(-1e3), dtype=torch.float64, requires_grad=True)  # below, torch has -inf · 0
+    exact = F.silu(wide)
+    exact.sum().backward()
+    np.testing.assert_allclose(np.array(y), exact.detach().numpy(), rtol=1e-6, atol=1e-30)
+    finite = np.isfinite(x)
     np.testing.assert_allclose(np.array(slope)[finite], wide.grad.numpy()[finite], rtol=1e-6, atol=1e-6)
     assert np.isnan(np.array(slope)[np.isnan(x)]).all()
 
@@ -409,6 +428,7 @@ def test_no_tokens(offsets):
     for output in (
         native.linear(x, mx.ones((8, 8)), row, x, "gelu"),
         native.gelu(x),
+        native.swiglu(x, x),
         native.softmax(x),
         native.layer_norm(x, row, row, EPS),
         native.layer_norm(x, row, None, EPS),
@@ -461,6 +481,7 @@ def test_gradients_of_linear(activation, wrap):
 def test_gradients_of_elementwise(shape, wrap):
     x, weight, bias = numbers(*shape, scale=2), numbers(shape[-1], seed=1), numbers(shape[-1], seed=2)
     check_gradients(native.gelu, F.gelu, x, wrap=wrap)
+    check_gradients(native.swiglu, torch_swiglu, x, numbers(*shape, seed=3), wrap=wrap)
     check_gradients(native.softmax, torch_softmax, x, wrap=wrap)
     check_gradients(lambda *x: native.layer_norm(*x, EPS), torch_layer_norm, x + np.float32(3), weight, bias, wrap=wrap)
     check_gradients(lambda *x: native.layer_norm(*x, None, EPS), torch_layer_norm, x, weight, wrap=wrap)
@@ -562,6 +583,7 @@ def operations() -> list[tuple[Callable[..., mx.array], list[mx.array]]]:
         (lambda x, w, b: native.linear(x, w, b, x, "gelu"), [x, w, b]),
         (lambda x, w, b: native.linear(x, w, b, x, "relu"), [x, w, b]),
         (native.gelu, [x]),
+        (native.swiglu, [x, mx.array(numbers(18, 16, seed=11))]),
         (native.softmax, [x]),
         (lambda x, w, b: native.layer_norm(x, w, b, EPS), [x, b, b + 1]),
         (lambda x, w: native.layer_norm(x, w, None, EPS), [x, b]),
@@ -571,9 +593,9 @@ def operations() -> list[tuple[Callable[..., mx.array], list[mx.array]]]:
     ]
 
 
-OPERATIONS = ["linear gelu", "linear relu", "gelu", "softmax", "layer_norm", "layer_norm without bias",
+OPERATIONS = ["linear gelu", "linear relu", "gelu", "swiglu", "softmax", "layer_norm", "layer_norm without bias",
               "attention rotary", "attention learned", "attention bias"]  # fmt: skip
-every_operation = pytest.mark.parametrize("i", range(9), ids=OPERATIONS)
+every_operation = pytest.mark.parametrize("i", range(10), ids=OPERATIONS)
 
 
 @every_set
@@ -616,6 +638,7 @@ def test_second_derivatives(i):
         lambda x, w, b: torch_linear(x, w, b, x, "gelu"),
         lambda x, w, b: torch_linear(x, w, b, x, "relu"),
         F.gelu,
+        torch_swiglu,
         torch_softmax,
         torch_layer_norm,
         torch_layer_norm,
@@ -714,6 +737,8 @@ x34, x4, w54, q = mx.zeros((3, 4)), mx.zeros((4,)), mx.zeros((5, 4)), mx.zeros((
         lambda: native.linear(x34, w54.astype(mx.bfloat16)),
         lambda: native.linear(x34, w54, activation="tanh"),
         lambda: native.gelu(x34.astype(mx.float16)),
+        lambda: native.swiglu(x34, x4),
+        lambda: native.swiglu(x34, x34.astype(mx.float16)),
         lambda: native.softmax(x34.astype(mx.float16)),
         lambda: native.softmax(mx.zeros((3, 0))),
         lambda: native.softmax(mx.array(1.0)),
@@ -781,6 +806,7 @@ def test_a_batch_through_ops(monkeypatch):
         lambda: ops.linear(query, weight, row[:9], residual, "gelu"),
         lambda: ops.layer_norm(query, row, None, EPS),
         lambda: ops.layer_norm(query, row, row, EPS),
+        lambda: ops.swiglu(query, key),
     ]
     for call in calls:
         monkeypatch.setattr(ops, "backend_of", lambda *arrays: kernels)
