@@ -69,8 +69,9 @@ def linear(
     bias: mx.array | None = None,
     residual: mx.array | None = None,
     activation: str | None = None,
+    scale: float = 1.0,
 ) -> mx.array:
-    """x · weightᵀ + bias, then the activation, then + residual.
+    """x · weightᵀ + bias, then the activation, then · scale, then + residual.
 
     Args:
         x: [..., inputs].
@@ -84,11 +85,11 @@ def linear(
     if weight.dtype in HALF and backend_of() is kernels:
         x32, bias32, residual32 = wide(x, bias, residual) or (x, bias, residual)
         if backend_of(x32, bias32, residual32) is kernels:
-            return kernels.half_linear(x32, weight, bias32, residual32, activation).astype(x.dtype)
+            return kernels.half_linear(x32, weight, bias32, residual32, activation, scale).astype(x.dtype)
     if backend_of(x, weight, bias, residual) is kernels:
-        return kernels.linear(x, weight, bias, residual, activation)
+        return kernels.linear(x, weight, bias, residual, activation, scale)
     y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    return activated(y, residual, activation)
+    return activated(y, residual, activation, scale)
 
 
 def quantized_linear(
@@ -99,6 +100,7 @@ def quantized_linear(
     bias: mx.array | None = None,
     residual: mx.array | None = None,
     activation: str | None = None,
+    scale: float = 1.0,
     *,
     group_size: int,
     bits: int,
@@ -116,8 +118,9 @@ def quantized_linear(
     if mode == "affine" and bits in kernels.BITS:
         x32, bias32, residual32 = wide(x, bias, residual) or (x, bias, residual)
         if biases is not None and backend_of(x32, bias32, residual32) is kernels:
+            integers = activations == "int8"
             y = kernels.quantized_linear(
-                x32, weight, scales, biases, bias32, residual32, activation, group_size, bits, activations == "int8"
+                x32, weight, scales, biases, bias32, residual32, activation, scale, group_size, bits, integers
             )
             return y.astype(x.dtype)
     if activations == "int8":
@@ -125,9 +128,9 @@ def quantized_linear(
     backend = backend_of(x)
     if backend is not gpu:
         whole = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-        return linear(x, whole.astype(x.dtype), bias, residual, activation)
+        return linear(x, whole.astype(x.dtype), bias, residual, activation, scale)
     y = mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-    return activated(y if bias is None else y + bias, residual, activation)
+    return activated(y if bias is None else y + bias, residual, activation, scale)
 
 
 def rounded(x: mx.array, group_size: int) -> mx.array:
@@ -140,12 +143,14 @@ def rounded(x: mx.array, group_size: int) -> mx.array:
     return x + mx.stop_gradient(found - x)
 
 
-def activated(y: mx.array, residual: mx.array | None, activation: str | None) -> mx.array:
-    """The activation of y, then + residual: what `linear` does behind its product."""
+def activated(y: mx.array, residual: mx.array | None, activation: str | None, scale: float = 1.0) -> mx.array:
+    """The activation of y, then · scale, then + residual: what `linear` does behind its product."""
     if activation == "gelu":
         y = gelu(y)
     elif activation == "relu":
         y = mx.maximum(y, 0)
+    if scale != 1:
+        y = y * scale
     return y if residual is None else y + residual
 
 

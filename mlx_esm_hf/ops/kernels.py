@@ -101,20 +101,30 @@ native, STATE = _load()
 
 
 def linear(
-    x: mx.array, weight: mx.array, bias: mx.array | None, residual: mx.array | None, activation: str | None
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    residual: mx.array | None,
+    activation: str | None,
+    scale: float,
 ) -> mx.array:
     """`ops.linear`."""
-    return native.linear(x, weight, bias, residual, activation)
+    return native.linear(x, weight, bias, residual, activation, scale)
 
 
 BITS = (2, 3, 4, 6, 8)  # of a quantized weight
 
 
 def half_linear(
-    x: mx.array, weight: mx.array, bias: mx.array | None, residual: mx.array | None, activation: str | None
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    residual: mx.array | None,
+    activation: str | None,
+    scale: float,
 ) -> mx.array:
     """`ops.linear` of float32 with a weight of float16 or bfloat16."""
-    return native.half_linear(x, weight, bias, residual, activation)
+    return native.half_linear(x, weight, bias, residual, activation, scale)
 
 
 def quantized_linear(
@@ -125,12 +135,15 @@ def quantized_linear(
     bias: mx.array | None,
     residual: mx.array | None,
     activation: str | None,
+    scale: float,
     group_size: int,
     bits: int,
     integers: bool,
 ) -> mx.array:
     """`ops.quantized_linear` of float32."""
-    return native.quantized_linear(x, weight, scales, biases, bias, residual, activation, group_size, bits, integers)
+    return native.quantized_linear(
+        x, weight, scales, biases, bias, residual, activation, scale, group_size, bits, integers
+    )
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:

@@ -109,19 +109,19 @@ struct PackedWeight {
 struct Kernels {
   const char* name;  // of the instruction set
 
-  // y[tokens, outputs] = x[tokens, inputs] · weightᵀ + bias, then the activation, then + residual. weight is
-  // [outputs, inputs]; bias [outputs] and residual [tokens, outputs] may be null.
+  // y[tokens, outputs] = x[tokens, inputs] · weightᵀ + bias, then the activation, then · scale, then + residual. weight
+  // is [outputs, inputs]; bias [outputs] and residual [tokens, outputs] may be null.
   void (*linear)(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
-                 long outputs, long inputs, Activation activation);
+                 long outputs, long inputs, Activation activation, float scale);
 
   // The same with a weight of fewer bits.
   void (*packed_linear)(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                        long tokens, long outputs, long inputs, Activation activation);
+                        long tokens, long outputs, long inputs, Activation activation, float scale);
 
   // The same with a weight of 4 or 8 bits, and x rounded to 8 bits, with a scale for each token and group: products
   // are those of integers.
   void (*integer_linear)(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                         long tokens, long outputs, long inputs, Activation activation);
+                         long tokens, long outputs, long inputs, Activation activation, float scale);
 
   // x Φ(x), and dy times its derivative.
   void (*gelu)(const float* x, float* y, long size);

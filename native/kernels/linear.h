@@ -21,6 +21,7 @@ struct Linear {
   long tokens, outputs, inputs;
   Activation activation;
   long token_block, output_block;  // the size of a task
+  float scale;
 
   long token_blocks() const { return ceil_div(tokens, token_block); }
   long output_blocks() const { return ceil_div(outputs, output_block); }
@@ -68,7 +69,7 @@ inline void finish(const Linear& p, const Block& block, long n0, long N, const f
     unpack(product + (t - block.t0) * N, least(NR, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
       const long n = n0 + column, at = (t + token) * p.outputs + n;
       if (p.bias) v += load_columns(p.bias + n, columns);
-      v = activated(v, p.activation);
+      v = activated(v, p.activation) * p.scale;
       if (p.residual) v += load_columns(p.residual + at, columns);
       store_columns(p.y + at, v, columns);
     });

@@ -39,27 +39,27 @@ NB_MODULE(_native, m) {
   m.def(
       "linear",
       [](const array& x, const array& weight, const Optional& bias, const Optional& residual,
-         const std::optional<std::string>& activation) {
-        return mlx_esm::linear(x, weight, bias, residual, activation_called(activation));
+         const std::optional<std::string>& activation, float scale) {
+        return mlx_esm::linear(x, weight, bias, residual, activation_called(activation), scale);
       },
-      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none);
+      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none, "scale"_a = 1.0f);
   m.def(
       "half_linear",
       [](const array& x, const array& weight, const Optional& bias, const Optional& residual,
-         const std::optional<std::string>& activation) {
-        return mlx_esm::half_linear(x, weight, bias, residual, activation_called(activation));
+         const std::optional<std::string>& activation, float scale) {
+        return mlx_esm::half_linear(x, weight, bias, residual, activation_called(activation), scale);
       },
-      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none);
+      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none, "scale"_a = 1.0f);
   m.def(
       "quantized_linear",
       [](const array& x, const array& weight, const array& scales, const array& biases, const Optional& bias,
-         const Optional& residual, const std::optional<std::string>& activation, int group_size, int bits,
-         bool integers) {
+         const Optional& residual, const std::optional<std::string>& activation, float scale, int group_size,
+         int bits, bool integers) {
         return mlx_esm::quantized_linear(x, weight, scales, biases, bias, residual, activation_called(activation),
-                                         group_size, bits, integers);
+                                         scale, group_size, bits, integers);
       },
       "x"_a, "weight"_a, "scales"_a, "biases"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none,
-      "group_size"_a, "bits"_a, "integers"_a = false);
+      "scale"_a = 1.0f, "group_size"_a, "bits"_a, "integers"_a = false);
   m.def("gelu", [](const array& x) { return mlx_esm::gelu(x); }, "x"_a);
   m.def("swiglu", [](const array& gate, const array& up) { return mlx_esm::swiglu(gate, up); }, "gate"_a, "up"_a);
   m.def("softmax", [](const array& x) { return mlx_esm::softmax(x); }, "x"_a);

@@ -66,14 +66,15 @@ void test_linear() {
           const Floats bias = numbers(outputs), residual = numbers(tokens * outputs);
           const bool plain = activation == Activation::none;
           const float *b = plain ? nullptr : bias.data(), *r = plain ? nullptr : residual.data();
+          const float scale = plain ? 1 : 0.7f;
           Floats y(tokens * outputs);
-          kernels().linear(x.data(), weight.data(), b, r, y.data(), tokens, outputs, inputs, activation);
-          compare("linear", y, exact_linear(x, weight, b, r, tokens, outputs, inputs, activation));
+          kernels().linear(x.data(), weight.data(), b, r, y.data(), tokens, outputs, inputs, activation, scale);
+          compare("linear", y, exact_linear(x, weight, b, r, tokens, outputs, inputs, activation, scale));
         }
   const Floats x = numbers(20 * 1500), weight = numbers(7 * 1500);  // deeper than a panel that stays in the cache
   Floats y(20 * 7);
-  kernels().linear(x.data(), weight.data(), nullptr, nullptr, y.data(), 20, 7, 1500, Activation::none);
-  compare("deep linear", y, exact_linear(x, weight, nullptr, nullptr, 20, 7, 1500, Activation::none));
+  kernels().linear(x.data(), weight.data(), nullptr, nullptr, y.data(), 20, 7, 1500, Activation::none, 1);
+  compare("deep linear", y, exact_linear(x, weight, nullptr, nullptr, 20, 7, 1500, Activation::none, 1));
 }
 
 void test_quantized_linear() {
@@ -92,9 +93,10 @@ void test_quantized_linear() {
           const auto bytes = packed(integers, bits);
           const PackedWeight p{bytes.data(), Number::float32, scales.data(), biases.data(), bits, group};
           auto check = [&](auto kernel, const Floats& x_of_exact, const std::string& what) {
-            kernel(x.data(), p, bias.data(), residual.data(), y.data(), tokens, outputs, inputs, Activation::gelu);
+            kernel(x.data(), p, bias.data(), residual.data(), y.data(), tokens, outputs, inputs, Activation::gelu,
+                   0.7f);
             compare(what, y, exact_linear(x_of_exact, weight, bias.data(), residual.data(), tokens, outputs, inputs,
-                                          Activation::gelu));
+                                          Activation::gelu, 0.7f));
           };
           check(kernels().packed_linear, x, "quantized linear");
           if (bits == 4 || bits == 8) check(kernels().integer_linear, rounded(x, group), "linear of integers");
@@ -116,9 +118,9 @@ void test_half_linear() {
           std::memcpy(&weight[i], &word, sizeof word);
         }
         const PackedWeight p{halves.data(), Number::bfloat16, nullptr, nullptr, 16, 1};
-        kernels().packed_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none);
+        kernels().packed_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none, 1);
         compare("linear of bfloat16", y,
-                exact_linear(x, weight, nullptr, nullptr, tokens, outputs, inputs, Activation::none));
+                exact_linear(x, weight, nullptr, nullptr, tokens, outputs, inputs, Activation::none, 1));
       }
 }
 

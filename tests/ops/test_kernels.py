@@ -104,9 +104,9 @@ wrappings = pytest.mark.parametrize("wrap", [plain, mx.compile, mx.checkpoint], 
 
 
 def torch_linear(
-    x: Any, weight: Any, bias: Any = None, residual: Any = None, activation: str | None = None
+    x: Any, weight: Any, bias: Any = None, residual: Any = None, activation: str | None = None, scale: float = 1.0
 ) -> torch.Tensor:
-    y = ACTIVATIONS[activation](F.linear(x, weight, bias))
+    y = ACTIVATIONS[activation](F.linear(x, weight, bias)) * scale
     return y if residual is None else y + residual
 
 
@@ -215,8 +215,9 @@ def test_linear(tokens):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("residual", [None, numbers(2, 9, 33, seed=3)], ids=["", "residual"])
 @pytest.mark.parametrize("bias", [None, numbers(33, seed=2)], ids=["", "bias"])
-def test_linear_options(bias, residual, activation):
-    check(native.linear, torch_linear, numbers(2, 9, 70), numbers(33, 70, seed=1), bias, residual, activation)
+@pytest.mark.parametrize("scale", [1.0, 0.7], ids=["", "scale"])
+def test_linear_options(scale, bias, residual, activation):
+    check(native.linear, torch_linear, numbers(2, 9, 70), numbers(33, 70, seed=1), bias, residual, activation, scale)
 
 
 @every_set
@@ -465,12 +466,13 @@ for call in (
 
 @every_set
 @wrappings
+@pytest.mark.parametrize("scale", [1.0, 0.7], ids=["", "scale"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_of_linear(activation, wrap):
+def test_gradients_of_linear(activation, scale, wrap):
     shapes = [(2, 19, 45), (33, 45), (33,), (2, 19, 33)]
     inputs = [numbers(*s, seed=i) for i, s in enumerate(shapes)]
     for n in (2, 3, 4):
-        rest = [*[None] * (4 - n), activation]
+        rest = [*[None] * (4 - n), activation, scale]
         ours, theirs = (lambda *x, f=f, rest=rest: f(*x, *rest) for f in (native.linear, torch_linear))
         check_gradients(ours, theirs, *inputs[:n], wrap=wrap)
 
@@ -581,7 +583,7 @@ def operations() -> list[tuple[Callable[..., mx.array], list[mx.array]]]:
     w, bias = mx.array(numbers(16, 16, scale=0.25, seed=4)), mx.array(numbers(1, 2, 9, 9, seed=10))
     return [
         (lambda x, w, b: native.linear(x, w, b, x, "gelu"), [x, w, b]),
-        (lambda x, w, b: native.linear(x, w, b, x, "relu"), [x, w, b]),
+        (lambda x, w, b: native.linear(x, w, b, x, "relu", 0.7), [x, w, b]),
         (native.gelu, [x]),
         (native.swiglu, [x, mx.array(numbers(18, 16, seed=11))]),
         (native.softmax, [x]),
@@ -636,7 +638,7 @@ def test_second_derivatives(i):
     rest = [torch.tensor(np.array(a, np.float64)) for a in arguments[1:]]
     theirs = [
         lambda x, w, b: torch_linear(x, w, b, x, "gelu"),
-        lambda x, w, b: torch_linear(x, w, b, x, "relu"),
+        lambda x, w, b: torch_linear(x, w, b, x, "relu", 0.7),
         F.gelu,
         torch_swiglu,
         torch_softmax,
@@ -803,7 +805,7 @@ def test_a_batch_through_ops(monkeypatch):
         lambda: ops.attention(query, key, value, H, layout, (mx.cos(angles), mx.sin(angles)), None, bias),
         lambda: ops.attention(query, key, value, H, layout, None, learned),
         lambda: ops.linear(query, weight, None, residual, "relu"),
-        lambda: ops.linear(query, weight, row[:9], residual, "gelu"),
+        lambda: ops.linear(query, weight, row[:9], residual, "gelu", 0.7),
         lambda: ops.layer_norm(query, row, None, EPS),
         lambda: ops.layer_norm(query, row, row, EPS),
         lambda: ops.swiglu(query, key),
