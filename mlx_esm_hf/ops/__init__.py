@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf.ops import cpu, gpu, kernels
-from mlx_esm_hf.ops.heads import Rotary, merge_heads, split_heads
+from mlx_esm_hf.ops.heads import Norms, Rotary, merge_heads, split_heads
 from mlx_esm_hf.ops.layout import Layout
 
 __all__ = [
@@ -186,6 +186,7 @@ def attention(
     rotary: Rotary | None = None,
     bias_kv: tuple[mx.array, mx.array] | None = None,
     bias: mx.array | None = None,
+    norms: Norms | None = None,
 ) -> mx.array:
     """Multi-head attention, softmax(rotate(query / √d) · rotate(key)ᵀ + bias) · value in each head.
 
@@ -195,6 +196,8 @@ def attention(
         rotary: cosines and sines of the angles of each position, [B, L, d / 2].
         bias_kv: a key and a value, D numbers each, that every sequence has besides its own (ESM-1).
         bias: [B or 1, heads, L, L], added to the scores; for a batch that is not packed, without `bias_kv`.
+        norms: query and key are normalised first, over all heads: the weights of the two layer norms, which have no
+            bias, D numbers each, and their eps.
 
     Returns:
         [B, L, D].
@@ -202,16 +205,20 @@ def attention(
     layout = layout or Layout(query.shape[:2])  # type: ignore[arg-type]
     # Chains in rows that are not packed are seen by a mask of pairs, which the kernels do not take.
     by_pairs = layout.visible is not None and layout.visible.ndim == 3
-    arrays = None if by_pairs else wide(query, key, value, *(rotary or (None, None)), *(bias_kv or (None, None)), bias)
+    more = *(rotary or (None, None)), *(bias_kv or (None, None)), bias, *(norms or (None, None))[:2]
+    arrays = None if by_pairs else wide(query, key, value, *more)
     if arrays:
-        q, k, v, cos, sin, bias_k, bias_v, bias = arrays
+        q, k, v, cos, sin, bias_k, bias_v, bias, q_norm, k_norm = arrays
         rotary, bias_kv = rotary and (cos, sin), bias_kv and (bias_k, bias_v)  # type: ignore[assignment]
-        return kernels.attention(q, k, v, heads, layout, rotary, bias_kv, bias).astype(query.dtype)
-    backend = backend_of(query, key, value, *(rotary or ()), *(bias_kv or ()), bias)
-    backend = plain_backend() if by_pairs else backend
+        norms = norms and (q_norm, k_norm, norms[2])
+        return kernels.attention(q, k, v, heads, layout, rotary, bias_kv, bias, norms).astype(query.dtype)
+    backend = plain_backend() if by_pairs else backend_of(query, key, value, *more)
     if backend is kernels:
-        return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias)
+        return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias, norms)
     assert not layout.packed, "`choose_layout` packs for the kernels alone"
+    if norms is not None:
+        of_query, of_key, eps = norms
+        query, key = layer_norm(query, of_query, None, eps), layer_norm(key, of_key, None, eps)
     split = split_heads(query, key, value, heads, layout, rotary, bias_kv)
     return merge_heads(backend.scaled_dot_product_attention(*split, bias))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_esm_hf.ops.heads import Rotary
+from mlx_esm_hf.ops.heads import Norms, Rotary
 from mlx_esm_hf.ops.layout import Layout
 from mlx_esm_hf.runtime.threads import thread_limits
 
@@ -175,12 +175,15 @@ def attention(
     rotary: Rotary | None,
     bias_kv: tuple[mx.array, mx.array] | None,
     bias: mx.array | None,
+    norms: Norms | None,
 ) -> mx.array:
     """`ops.attention`, of a batch or of a packed one."""
     seen = None if layout.visible is None else layout.visible.flatten()
     cos, sin = (x.flatten(0, 1) for x in rotary) if rotary else (None, None)
     bias_k, bias_v = (x.flatten() for x in bias_kv) if bias_kv else (None, None)
-    return native.attention(query, key, value, heads, layout.offsets, seen, cos, sin, bias_k, bias_v, bias)
+    return native.attention(
+        query, key, value, heads, layout.offsets, seen, cos, sin, bias_k, bias_v, bias, *(norms or ())
+    )
 
 
 def sum_of_squares(x: mx.array) -> mx.array:

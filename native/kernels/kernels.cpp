@@ -33,9 +33,28 @@ void packed_linear(const float* x, const PackedWeight& weight, const float* bias
             [&](const Linear& p, long task) { linear_block(p, task, rows); });
 }
 
+// Elements or rows in pieces that are worth a thread's while.
+template <class F>
+void pieces(long size, long piece, F body) {
+  parallel_for(ceil_div(size, piece), [&](long i) { body(i * piece, least((i + 1) * piece, size)); });
+}
+
+// The moments of queries or keys that have a layer norm.
+std::vector<Moments> moments_of(const Attention& p, const float* x, const float* norm) {
+  const long features = p.heads * p.head_dim;
+  std::vector<Moments> all(norm ? p.offsets[p.sequences] : 0);
+  pieces(all.size(), ceil_div(1 << 14, features), [&](long begin, long end) {
+    for (long t = begin; t < end; t++) all[t] = moments(x + t * features, features, p.eps);
+  });
+  return all;
+}
+
 void attention(const Attention& p) {
+  const auto of_queries = moments_of(p, p.query, p.query_norm), of_keys = moments_of(p, p.key, p.key_norm);
   const auto all = tasks(p, QUERIES);
-  parallel_for(all.size(), [&](long i) { attention_task(p, all[i]); });
+  parallel_for(all.size(), [&](long i) {
+    attention_task(p, all[i], p.query_norm ? of_queries.data() : nullptr, p.key_norm ? of_keys.data() : nullptr);
+  });
 }
 
 void attention_gradients(const AttentionGradients& g) {
@@ -54,12 +73,6 @@ void attention_gradients(const AttentionGradients& g) {
         __builtin_memset(gradient + s * features, 0, features * sizeof(float));
   const auto all = tasks(p, 1L << 40);  // all queries of a head are one task
   parallel_for(all.size(), [&](long i) { attention_gradients_task(g, all[i].sequence, all[i].head, false); });
-}
-
-// Elements or rows in pieces that are worth a thread's while.
-template <class F>
-void pieces(long size, long piece, F body) {
-  parallel_for(ceil_div(size, piece), [&](long i) { body(i * piece, least((i + 1) * piece, size)); });
 }
 
 void gelu_of(const float* x, float* y, long size) {

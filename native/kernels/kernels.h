@@ -11,7 +11,8 @@ constexpr float HIDDEN = -3e38f;  // the score of a hidden key: finite, so that 
 
 enum class Activation { none, gelu, relu };
 
-// softmax(scale · rotate(query) · rotate(key)ᵀ + bias) · value, for each head of each sequence.
+// softmax(scale · rotate(query) · rotate(key)ᵀ + bias) · value, for each head of each sequence. Query and key may be
+// normalised first, over all heads, by layer norms without a bias.
 struct Attention {
   const float *query, *key, *value;  // [tokens, heads * head_dim]
   float* out;                        // [tokens, heads * head_dim]
@@ -25,10 +26,12 @@ struct Attention {
                                  // length; without bias_k and bias_v; or null
   long biases;                   // one for each sequence, or one for all of them
   float *maximum, *total;        // [tokens, heads]: softmax's maximum and denominator, for the gradients; or null
+  const float *query_norm, *key_norm;  // [heads * head_dim], the weights of the layer norms; or null
+  float eps;
 };
 
 struct AttentionGradients {
-  Attention forward;  // with its results: out, maximum and total
+  Attention forward;  // with its results: out, maximum and total; query and key as they are, without layer norms
   const float* dout;
   float *dquery, *dkey, *dvalue;
   float *dbias_k, *dbias_v;  // [sequences, heads * head_dim], to be added up; or null

@@ -83,11 +83,14 @@ NB_MODULE(_native, m) {
       "attention",
       [](const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,
          const Optional& mask, const Optional& cos, const Optional& sin, const Optional& bias_k,
-         const Optional& bias_v, const Optional& bias) {
-        return mlx_esm::attention(query, key, value, heads, offsets, mask, cos, sin, bias_k, bias_v, bias);
+         const Optional& bias_v, const Optional& bias, const Optional& query_norm, const Optional& key_norm,
+         float eps) {
+        return mlx_esm::attention(query, key, value, heads, offsets, mask, cos, sin, bias_k, bias_v, bias, query_norm,
+                                  key_norm, eps);
       },
       "query"_a, "key"_a, "value"_a, "heads"_a, "offsets"_a, "mask"_a = none, "cos"_a = none, "sin"_a = none,
-      "bias_k"_a = none, "bias_v"_a = none, "bias"_a = none);
+      "bias_k"_a = none, "bias_v"_a = none, "bias"_a = none, "query_norm"_a = none, "key_norm"_a = none,
+      "eps"_a = 1e-5f);
   m.def(
       "gated_linear",
       [](const array& z, const Norm& norm, const Layer& gate, const Layer& layer, const Optional& x,

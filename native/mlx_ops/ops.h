@@ -41,7 +41,8 @@ mx::array attention(const mx::array& query, const mx::array& key, const mx::arra
                     const std::vector<int>& offsets, const std::optional<mx::array>& mask,
                     const std::optional<mx::array>& cos, const std::optional<mx::array>& sin,
                     const std::optional<mx::array>& bias_k, const std::optional<mx::array>& bias_v,
-                    const std::optional<mx::array>& bias, mx::StreamOrDevice s = {});
+                    const std::optional<mx::array>& bias, const std::optional<mx::array>& query_norm,
+                    const std::optional<mx::array>& key_norm, float eps, mx::StreamOrDevice s = {});
 
 // The parameters of a layer norm, and of a linear layer.
 struct PairNorm {

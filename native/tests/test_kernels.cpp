@@ -96,7 +96,7 @@ void test_quantized_linear() {
             kernel(x.data(), p, bias.data(), residual.data(), y.data(), tokens, outputs, inputs, Activation::gelu,
                    0.7f);
             compare(what, y, exact_linear(x_of_exact, weight, bias.data(), residual.data(), tokens, outputs, inputs,
-                                          Activation::gelu, 0.7f));
+                                          Activation::gelu, 0.7f), 2e-6, std::sqrt(inputs));
           };
           check(kernels().packed_linear, x, "quantized linear");
           if (bits == 4 || bits == 8) check(kernels().integer_linear, rounded(x, group), "linear of integers");
@@ -120,7 +120,8 @@ void test_half_linear() {
         const PackedWeight p{halves.data(), Number::bfloat16, nullptr, nullptr, 16, 1};
         kernels().packed_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none, 1);
         compare("linear of bfloat16", y,
-                exact_linear(x, weight, nullptr, nullptr, tokens, outputs, inputs, Activation::none, 1));
+                exact_linear(x, weight, nullptr, nullptr, tokens, outputs, inputs, Activation::none, 1), 2e-6,
+                std::sqrt(inputs));
       }
 }
 
@@ -220,6 +221,7 @@ void test_adamw() {
 struct Options {
   bool mask, rotary, learned;
   int bias;  // 0, none; 1, one for all sequences; 2, one for each
+  bool norms = false;
 };
 
 void test_attention(long heads, long d, const std::vector<int>& offsets, Options options) {
@@ -262,12 +264,28 @@ void test_attention(long heads, long d, const std::vector<int>& offsets, Options
     p.bias = bias.data();
     p.biases = biases;
   }
+  Attention with_norms = p;
+  const Floats query_norm = numbers(D), key_norm = numbers(D);
+  Floats normed_query, normed_key;
+  if (options.norms) {
+    with_norms.query_norm = query_norm.data();
+    with_norms.key_norm = key_norm.data();
+    with_norms.eps = 1e-5;
+    auto normed = [&](const Floats& x, const Floats& weight) {
+      const ExactLayerNorm exact(x, weight, nullptr, x, tokens, D, 1e-5);
+      return Floats(exact.y.begin(), exact.y.end());
+    };
+    normed_query = normed(query, query_norm);
+    normed_key = normed(key, key_norm);
+    p.query = normed_query.data();
+    p.key = normed_key.data();
+  }
   const ExactAttention exact(p, dout);
-  kernels().attention(p);  // without what gradients need
+  kernels().attention(with_norms);  // without what gradients need
   compare("attention", out, exact.out);
-  p.maximum = maximum.data();
-  p.total = total.data();
-  kernels().attention(p);
+  p.maximum = with_norms.maximum = maximum.data();
+  p.total = with_norms.total = total.data();
+  kernels().attention(with_norms);
   AttentionGradients g{};
   g.forward = p;
   g.dout = dout.data();
@@ -296,6 +314,9 @@ void test_attentions() {
     for (int bias : {0, 1, 2}) test_attention(3, d, {0, 37, 74, 111}, {true, true, false, bias});
   for (int length : {1, 2, 31, 33, 150})
     for (int bias : {1, 2}) test_attention(2, 7, {0, length, 2 * length}, {false, false, false, bias});
+  for (long d : {1, 7, 20, 40})
+    for (bool mask : {false, true}) test_attention(3, d, {0, 1, 1, 18, 150}, {mask, d % 2 == 0, false, 0, true});
+  test_attention(2, 8, {0, 700}, {false, true, false, 0, true});
   test_attention(1, 8, {0, 700}, {true, true, false, 1});  // more than the keys, and the queries, of a task
   for (int bias : {0, 1, 2}) {
     test_attention(2, 8, {0}, {true, true, false, bias});
@@ -329,7 +350,7 @@ void test_gated_linear() {
                               layer.layer(), tokens,                      width,
                               outputs,       y_first};
           kernels().gated_linear(p);
-          compare("gated linear", y, exact_gated_linear(p), width == 4 ? 1e-4 : 5e-6);
+          compare("gated linear", y, exact_gated_linear(p), width == 4 ? 1e-4 : 5e-6, 1);
         }
 }
 

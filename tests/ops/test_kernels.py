@@ -134,6 +134,8 @@ def torch_attention(
     bias_k: Any = None,
     bias_v: Any = None,
     bias: Any = None,
+    query_norm: Any = None,
+    key_norm: Any = None,
 ) -> torch.Tensor:
     def split(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(0, 1)
@@ -143,6 +145,8 @@ def torch_attention(
         c, s = cos[part], sin[part]
         return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
 
+    if query_norm is not None:
+        query, key = torch_layer_norm(query, query_norm), torch_layer_norm(key, key_norm)
     outputs = [query[:0]]
     for sequence, (start, end) in enumerate(itertools.pairwise(offsets)):
         part = slice(start, end)
@@ -167,7 +171,7 @@ def attention_inputs(
     """Query, key and value, and the other arguments.
 
     `options` of: mask; rotary; learned (a key and a value); bias, or one bias for all sequences, which with either have
-    to be of one length.
+    to be of one length; norms of query and key.
     """
     tokens, features = offsets[-1], heads * head_dim
     more: dict[str, Any] = {}
@@ -184,16 +188,19 @@ def attention_inputs(
     if "bias" in options:
         biases = 1 if "one bias" in options else len(offsets) - 1
         more["bias"] = numbers(biases, heads, offsets[1], offsets[1], scale=2, seed=9)
+    if "norms" in options:
+        more |= {"query_norm": numbers(features, seed=10), "key_norm": numbers(features, seed=11)}
     return [numbers(tokens, features, scale=s, seed=i) for i, s in enumerate((scale, scale, 1.0))], more
 
 
 def check_attention(heads: int, head_dim: int, offsets: list[int], options: str = "", scale: float = 1.0) -> None:
     inputs, more = attention_inputs(heads, head_dim, offsets, options, scale)
-    bound = [*inputs, heads, offsets, *(more.get(n) for n in ("mask", "cos", "sin", "bias_k", "bias_v", "bias"))]
+    names = "mask", "cos", "sin", "bias_k", "bias_v", "bias", "query_norm", "key_norm"
+    bound = [*inputs, heads, offsets, *map(more.get, names)]
     check(native.attention, torch_attention, *bound)
 
 
-OPTIONS = ["", "mask", "rotary", "mask rotary", "learned", "mask learned"]
+OPTIONS = ["", "mask", "rotary", "mask rotary", "learned", "mask learned", "rotary norms", "mask norms"]
 BIASED = ["bias", "one bias", "mask bias", "rotary one bias", "mask rotary bias"]
 
 
@@ -400,7 +407,7 @@ def test_neighbours_in_a_batch_change_nothing(options):
     inputs, more = attention_inputs(2, 20, offsets, options)
 
     def attend(part: slice, offsets: list[int], inputs: list[np.ndarray] = inputs) -> np.ndarray:
-        rest = {n: mx.array(x if n in ("bias_k", "bias_v") else x[part]) for n, x in more.items()}
+        rest = {n: mx.array(x[part] if n in ("mask", "cos", "sin") else x) for n, x in more.items()}
         return np.array(native.attention(*(mx.array(x[part]) for x in inputs), 2, offsets, **rest))
 
     together = attend(slice(None), offsets)
@@ -437,6 +444,7 @@ def test_no_tokens(offsets):
         native.attention(x, x, x, 2, offsets, bias=mx.zeros((1, 2, 0, 0))),
         native.attention(x, x, x, 2, offsets, mx.zeros((0,), mx.bool_), mx.zeros((0, 2)), mx.zeros((0, 2))),
         native.attention(x, x, x, 2, offsets, None, None, None, row, row),
+        native.attention(x, x, x, 2, offsets, query_norm=row, key_norm=row),
     ):
         mx.eval(output)
         assert output.shape == (0, 8)
@@ -491,7 +499,7 @@ def test_gradients_of_elementwise(shape, wrap):
 
 def check_attention_gradients(heads: int, head_dim: int, offsets: list[int], options: str, wrap: Any = plain) -> None:
     inputs, more = attention_inputs(heads, head_dim, offsets, options)
-    trained = [n for n in ("bias_k", "bias_v", "bias") if n in more]
+    trained = [n for n in ("bias_k", "bias_v", "bias", "query_norm", "key_norm") if n in more]
     biases = [more.pop(n) for n in trained]
 
     def bound(function: Any, convert: Any) -> Any:
@@ -544,6 +552,7 @@ def test_gradients_without_tokens():
     mx.eval([mx.full((2, 8), np.nan) for _ in range(50)])
     for f in (
         lambda b: native.attention(x, x, x, 2, [0, 0, 0], None, None, None, b, b),
+        lambda b: native.attention(x, x, x, 2, [0, 0, 0], query_norm=b, key_norm=b),
         lambda b: native.linear(x, mx.ones((8, 8)), b, None, "gelu"),
         lambda b: native.layer_norm(x, b, b, EPS),
     ):
@@ -563,6 +572,8 @@ for f, more in [
     (lambda x, m, b: native.attention(x, x, x, 2, [0, 5], m, None, None, b, b), (mask, b)),
     (lambda x, m, c, s: native.attention(x, x, x, 2, [0, 5], m, c, s), (mask, cos, sin)),
     (lambda x, m, b: native.attention(x, x, x, 2, [0, 5], m, bias=b), (mask, bias)),
+    (lambda x, c, s, b: native.attention(x, x, x, 2, [0, 5], None, c, s, query_norm=b, key_norm=b), (cos, sin, b)),
+    (lambda x, m, b: native.attention(x, x, x, 2, [0, 5], m, query_norm=b, key_norm=b), (mask, b)),
 ]:
     plain, again = (mx.grad(lambda x: (g(x, *more) ** 2).sum())(x) for g in (f, mx.checkpoint(f)))
     assert mx.allclose(plain, again, rtol=1e-4, atol=1e-5), (plain, again)
@@ -592,12 +603,13 @@ def operations() -> list[tuple[Callable[..., mx.array], list[mx.array]]]:
         (lambda q, k, v: native.attention(q, k, v, 2, [0, 1, 1, 18], **rest), qkv),
         (lambda q, k, v, b: native.attention(q, k, v, 2, [0, 18], None, None, None, b, b), [*qkv, b]),
         (lambda q, k, v, bias: native.attention(q, k, v, 2, [0, 9, 18], bias=bias, **rest), [*qkv, bias]),
+        (lambda q, k, v, b: native.attention(q, k, v, 2, [0, 1, 1, 18], query_norm=b, key_norm=b, **rest), [*qkv, b]),
     ]
 
 
 OPERATIONS = ["linear gelu", "linear relu", "gelu", "swiglu", "softmax", "layer_norm", "layer_norm without bias",
-              "attention rotary", "attention learned", "attention bias"]  # fmt: skip
-every_operation = pytest.mark.parametrize("i", range(10), ids=OPERATIONS)
+              "attention rotary", "attention learned", "attention bias", "attention norms"]  # fmt: skip
+every_operation = pytest.mark.parametrize("i", range(11), ids=OPERATIONS)
 
 
 @every_set
@@ -779,6 +791,8 @@ x34, x4, w54, q = mx.zeros((3, 4)), mx.zeros((4,)), mx.zeros((5, 4)), mx.zeros((
             ]
         ),
         lambda: native.attention(q, q, q, 2, [0, 6], bias=mx.zeros((1, 2, 6, 6), mx.float16)),
+        lambda: native.attention(q, q, q, 2, [0, 6], query_norm=mx.zeros((8,))),
+        lambda: native.attention(q, q, q, 2, [0, 6], query_norm=mx.zeros((4,)), key_norm=mx.zeros((4,))),
         lambda: native.choose("nonsense"),
         lambda: native.adamw(q, q, q, mx.zeros((3,)), *OF_STEP, 0.9, 0.98, 1e-8, 0.0),
         lambda: native.adamw(q, q, q, q, *OF_STEP[:2], mx.array(1), 0.9, 0.98, 1e-8, 0.0),
@@ -804,6 +818,7 @@ def test_a_batch_through_ops(monkeypatch):
     calls = [
         lambda: ops.attention(query, key, value, H, layout, (mx.cos(angles), mx.sin(angles)), None, bias),
         lambda: ops.attention(query, key, value, H, layout, None, learned),
+        lambda: ops.attention(query, key, value, H, layout, (mx.cos(angles), mx.sin(angles)), norms=(row, row, EPS)),
         lambda: ops.linear(query, weight, None, residual, "relu"),
         lambda: ops.linear(query, weight, row[:9], residual, "gelu", 0.7),
         lambda: ops.layer_norm(query, row, None, EPS),

@@ -84,13 +84,16 @@ class MLXEsmcAttention(nn.Module):
             layout: which tokens see which; None, all of a row.
             position_embeddings: cosines and sines of the rotary angles, [B, L, head_dim / 2] each.
         """
-        query, key = self.q_norm(self.q_proj(hidden_states)), self.k_norm(self.k_proj(hidden_states))
-        value = self.v_proj(hidden_states)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if not output_attentions and not (self.training and self.attention_dropout):
             # What follows below, in one operation.
-            context = ops.attention(query, key, value, self.num_attention_heads, layout, position_embeddings)
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            context = ops.attention(
+                query, key, value, self.num_attention_heads, layout, position_embeddings, norms=norms
+            )
             return self.o_proj(context, residual=residual, scale=scale), None
 
+        query, key = self.q_norm(query), self.k_norm(key)
         heads = ops.split_heads(query, key, value, self.num_attention_heads, layout, position_embeddings)
         attentions = self.dropout(ops.attention_probabilities(heads.query, heads.key, heads.mask))
         context = ops.merge_heads(attentions @ heads.value)
