@@ -200,7 +200,7 @@ inline void integer_block(const Linear p, long task, const PackedWeight& weight)
 
 void integer_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
                     long tokens, long outputs, long inputs, Activation activation, float scale) {
-  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, 0, 0, scale},
+  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, scale, 0, 0},
             [&](const Linear& p, long task) { integer_block(p, task, weight); });
 }
 

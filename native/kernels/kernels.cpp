@@ -22,14 +22,14 @@ using mlx_esm::threads;
 void linear(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
             long outputs, long inputs, Activation activation, float scale) {
   auto rows = [=](long n, long, long k, long) { return Rows{weight + n * inputs + k, inputs}; };
-  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, 0, 0, scale},
+  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, scale, 0, 0},
             [&](const Linear& p, long task) { linear_block(p, task, rows); });
 }
 
 void packed_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
                    long tokens, long outputs, long inputs, Activation activation, float scale) {
   auto rows = [&](long n, long N, long k, long depth) { return unpacked_rows(weight, inputs, n, N, k, depth); };
-  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, 0, 0, scale},
+  in_blocks({x, bias, residual, y, tokens, outputs, inputs, activation, scale, 0, 0},
             [&](const Linear& p, long task) { linear_block(p, task, rows); });
 }
 

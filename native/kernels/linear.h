@@ -20,8 +20,8 @@ struct Linear {
   float* y;
   long tokens, outputs, inputs;
   Activation activation;
-  long token_block, output_block;  // the size of a task
   float scale;
+  long token_block, output_block;  // the size of a task
 
   long token_blocks() const { return ceil_div(tokens, token_block); }
   long output_blocks() const { return ceil_div(outputs, output_block); }
