@@ -15,10 +15,12 @@ from mlx_esm_hf import ops
 
 
 class Linear(nn.Linear):
-    """x · weightᵀ + bias, [..., inputs] to [..., outputs]; see `ops.linear` for activation and residual."""
+    """x · weightᵀ + bias, [..., inputs] to [..., outputs]; see `ops.linear` for activation, residual and scale."""
 
-    def __call__(self, x: mx.array, activation: str | None = None, residual: mx.array | None = None) -> mx.array:
-        return ops.linear(x, self.weight, self.get("bias"), residual, activation)
+    def __call__(
+        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, scale: float = 1.0
+    ) -> mx.array:
+        return ops.linear(x, self.weight, self.get("bias"), residual, activation, scale)
 
     def to_quantized(
         self,
@@ -89,7 +91,9 @@ class QuantizedLinear(Packed, nn.QuantizedLinear):
 
     activations: str | None = None  # "int8": x is rounded as well
 
-    def __call__(self, x: mx.array, activation: str | None = None, residual: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, scale: float = 1.0
+    ) -> mx.array:
         return ops.quantized_linear(
             x,
             self.weight,
@@ -98,6 +102,7 @@ class QuantizedLinear(Packed, nn.QuantizedLinear):
             self.get("bias"),
             residual,
             activation,
+            scale,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf.ops import cpu, gpu, kernels
-from mlx_esm_hf.ops.heads import Rotary, merge_heads, split_heads
+from mlx_esm_hf.ops.heads import Norms, Rotary, merge_heads, split_heads
 from mlx_esm_hf.ops.layout import Layout
 
 __all__ = [
@@ -69,8 +69,9 @@ def linear(
     bias: mx.array | None = None,
     residual: mx.array | None = None,
     activation: str | None = None,
+    scale: float = 1.0,
 ) -> mx.array:
-    """x · weightᵀ + bias, then the activation, then + residual.
+    """x · weightᵀ + bias, then the activation, then · scale, then + residual.
 
     Args:
         x: [..., inputs].
@@ -84,11 +85,11 @@ def linear(
     if weight.dtype in HALF and backend_of() is kernels:
         x32, bias32, residual32 = wide(x, bias, residual) or (x, bias, residual)
         if backend_of(x32, bias32, residual32) is kernels:
-            return kernels.half_linear(x32, weight, bias32, residual32, activation).astype(x.dtype)
+            return kernels.half_linear(x32, weight, bias32, residual32, activation, scale).astype(x.dtype)
     if backend_of(x, weight, bias, residual) is kernels:
-        return kernels.linear(x, weight, bias, residual, activation)
+        return kernels.linear(x, weight, bias, residual, activation, scale)
     y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    return activated(y, residual, activation)
+    return activated(y, residual, activation, scale)
 
 
 def quantized_linear(
@@ -99,6 +100,7 @@ def quantized_linear(
     bias: mx.array | None = None,
     residual: mx.array | None = None,
     activation: str | None = None,
+    scale: float = 1.0,
     *,
     group_size: int,
     bits: int,
@@ -116,8 +118,9 @@ def quantized_linear(
     if mode == "affine" and bits in kernels.BITS:
         x32, bias32, residual32 = wide(x, bias, residual) or (x, bias, residual)
         if biases is not None and backend_of(x32, bias32, residual32) is kernels:
+            integers = activations == "int8"
             y = kernels.quantized_linear(
-                x32, weight, scales, biases, bias32, residual32, activation, group_size, bits, activations == "int8"
+                x32, weight, scales, biases, bias32, residual32, activation, scale, group_size, bits, integers
             )
             return y.astype(x.dtype)
     if activations == "int8":
@@ -127,9 +130,9 @@ def quantized_linear(
         if mode == "affine" and x.dtype == mx.float32:  # so that the weight is not rounded to the scales' precision
             scales, biases = scales.astype(x.dtype), None if biases is None else biases.astype(x.dtype)
         whole = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-        return linear(x, whole.astype(x.dtype), bias, residual, activation)
+        return linear(x, whole.astype(x.dtype), bias, residual, activation, scale)
     y = mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-    return activated(y if bias is None else y + bias, residual, activation)
+    return activated(y if bias is None else y + bias, residual, activation, scale)
 
 
 def rounded(x: mx.array, group_size: int) -> mx.array:
@@ -142,12 +145,14 @@ def rounded(x: mx.array, group_size: int) -> mx.array:
     return x + mx.stop_gradient(found - x)
 
 
-def activated(y: mx.array, residual: mx.array | None, activation: str | None) -> mx.array:
-    """The activation of y, then + residual: what `linear` does behind its product."""
+def activated(y: mx.array, residual: mx.array | None, activation: str | None, scale: float = 1.0) -> mx.array:
+    """The activation of y, then · scale, then + residual: what `linear` does behind its product."""
     if activation == "gelu":
         y = gelu(y)
     elif activation == "relu":
         y = mx.maximum(y, 0)
+    if scale != 1:
+        y = y * scale
     return y if residual is None else y + residual
 
 
@@ -163,8 +168,10 @@ def gelu(x: mx.array) -> mx.array:
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, where silu(x) = x / (1 + e^−x) (Shazeer 2020)."""
-    backend = backend_of(gate, up)
-    return (cpu if backend is kernels else backend).swiglu(gate, up)
+    arrays = wide(gate, up)
+    if arrays:
+        return kernels.swiglu(*arrays).astype(gate.dtype)
+    return backend_of(gate, up).swiglu(gate, up)
 
 
 def softmax(x: mx.array) -> mx.array:
@@ -181,6 +188,7 @@ def attention(
     rotary: Rotary | None = None,
     bias_kv: tuple[mx.array, mx.array] | None = None,
     bias: mx.array | None = None,
+    norms: Norms | None = None,
 ) -> mx.array:
     """Multi-head attention, softmax(rotate(query / √d) · rotate(key)ᵀ + bias) · value in each head.
 
@@ -190,6 +198,8 @@ def attention(
         rotary: cosines and sines of the angles of each position, [B, L, d / 2].
         bias_kv: a key and a value, D numbers each, that every sequence has besides its own (ESM-1).
         bias: [B or 1, heads, L, L], added to the scores; for a batch that is not packed, without `bias_kv`.
+        norms: query and key are normalised first, over all heads: the weights of the two layer norms, which have no
+            bias, D numbers each, and their eps.
 
     Returns:
         [B, L, D].
@@ -197,16 +207,20 @@ def attention(
     layout = layout or Layout(query.shape[:2])  # type: ignore[arg-type]
     # Chains in rows that are not packed are seen by a mask of pairs, which the kernels do not take.
     by_pairs = layout.visible is not None and layout.visible.ndim == 3
-    arrays = None if by_pairs else wide(query, key, value, *(rotary or (None, None)), *(bias_kv or (None, None)), bias)
+    more = *(rotary or (None, None)), *(bias_kv or (None, None)), bias, *(norms or (None, None))[:2]
+    arrays = None if by_pairs else wide(query, key, value, *more)
     if arrays:
-        q, k, v, cos, sin, bias_k, bias_v, bias = arrays
+        q, k, v, cos, sin, bias_k, bias_v, bias, q_norm, k_norm = arrays
         rotary, bias_kv = rotary and (cos, sin), bias_kv and (bias_k, bias_v)  # type: ignore[assignment]
-        return kernels.attention(q, k, v, heads, layout, rotary, bias_kv, bias).astype(query.dtype)
-    backend = backend_of(query, key, value, *(rotary or ()), *(bias_kv or ()), bias)
-    backend = plain_backend() if by_pairs else backend
+        norms = norms and (q_norm, k_norm, norms[2])
+        return kernels.attention(q, k, v, heads, layout, rotary, bias_kv, bias, norms).astype(query.dtype)
+    backend = plain_backend() if by_pairs else backend_of(query, key, value, *more)
     if backend is kernels:
-        return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias)
+        return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias, norms)
     assert not layout.packed, "`choose_layout` packs for the kernels alone"
+    if norms is not None:
+        of_query, of_key, eps = norms
+        query, key = layer_norm(query, of_query, None, eps), layer_norm(key, of_key, None, eps)
     split = split_heads(query, key, value, heads, layout, rotary, bias_kv)
     return merge_heads(backend.scaled_dot_product_attention(*split, bias))
 

@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from mlx_esm_hf.ops.layout import Layout
 
-Rotary = tuple[mx.array, mx.array]
+Rotary = tuple[mx.array, mx.array]  # cosines and sines
+Norms = tuple[mx.array, mx.array, float]  # the weights of the layer norms of query and key, and their eps
 
 
 class Heads(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_esm_hf.ops.heads import Rotary
+from mlx_esm_hf.ops.heads import Norms, Rotary
 from mlx_esm_hf.ops.layout import Layout
 from mlx_esm_hf.runtime.threads import thread_limits
 
@@ -101,20 +101,30 @@ native, STATE = _load()
 
 
 def linear(
-    x: mx.array, weight: mx.array, bias: mx.array | None, residual: mx.array | None, activation: str | None
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    residual: mx.array | None,
+    activation: str | None,
+    scale: float,
 ) -> mx.array:
     """`ops.linear`."""
-    return native.linear(x, weight, bias, residual, activation)
+    return native.linear(x, weight, bias, residual, activation, scale)
 
 
 BITS = (2, 3, 4, 6, 8)  # of a quantized weight
 
 
 def half_linear(
-    x: mx.array, weight: mx.array, bias: mx.array | None, residual: mx.array | None, activation: str | None
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    residual: mx.array | None,
+    activation: str | None,
+    scale: float,
 ) -> mx.array:
     """`ops.linear` of float32 with a weight of float16 or bfloat16."""
-    return native.half_linear(x, weight, bias, residual, activation)
+    return native.half_linear(x, weight, bias, residual, activation, scale)
 
 
 def quantized_linear(
@@ -125,12 +135,15 @@ def quantized_linear(
     bias: mx.array | None,
     residual: mx.array | None,
     activation: str | None,
+    scale: float,
     group_size: int,
     bits: int,
     integers: bool,
 ) -> mx.array:
     """`ops.quantized_linear` of float32."""
-    return native.quantized_linear(x, weight, scales, biases, bias, residual, activation, group_size, bits, integers)
+    return native.quantized_linear(
+        x, weight, scales, biases, bias, residual, activation, scale, group_size, bits, integers
+    )
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
@@ -141,6 +154,11 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float)
 def gelu(x: mx.array) -> mx.array:
     """`ops.gelu`."""
     return native.gelu(x)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`ops.swiglu`."""
+    return native.swiglu(gate, up)
 
 
 def softmax(x: mx.array) -> mx.array:
@@ -157,12 +175,15 @@ def attention(
     rotary: Rotary | None,
     bias_kv: tuple[mx.array, mx.array] | None,
     bias: mx.array | None,
+    norms: Norms | None,
 ) -> mx.array:
     """`ops.attention`, of a batch or of a packed one."""
     seen = None if layout.visible is None else layout.visible.flatten()
     cos, sin = (x.flatten(0, 1) for x in rotary) if rotary else (None, None)
     bias_k, bias_v = (x.flatten() for x in bias_kv) if bias_kv else (None, None)
-    return native.attention(query, key, value, heads, layout.offsets, seen, cos, sin, bias_k, bias_v, bias)
+    return native.attention(
+        query, key, value, heads, layout.offsets, seen, cos, sin, bias_k, bias_v, bias, *(norms or ())
+    )
 
 
 def sum_of_squares(x: mx.array) -> mx.array:

@@ -196,22 +196,24 @@ class LoRALinear(nn.Module):
         if config.use_dora:
             self.lora_magnitude_vector = self._row_lengths()
 
-    def __call__(self, x: mx.array, activation: str | None = None, residual: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, scale: float = 1.0
+    ) -> mx.array:
         if activation is not None:
-            return ops.activated(self(x), residual, activation)
+            return ops.activated(self(x), residual, activation, scale)
         seen = self.lora_dropout(x)
         low_rank = self.lora_A(seen.astype(self.lora_A.weight.dtype)) * self.scaling
         if "lora_magnitude_vector" not in self:
-            return self.base_layer(x, residual=self.lora_B(low_rank, residual=residual).astype(x.dtype))
+            added = self.lora_B(low_rank, residual=residual, scale=scale).astype(x.dtype)
+            return self.base_layer(x, residual=added, scale=scale)
 
         bias = self.base_layer.get("bias", 0)
-        scale = self._row_scale()
+        row_scale = self._row_scale()
         y = self.base_layer(seen, residual=self.lora_B(low_rank).astype(x.dtype))
-        y = scale * y + (1 - scale) * bias
+        y = row_scale * y + (1 - row_scale) * bias
         if self.training and self.config.lora_dropout:  # the layer itself does see what the adapter does not
             y = y + self.base_layer(x - seen) - bias
-        y = y.astype(x.dtype)
-        return y if residual is None else y + residual
+        return ops.activated(y.astype(x.dtype), residual, None, scale)
 
     @property
     def weight(self) -> mx.array:

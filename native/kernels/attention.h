@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "elementwise.h"
 #include "gemm.h"
 #include "kernels.h"
 
@@ -26,15 +27,20 @@ struct Head {
   long sequence, head;
   long start, length, keys;  // tokens [start, start + length), and one key more if there is a learned one
   long offset;               // of the head within a token's features
+  // [tokens] of queries and keys that are to be normalised; or null
+  const Moments *query_moments, *key_moments;
 
-  Head(const Attention& p, long sequence, long head)
+  Head(const Attention& p, long sequence, long head, const Moments* query_moments = nullptr,
+       const Moments* key_moments = nullptr)
       : p(p),
         sequence(sequence),
         head(head),
         start(p.offsets[sequence]),
         length(p.offsets[sequence + 1] - start),
         keys(length + (p.bias_k ? 1 : 0)),
-        offset(head * p.head_dim) {}
+        offset(head * p.head_dim),
+        query_moments(query_moments),
+        key_moments(key_moments) {}
 
   long features() const { return p.heads * p.head_dim; }                                // of a token
   long at(long token) const { return (start + token) * features() + offset; }           // its features
@@ -46,11 +52,12 @@ struct Head {
     return (matrix * length + query) * length + key;
   }
 
-  // Rows [keys, head_dim], rotated.
-  void gather_keys(float* out) const {
+  // Rows [keys, head_dim], normalised and rotated. `normed` is memory for head_dim numbers.
+  void gather_keys(float* out, float* normed) const {
     const long d = p.head_dim, half = d / 2;
     for (long i = 0; i < length; i++, out += d) {
       const float* k = p.key + at(i);
+      if (key_moments) k = normalised(i, normed);
       if (p.cos) {
         const float *c = p.cos + (start + i) * half, *s = p.sin + (start + i) * half;
         for (long e = 0; e < half; e++) out[e] = k[e] * c[e] - k[e + half] * s[e];
@@ -62,6 +69,13 @@ struct Head {
     if (p.bias_k) __builtin_memcpy(out, p.bias_k + offset, d * sizeof(float));
   }
 
+  const float* normalised(long token, float* out) const {
+    const Moments m = key_moments[start + token];
+    const float *k = p.key + at(token), *weight = p.key_norm + offset;
+    for (long e = 0; e < p.head_dim; e++) out[e] = (k[e] - m.mean) * m.scale * weight[e];
+    return out;
+  }
+
   // Rows [keys, head_dim].
   void gather_values(float* out) const {
     const long d = p.head_dim;
@@ -69,12 +83,30 @@ struct Head {
     if (p.bias_v) __builtin_memcpy(out, p.bias_v + offset, d * sizeof(float));
   }
 
-  // The panel [head_dim, NR] of queries from `first` on, scaled, then rotated. `angles` is memory for such a panel.
+  // The panel [head_dim, NR] of queries from `first` on, normalised, scaled, then rotated. `angles` is memory for such a
+  // panel.
   void pack_queries(long first, float* panel, float* angles) const {
     const long d = p.head_dim;
     pack(p.query + at(first), features(), least(NR, length - first), d, panel);
-    for (long i = 0; i < d * NR; i += W) store(panel + i, load(panel + i) * p.scale);
+    if (query_moments)
+      normalise_queries(first, panel);
+    else
+      for (long i = 0; i < d * NR; i += W) store(panel + i, load(panel + i) * p.scale);
     if (p.cos) rotate(first, panel, angles, 1.0f);
+  }
+
+  // And scale them.
+  void normalise_queries(long first, float* panel) const {
+    float means[NR] = {}, scales[NR] = {};
+    for (long i = 0; i < least(NR, length - first); i++) {
+      means[i] = query_moments[start + first + i].mean;
+      scales[i] = query_moments[start + first + i].scale * p.scale;
+    }
+    for (int j = 0; j < NV; j++)
+      for (long e = 0; e < p.head_dim; e++) {
+        float* at = panel + e * NR + j * W;
+        store(at, (load(at) - load(means + j * W)) * load(scales + j * W) * p.query_norm[offset + e]);
+      }
   }
 
   // Rotate a panel by its tokens' angles, or (direction -1) back.
@@ -180,9 +212,10 @@ inline void write_context(const Head& head, long first, float* context, const So
   }
 }
 
-inline void attention_task(const Attention& p, const Task& task) {
+inline void attention_task(const Attention& p, const Task& task, const Moments* query_moments,
+                           const Moments* key_moments) {
   static thread_local Arena arena;
-  const Head head(p, task.sequence, task.head);
+  const Head head(p, task.sequence, task.head, query_moments, key_moments);
   const long d = p.head_dim;
   arena.clear();
   float* keys = arena.take(head.keys * d);
@@ -191,7 +224,7 @@ inline void attention_task(const Attention& p, const Task& task) {
   float* angles = arena.take(d * NR);
   float* scores = arena.take(KEYS * NR);
   float* context = arena.take(d * NR);
-  head.gather_keys(keys);
+  head.gather_keys(keys, context);
   head.gather_values(values);
 
   for (long q = task.first, end = least(task.first + QUERIES, head.length); q < end; q += NR) {

@@ -26,7 +26,7 @@ class HeadGradients {
     dout_rows = arena.take(lanes * NR * NR);
     scores = arena.take(KEYS * NR);
     dscores = arena.take(KEYS * NR);
-    head.gather_keys(keys);
+    head.gather_keys(keys, nullptr);
     head.gather_values(values);
   }
 

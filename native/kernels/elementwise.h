@@ -1,4 +1,4 @@
-// GELU, layer norm and softmax, and their gradients.
+// GELU, SwiGLU, layer norm and softmax, and their gradients.
 #pragma once
 
 #include "vec.h"
@@ -16,6 +16,23 @@ inline void gelu_gradient_range(const float* x, const float* dy, float* dx, long
   for (long i = begin; i < end; i += W) {
     const long n = least(W, end - i);
     store_columns(dx + i, load_columns(dy + i, n) * gelu_derivative(load_columns(x + i, n)), n);
+  }
+}
+
+inline void swiglu_range(const float* gate, const float* up, float* y, long begin, long end) {
+  for (long i = begin; i < end; i += W) {
+    const long n = least(W, end - i);
+    store_columns(y + i, silu(load_columns(gate + i, n)) * load_columns(up + i, n), n);
+  }
+}
+
+inline void swiglu_gradient_range(const float* gate, const float* up, const float* dy, float* dgate, float* dup,
+                                  long begin, long end) {
+  for (long i = begin; i < end; i += W) {
+    const long n = least(W, end - i);
+    const vec g = load_columns(gate + i, n), d = load_columns(dy + i, n);
+    store_columns(dgate + i, d * load_columns(up + i, n) * silu_derivative(g), n);
+    store_columns(dup + i, d * silu(g), n);
   }
 }
 

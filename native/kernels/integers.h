@@ -212,8 +212,8 @@ inline void integer_layer(Linear p, const PackedWeight& weight) {
 }
 
 void integer_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                    long tokens, long outputs, long inputs, Activation activation) {
-  integer_layer({x, bias, residual, y, tokens, outputs, inputs, activation}, weight);
+                    long tokens, long outputs, long inputs, Activation activation, float scale) {
+  integer_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale}, weight);
 }
 
 }  // namespace

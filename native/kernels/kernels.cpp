@@ -20,20 +20,39 @@ using mlx_esm::parallel_for;
 using mlx_esm::threads;
 
 void linear(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
-            long outputs, long inputs, Activation activation) {
+            long outputs, long inputs, Activation activation, float scale) {
   auto rows = [=](long n, long, long k, long) { return Rows{weight + n * inputs + k, inputs}; };
-  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation}, rows);
+  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale}, rows);
 }
 
 void packed_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                   long tokens, long outputs, long inputs, Activation activation) {
+                   long tokens, long outputs, long inputs, Activation activation, float scale) {
   auto rows = [&](long n, long N, long k, long depth) { return unpacked_rows(weight, inputs, n, N, k, depth); };
-  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation}, rows);
+  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale}, rows);
+}
+
+// Elements or rows in pieces that are worth a thread's while.
+template <class F>
+void pieces(long size, long piece, F body) {
+  parallel_for(ceil_div(size, piece), [&](long i) { body(i * piece, least((i + 1) * piece, size)); });
+}
+
+// The moments of queries or keys that have a layer norm.
+std::vector<Moments> moments_of(const Attention& p, const float* x, const float* norm) {
+  const long features = p.heads * p.head_dim;
+  std::vector<Moments> all(norm ? p.offsets[p.sequences] : 0);
+  pieces(all.size(), ceil_div(1 << 14, features), [&](long begin, long end) {
+    for (long t = begin; t < end; t++) all[t] = moments(x + t * features, features, p.eps);
+  });
+  return all;
 }
 
 void attention(const Attention& p) {
+  const auto of_queries = moments_of(p, p.query, p.query_norm), of_keys = moments_of(p, p.key, p.key_norm);
   const auto all = tasks(p, QUERIES);
-  parallel_for(all.size(), [&](long i) { attention_task(p, all[i]); });
+  parallel_for(all.size(), [&](long i) {
+    attention_task(p, all[i], p.query_norm ? of_queries.data() : nullptr, p.key_norm ? of_keys.data() : nullptr);
+  });
 }
 
 void attention_gradients(const AttentionGradients& g) {
@@ -54,18 +73,20 @@ void attention_gradients(const AttentionGradients& g) {
   parallel_for(all.size(), [&](long i) { attention_gradients_task(g, all[i].sequence, all[i].head, false); });
 }
 
-// Elements or rows in pieces that are worth a thread's while.
-template <class F>
-void pieces(long size, long piece, F body) {
-  parallel_for(ceil_div(size, piece), [&](long i) { body(i * piece, least((i + 1) * piece, size)); });
-}
-
 void gelu_of(const float* x, float* y, long size) {
   pieces(size, 1 << 14, [&](long begin, long end) { gelu_range(x, y, begin, end); });
 }
 
 void gelu_gradient(const float* x, const float* dy, float* dx, long size) {
   pieces(size, 1 << 14, [&](long begin, long end) { gelu_gradient_range(x, dy, dx, begin, end); });
+}
+
+void swiglu(const float* gate, const float* up, float* y, long size) {
+  pieces(size, 1 << 14, [&](long begin, long end) { swiglu_range(gate, up, y, begin, end); });
+}
+
+void swiglu_gradient(const float* gate, const float* up, const float* dy, float* dgate, float* dup, long size) {
+  pieces(size, 1 << 14, [&](long begin, long end) { swiglu_gradient_range(gate, up, dy, dgate, dup, begin, end); });
 }
 
 void layer_norm(const float* x, const float* weight, const float* bias, float* y, long rows, long width, float eps) {
@@ -154,6 +175,8 @@ const mlx_esm::Kernels* mlx_esm::TABLE() {
                              integer_linear,
                              gelu_of,
                              gelu_gradient,
+                             swiglu,
+                             swiglu_gradient,
                              layer_norm,
                              layer_norm_gradient,
                              softmax,

@@ -11,7 +11,8 @@ constexpr float HIDDEN = -3e38f;  // the score of a hidden key: finite, so that 
 
 enum class Activation { none, gelu, relu };
 
-// softmax(scale · rotate(query) · rotate(key)ᵀ + bias) · value, for each head of each sequence.
+// softmax(scale · rotate(query) · rotate(key)ᵀ + bias) · value, for each head of each sequence. Query and key may be
+// normalised first, over all heads, by layer norms without a bias.
 struct Attention {
   const float *query, *key, *value;  // [tokens, heads * head_dim]
   float* out;                        // [tokens, heads * head_dim]
@@ -25,10 +26,12 @@ struct Attention {
                                  // length; without bias_k and bias_v; or null
   long biases;                   // one for each sequence, or one for all of them
   float *maximum, *total;        // [tokens, heads]: softmax's maximum and denominator, for the gradients; or null
+  const float *query_norm, *key_norm;  // [heads * head_dim], the weights of the layer norms; or null
+  float eps;
 };
 
 struct AttentionGradients {
-  Attention forward;  // with its results: out, maximum and total
+  Attention forward;  // with its results: out, maximum and total; query and key as they are, without layer norms
   const float* dout;
   float *dquery, *dkey, *dvalue;
   float *dbias_k, *dbias_v;  // [sequences, heads * head_dim], to be added up; or null
@@ -109,23 +112,27 @@ struct PackedWeight {
 struct Kernels {
   const char* name;  // of the instruction set
 
-  // y[tokens, outputs] = x[tokens, inputs] · weightᵀ + bias, then the activation, then + residual. weight is
-  // [outputs, inputs]; bias [outputs] and residual [tokens, outputs] may be null.
+  // y[tokens, outputs] = x[tokens, inputs] · weightᵀ + bias, then the activation, then · scale, then + residual. weight
+  // is [outputs, inputs]; bias [outputs] and residual [tokens, outputs] may be null.
   void (*linear)(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
-                 long outputs, long inputs, Activation activation);
+                 long outputs, long inputs, Activation activation, float scale);
 
   // The same with a weight of fewer bits.
   void (*packed_linear)(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                        long tokens, long outputs, long inputs, Activation activation);
+                        long tokens, long outputs, long inputs, Activation activation, float scale);
 
   // The same with a weight of 4 or 8 bits, and x rounded to 8 bits, with a scale for each token and group: products
   // are those of integers.
   void (*integer_linear)(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                         long tokens, long outputs, long inputs, Activation activation);
+                         long tokens, long outputs, long inputs, Activation activation, float scale);
 
   // x Φ(x), and dy times its derivative.
   void (*gelu)(const float* x, float* y, long size);
   void (*gelu_gradient)(const float* x, const float* dy, float* dx, long size);
+
+  // silu(gate) · up, where silu(x) = x / (1 + e^-x), and dy times its derivatives.
+  void (*swiglu)(const float* gate, const float* up, float* y, long size);
+  void (*swiglu_gradient)(const float* gate, const float* up, const float* dy, float* dgate, float* dup, long size);
 
   // Rows of `width` to mean 0 and variance 1, then times weight plus bias, which may be null.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, long rows, long width,

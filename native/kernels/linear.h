@@ -20,6 +20,7 @@ struct Linear {
   float* y;
   long tokens, outputs, inputs;
   Activation activation;
+  float scale;
   // The size of a task, and of a round: as many tokens as all threads have at work at a time.
   long token_block = 0, output_block = 0, round = 0;
 
@@ -66,12 +67,12 @@ struct Rows {
   long stride;
 };
 
-// The products [N, NR] of the panel from token t on and the outputs from n0 on, then bias, activation and residual.
+// The products [N, NR] of the panel from token t on and the outputs from n0 on, then bias, activation, scale, residual.
 inline void finish(const Linear& p, const Block& block, long t, long n0, long N, const float* product) {
   unpack(product, least(NR, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
     const long n = n0 + column, at = (t + token) * p.outputs + n;
     if (p.bias) v += load_columns(p.bias + n, columns);
-    v = activated(v, p.activation);
+    v = activated(v, p.activation) * p.scale;
     if (p.residual) v += load_columns(p.residual + at, columns);
     store_columns(p.y + at, v, columns);
   });

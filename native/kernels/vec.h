@@ -127,6 +127,14 @@ inline vec sigmoid(vec x) {
   return x < 0.0f ? e * larger : larger;
 }
 
+// x / (1 + e^-x). At -88 it is -5e-37, and sigmoid falls no further.
+inline vec silu(vec x) { return max(splat(-88.0f), x) * sigmoid(x); }
+
+inline vec silu_derivative(vec x) {
+  const vec s = sigmoid(x);
+  return s + silu(x) * (1.0f - s);
+}
+
 // The derivative Φ(x) + x φ(x).
 inline vec gelu_derivative(vec x) {
   vec a = size(x);

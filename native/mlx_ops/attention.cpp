@@ -2,7 +2,7 @@
 #include <stdexcept>
 
 #include "instruction_sets.h"
-#include "operation.h"
+#include "layer_norm.h"
 #include "ops.h"
 
 namespace mlx_esm {
@@ -11,7 +11,9 @@ namespace {
 struct AttentionInputs {
   int heads;
   std::vector<int> offsets;
-  int mask = -1, cos = -1, sin = -1, bias_k = -1, bias_v = -1, bias = -1;  // their places behind query, key and value
+  float eps;
+  // Their places behind query, key and value.
+  int mask = -1, cos = -1, sin = -1, bias_k = -1, bias_v = -1, bias = -1, query_norm = -1, key_norm = -1;
 
   Attention fill(const Arrays& in) const {
     const int features = in[0].shape(-1);
@@ -31,10 +33,24 @@ struct AttentionInputs {
     p.bias_v = data(in, bias_v);
     p.bias = data(in, bias);
     p.biases = bias < 0 ? 0 : in[bias].shape(0);
+    p.query_norm = data(in, query_norm);
+    p.key_norm = data(in, key_norm);
+    p.eps = eps;
     return p;
   }
 
   float scale(int features) const { return std::pow(double(features / heads), -0.5); }
+
+  // The same without layer norms, and its inputs: query and key have been normalised.
+  std::pair<AttentionInputs, Arrays> behind_norms(const Arrays& in, mx::Stream s) const {
+    if (query_norm < 0) return {*this, in};
+    AttentionInputs rest = *this;
+    rest.query_norm = rest.key_norm = -1;
+    Arrays inputs(in.begin(), in.end() - 2);  // they are the last
+    inputs[0] = layer_norm(in[0], in[query_norm], std::nullopt, eps, s);
+    inputs[1] = layer_norm(in[1], in[key_norm], std::nullopt, eps, s);
+    return {rest, inputs};
+  }
 };
 
 array rotate(const array& x, const array& cos, const array& sin, mx::Stream s) {
@@ -107,7 +123,8 @@ class PlainSequence {
 };
 
 // What the kernel computes: context, and softmax's maximum and denominator.
-Arrays plain_attention(const Arrays& in, const AttentionInputs& at, mx::Stream s) {
+Arrays plain_attention(const Arrays& inputs, const AttentionInputs& with_norms, mx::Stream s) {
+  const auto [at, in] = with_norms.behind_norms(inputs, s);
   Arrays contexts, maxima, totals;
   for (size_t i = 0; i + 1 < at.offsets.size(); i++) {
     if (at.offsets[i] == at.offsets[i + 1]) continue;
@@ -120,7 +137,7 @@ Arrays plain_attention(const Arrays& in, const AttentionInputs& at, mx::Stream s
           mx::concatenate(totals, 0, s)};
 }
 
-// Behind the inputs of attention come its outputs and dout. The gradients are those of query, key and value, then those
+// Behind the inputs of attention, without layer norms, come its outputs and dout. The gradients are those of query, key and value, then those
 // of bias_k and bias_v for each sequence, or that of the bias.
 class AttentionGradient : public Operation {
  public:
@@ -192,6 +209,8 @@ class AttentionOperation : public Operation {
     for (int i : argnums) {
       if (i < 3)
         asked.push_back(gradients[i]);
+      else if (i == at_.query_norm || i == at_.key_norm)
+        asked.push_back(gradients[gradients.size() - (i == at_.query_norm ? 2 : 1)]);
       else if (i == at_.mask)  // under mx.checkpoint every argument is asked for
         asked.push_back(mx::zeros_like(in[i], s));
       else if (i == at_.bias)
@@ -203,14 +222,23 @@ class AttentionOperation : public Operation {
   }
 
  private:
+  // As those of `AttentionGradient`; with layer norms, those of their weights come last.
   Arrays all_gradients(const Arrays& in, const array& dout, const Arrays& out) {
+    auto [at, inputs] = at_.behind_norms(in, stream());
     std::vector<mx::Shape> shapes(3, in[0].shape());
     if (at_.bias_k >= 0) shapes.resize(5, {int(at_.offsets.size()) - 1, in[0].shape(-1)});
     if (at_.bias >= 0) shapes.push_back(in[at_.bias].shape());
-    Arrays inputs = in;
     for (auto& x : {out[0], out[1], out[2], contiguous(dout, stream())}) inputs.push_back(x);
-    return array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
-                              std::make_shared<AttentionGradient>(stream(), at_), inputs);
+    auto gradients = array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
+                                        std::make_shared<AttentionGradient>(stream(), at), inputs);
+    if (at_.query_norm < 0) return gradients;
+    const int norms[] = {at_.query_norm, at_.key_norm};
+    for (int i : {0, 1}) {
+      const auto of_norm = layer_norm_gradient(in[i], in[norms[i]], gradients[i], at_.eps, stream());
+      gradients[i] = of_norm[0];
+      gradients.push_back(of_norm[1]);
+    }
+    return gradients;
   }
 
   AttentionInputs at_;
@@ -229,8 +257,9 @@ void check_bias(const array& bias, const std::vector<int>& offsets, int heads) {
 
 array attention(const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,
                 const Optional& mask, const Optional& cos, const Optional& sin, const Optional& bias_k,
-                const Optional& bias_v, const Optional& bias, mx::StreamOrDevice device) {
-  auto s = checked_stream(device, {query, key, value, cos, sin, bias_k, bias_v, bias});
+                const Optional& bias_v, const Optional& bias, const Optional& query_norm, const Optional& key_norm,
+                float eps, mx::StreamOrDevice device) {
+  auto s = checked_stream(device, {query, key, value, cos, sin, bias_k, bias_v, bias, query_norm, key_norm});
   require(query.ndim() > 1 && key.shape() == query.shape() && value.shape() == query.shape(),
           "attention: query, key and value do not fit");
   const int features = query.shape(-1), tokens = features ? query.size() / features : 0;
@@ -238,23 +267,28 @@ array attention(const array& query, const array& key, const array& value, int he
   require(!offsets.empty() && offsets.front() == 0 && offsets.back() == tokens, "attention: offsets do not fit");
   for (size_t i = 1; i < offsets.size(); i++) require(offsets[i - 1] <= offsets[i], "attention: offsets descend");
   require(!mask || (mask->dtype() == mx::bool_ && mask->shape() == mx::Shape{tokens}), "attention: mask does not fit");
-  require(!cos == !sin && !bias_k == !bias_v, "attention: cos and sin, bias_k and bias_v come in pairs");
+  require(!cos == !sin && !bias_k == !bias_v && !query_norm == !key_norm,
+          "attention: cos and sin, bias_k and bias_v, query_norm and key_norm come in pairs");
   for (auto angles : {&cos, &sin})
     require(!*angles || (features / heads % 2 == 0 && (*angles)->shape() == mx::Shape{tokens, features / heads / 2}),
             "attention: cos and sin do not fit");
   for (auto learned : {&bias_k, &bias_v})
     require(!*learned || (!cos && !bias && (*learned)->shape() == mx::Shape{features}),
             "attention: bias_k and bias_v do not fit");
+  for (auto weight : {&query_norm, &key_norm})
+    require(!*weight || (*weight)->shape() == mx::Shape{features}, "attention: query_norm and key_norm do not fit");
   if (bias) check_bias(*bias, offsets, heads);
 
   Arrays inputs{contiguous(query, s), contiguous(key, s), contiguous(value, s)};
-  AttentionInputs at{heads, offsets};
+  AttentionInputs at{heads, offsets, eps};
   at.mask = append(inputs, mask, s);
   at.cos = append(inputs, cos, s);
   at.sin = append(inputs, sin, s);
   at.bias_k = append(inputs, bias_k, s);
   at.bias_v = append(inputs, bias_v, s);
   at.bias = append(inputs, bias, s);
+  at.query_norm = append(inputs, query_norm, s);
+  at.key_norm = append(inputs, key_norm, s);
   return array::make_arrays({query.shape(), {tokens, heads}, {tokens, heads}},
                             {mx::float32, mx::float32, mx::float32}, std::make_shared<AttentionOperation>(s, at),
                             inputs)[0];

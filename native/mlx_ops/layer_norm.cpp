@@ -1,11 +1,12 @@
+#include "layer_norm.h"
+
 #include "instruction_sets.h"
-#include "operation.h"
 #include "ops.h"
 
 namespace mlx_esm {
 namespace {
 
-// From x, weight and dy to the gradients of x, weight and bias, which need no bias.
+// From x, weight and dy.
 class LayerNormGradient : public Operation {
  public:
   LayerNormGradient(mx::Stream s, float eps)
@@ -56,11 +57,7 @@ class LayerNorm : public Operation {
   }
 
   Arrays vjp(const Arrays& in, const Arrays& dout, const std::vector<int>& argnums, const Arrays&) override {
-    auto gradients = array::make_arrays({in[0].shape(), in[1].shape(), in[1].shape()},
-                                        {mx::float32, mx::float32, mx::float32},
-                                        std::make_shared<LayerNormGradient>(stream(), eps_),
-                                        {in[0], in[1], contiguous(dout[0], stream())});
-    return pick(gradients, argnums);
+    return pick(layer_norm_gradient(in[0], in[1], dout[0], eps_, stream()), argnums);
   }
 
  private:
@@ -68,6 +65,11 @@ class LayerNorm : public Operation {
 };
 
 }  // namespace
+
+Arrays layer_norm_gradient(const array& x, const array& weight, const array& dy, float eps, mx::Stream s) {
+  return array::make_arrays({x.shape(), weight.shape(), weight.shape()}, {mx::float32, mx::float32, mx::float32},
+                            std::make_shared<LayerNormGradient>(s, eps), {x, weight, contiguous(dy, s)});
+}
 
 array layer_norm(const array& x, const array& weight, const Optional& bias, float eps, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x, weight, bias});

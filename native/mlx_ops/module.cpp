@@ -39,28 +39,29 @@ NB_MODULE(_native, m) {
   m.def(
       "linear",
       [](const array& x, const array& weight, const Optional& bias, const Optional& residual,
-         const std::optional<std::string>& activation) {
-        return mlx_esm::linear(x, weight, bias, residual, activation_called(activation));
+         const std::optional<std::string>& activation, float scale) {
+        return mlx_esm::linear(x, weight, bias, residual, activation_called(activation), scale);
       },
-      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none);
+      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none, "scale"_a = 1.0f);
   m.def(
       "half_linear",
       [](const array& x, const array& weight, const Optional& bias, const Optional& residual,
-         const std::optional<std::string>& activation) {
-        return mlx_esm::half_linear(x, weight, bias, residual, activation_called(activation));
+         const std::optional<std::string>& activation, float scale) {
+        return mlx_esm::half_linear(x, weight, bias, residual, activation_called(activation), scale);
       },
-      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none);
+      "x"_a, "weight"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none, "scale"_a = 1.0f);
   m.def(
       "quantized_linear",
       [](const array& x, const array& weight, const array& scales, const array& biases, const Optional& bias,
-         const Optional& residual, const std::optional<std::string>& activation, int group_size, int bits,
-         bool integers) {
+         const Optional& residual, const std::optional<std::string>& activation, float scale, int group_size,
+         int bits, bool integers) {
         return mlx_esm::quantized_linear(x, weight, scales, biases, bias, residual, activation_called(activation),
-                                         group_size, bits, integers);
+                                         scale, group_size, bits, integers);
       },
       "x"_a, "weight"_a, "scales"_a, "biases"_a, "bias"_a = none, "residual"_a = none, "activation"_a = none,
-      "group_size"_a, "bits"_a, "integers"_a = false);
+      "scale"_a = 1.0f, "group_size"_a, "bits"_a, "integers"_a = false);
   m.def("gelu", [](const array& x) { return mlx_esm::gelu(x); }, "x"_a);
+  m.def("swiglu", [](const array& gate, const array& up) { return mlx_esm::swiglu(gate, up); }, "gate"_a, "up"_a);
   m.def("softmax", [](const array& x) { return mlx_esm::softmax(x); }, "x"_a);
   m.def(
       "layer_norm",
@@ -82,11 +83,14 @@ NB_MODULE(_native, m) {
       "attention",
       [](const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,
          const Optional& mask, const Optional& cos, const Optional& sin, const Optional& bias_k,
-         const Optional& bias_v, const Optional& bias) {
-        return mlx_esm::attention(query, key, value, heads, offsets, mask, cos, sin, bias_k, bias_v, bias);
+         const Optional& bias_v, const Optional& bias, const Optional& query_norm, const Optional& key_norm,
+         float eps) {
+        return mlx_esm::attention(query, key, value, heads, offsets, mask, cos, sin, bias_k, bias_v, bias, query_norm,
+                                  key_norm, eps);
       },
       "query"_a, "key"_a, "value"_a, "heads"_a, "offsets"_a, "mask"_a = none, "cos"_a = none, "sin"_a = none,
-      "bias_k"_a = none, "bias_v"_a = none, "bias"_a = none);
+      "bias_k"_a = none, "bias_v"_a = none, "bias"_a = none, "query_norm"_a = none, "key_norm"_a = none,
+      "eps"_a = 1e-5f);
   m.def(
       "gated_linear",
       [](const array& z, const Norm& norm, const Layer& gate, const Layer& layer, const Optional& x,

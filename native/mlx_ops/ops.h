@@ -15,17 +15,20 @@ namespace mx = mlx::core;
 // All arrays but the mask and weights of fewer bits are float32; see kernels.h for what is computed. The leading axes of x are tokens. What does
 // not fit together throws std::invalid_argument.
 mx::array linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
-                 const std::optional<mx::array>& residual, Activation activation, mx::StreamOrDevice s = {});
+                 const std::optional<mx::array>& residual, Activation activation, float scale,
+                 mx::StreamOrDevice s = {});
 // A weight of float16 or bfloat16.
 mx::array half_linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
-                      const std::optional<mx::array>& residual, Activation activation, mx::StreamOrDevice s = {});
+                      const std::optional<mx::array>& residual, Activation activation, float scale,
+                      mx::StreamOrDevice s = {});
 // A weight of mx::quantize's mode "affine", whose scales and biases may be of half precision. `integers`: x is rounded
 // to 8 bits. The gradients, jvp and vmap are those of a linear layer that does not round x.
 mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx::array& scales,
                            const mx::array& biases, const std::optional<mx::array>& bias,
-                           const std::optional<mx::array>& residual, Activation activation, int group_size, int bits,
-                           bool integers, mx::StreamOrDevice s = {});
+                           const std::optional<mx::array>& residual, Activation activation, float scale,
+                           int group_size, int bits, bool integers, mx::StreamOrDevice s = {});
 mx::array gelu(const mx::array& x, mx::StreamOrDevice s = {});
+mx::array swiglu(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s = {});
 mx::array layer_norm(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias, float eps,
                      mx::StreamOrDevice s = {});
 mx::array softmax(const mx::array& x, mx::StreamOrDevice s = {});
@@ -39,7 +42,8 @@ mx::array attention(const mx::array& query, const mx::array& key, const mx::arra
                     const std::vector<int>& offsets, const std::optional<mx::array>& mask,
                     const std::optional<mx::array>& cos, const std::optional<mx::array>& sin,
                     const std::optional<mx::array>& bias_k, const std::optional<mx::array>& bias_v,
-                    const std::optional<mx::array>& bias, mx::StreamOrDevice s = {});
+                    const std::optional<mx::array>& bias, const std::optional<mx::array>& query_norm,
+                    const std::optional<mx::array>& key_norm, float eps, mx::StreamOrDevice s = {});
 
 // The parameters of a layer norm, and of a linear layer.
 struct PairNorm {

@@ -16,7 +16,7 @@ Number number_of(mx::Dtype dtype) {
 }  // namespace
 
 array half_linear(const array& x, const array& weight, const Optional& bias, const Optional& residual,
-                  Activation activation, mx::StreamOrDevice device) {
+                  Activation activation, float scale, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x, bias, residual});
   const Number type = number_of(weight.dtype());
   require(type != Number::float32, "half_linear: weight is not of half precision");
@@ -26,12 +26,12 @@ array half_linear(const array& x, const array& weight, const Optional& bias, con
     const PackedWeight weight{in[1].data<void>(), type, nullptr, nullptr, 16, 1};
     return [weight](const float* x, auto... arguments) { kernels().packed_linear(x, weight, arguments...); };
   };
-  return make_linear(x, {weight}, weight.shape(0), bias, residual, activation, whole, kernel, s);
+  return make_linear(x, {weight}, weight.shape(0), bias, residual, activation, scale, whole, kernel, s);
 }
 
 array quantized_linear(const array& x, const array& weight, const array& scales, const array& biases,
-                       const Optional& bias, const Optional& residual, Activation activation, int group_size, int bits,
-                       bool integers, mx::StreamOrDevice device) {
+                       const Optional& bias, const Optional& residual, Activation activation, float scale,
+                       int group_size, int bits, bool integers, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x, bias, residual});
   const Number type = number_of(scales.dtype());
   require(bits == 4 || bits == 8 || (!integers && (bits == 2 || bits == 3 || bits == 6)),
@@ -54,7 +54,7 @@ array quantized_linear(const array& x, const array& weight, const array& scales,
       (integers ? kernels().integer_linear : kernels().packed_linear)(x, weight, arguments...);
     };
   };
-  return make_linear(x, {weight, scales, biases}, weight.shape(0), bias, residual, activation, whole, kernel, s);
+  return make_linear(x, {weight, scales, biases}, weight.shape(0), bias, residual, activation, scale, whole, kernel, s);
 }
 
 }  // namespace mlx_esm

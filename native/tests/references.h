@@ -28,13 +28,13 @@ inline double activated(double x, mlx_esm::Activation activation) {
 }
 
 inline Doubles exact_linear(const Floats& x, const Floats& weight, const float* bias, const float* residual,
-                            long tokens, long outputs, long inputs, mlx_esm::Activation activation) {
+                            long tokens, long outputs, long inputs, mlx_esm::Activation activation, double scale) {
   Doubles y(tokens * outputs);
   for (long t = 0; t < tokens; t++)
     for (long n = 0; n < outputs; n++) {
       double sum = bias ? bias[n] : 0;
       for (long k = 0; k < inputs; k++) sum += double(x[t * inputs + k]) * weight[n * inputs + k];
-      y[t * outputs + n] = activated(sum, activation) + (residual ? residual[t * outputs + n] : 0);
+      y[t * outputs + n] = scale * activated(sum, activation) + (residual ? residual[t * outputs + n] : 0);
     }
   return y;
 }

@@ -66,14 +66,15 @@ void test_linear() {
           const Floats bias = numbers(outputs), residual = numbers(tokens * outputs);
           const bool plain = activation == Activation::none;
           const float *b = plain ? nullptr : bias.data(), *r = plain ? nullptr : residual.data();
+          const float scale = plain ? 1 : 0.7f;
           Floats y(tokens * outputs);
-          kernels().linear(x.data(), weight.data(), b, r, y.data(), tokens, outputs, inputs, activation);
-          compare("linear", y, exact_linear(x, weight, b, r, tokens, outputs, inputs, activation));
+          kernels().linear(x.data(), weight.data(), b, r, y.data(), tokens, outputs, inputs, activation, scale);
+          compare("linear", y, exact_linear(x, weight, b, r, tokens, outputs, inputs, activation, scale));
         }
   const Floats x = numbers(20 * 1500), weight = numbers(7 * 1500);  // deeper than a panel that stays in the cache
   Floats y(20 * 7);
-  kernels().linear(x.data(), weight.data(), nullptr, nullptr, y.data(), 20, 7, 1500, Activation::none);
-  compare("deep linear", y, exact_linear(x, weight, nullptr, nullptr, 20, 7, 1500, Activation::none));
+  kernels().linear(x.data(), weight.data(), nullptr, nullptr, y.data(), 20, 7, 1500, Activation::none, 1);
+  compare("deep linear", y, exact_linear(x, weight, nullptr, nullptr, 20, 7, 1500, Activation::none, 1));
 }
 
 void test_quantized_linear() {
@@ -92,9 +93,10 @@ void test_quantized_linear() {
           const auto bytes = packed(integers, bits);
           const PackedWeight p{bytes.data(), Number::float32, scales.data(), biases.data(), bits, group};
           auto check = [&](auto kernel, const Floats& x_of_exact, const std::string& what) {
-            kernel(x.data(), p, bias.data(), residual.data(), y.data(), tokens, outputs, inputs, Activation::gelu);
+            kernel(x.data(), p, bias.data(), residual.data(), y.data(), tokens, outputs, inputs, Activation::gelu,
+                   0.7f);
             compare(what, y, exact_linear(x_of_exact, weight, bias.data(), residual.data(), tokens, outputs, inputs,
-                                          Activation::gelu));
+                                          Activation::gelu, 0.7f), 2e-6, std::sqrt(inputs));
           };
           check(kernels().packed_linear, x, "quantized linear");
           if (bits == 4 || bits == 8) check(kernels().integer_linear, rounded(x, group), "linear of integers");
@@ -116,9 +118,10 @@ void test_half_linear() {
           std::memcpy(&weight[i], &word, sizeof word);
         }
         const PackedWeight p{halves.data(), Number::bfloat16, nullptr, nullptr, 16, 1};
-        kernels().packed_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none);
+        kernels().packed_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none, 1);
         compare("linear of bfloat16", y,
-                exact_linear(x, weight, nullptr, nullptr, tokens, outputs, inputs, Activation::none));
+                exact_linear(x, weight, nullptr, nullptr, tokens, outputs, inputs, Activation::none, 1), 2e-6,
+                std::sqrt(inputs));
       }
 }
 
@@ -136,6 +139,26 @@ void test_gelu() {
       kernels().gelu_gradient(x.data(), dy.data(), dx.data(), size);
       compare("gelu", y, exact, 2e-6, 0.1);
       compare("gelu's gradient", dx, derivative, 2e-6, 0.1);
+    }
+}
+
+void test_swiglu() {
+  for (long size : {0, 1, 15, 33, 40000})
+    for (double scale : {0.1, 3.0, 1e4}) {
+      const Floats gate = numbers(size, scale), up = numbers(size), dy = numbers(size);
+      Floats y(size), dgate(size), dup(size);
+      Doubles exact, by_gate, by_up;
+      for (long i = 0; i < size; i++) {
+        const double s = exact_sigmoid(gate[i]), silu = gate[i] * s;
+        exact.push_back(silu * up[i]);
+        by_gate.push_back(double(dy[i]) * up[i] * (s + silu * (1 - s)));
+        by_up.push_back(dy[i] * silu);
+      }
+      kernels().swiglu(gate.data(), up.data(), y.data(), size);
+      kernels().swiglu_gradient(gate.data(), up.data(), dy.data(), dgate.data(), dup.data(), size);
+      compare("swiglu", y, exact, 2e-6, 0.1);
+      compare("swiglu's gradient by gate", dgate, by_gate, 2e-6, 0.1);
+      compare("swiglu's gradient by up", dup, by_up, 2e-6, 0.1);
     }
 }
 
@@ -198,6 +221,7 @@ void test_adamw() {
 struct Options {
   bool mask, rotary, learned;
   int bias;  // 0, none; 1, one for all sequences; 2, one for each
+  bool norms = false;
 };
 
 void test_attention(long heads, long d, const std::vector<int>& offsets, Options options) {
@@ -240,12 +264,28 @@ void test_attention(long heads, long d, const std::vector<int>& offsets, Options
     p.bias = bias.data();
     p.biases = biases;
   }
+  Attention with_norms = p;
+  const Floats query_norm = numbers(D), key_norm = numbers(D);
+  Floats normed_query, normed_key;
+  if (options.norms) {
+    with_norms.query_norm = query_norm.data();
+    with_norms.key_norm = key_norm.data();
+    with_norms.eps = 1e-5;
+    auto normed = [&](const Floats& x, const Floats& weight) {
+      const ExactLayerNorm exact(x, weight, nullptr, x, tokens, D, 1e-5);
+      return Floats(exact.y.begin(), exact.y.end());
+    };
+    normed_query = normed(query, query_norm);
+    normed_key = normed(key, key_norm);
+    p.query = normed_query.data();
+    p.key = normed_key.data();
+  }
   const ExactAttention exact(p, dout);
-  kernels().attention(p);  // without what gradients need
+  kernels().attention(with_norms);  // without what gradients need
   compare("attention", out, exact.out);
-  p.maximum = maximum.data();
-  p.total = total.data();
-  kernels().attention(p);
+  p.maximum = with_norms.maximum = maximum.data();
+  p.total = with_norms.total = total.data();
+  kernels().attention(with_norms);
   AttentionGradients g{};
   g.forward = p;
   g.dout = dout.data();
@@ -274,6 +314,9 @@ void test_attentions() {
     for (int bias : {0, 1, 2}) test_attention(3, d, {0, 37, 74, 111}, {true, true, false, bias});
   for (int length : {1, 2, 31, 33, 150})
     for (int bias : {1, 2}) test_attention(2, 7, {0, length, 2 * length}, {false, false, false, bias});
+  for (long d : {1, 7, 20, 40})
+    for (bool mask : {false, true}) test_attention(3, d, {0, 1, 1, 18, 150}, {mask, d % 2 == 0, false, 0, true});
+  test_attention(2, 8, {0, 700}, {false, true, false, 0, true});
   test_attention(1, 8, {0, 700}, {true, true, false, 1});  // more than the keys, and the queries, of a task
   for (int bias : {0, 1, 2}) {
     test_attention(2, 8, {0}, {true, true, false, bias});
@@ -307,7 +350,7 @@ void test_gated_linear() {
                               layer.layer(), tokens,                      width,
                               outputs,       y_first};
           kernels().gated_linear(p);
-          compare("gated linear", y, exact_gated_linear(p), width == 4 ? 1e-4 : 5e-6);
+          compare("gated linear", y, exact_gated_linear(p), width == 4 ? 1e-4 : 5e-6, 1);
         }
 }
 
@@ -451,6 +494,7 @@ int main() {
     test_quantized_linear();
     test_half_linear();
     test_gelu();
+    test_swiglu();
     test_layer_norm();
     test_softmax();
     test_adamw();

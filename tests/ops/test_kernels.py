@@ -104,14 +104,18 @@ wrappings = pytest.mark.parametrize("wrap", [plain, mx.compile, mx.checkpoint], 
 
 
 def torch_linear(
-    x: Any, weight: Any, bias: Any = None, residual: Any = None, activation: str | None = None
+    x: Any, weight: Any, bias: Any = None, residual: Any = None, activation: str | None = None, scale: float = 1.0
 ) -> torch.Tensor:
-    y = ACTIVATIONS[activation](F.linear(x, weight, bias))
+    y = ACTIVATIONS[activation](F.linear(x, weight, bias)) * scale
     return y if residual is None else y + residual
 
 
 def torch_layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = EPS) -> torch.Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def torch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
 
 
 def torch_softmax(x: torch.Tensor) -> torch.Tensor:
@@ -130,6 +134,8 @@ def torch_attention(
     bias_k: Any = None,
     bias_v: Any = None,
     bias: Any = None,
+    query_norm: Any = None,
+    key_norm: Any = None,
 ) -> torch.Tensor:
     def split(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(0, 1)
@@ -139,6 +145,8 @@ def torch_attention(
         c, s = cos[part], sin[part]
         return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
 
+    if query_norm is not None:
+        query, key = torch_layer_norm(query, query_norm), torch_layer_norm(key, key_norm)
     outputs = [query[:0]]
     for sequence, (start, end) in enumerate(itertools.pairwise(offsets)):
         part = slice(start, end)
@@ -163,7 +171,7 @@ def attention_inputs(
     """Query, key and value, and the other arguments.
 
     `options` of: mask; rotary; learned (a key and a value); bias, or one bias for all sequences, which with either have
-    to be of one length.
+    to be of one length; norms of query and key.
     """
     tokens, features = offsets[-1], heads * head_dim
     more: dict[str, Any] = {}
@@ -180,16 +188,19 @@ def attention_inputs(
     if "bias" in options:
         biases = 1 if "one bias" in options else len(offsets) - 1
         more["bias"] = numbers(biases, heads, offsets[1], offsets[1], scale=2, seed=9)
+    if "norms" in options:
+        more |= {"query_norm": numbers(features, seed=10), "key_norm": numbers(features, seed=11)}
     return [numbers(tokens, features, scale=s, seed=i) for i, s in enumerate((scale, scale, 1.0))], more
 
 
 def check_attention(heads: int, head_dim: int, offsets: list[int], options: str = "", scale: float = 1.0) -> None:
     inputs, more = attention_inputs(heads, head_dim, offsets, options, scale)
-    bound = [*inputs, heads, offsets, *(more.get(n) for n in ("mask", "cos", "sin", "bias_k", "bias_v", "bias"))]
+    names = "mask", "cos", "sin", "bias_k", "bias_v", "bias", "query_norm", "key_norm"
+    bound = [*inputs, heads, offsets, *map(more.get, names)]
     check(native.attention, torch_attention, *bound)
 
 
-OPTIONS = ["", "mask", "rotary", "mask rotary", "learned", "mask learned"]
+OPTIONS = ["", "mask", "rotary", "mask rotary", "learned", "mask learned", "rotary norms", "mask norms"]
 BIASED = ["bias", "one bias", "mask bias", "rotary one bias", "mask rotary bias"]
 
 
@@ -211,8 +222,9 @@ def test_linear(tokens):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("residual", [None, numbers(2, 9, 33, seed=3)], ids=["", "residual"])
 @pytest.mark.parametrize("bias", [None, numbers(33, seed=2)], ids=["", "bias"])
-def test_linear_options(bias, residual, activation):
-    check(native.linear, torch_linear, numbers(2, 9, 70), numbers(33, 70, seed=1), bias, residual, activation)
+@pytest.mark.parametrize("scale", [1.0, 0.7], ids=["", "scale"])
+def test_linear_options(scale, bias, residual, activation):
+    check(native.linear, torch_linear, numbers(2, 9, 70), numbers(33, 70, seed=1), bias, residual, activation, scale)
 
 
 @every_set
@@ -229,7 +241,7 @@ def test_operands_that_are_not_contiguous():
     ours = native.linear(*views, mx.array(residual).transpose(1, 2, 0))
     same = native.linear(*(mx.array(np.array(v)) for v in views), mx.array(residual.transpose(1, 2, 0).copy()))
     assert mx.array_equal(ours, same)
-    for operation in (native.gelu, native.softmax):
+    for operation in (native.gelu, native.softmax, lambda x: native.swiglu(x, x)):
         assert mx.array_equal(operation(views[0]), operation(mx.array(np.array(views[0]))))
     (q, k, v), _ = attention_inputs(2, 8, [0, 20])
     fused = mx.split(mx.concatenate([mx.array(i) for i in (q, k, v)], axis=-1), 3, axis=-1)
@@ -280,6 +292,7 @@ def test_sum_of_squares(size):
 def test_elementwise(shape, scale):
     x, weight, bias = numbers(*shape, scale=scale), numbers(shape[-1], seed=1), numbers(shape[-1], seed=2)
     check(native.gelu, F.gelu, x)
+    check(native.swiglu, torch_swiglu, x, numbers(*shape, seed=3))
     check(native.softmax, torch_softmax, x)
     check(native.layer_norm, torch_layer_norm, x, weight, bias, EPS)
     check(native.layer_norm, torch_layer_norm, x, weight, None, EPS)
@@ -295,6 +308,20 @@ def test_gelu_far_out():
     exact.sum().backward()
     np.testing.assert_allclose(np.array(gelu), exact.detach().numpy(), rtol=1e-6, atol=1e-30)
     finite = np.isfinite(x)  # where torch has a slope
+    np.testing.assert_allclose(np.array(slope)[finite], wide.grad.numpy()[finite], rtol=1e-6, atol=1e-6)
+    assert np.isnan(np.array(slope)[np.isnan(x)]).all()
+
+
+@every_set
+def test_swiglu_far_out():
+    x = np.array([0, 1e-30, -1e-30, 88, -88, 100, -100, 3e38, -3e38, np.inf, -np.inf, np.nan, 1] * 3, np.float32)[:-1]
+    ones = mx.ones(len(x))
+    y, slope = native.swiglu(mx.array(x), ones), mx.grad(lambda x: native.swiglu(x, ones).sum())(mx.array(x))
+    wide = torch.tensor(x.clip(-1e3), dtype=torch.float64, requires_grad=True)  # below, torch has -inf · 0
+    exact = F.silu(wide)
+    exact.sum().backward()
+    np.testing.assert_allclose(np.array(y), exact.detach().numpy(), rtol=1e-6, atol=1e-30)
+    finite = np.isfinite(x)
     np.testing.assert_allclose(np.array(slope)[finite], wide.grad.numpy()[finite], rtol=1e-6, atol=1e-6)
     assert np.isnan(np.array(slope)[np.isnan(x)]).all()
 
@@ -380,7 +407,7 @@ def test_neighbours_in_a_batch_change_nothing(options):
     inputs, more = attention_inputs(2, 20, offsets, options)
 
     def attend(part: slice, offsets: list[int], inputs: list[np.ndarray] = inputs) -> np.ndarray:
-        rest = {n: mx.array(x if n in ("bias_k", "bias_v") else x[part]) for n, x in more.items()}
+        rest = {n: mx.array(x[part] if n in ("mask", "cos", "sin") else x) for n, x in more.items()}
         return np.array(native.attention(*(mx.array(x[part]) for x in inputs), 2, offsets, **rest))
 
     together = attend(slice(None), offsets)
@@ -409,6 +436,7 @@ def test_no_tokens(offsets):
     for output in (
         native.linear(x, mx.ones((8, 8)), row, x, "gelu"),
         native.gelu(x),
+        native.swiglu(x, x),
         native.softmax(x),
         native.layer_norm(x, row, row, EPS),
         native.layer_norm(x, row, None, EPS),
@@ -416,6 +444,7 @@ def test_no_tokens(offsets):
         native.attention(x, x, x, 2, offsets, bias=mx.zeros((1, 2, 0, 0))),
         native.attention(x, x, x, 2, offsets, mx.zeros((0,), mx.bool_), mx.zeros((0, 2)), mx.zeros((0, 2))),
         native.attention(x, x, x, 2, offsets, None, None, None, row, row),
+        native.attention(x, x, x, 2, offsets, query_norm=row, key_norm=row),
     ):
         mx.eval(output)
         assert output.shape == (0, 8)
@@ -445,12 +474,13 @@ for call in (
 
 @every_set
 @wrappings
+@pytest.mark.parametrize("scale", [1.0, 0.7], ids=["", "scale"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_of_linear(activation, wrap):
+def test_gradients_of_linear(activation, scale, wrap):
     shapes = [(2, 19, 45), (33, 45), (33,), (2, 19, 33)]
     inputs = [numbers(*s, seed=i) for i, s in enumerate(shapes)]
     for n in (2, 3, 4):
-        rest = [*[None] * (4 - n), activation]
+        rest = [*[None] * (4 - n), activation, scale]
         ours, theirs = (lambda *x, f=f, rest=rest: f(*x, *rest) for f in (native.linear, torch_linear))
         check_gradients(ours, theirs, *inputs[:n], wrap=wrap)
 
@@ -461,6 +491,7 @@ def test_gradients_of_linear(activation, wrap):
 def test_gradients_of_elementwise(shape, wrap):
     x, weight, bias = numbers(*shape, scale=2), numbers(shape[-1], seed=1), numbers(shape[-1], seed=2)
     check_gradients(native.gelu, F.gelu, x, wrap=wrap)
+    check_gradients(native.swiglu, torch_swiglu, x, numbers(*shape, seed=3), wrap=wrap)
     check_gradients(native.softmax, torch_softmax, x, wrap=wrap)
     check_gradients(lambda *x: native.layer_norm(*x, EPS), torch_layer_norm, x + np.float32(3), weight, bias, wrap=wrap)
     check_gradients(lambda *x: native.layer_norm(*x, None, EPS), torch_layer_norm, x, weight, wrap=wrap)
@@ -468,7 +499,7 @@ def test_gradients_of_elementwise(shape, wrap):
 
 def check_attention_gradients(heads: int, head_dim: int, offsets: list[int], options: str, wrap: Any = plain) -> None:
     inputs, more = attention_inputs(heads, head_dim, offsets, options)
-    trained = [n for n in ("bias_k", "bias_v", "bias") if n in more]
+    trained = [n for n in ("bias_k", "bias_v", "bias", "query_norm", "key_norm") if n in more]
     biases = [more.pop(n) for n in trained]
 
     def bound(function: Any, convert: Any) -> Any:
@@ -521,6 +552,7 @@ def test_gradients_without_tokens():
     mx.eval([mx.full((2, 8), np.nan) for _ in range(50)])
     for f in (
         lambda b: native.attention(x, x, x, 2, [0, 0, 0], None, None, None, b, b),
+        lambda b: native.attention(x, x, x, 2, [0, 0, 0], query_norm=b, key_norm=b),
         lambda b: native.linear(x, mx.ones((8, 8)), b, None, "gelu"),
         lambda b: native.layer_norm(x, b, b, EPS),
     ):
@@ -540,6 +572,8 @@ for f, more in [
     (lambda x, m, b: native.attention(x, x, x, 2, [0, 5], m, None, None, b, b), (mask, b)),
     (lambda x, m, c, s: native.attention(x, x, x, 2, [0, 5], m, c, s), (mask, cos, sin)),
     (lambda x, m, b: native.attention(x, x, x, 2, [0, 5], m, bias=b), (mask, bias)),
+    (lambda x, c, s, b: native.attention(x, x, x, 2, [0, 5], None, c, s, query_norm=b, key_norm=b), (cos, sin, b)),
+    (lambda x, m, b: native.attention(x, x, x, 2, [0, 5], m, query_norm=b, key_norm=b), (mask, b)),
 ]:
     plain, again = (mx.grad(lambda x: (g(x, *more) ** 2).sum())(x) for g in (f, mx.checkpoint(f)))
     assert mx.allclose(plain, again, rtol=1e-4, atol=1e-5), (plain, again)
@@ -560,20 +594,22 @@ def operations() -> list[tuple[Callable[..., mx.array], list[mx.array]]]:
     w, bias = mx.array(numbers(16, 16, scale=0.25, seed=4)), mx.array(numbers(1, 2, 9, 9, seed=10))
     return [
         (lambda x, w, b: native.linear(x, w, b, x, "gelu"), [x, w, b]),
-        (lambda x, w, b: native.linear(x, w, b, x, "relu"), [x, w, b]),
+        (lambda x, w, b: native.linear(x, w, b, x, "relu", 0.7), [x, w, b]),
         (native.gelu, [x]),
+        (native.swiglu, [x, mx.array(numbers(18, 16, seed=11))]),
         (native.softmax, [x]),
         (lambda x, w, b: native.layer_norm(x, w, b, EPS), [x, b, b + 1]),
         (lambda x, w: native.layer_norm(x, w, None, EPS), [x, b]),
         (lambda q, k, v: native.attention(q, k, v, 2, [0, 1, 1, 18], **rest), qkv),
         (lambda q, k, v, b: native.attention(q, k, v, 2, [0, 18], None, None, None, b, b), [*qkv, b]),
         (lambda q, k, v, bias: native.attention(q, k, v, 2, [0, 9, 18], bias=bias, **rest), [*qkv, bias]),
+        (lambda q, k, v, b: native.attention(q, k, v, 2, [0, 1, 1, 18], query_norm=b, key_norm=b, **rest), [*qkv, b]),
     ]
 
 
-OPERATIONS = ["linear gelu", "linear relu", "gelu", "softmax", "layer_norm", "layer_norm without bias",
-              "attention rotary", "attention learned", "attention bias"]  # fmt: skip
-every_operation = pytest.mark.parametrize("i", range(9), ids=OPERATIONS)
+OPERATIONS = ["linear gelu", "linear relu", "gelu", "swiglu", "softmax", "layer_norm", "layer_norm without bias",
+              "attention rotary", "attention learned", "attention bias", "attention norms"]  # fmt: skip
+every_operation = pytest.mark.parametrize("i", range(11), ids=OPERATIONS)
 
 
 @every_set
@@ -614,8 +650,9 @@ def test_second_derivatives(i):
     rest = [torch.tensor(np.array(a, np.float64)) for a in arguments[1:]]
     theirs = [
         lambda x, w, b: torch_linear(x, w, b, x, "gelu"),
-        lambda x, w, b: torch_linear(x, w, b, x, "relu"),
+        lambda x, w, b: torch_linear(x, w, b, x, "relu", 0.7),
         F.gelu,
+        torch_swiglu,
         torch_softmax,
         torch_layer_norm,
         torch_layer_norm,
@@ -714,6 +751,8 @@ x34, x4, w54, q = mx.zeros((3, 4)), mx.zeros((4,)), mx.zeros((5, 4)), mx.zeros((
         lambda: native.linear(x34, w54.astype(mx.bfloat16)),
         lambda: native.linear(x34, w54, activation="tanh"),
         lambda: native.gelu(x34.astype(mx.float16)),
+        lambda: native.swiglu(x34, x4),
+        lambda: native.swiglu(x34, x34.astype(mx.float16)),
         lambda: native.softmax(x34.astype(mx.float16)),
         lambda: native.softmax(mx.zeros((3, 0))),
         lambda: native.softmax(mx.array(1.0)),
@@ -752,6 +791,8 @@ x34, x4, w54, q = mx.zeros((3, 4)), mx.zeros((4,)), mx.zeros((5, 4)), mx.zeros((
             ]
         ),
         lambda: native.attention(q, q, q, 2, [0, 6], bias=mx.zeros((1, 2, 6, 6), mx.float16)),
+        lambda: native.attention(q, q, q, 2, [0, 6], query_norm=mx.zeros((8,))),
+        lambda: native.attention(q, q, q, 2, [0, 6], query_norm=mx.zeros((4,)), key_norm=mx.zeros((4,))),
         lambda: native.choose("nonsense"),
         lambda: native.adamw(q, q, q, mx.zeros((3,)), *OF_STEP, 0.9, 0.98, 1e-8, 0.0),
         lambda: native.adamw(q, q, q, q, *OF_STEP[:2], mx.array(1), 0.9, 0.98, 1e-8, 0.0),
@@ -777,10 +818,12 @@ def test_a_batch_through_ops(monkeypatch):
     calls = [
         lambda: ops.attention(query, key, value, H, layout, (mx.cos(angles), mx.sin(angles)), None, bias),
         lambda: ops.attention(query, key, value, H, layout, None, learned),
+        lambda: ops.attention(query, key, value, H, layout, (mx.cos(angles), mx.sin(angles)), norms=(row, row, EPS)),
         lambda: ops.linear(query, weight, None, residual, "relu"),
-        lambda: ops.linear(query, weight, row[:9], residual, "gelu"),
+        lambda: ops.linear(query, weight, row[:9], residual, "gelu", 0.7),
         lambda: ops.layer_norm(query, row, None, EPS),
         lambda: ops.layer_norm(query, row, row, EPS),
+        lambda: ops.swiglu(query, key),
     ]
     for call in calls:
         monkeypatch.setattr(ops, "backend_of", lambda *arrays: kernels)

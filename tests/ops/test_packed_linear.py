@@ -28,12 +28,12 @@ def numbers(*shape: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
 
 
 def hold(ours: mx.array, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, residual: np.ndarray) -> None:
-    """To torch's linear layer with GELU and a residual, of a weight in float64."""
+    """To torch's linear layer with GELU, a scale and a residual, of a weight in float64."""
 
     def theirs(dtype: torch.dtype) -> torch.Tensor:
         tensors = (torch.tensor(array, dtype=dtype) for array in (x, weight, bias, residual))
         x_, weight_, bias_, residual_ = tensors
-        return F.gelu(F.linear(x_, weight_, bias_)) + residual_
+        return F.gelu(F.linear(x_, weight_, bias_)) * 0.7 + residual_
 
     hold_to_bar(ours, theirs(torch.float32), theirs(torch.float64))
 
@@ -66,7 +66,9 @@ def test_quantized(bits, group_size, dtype):
             mx.array(numbers(outputs, inputs, scale=inputs**-0.5, seed=1)).astype(dtype), group_size, bits
         )
         settings = {"group_size": group_size, "bits": bits}
-        ours = native.quantized_linear(mx.array(x), *packed, mx.array(bias), mx.array(residual), "gelu", **settings)
+        ours = native.quantized_linear(
+            mx.array(x), *packed, mx.array(bias), mx.array(residual), "gelu", 0.7, **settings
+        )
         hold(ours, x, dequantized(*packed, **settings), bias, residual)
 
 
@@ -76,7 +78,7 @@ def test_half(dtype):
     for (tokens, outputs), inputs in zip(SHAPES, (1, 7, 320, 1283), strict=True):
         x, bias, residual = numbers(tokens, inputs), numbers(outputs, seed=2), numbers(tokens, outputs, seed=3)
         weight = mx.array(numbers(outputs, inputs, scale=inputs**-0.5, seed=1)).astype(dtype)
-        ours = native.half_linear(mx.array(x), weight, mx.array(bias), mx.array(residual), "gelu")
+        ours = native.half_linear(mx.array(x), weight, mx.array(bias), mx.array(residual), "gelu", 0.7)
         hold(ours, x, np.array(weight.astype(mx.float32)), bias, residual)
 
 
@@ -117,7 +119,7 @@ def test_integers(bits, group_size):
         x[:, 0] *= 100  # which costs the other groups nothing
         packed = mx.quantize(mx.array(numbers(outputs, inputs, scale=inputs**-0.5, seed=1)), group_size, bits)
         settings = {"group_size": group_size, "bits": bits}
-        more = mx.array(bias), mx.array(residual), "gelu"
+        more = mx.array(bias), mx.array(residual), "gelu", 0.7
         ours = native.quantized_linear(mx.array(x), *packed, *more, **settings, integers=True)
         integers, scales = rounded(x, group_size)
         near = (integers * scales.astype(np.float64)).reshape(x.shape)
@@ -146,12 +148,12 @@ def test_gradients(kind, activation):
 
     def ours(x, bias, residual):
         if kind == "half":
-            return native.half_linear(x, stored, bias, residual, activation).sum()
+            return native.half_linear(x, stored, bias, residual, activation, 0.7).sum()
         settings = {"group_size": 64, "bits": 8, "integers": kind == "integers"}
-        return native.quantized_linear(x, *packed, bias, residual, activation, **settings).sum()
+        return native.quantized_linear(x, *packed, bias, residual, activation, 0.7, **settings).sum()
 
     def plain(x, bias, residual):
-        return native.linear(x, whole, bias, residual, activation).sum()
+        return native.linear(x, whole, bias, residual, activation, 0.7).sum()
 
     arguments = [mx.array(a) for a in (x, bias, residual)]
     for found, expected in zip(*(mx.grad(f, [0, 1, 2])(*arguments) for f in (ours, plain)), strict=True):

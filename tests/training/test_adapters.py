@@ -290,6 +290,7 @@ def test_layer(backend, bias, quantized, activation, kind):
     assert not close(base(x), plain(x), 0.1)
     assert close(layer(x, activation), plain(x, activation))
     assert close(layer(x, activation, residual), plain(x, activation, residual))
+    assert close(layer(x, activation, residual, 0.7), plain(x, activation) * 0.7 + residual)
     merged = layer.merged()
     assert type(merged) is Linear and np.array_equal(merged(x), plain(x))
 

@@ -75,28 +75,33 @@ class MLXEsmcAttention(nn.Module):
         layout: ops.Layout | None = None,
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
+        residual: mx.array | None = None,
+        scale: float = 1.0,
     ) -> tuple[mx.array, mx.array | None]:
-        """The states [B, L, D], and the probabilities [B, H, L, L] if they are asked for.
+        """The states [B, L, D] times `scale`, plus `residual`; the probabilities [B, H, L, L] if they are asked for.
 
         Args:
             layout: which tokens see which; None, all of a row.
             position_embeddings: cosines and sines of the rotary angles, [B, L, head_dim / 2] each.
         """
-        query, key = self.q_norm(self.q_proj(hidden_states)), self.k_norm(self.k_proj(hidden_states))
-        value = self.v_proj(hidden_states)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if not output_attentions and not (self.training and self.attention_dropout):
             # What follows below, in one operation.
-            context = ops.attention(query, key, value, self.num_attention_heads, layout, position_embeddings)
-            return self.o_proj(context), None
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            context = ops.attention(
+                query, key, value, self.num_attention_heads, layout, position_embeddings, norms=norms
+            )
+            return self.o_proj(context, residual=residual, scale=scale), None
 
+        query, key = self.q_norm(query), self.k_norm(key)
         heads = ops.split_heads(query, key, value, self.num_attention_heads, layout, position_embeddings)
         attentions = self.dropout(ops.attention_probabilities(heads.query, heads.key, heads.mask))
         context = ops.merge_heads(attentions @ heads.value)
-        return self.o_proj(context), attentions if output_attentions else None
+        return self.o_proj(context, residual=residual, scale=scale), attentions if output_attentions else None
 
 
 class MLXEsmcMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)), [B, L, D] to [B, L, D]."""
+    """SwiGLU: down(silu(gate(x)) · up(x)) times `scale`, plus `residual`, [B, L, D] to [B, L, D]."""
 
     def __init__(self, config: MLXEsmcConfig):
         super().__init__()
@@ -105,8 +110,9 @@ class MLXEsmcMLP(nn.Module):
         self.up_proj = linear(config, D, width, bias)
         self.down_proj = linear(config, width, D, bias)
 
-    def __call__(self, hidden_states: mx.array) -> mx.array:
-        return self.down_proj(ops.swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+    def __call__(self, hidden_states: mx.array, residual: mx.array | None = None, scale: float = 1.0) -> mx.array:
+        gated = ops.swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+        return self.down_proj(gated, residual=residual, scale=scale)
 
 
 class MLXEsmcLayer(nn.Module):
@@ -119,7 +125,7 @@ class MLXEsmcLayer(nn.Module):
         self.mlp = MLXEsmcMLP(config)
         self.input_layernorm = LayerNorm(config.hidden_size)
         self.post_attention_layernorm = LayerNorm(config.hidden_size)
-        self.scaling_factor = math.sqrt(config.num_hidden_layers / DEPTH)
+        self.branch_scale = math.sqrt(DEPTH / config.num_hidden_layers)
 
     def __call__(
         self,
@@ -128,12 +134,16 @@ class MLXEsmcLayer(nn.Module):
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
-        attended, attentions = self.self_attn(
-            self.input_layernorm(hidden_states), layout, position_embeddings, output_attentions
+        hidden_states, attentions = self.self_attn(
+            self.input_layernorm(hidden_states),
+            layout,
+            position_embeddings,
+            output_attentions,
+            residual=hidden_states,
+            scale=self.branch_scale,
         )
-        hidden_states = hidden_states + attended / self.scaling_factor
-        fed_forward = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + fed_forward / self.scaling_factor, attentions
+        normed = self.post_attention_layernorm(hidden_states)
+        return self.mlp(normed, residual=hidden_states, scale=self.branch_scale), attentions
 
 
 class MLXEsmcMaskedLMHead(nn.Module):

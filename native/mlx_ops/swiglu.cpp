@@ -1,0 +1,63 @@
+#include "instruction_sets.h"
+#include "operation.h"
+#include "ops.h"
+
+namespace mlx_esm {
+namespace {
+
+Arrays plain_swiglu(const Arrays& in, mx::Stream s) {
+  return {mx::multiply(mx::multiply(in[0], mx::sigmoid(in[0], s), s), in[1], s)};
+}
+
+// From gate, up and dy to the gradients of gate and up.
+class SwigluGradient : public Operation {
+ public:
+  explicit SwigluGradient(mx::Stream s)
+      : Operation(s, [s](const Arrays& in) {
+          auto f = [s](const Arrays& x) { return plain_swiglu(x, s); };
+          return mx::vjp(f, {in[0], in[1]}, {in[2]}).second;
+        }) {}
+
+  const char* name() const override { return "SwigluGradient"; }
+
+  void eval_cpu(const Arrays& in, Arrays& out) override {
+    run(out, [&] {
+      return [gate = data(in, 0), up = data(in, 1), dy = data(in, 2), dgate = out[0].data<float>(),
+              dup = out[1].data<float>(), n = long(in[0].size())] {
+        kernels().swiglu_gradient(gate, up, dy, dgate, dup, n);
+      };
+    });
+  }
+};
+
+class Swiglu : public Operation {
+ public:
+  explicit Swiglu(mx::Stream s) : Operation(s, [s](const Arrays& in) { return plain_swiglu(in, s); }) {}
+
+  const char* name() const override { return "Swiglu"; }
+
+  void eval_cpu(const Arrays& in, Arrays& out) override {
+    run(out, [&] {
+      return [gate = data(in, 0), up = data(in, 1), y = out[0].data<float>(), n = long(in[0].size())] {
+        kernels().swiglu(gate, up, y, n);
+      };
+    });
+  }
+
+  Arrays vjp(const Arrays& in, const Arrays& dout, const std::vector<int>& argnums, const Arrays&) override {
+    auto gradients = array::make_arrays({in[0].shape(), in[0].shape()}, {mx::float32, mx::float32},
+                                        std::make_shared<SwigluGradient>(stream()),
+                                        {in[0], in[1], contiguous(dout[0], stream())});
+    return pick(gradients, argnums);
+  }
+};
+
+}  // namespace
+
+array swiglu(const array& gate, const array& up, mx::StreamOrDevice device) {
+  auto s = checked_stream(device, {gate, up});
+  require(gate.shape() == up.shape(), "swiglu: gate and up do not fit");
+  return array(gate.shape(), mx::float32, std::make_shared<Swiglu>(s), {contiguous(gate, s), contiguous(up, s)});
+}
+
+}  // namespace mlx_esm
