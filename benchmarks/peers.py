@@ -32,7 +32,7 @@ def cores() -> list[int]:
 
 @functools.lru_cache(2)
 def matrix(rows: int, columns: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((rows, columns), np.float32)
+    return np.random.default_rng(0).random((rows, columns), np.float32) - np.float32(0.5)
 
 
 def product_operands(tokens: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:

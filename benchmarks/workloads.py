@@ -27,7 +27,6 @@ BFLOAT16, DYNAMIC = "transformers sdpa, bfloat16", "torch's dynamic int8"
 PEAK, BLAS = "FMA loop", "OpenBLAS under MLX"
 TOKENS = (16, 64, 256, 1024, 2048)
 SLICE, MOST = 2e9, 100  # operations of one call, and products
-ROUNDS = 3  # of products
 ESMC = ("ESMC-300M", "tiny-ESMC")
 LONGEST = 1022  # residues that ESM-1b has positions for
 PACKED = "4 bits"
@@ -383,14 +382,15 @@ def gemm(s: Session) -> Iterator[Case]:
             flops = 2 * tokens * inputs * outputs
             repeats = min(max(1, round(SLICE / flops)), MOST)
             args = {"shape": [tokens, inputs, outputs], "repeats": repeats}
-            options: dict[str, Any] = {"work": flops * repeats, "warm": {"repeats": 1}, "needed": ROUNDS}
+            rounds = 3 if flops < 1e11 else MIN_ROUNDS
+            options: dict[str, Any] = {"work": flops * repeats, "warm": {"repeats": 1}, "needed": rounds}
             runners = [
                 s.runner("product", args, OURS, **options),
                 s.runner("product", args, "transformers", "torch", **options),
                 s.runner("product", args | {"blas": True}, OURS, BLAS, **options),
-                s.runner("peak", {"operations": SLICE}, OURS, PEAK, SLICE, needed=ROUNDS),
+                s.runner("peak", {"operations": SLICE}, OURS, PEAK, SLICE, needed=rounds),
             ]
-            yield Case(f"{tokens} x {inputs} x {outputs}", "GFLOP/s", runners, ROUNDS)
+            yield Case(f"{tokens} x {inputs} x {outputs}", "GFLOP/s", runners, rounds)
 
 
 def scaling(s: Session) -> Iterator[Case]:
