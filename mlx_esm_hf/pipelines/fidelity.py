@@ -70,19 +70,22 @@ def compare(cls: Any, before: str, after: str, revision: str, proteins: Sequence
 
     Args:
         cls: an auto class that loads both.
+        before: a repository on the Hub, or a folder.
+        after: a folder; what is being computed lies beside it.
         revision: of what is on the Hub.
         proteins: cleaned sequences, one at least.
 
     Raises:
         RuntimeError: one of the models failed, with what it said.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    commit = getattr(revision, "resolved", None) or revision
+    device = mx.default_device().type.name
+    with tempfile.TemporaryDirectory(dir=Path(after).parent) as folder:
         found = []
         for name, model in (("before", before), ("after", after)):
             place = Path(folder, name)
             place.mkdir()
-            device = mx.default_device().type.name
-            run(Task(cls.__name__, model, str(revision), device, list(proteins), str(place)))
+            run(Task(cls.__name__, model, commit, device, list(proteins), str(place)))
             found.append((json.loads((place / MEASURED).read_text()), read_answers(place)))
         (measured, a), (measured_after, b) = found
         figures: Figures = {"proteins": len(proteins), "residues": len(a["residues"])}
