@@ -53,6 +53,8 @@ TARGETS = (
     Target("encoder", ("650M", "tiny"), "gemm", 0.85),
     Target("quantized", ("650M",), BEST[0], 2, "proteins", "ours, 8 bits, int8"),
     Target("quantized", ("650M",), DYNAMIC, 1.3, "proteins", "ours, 8 bits, int8"),
+    Target("quantized", ("650M",), BEST[0], 2, "proteins", "ours, 8 bits, int8, groups of 32"),
+    Target("quantized", ("650M",), DYNAMIC, 1.3, "proteins", "ours, 8 bits, int8, groups of 32"),
     Target("quantized", ("650M", "tiny"), OURS, 0.9, "proteins", "ours, 4 bits"),
     Target("quantized", ("650M", "tiny"), OURS, 1, "64 residues", "ours, 4 bits"),
     Target("memory", ("650M", "tiny"), "transformers", 1),

@@ -24,13 +24,27 @@ MIN_ROUNDS = 2  # of ours and of the best peer, whatever they take
 CHUNKS = (4, 16, 64, None)  # rows of pairs that transformers' triangle attention takes at a time
 PROBE = 64  # tokens, for a guess of how long a peer will take
 BFLOAT16, DYNAMIC = "transformers sdpa, bfloat16", "torch's dynamic int8"
+PRECISIONS = {
+    OURS_BFLOAT16: "bfloat16",
+    "ours, 8 bits, int8": "8 bits",
+    "ours, 8 bits, int8, groups of 32": "8 bits",
+    "ours, 4 bits": "4 bits",
+    "ours, 4 bits, int8": "4 bits",
+    BFLOAT16: "bfloat16",
+    DYNAMIC: "8 bits",
+}
 PEAK, BLAS = "FMA loop", "OpenBLAS under MLX"
 TOKENS = (16, 64, 256, 1024, 2048)
 SLICE, MOST = 2e9, 100  # operations of one call, and products
 ESMC = ("ESMC-300M", "tiny-ESMC")
 LONGEST = 1022  # residues that ESM-1b has positions for
-PACKED = "4 bits"
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, PACKED: 0.5}  # relative to the largest value
+TOLERANCE = {  # relative to the largest value
+    "float32": 1e-3,
+    "float16": 2e-2,
+    "bfloat16": 1e-1,
+    "8 bits": 1e-1,
+    "4 bits": 0.5,
+}
 
 
 @dataclass
@@ -38,7 +52,7 @@ class Runner:
     """One measurement of one peer: a warm-up, then values, speeds unless the case says otherwise.
 
     `run` takes a file for the answer, or None. `needed` rounds are measured even if time is up; `guess` is how many
-    seconds one will take.
+    seconds one will take. `precision` is that of the answer, if not the case's.
     """
 
     name: str
@@ -46,6 +60,7 @@ class Runner:
     warm: Callable[[], object] = lambda: None
     needed: int = 0
     guess: Callable[[], float] = lambda: 0
+    precision: str = ""
 
 
 class Process(NamedTuple):
@@ -176,6 +191,7 @@ class Session:
         needed: int = 0,
         cores: int = 0,
         tokens: int = 0,
+        precision: str = "",
     ) -> Runner:
         """A call of a peer's method, as `work` per second. `warm` replaces arguments of a smaller warm-up.
 
@@ -192,7 +208,7 @@ class Session:
             if seconds < QUICK:
                 self.worker(process, cores).ask(call, args)
 
-        return Runner(name or process, run, warm_up, needed, lambda: tokens and tokens * self.pace(process))
+        return Runner(name or process, run, warm_up, needed, lambda: tokens and tokens * self.pace(process), precision)
 
     def everyone(self, call: str, args: dict[str, Any], attentions: tuple[str, ...], **options: Any) -> list[Runner]:
         """The same call of all peers that have this model."""
@@ -327,12 +343,16 @@ def quantized(s: Session) -> Iterator[Case]:
         s.processes[name] = Process(OURS, s.folder.with_name(name), dtype)
     s.processes[BFLOAT16] = Process("transformers", s.folder, "bfloat16")
     schedule = {"attention": "sdpa", "schedule": "one at a time"}  # the best of float32 on a CPU
-    ours, theirs = [OURS, *CONVERTED], {"transformers": BEST[0], BFLOAT16: BFLOAT16, DYNAMIC: DYNAMIC}
+    theirs = {"transformers": BEST[0], BFLOAT16: BFLOAT16, DYNAMIC: DYNAMIC}
+    named = {OURS: OURS, **{name: name for name in CONVERTED}, **theirs}
 
     def everyone(call: str, args: dict[str, Any], more: dict[str, Any], **options: Any) -> list[Runner]:
-        runners = [s.runner(call, args, name, needed=MIN_ROUNDS, **options) for name in ours]
-        others = theirs.items()
-        return runners + [s.runner(call, args | more, at, name, needed=MIN_ROUNDS, **options) for at, name in others]
+        found = []
+        for process, name in named.items():
+            given = args | (more if process in theirs else {})
+            options |= {"needed": MIN_ROUNDS, "precision": PRECISIONS.get(name, "")}
+            found.append(s.runner(call, given, process, name, **options))
+        return found
 
     def held(what: Callable[[Worker, str], float]) -> list[Runner]:
         """What is asked of the same processes, in bytes."""
@@ -340,7 +360,7 @@ def quantized(s: Session) -> Iterator[Case]:
         def runner(process: str, name: str) -> Runner:
             return Runner(name, lambda keep: what(s.worker(process), process), needed=1)
 
-        return [runner(name, name) for name in ours] + [runner(*pair) for pair in theirs.items()]
+        return [runner(*pair) for pair in named.items()]
 
     def weights(worker: Worker, process: str) -> float:
         return worker.ready["weights_bytes"]
@@ -353,11 +373,11 @@ def quantized(s: Session) -> Iterator[Case]:
     sequences = s.proteins(64 if s.shape.hidden < 640 else 16 if s.shape.hidden < 1280 else 6)
     args: dict[str, Any] = {"sequences": sequences}
     bulk = everyone("embed", args, schedule, work=sum(map(len, sequences)), warm={"sequences": sequences[:2]})
-    yield Case(f"{len(sequences)} proteins", "residues/s", bulk, dtype=PACKED)
+    yield Case(f"{len(sequences)} proteins", "residues/s", bulk)
     yield Case("weights", "GB", held(weights), 1)
     yield Case("peak memory", "GB", held(peak), 1)
     short = everyone("hidden", {"ids": token_ids(1, 66)}, {"attention": "sdpa"})
-    yield Case("64 residues", "ms", short, dtype=PACKED)
+    yield Case("64 residues", "ms", short)
 
 
 def encoder(s: Session) -> Iterator[Case]:
@@ -499,14 +519,15 @@ def alternate(session: Session, workload: str, case: Case, scratch: Path, budget
         took[runner.name] = time.monotonic() - start
         if first and keep.exists():
             answers[runner.name] = np.load(keep)
-            check(runner.name)
+            check(runner)
         return value
 
-    def check(name: str) -> None:
+    def check(runner: Runner) -> None:
+        name = runner.name
         if OURS in answers and name != OURS:
             difference = np.abs(answers[name] - answers[OURS]).max() / np.abs(answers[OURS]).max()
             result.deviation[name] = float(difference)
-            if not difference <= TOLERANCE[case.dtype or settings.dtype]:
+            if not difference <= TOLERANCE[runner.precision or case.dtype or settings.dtype]:
                 raise RuntimeError(f"its answer differs from ours by {difference:.1e}")
 
     for turn in range(settings.repeats):
