@@ -20,7 +20,7 @@ from benchmarks import report
 from benchmarks.models import DEFAULT, SHAPES
 from benchmarks.peers import cores
 from benchmarks.worker import REPOSITORY
-from benchmarks.workloads import TOLERANCE, WORKLOADS, Result, Session, Settings, alternate
+from benchmarks.workloads import TOLERANCE, WITHOUT_CHECKPOINT, WORKLOADS, Result, Session, Settings, alternate
 
 DEFAULT_MODELS = ",".join(DEFAULT)
 
@@ -45,9 +45,12 @@ def measure(
         if not wanted:
             continue
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.cores) as pool:
-            session = Session(model, Path(folder, "checkpoint"), settings, pool)
-            command = [sys.executable, "-m", "benchmarks.models", model, str(session.folder), str(fasta.resolve())]
-            subprocess.run(command, check=True, cwd=REPOSITORY)
+            session = Session(model, None, settings, pool)
+            if set(wanted) - WITHOUT_CHECKPOINT:
+                session.folder = Path(folder, "checkpoint")
+                command = [sys.executable, "-m", "benchmarks.models", model, str(session.folder), str(fasta.resolve())]
+                more = ["converted"] if "quantized" in wanted else []
+                subprocess.run([*command, *more], check=True, cwd=REPOSITORY)
             try:
                 for name in wanted:
                     cases = list(WORKLOADS[name][0](session))

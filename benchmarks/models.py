@@ -1,7 +1,8 @@
 """The shapes that are measured, as checkpoints with random weights: all peers load the same files.
 
 `python -m benchmarks.models NAME FOLDER FASTA` writes one, and the proteins beside it, in a process of its own that
-gives its memory back: the parent of the workers stays small.
+gives its memory back: the parent of the workers stays small. With a fourth argument, `converted`, it writes the
+`CONVERTED` ones, too, each into a folder of its name beside that one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PROTEINS = "proteins.json"
+
+
+OURS_BFLOAT16 = "ours, bfloat16"
+INTEGERS: dict[str, Any] = {"quantize": True, "activations": "int8"}
+CONVERTED: dict[str, dict[str, Any]] = {  # arguments of `convert`
+    OURS_BFLOAT16: {"dtype": "bfloat16"},
+    "ours, 8 bits, int8": INTEGERS | {"bits": 8},
+    "ours, 8 bits, int8, groups of 32": INTEGERS | {"bits": 8, "group_size": 32},
+    "ours, 4 bits": {"quantize": True, "bits": 4},
+    "ours, 4 bits, int8": INTEGERS | {"bits": 4},
+}
 
 
 class Shape(NamedTuple):
@@ -35,6 +47,8 @@ SHAPES = {
     "35M": Shape(12, 480, 20),
     "150M": Shape(30, 640, 20),
     "650M": Shape(33, 1280, 20),
+    "3B": Shape(36, 2560, 40),
+    "15B": Shape(48, 5120, 40),
     "ESM-1b": Shape(33, 1280, 20, rotary=False),
     "tiny ESMFold": Shape(1, 32, 2, blocks=1),
     "ESMFold trunk": Shape(1, 32, 2, blocks=4),
@@ -96,5 +110,15 @@ def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
     (folder / PROTEINS).write_text(json.dumps([protein.sequence for protein in read_proteins(fasta)]))
 
 
+def write_converted(folder: Path) -> None:
+    from mlx_esm_hf.pipelines import convert
+
+    for name, options in CONVERTED.items():
+        convert(folder, folder.with_name(name), **options)
+
+
 if __name__ == "__main__":
-    write_checkpoint(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    model, target, fasta, *more = sys.argv[1:]
+    write_checkpoint(model, Path(target), fasta)
+    if "converted" in more:
+        write_converted(Path(target))

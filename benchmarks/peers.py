@@ -7,6 +7,7 @@ its own and no other. Embeddings are means of the last hidden state over a prote
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -21,11 +22,22 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 LORA_RANK, LORA_TARGETS = 8, ["query", "value"]
 BATCH = 8  # sequences, in transformers' padded batches
 FAIR_ESM_TOKENS = 4096  # fair-esm's `extract` has this default
+TOLD = 16  # tokens of a product whose numbers are compared
 
 
 def cores() -> list[int]:
     """Those that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+@functools.lru_cache(2)
+def matrix(rows: int, columns: int) -> np.ndarray:
+    return np.random.default_rng(0).random((rows, columns), np.float32) - np.float32(0.5)
+
+
+def product_operands(tokens: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and w of a linear layer, whose product is x · wᵀ."""
+    return matrix(tokens, inputs), matrix(outputs, inputs)
 
 
 def gemm_operands(rows: int, length: int, hidden: int, heads: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -59,12 +71,13 @@ class Ours:
         from transformers import AutoTokenizer
 
         import mlx_esm_hf
+        from mlx_esm_hf import ops
         from mlx_esm_hf.pipelines.embed import embeddings
         from mlx_esm_hf.pipelines.protein_model import ProteinModel
 
         self.mx, self.library, self.Tokenizer, self.dtype = mx, mlx_esm_hf, AutoTokenizer, dtype
-        self.embeddings, self.ProteinModel = embeddings, ProteinModel
-        check_dtype(mx.default_device() == mx.cpu, dtype)
+        self.embeddings, self.ProteinModel, self.ops = embeddings, ProteinModel, ops
+        self.product_of: list[int] | None = None
 
     def load(self, folder: str) -> None:
         self.folder, self.case = folder, None
@@ -80,6 +93,9 @@ class Ours:
         kernels = getattr(sys.modules.get("mlx_esm_hf.ops.kernels"), "STATE", "none in this version")
         device = str(self.mx.default_device())
         return {"version": version("mlx-esm-hf"), "device": device, "BLAS": blas.bind(), "kernels": kernels}
+
+    def weights_bytes(self) -> int:
+        return sum(array.nbytes for _, array in self.model.named_parameters())
 
     def embed(self, sequences: list[str]) -> np.ndarray:
         model, last = self.ProteinModel(self.model.base_model, self.tokenizer), self.model.config.num_hidden_layers
@@ -136,6 +152,24 @@ class Ours:
         self.optimizer = AdamW(self.model.trainable_parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.step = nn.value_and_grad(self.model, lambda inputs: self.model(**inputs).loss)
 
+    def peak(self, operations: float) -> None:
+        """Multiply-adds on registers alone, in the kernels' instruction set."""
+        from mlx_esm_hf.ops import kernels
+
+        kernels.native.multiply_adds(operations)
+
+    def product(self, shape: list[int], repeats: int, blas: bool = False) -> Any:
+        """A linear layer by our kernel or, with `blas`, by what multiplies MLX's matrices; of `shape` tokens, inputs
+        and outputs. The answer is of the first tokens."""
+        mx = self.mx
+        if self.product_of != shape:
+            self.product_of, self.x, self.w = shape, *map(mx.array, product_operands(*shape))
+            mx.eval(self.x, self.w)
+        x, w = self.x, self.w
+        done = [x @ w.T if blas else self.ops.linear(x, w) for _ in range(repeats)]
+        mx.eval(done)
+        return done[0][:TOLD]
+
     def gemm(self, layer: dict[str, int], repeats: int) -> None:
         mx = self.mx
         if not hasattr(self, "operands"):
@@ -162,7 +196,16 @@ class Torch:
         torch.set_num_threads(len(cores()))
         self.torch, self.dtype = torch, getattr(torch, dtype)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        check_dtype(self.device.type == "cpu", dtype)
+        self.product_of: list[int] | None = None
+
+    def product(self, shape: list[int], repeats: int) -> Any:
+        """The same by torch."""
+        if self.product_of != shape:
+            self.product_of, self.x, self.w = shape, *map(self.torch.from_numpy, product_operands(*shape))
+        with self.torch.inference_mode():
+            for _ in range(repeats):
+                done = self.torch.nn.functional.linear(self.x, self.w)
+        return done[:TOLD]
 
     def gemm(self, layer: dict[str, int], repeats: int) -> None:
         if not hasattr(self, "operands"):
@@ -206,6 +249,14 @@ class Transformers(Torch):
 
     def about(self) -> dict[str, str]:
         return {"version": version("transformers"), "device": str(self.device)}
+
+    def weights_bytes(self) -> int:
+        def size(value: Any) -> int:
+            if isinstance(value, tuple):  # the packed weight and the bias of a dynamically quantized layer
+                return sum(map(size, value))
+            return value.numel() * value.element_size() if isinstance(value, self.torch.Tensor) else 0
+
+        return sum(map(size, self.model.state_dict().values()))
 
     def attend(self, attention: str) -> None:
         if self.model.config._attn_implementation != attention:
@@ -285,6 +336,15 @@ class Transformers(Torch):
         self.optimizer = self.torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
+class DynamicInt8(Transformers):
+    """Its linear layers with weights of 8 bits, and what they are given rounded to 8 bits whenever they run."""
+
+    def load(self, folder: str) -> None:
+        super().load(folder)
+        linear = {self.torch.nn.Linear}
+        self.model = self.torch.ao.quantization.quantize_dynamic(self.model, linear, dtype=self.torch.qint8)
+
+
 class FairEsm(Torch):
     """ESM-2 only: transformers' names are translated, in this order, as a part of some is the whole of others."""
 
@@ -348,7 +408,8 @@ class EsmCpp:
     def __init__(self, dtype: str):
         import esm_cpp
 
-        check_dtype(True, dtype)
+        if dtype != "float32":
+            raise ValueError(f"esm-cpp computes in float32, not in {dtype}.")
         self.library = esm_cpp
 
     def load(self, folder: str) -> None:
@@ -371,9 +432,10 @@ class EsmCpp:
         return self.model.forward_with_hidden_states(np.array(ids, np.int32))[1][-1]
 
 
-def check_dtype(on_cpu: bool, dtype: str) -> None:
-    if on_cpu and dtype != "float32":
-        raise ValueError(f"{dtype} is for GPUs; on a CPU the dtype is float32.")
-
-
-PEERS = {"ours": Ours, "transformers": Transformers, "fair-esm": FairEsm, "esm-cpp": EsmCpp}
+PEERS = {
+    "ours": Ours,
+    "transformers": Transformers,
+    "torch's dynamic int8": DynamicInt8,
+    "fair-esm": FairEsm,
+    "esm-cpp": EsmCpp,
+}

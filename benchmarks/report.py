@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
 import os
 import platform
 import subprocess
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.peers import cores
 from benchmarks.worker import REPOSITORY
-from benchmarks.workloads import ESMC, OURS, USUAL, Result
+from benchmarks.workloads import BEST, DYNAMIC, ESMC, OURS, PEAK, USUAL, Result
 
 PACKAGES = ("mlx-esm-hf", "mlx", "scipy-openblas32", "numpy", "torch", "transformers", "fair-esm", "esm-cpp")
 
@@ -24,7 +25,7 @@ PACKAGES = ("mlx-esm-hf", "mlx", "scipy-openblas32", "numpy", "torch", "transfor
 class Target(NamedTuple):
     """Ours ÷ the best of the peers with this prefix, at least `bound`; at most, if in memory.
 
-    It is for the cases whose names end in `case`.
+    It is for the cases whose names end in `case`. `ours` is which of ours, if not the usual one.
     """
 
     workload: str
@@ -32,6 +33,7 @@ class Target(NamedTuple):
     against: str
     bound: float
     case: str = ""
+    ours: str = OURS
 
 
 TARGETS = (
@@ -48,9 +50,16 @@ TARGETS = (
     Target("fold", ("ESMFold trunk",), "transformers", 1.5, "384 residues"),
     Target("fold", ("ESMFold trunk",), "transformers", 0.6, "256 residues, peak memory"),
     Target("fold", ("ESMFold trunk",), "transformers", 0.6, "384 residues, peak memory"),
-    Target("gemm", ("650M", "tiny"), "gemm", 0.85),
+    Target("encoder", ("650M", "tiny"), "gemm", 0.85),
+    Target("quantized", ("650M",), BEST[0], 2, "proteins", "ours, 8 bits, int8"),
+    Target("quantized", ("650M",), DYNAMIC, 1.3, "proteins", "ours, 8 bits, int8"),
+    Target("quantized", ("650M",), BEST[0], 2, "proteins", "ours, 8 bits, int8, groups of 32"),
+    Target("quantized", ("650M",), DYNAMIC, 1.3, "proteins", "ours, 8 bits, int8, groups of 32"),
+    Target("quantized", ("650M", "tiny"), OURS, 0.9, "proteins", "ours, 4 bits"),
+    Target("quantized", ("650M", "tiny"), OURS, 1, "64 residues", "ours, 4 bits"),
     Target("memory", ("650M", "tiny"), "transformers", 1),
 )
+OF_A_PRECISION = {"residues": "ms", "weights": "GB", "peak memory": "GB"}  # of the workload `quantized`
 AGAINST = {"": "best peer", "transformers": "transformers at its best", "gemm": "the machine's gemm"}
 
 
@@ -136,8 +145,9 @@ def targets(results: list[Result]) -> list[dict[str, Any]]:
             continue
         if not result.case.endswith(target.case):
             continue
-        ratios, at_most = result.ratios(*result.peers(target.against)), result.unit == "GB"
-        row = {**where(result), "against": AGAINST.get(target.against, target.against)}
+        peers = [OURS] if target.against == OURS else result.peers(target.against)
+        ratios, at_most = result.ratios(*peers, ours=target.ours), result.unit == "GB"
+        row = {**where(result), "ours": target.ours, "against": AGAINST.get(target.against, target.against)}
         row |= {"target": f"{'≤' if at_most else '≥'} {target.bound:.2f}", "ratio": None, "verdict": "no peer"}
         if ratios:
             reached = median(ratios) <= target.bound if at_most else median(ratios) >= target.bound
@@ -166,17 +176,56 @@ def grids(rows: list[dict[str, Any]], goals: list[dict[str, Any]]) -> list[Grid]
         return f"{row['workload']} {row['model']}, {row['case']}"
 
     measured = []
-    for row in rows:
+    for row in (row for row in rows if row["workload"] != "gemm"):
         figures = cells(row.get("figure"), row["unit"])
         if "reason" in row:
             figures = row["reason"].splitlines()[0], ""
         measured.append((place(row), row["peer"], *cells(row.get("ratio")), *figures, str(row["rounds"])))
-    reached = [(place(g), g["against"], *cells(g["ratio"]), g["target"], g["verdict"]) for g in goals]
+    reached = [(place(g), g["ours"], g["against"], *cells(g["ratio"]), g["target"], g["verdict"]) for g in goals]
     ratio, figure = ("ours ÷ peer", "min .. max"), ("median", "min .. max")
-    return [
+    found = [
         Grid("Measurements: ratios of speed, or of bytes", ("workload", "peer", *ratio, *figure, "rounds"), measured),
-        Grid("Targets", ("workload", "peer", *ratio, "target", ""), reached),
+        Grid("Targets", ("workload", "ours", "peer", *ratio, "target", ""), reached),
+        *products([row for row in rows if row["workload"] == "gemm"]),
+        *precisions([row for row in rows if row["workload"] == "quantized"]),
     ]
+    return [grid for grid in found if grid.rows]
+
+
+def products(rows: list[dict[str, Any]]) -> list[Grid]:
+    """The rows of the workload `gemm` as a table with a line for each product."""
+    peaks = [row["figure"]["max"] for row in rows if row["peer"] == PEAK and "figure" in row]
+    if not peaks:
+        return []
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        values = row.get("figure")
+        shown = row.get("reason", "").partition("\n")[0]
+        if values:
+            shown = f"{values['median']:.0f}, {values['max']:.0f}, {values['max'] / max(peaks):.0%}"
+        lines.setdefault((row["model"], row["case"]), {})[row["peer"]] = shown
+    title = f"Matrix products in GFLOP/s: median, best, and the best's share of the FMA loop's best, {max(peaks):.0f}"
+    body = [(*place, *(line.get(peer, "") for peer in peers)) for place, line in lines.items()]
+    return [Grid(title, ("layers of", "tokens x inputs x outputs", *peers), body)]
+
+
+def precisions(rows: list[dict[str, Any]]) -> list[Grid]:
+    """The rows of the workload `quantized` as a table with a line for each model in each precision."""
+    figures = {(row["model"], row["peer"], row["case"].lstrip("0123456789 ")): row for row in rows if "figure" in row}
+
+    def value(model: str, peer: str, case: str) -> float:
+        row = figures.get((model, peer, case))
+        return row["figure"]["median"] if row else math.nan
+
+    body = []
+    for model, peer in dict.fromkeys((row["model"], row["peer"]) for row in rows):
+        speed = value(model, peer, "proteins")
+        against = (f"{speed / value(model, other, 'proteins'):.2f}" for other in (BEST[0], DYNAMIC))
+        others = (f"{digits(value(model, peer, case))} {unit}" for case, unit in OF_A_PRECISION.items())
+        body.append((model, peer, digits(speed), *against, *others))
+    columns = ("residues/s", "÷ transformers float32", f"÷ {DYNAMIC}", "64 residues", "weights", "peak memory")
+    return [Grid("Precisions: medians", ("model", "peer", *columns), body)]
 
 
 def draw(grid: Grid) -> Table:

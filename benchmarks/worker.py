@@ -29,7 +29,7 @@ class NotInstalled(Exception):
 
 
 class Worker:
-    """Starts the process, and waits until it has loaded the checkpoint in `folder`.
+    """Starts the process, and waits until it has loaded the checkpoint in `folder`, if that is not None.
 
     Raises:
         NotInstalled: the library cannot be imported.
@@ -39,7 +39,7 @@ class Worker:
     def __init__(
         self,
         peer: str,
-        folder: Path,
+        folder: Path | None,
         dtype: str = "float32",
         cores: int = 0,
         environment: Mapping[str, str] | None = None,
@@ -49,7 +49,7 @@ class Worker:
         environment = {**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(paths)}
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.worker", peer, str(folder), dtype, str(cores)],
+            [python, "-m", "benchmarks.worker", peer, str(folder or ""), dtype, str(cores)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -146,8 +146,12 @@ def main(name: str, folder: str, dtype: str, cores: str) -> None:
             say({"missing": error.name})
             return
         start = time.perf_counter()
-        peer.load(folder)
-        say({"seconds": time.perf_counter() - start, "about": peer.about()})
+        if folder:
+            peer.load(folder)
+        ready = {"seconds": time.perf_counter() - start, "about": peer.about()}
+        if folder and hasattr(peer, "weights_bytes"):
+            ready["weights_bytes"] = peer.weights_bytes()
+        say(ready)
         for line in sys.stdin:
             say(answer(peer, json.loads(line)))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.models import PROTEINS, SHAPES, Shape
+from benchmarks.models import CONVERTED, OURS_BFLOAT16, PROTEINS, SHAPES, Shape
 from benchmarks.worker import NotInstalled, Worker
 
 OURS, KERNELS_OFF = "ours", "ours, kernels off"
@@ -23,9 +23,28 @@ QUICK = 1  # seconds; what warms up sooner is warmed up by a whole measurement, 
 MIN_ROUNDS = 2  # of ours and of the best peer, whatever they take
 CHUNKS = (4, 16, 64, None)  # rows of pairs that transformers' triangle attention takes at a time
 PROBE = 64  # tokens, for a guess of how long a peer will take
+BFLOAT16, DYNAMIC = "transformers sdpa, bfloat16", "torch's dynamic int8"
+PRECISIONS = {
+    OURS_BFLOAT16: "bfloat16",
+    "ours, 8 bits, int8": "8 bits",
+    "ours, 8 bits, int8, groups of 32": "8 bits",
+    "ours, 4 bits": "4 bits",
+    "ours, 4 bits, int8": "4 bits",
+    BFLOAT16: "bfloat16",
+    DYNAMIC: "8 bits",
+}
+PEAK, BLAS = "FMA loop", "OpenBLAS under MLX"
+TOKENS = (16, 64, 256, 1024, 2048)
+SLICE, MOST = 2e9, 100  # operations of one call, and products
 ESMC = ("ESMC-300M", "tiny-ESMC")
 LONGEST = 1022  # residues that ESM-1b has positions for
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # relative to the largest value
+TOLERANCE = {  # relative to the largest value
+    "float32": 1e-3,
+    "float16": 2e-2,
+    "bfloat16": 1e-1,
+    "8 bits": 1e-1,
+    "4 bits": 0.5,
+}
 
 
 @dataclass
@@ -33,7 +52,7 @@ class Runner:
     """One measurement of one peer: a warm-up, then values, speeds unless the case says otherwise.
 
     `run` takes a file for the answer, or None. `needed` rounds are measured even if time is up; `guess` is how many
-    seconds one will take.
+    seconds one will take. `precision` is that of the answer, if not the case's.
     """
 
     name: str
@@ -41,6 +60,16 @@ class Runner:
     warm: Callable[[], object] = lambda: None
     needed: int = 0
     guess: Callable[[], float] = lambda: 0
+    precision: str = ""
+
+
+class Process(NamedTuple):
+    """What a worker holds: a library, with the checkpoint of a folder in some dtype."""
+
+    peer: str
+    folder: Path | None
+    dtype: str
+    environment: dict[str, str] = {}
 
 
 class Case(NamedTuple):
@@ -75,13 +104,13 @@ class Result:
     def peers(self, prefix: str = "") -> list[str]:
         return [name for name in self.names() if name.startswith(prefix) and not name.startswith(OURS)]
 
-    def ratios(self, *names: str) -> list[float]:
+    def ratios(self, *names: str, ours: str = OURS) -> list[float]:
         """Ours ÷ the best of these peers in each round that has both; what counts in bytes is best when small."""
         best = min if self.unit == "GB" else max
         return [
-            values[OURS] / best(values[name] for name in names if name in values)
+            values[ours] / best(values[name] for name in names if name in values)
             for values in self.rounds
-            if any(name in values for name in names)
+            if ours in values and any(name in values for name in names)
         ]
 
 
@@ -105,11 +134,12 @@ class Session:
     """
 
     model: str
-    folder: Path
+    folder: Path | None  # None, where no workload needs it
     settings: Settings
     pool: Executor
     workers: dict[tuple[str, int], Future[Worker]] = field(default_factory=dict)
     about: dict[str, dict[str, str]] = field(default_factory=dict)
+    processes: dict[str, Process] = field(default_factory=dict)  # those that are not called as their library is
     paces: dict[str, float] = field(default_factory=dict)
     best_schedule: str = BEST[0]
 
@@ -118,9 +148,11 @@ class Session:
         return SHAPES[self.model]
 
     def start(self, name: str, cores: int = 0) -> Worker:
-        peer, environment = (OURS, {"MLX_ESM_KERNELS": "0"}) if name == KERNELS_OFF else (name, {})
+        process = self.processes.get(name) or Process(name, self.folder, self.settings.dtype)
+        if name == KERNELS_OFF:
+            process = process._replace(peer=OURS, environment={"MLX_ESM_KERNELS": "0"})
         python = {"python": self.settings.esm_cpp_python} if name == "esm-cpp" else {}
-        worker = Worker(peer, self.folder, self.settings.dtype, cores, environment, **python)
+        worker = Worker(process.peer, process.folder, process.dtype, cores, process.environment, **python)
         self.about[name] = worker.ready["about"]
         return worker
 
@@ -144,6 +176,7 @@ class Session:
         return self.paces[name]
 
     def proteins(self, default: int) -> list[str]:
+        assert self.folder
         sequences = json.loads((self.folder / PROTEINS).read_text())
         return [sequence for sequence in sequences if len(sequence) <= LONGEST][: self.settings.proteins or default]
 
@@ -158,6 +191,7 @@ class Session:
         needed: int = 0,
         cores: int = 0,
         tokens: int = 0,
+        precision: str = "",
     ) -> Runner:
         """A call of a peer's method, as `work` per second. `warm` replaces arguments of a smaller warm-up.
 
@@ -174,7 +208,7 @@ class Session:
             if seconds < QUICK:
                 self.worker(process, cores).ask(call, args)
 
-        return Runner(name or process, run, warm_up, needed, lambda: tokens and tokens * self.pace(process))
+        return Runner(name or process, run, warm_up, needed, lambda: tokens and tokens * self.pace(process), precision)
 
     def everyone(self, call: str, args: dict[str, Any], attentions: tuple[str, ...], **options: Any) -> list[Runner]:
         """The same call of all peers that have this model."""
@@ -300,7 +334,53 @@ def chunks_of(size: int | None) -> tuple[str, dict[str, Any]]:
     return f"transformers, {f'chunks of {size}' if size else 'in one chunk'}", {"chunk_size": size}
 
 
-def gemm(s: Session) -> Iterator[Case]:
+def quantized(s: Session) -> Iterator[Case]:
+    """Checkpoints in fewer bits: bulk embedding, what it takes of memory, and one short sequence."""
+    assert s.folder
+    s.close()  # the peak memory is to be that of what is done here
+    for name in CONVERTED:
+        dtype = "bfloat16" if name == OURS_BFLOAT16 else "float32"
+        s.processes[name] = Process(OURS, s.folder.with_name(name), dtype)
+    s.processes[BFLOAT16] = Process("transformers", s.folder, "bfloat16")
+    schedule = {"attention": "sdpa", "schedule": "one at a time"}  # the best of float32 on a CPU
+    theirs = {"transformers": BEST[0], BFLOAT16: BFLOAT16, DYNAMIC: DYNAMIC}
+    named = {OURS: OURS, **{name: name for name in CONVERTED}, **theirs}
+
+    def everyone(call: str, args: dict[str, Any], more: dict[str, Any], **options: Any) -> list[Runner]:
+        found = []
+        for process, name in named.items():
+            given = args | (more if process in theirs else {})
+            options |= {"needed": MIN_ROUNDS, "precision": PRECISIONS.get(name, "")}
+            found.append(s.runner(call, given, process, name, **options))
+        return found
+
+    def held(what: Callable[[Worker, str], float]) -> list[Runner]:
+        """What is asked of the same processes, in bytes."""
+
+        def runner(process: str, name: str) -> Runner:
+            return Runner(name, lambda keep: what(s.worker(process), process), needed=1)
+
+        return [runner(*pair) for pair in named.items()]
+
+    def weights(worker: Worker, process: str) -> float:
+        return worker.ready["weights_bytes"]
+
+    def peak(worker: Worker, process: str) -> float:
+        """Asked while it embeds the shortest once more."""
+        more = schedule if process in theirs else {}
+        return worker.ask("embed", {"sequences": [min(sequences, key=len)]} | more)["peak_bytes"]
+
+    sequences = s.proteins(64 if s.shape.hidden < 640 else 16 if s.shape.hidden < 1280 else 6)
+    args: dict[str, Any] = {"sequences": sequences}
+    bulk = everyone("embed", args, schedule, work=sum(map(len, sequences)), warm={"sequences": sequences[:2]})
+    yield Case(f"{len(sequences)} proteins", "residues/s", bulk)
+    yield Case("weights", "GB", held(weights), 1)
+    yield Case("peak memory", "GB", held(peak), 1)
+    short = everyone("hidden", {"ids": token_ids(1, 66)}, {"attention": "sdpa"})
+    yield Case("64 residues", "ms", short)
+
+
+def encoder(s: Session) -> Iterator[Case]:
     """The encoder, against its matrix products alone: the ratio is the share of the machine's speed."""
     rows, length, layers = 4, 512, 4
     ids, flops = token_ids(rows, length), s.shape.layer_flops(rows, length)
@@ -312,6 +392,25 @@ def gemm(s: Session) -> Iterator[Case]:
         for process, name in (("transformers", "torch"), (OURS, "MLX"))
     ]
     yield Case(f"{rows} x {length} tokens", "GFLOP/s", [model, *products])
+
+
+def gemm(s: Session) -> Iterator[Case]:
+    """The products of the linear layers of a model, beside what the machine could do at most."""
+    hidden = s.shape.hidden
+    for inputs, outputs in ((hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)):
+        for tokens in TOKENS:
+            flops = 2 * tokens * inputs * outputs
+            repeats = min(max(1, round(SLICE / flops)), MOST)
+            args = {"shape": [tokens, inputs, outputs], "repeats": repeats}
+            rounds = 3 if flops < 1e11 else MIN_ROUNDS
+            options: dict[str, Any] = {"work": flops * repeats, "warm": {"repeats": 1}, "needed": rounds}
+            runners = [
+                s.runner("product", args, OURS, **options),
+                s.runner("product", args, "transformers", "torch", **options),
+                s.runner("product", args | {"blas": True}, OURS, BLAS, **options),
+                s.runner("peak", {"operations": SLICE}, OURS, PEAK, SLICE, needed=rounds),
+            ]
+            yield Case(f"{tokens} x {inputs} x {outputs}", "GFLOP/s", runners, rounds)
 
 
 def scaling(s: Session) -> Iterator[Case]:
@@ -374,6 +473,8 @@ def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], peer: st
     return Case(case, "GB", [runner(OURS, OURS, args), runner(peer, "transformers", args | theirs)], rounds=1)
 
 
+WITHOUT_CHECKPOINT = {"gemm"}
+
 # In this order: those in fresh processes close the workers, and training changes their weights.
 WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]] = {
     "bulk": (bulk, ("8M", "150M", "650M", "ESM-1b", *ESMC)),
@@ -381,7 +482,9 @@ WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]
     "single": (single, ("8M", "150M", "650M", *ESMC)),
     "contacts": (contacts, ("150M",)),
     "fold": (fold, ("ESMFold trunk", "ESMFold", "tiny ESMFold")),
-    "gemm": (gemm, ("650M",)),
+    "encoder": (encoder, ("650M",)),
+    "gemm": (gemm, ("8M", "35M", "150M", "650M", "3B", "15B")),
+    "quantized": (quantized, ("8M", "150M", "650M")),
     "scaling": (scaling, ("8M", "150M")),
     "training": (training, ("8M", "35M", "150M", *ESMC)),
     "lora": (lora, ("650M",)),
@@ -416,14 +519,15 @@ def alternate(session: Session, workload: str, case: Case, scratch: Path, budget
         took[runner.name] = time.monotonic() - start
         if first and keep.exists():
             answers[runner.name] = np.load(keep)
-            check(runner.name)
+            check(runner)
         return value
 
-    def check(name: str) -> None:
+    def check(runner: Runner) -> None:
+        name = runner.name
         if OURS in answers and name != OURS:
             difference = np.abs(answers[name] - answers[OURS]).max() / np.abs(answers[OURS]).max()
             result.deviation[name] = float(difference)
-            if not difference <= TOLERANCE[case.dtype or settings.dtype]:
+            if not difference <= TOLERANCE[runner.precision or case.dtype or settings.dtype]:
                 raise RuntimeError(f"its answer differs from ours by {difference:.1e}")
 
     for turn in range(settings.repeats):

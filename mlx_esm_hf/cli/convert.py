@@ -53,7 +53,8 @@ def command(
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
     revision: Revision = None,
     report: Annotated[
-        str | None, typer.Option(help="FASTA: compare the result with the source on these proteins.")
+        str | None,
+        typer.Option(help="FASTA: compare the result with the source on these proteins: memory, speed, answers."),
     ] = None,
     upload_repo: Annotated[str | None, typer.Option(help="Publish the result there, as mlx-esm push does.")] = None,
 ) -> None:

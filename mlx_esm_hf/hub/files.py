@@ -17,6 +17,7 @@ from mlx_esm_hf.checkpoint.resolve import shard_names, with_variant
 CONFIG = "config.json"
 CARD = "README.md"
 REPORT = "CONVERSION.md"  # what a conversion says of itself; it goes into the card
+FIGURES = "CONVERSION.json"  # the numbers of that
 TOKENIZER = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -26,7 +27,18 @@ TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-OTHERS = (CONFIG, "generation_config.json", *TOKENIZER, CARD, REPORT, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+OTHERS = (
+    CONFIG,
+    "generation_config.json",
+    *TOKENIZER,
+    CARD,
+    REPORT,
+    FIGURES,
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
 
 WEIGHTS = re.compile(r"(?:model|pytorch_model)(?:\.(?P<variant>[\w.-]+?))?(?P<shard>-\d+-of-\d+)?\.(?:safetensors|bin)")
 INDEX = re.compile(r"(?P<whole>model\.safetensors|pytorch_model\.bin)\.index(?:\.(?P<variant>[\w.-]+))?\.json")

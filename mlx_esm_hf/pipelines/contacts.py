@@ -63,7 +63,7 @@ def contacts(
     protein = None if picture is None else _only_protein(proteins, output, aligned)
     known = None if protein is None or structure is None else known_contacts(structure, protein.sequence, chain)
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
-    _check_head(protein_model)
+    check_head(protein_model)
     protein_model = replace(protein_model, batch_tokens=min(protein_model.batch_tokens, ATTENTIONS))
     room = Room(output, lambda ids: bytes_needed(protein_model, len(ids)))
 
@@ -119,7 +119,7 @@ def _only_protein(proteins: Source, output: str | os.PathLike[str] | None, align
     return found[0]
 
 
-def _check_head(model: ProteinModel) -> None:
+def check_head(model: ProteinModel) -> None:
     """
     Raises:
         ValueError: the model cannot predict contacts, or its checkpoint had no weights for that.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
 from mlx_esm_hf.checkpoint.write import save_safetensors
 from mlx_esm_hf.data.proteins import Protein, Report, Source, read_proteins
 from mlx_esm_hf.hub.card import task_head
-from mlx_esm_hf.hub.files import CARD, CONFIG, OTHERS, REPORT
+from mlx_esm_hf.hub.files import CARD, CONFIG, FIGURES, OTHERS, REPORT
 from mlx_esm_hf.hub.publish import Publication, hub_id, publish
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, read_config
 from mlx_esm_hf.models.auto import (
@@ -31,8 +32,8 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
 )
-from mlx_esm_hf.pipelines.compare import Row, compare
-from mlx_esm_hf.pipelines.protein_model import load, load_network
+from mlx_esm_hf.pipelines.fidelity import Row, compare, table
+from mlx_esm_hf.pipelines.protein_model import load_network
 from mlx_esm_hf.quantization import (
     INTEGER_BITS,
     Packing,
@@ -51,7 +52,7 @@ CLASSES: dict[str, Any] = {
     "ForTokenClassification": MLXAutoModelForTokenClassification,
 }
 DTYPES = ("float32", "float16", "bfloat16")
-COPIED = [name for name in OTHERS if name not in (CONFIG, CARD, REPORT)]
+COPIED = [name for name in OTHERS if name not in (CONFIG, CARD, REPORT, FIGURES)]
 
 How = int | str | None  # bits, a mode, or None for full precision
 
@@ -112,8 +113,8 @@ def convert(
         dequantize: make a plain checkpoint of a quantized one, which transformers loads.
         max_shard_size: in bytes, or such as "5GB".
         revision: branch, tag or commit of the source.
-        report: proteins, see `read_proteins`, on which the result is compared with the source (`compare`). Both are in
-            memory then.
+        report: proteins, see `read_proteins`, on which the result is compared with the source, one after the other
+            (`fidelity.compare`). The numbers are in CONVERSION.json, too.
         upload_repo: publish the result there, see `mlx_esm_hf.hub.publish`.
 
     Raises:
@@ -162,8 +163,10 @@ def convert(
         conversion.rows.append(("size on disk", *(f"{size / 1e6:,.1f} MB" for size in sizes)))
         conversion.rows.append(("bits a parameter", *(f"{8 * size / parameters:.2f}" for size in sizes)))
         if proteins is not None:
-            before, after = (load(cls, place, revision=commit, long="window") for place in (source, str(folder)))
-            conversion.rows += compare(before, after, proteins)
+            figures = compare(cls, source, str(folder), commit, [protein.sequence for protein in proteins])
+            conversion.rows += table(figures)
+            figures["bytes_on_disk"] = dict(zip(("before", "after"), sizes, strict=True))
+            (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
         (folder / REPORT).write_text(conversion.markdown(), encoding="utf-8")
     if upload_repo is not None:
         conversion.publication = publish(output, upload_repo, base_model=hub_id(source))

@@ -73,6 +73,16 @@ def _reclaimable(folder: Path) -> int:
     return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
+def peak_memory() -> int:
+    """Bytes that this process has had at most; on a GPU, those that MLX has had there."""
+    if mx.default_device() != mx.cpu:
+        return mx.get_peak_memory()
+    for line in lines_of(Path("/proc/self/status")):
+        if line.startswith("VmHWM"):  # ru_maxrss is inherited from the process that started this one
+            return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def batch_tokens(hidden_size: int) -> int:
     """How many tokens at a time bulk work should give the default device: enough to keep it busy, and no more than fit.
 

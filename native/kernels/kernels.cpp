@@ -12,6 +12,7 @@
 #include "optimizer.h"
 #include "packed.h"
 #include "pairs.h"
+#include "peak.h"
 #include "threads.h"
 
 namespace {
@@ -187,6 +188,7 @@ const mlx_esm::Kernels* mlx_esm::TABLE() {
                              attention_gradients,
                              gated_linear,
                              triangle_attention,
-                             transition};
+                             transition,
+                             multiply_adds};
   return &table;
 }

@@ -153,6 +153,10 @@ struct Kernels {
   void (*gated_linear)(const GatedLinear&);
   void (*triangle_attention)(const TriangleAttention&);
   void (*transition)(const Transition&);
+
+  // So many floating-point operations at least, multiplications and additions, on registers alone and on all threads:
+  // the time tells the peak of the machine. Returns 1/2, to which they converge.
+  float (*multiply_adds)(double operations);
 };
 
 // The tables that were compiled; those of another architecture than this machine's do not exist.

@@ -118,6 +118,7 @@ NB_MODULE(_native, m) {
       "x"_a, "norm"_a, "expand"_a, "shrink"_a, "residual"_a = none);
   m.def("mapped", &mlx_esm::mapped, "path"_a, "offset"_a, "shape"_a, "dtype"_a);
 
+  m.def("multiply_adds", [](double operations) { return mlx_esm::kernels().multiply_adds(operations); }, "operations"_a);
   m.def("use_threads", &mlx_esm::use_threads, "n"_a);
   m.def("threads", &mlx_esm::threads);
   m.def("instruction_sets", &mlx_esm::instruction_sets);

@@ -411,6 +411,10 @@ void test_instruction_sets() {
   }
 }
 
+void test_multiply_adds() {
+  expect(kernels().multiply_adds(1e7) == 0.5f, "sums of multiply-adds converge");
+}
+
 void test_arena() {
   Arena arena;
   for (int round = 0; round < 3; round++) {
@@ -502,6 +506,7 @@ int main() {
     test_gated_linear();
     test_transition();
     test_triangle_attention();
+    test_multiply_adds();
     std::printf("%s: %d checks so far, %d failed\n", set.c_str(), checks.load(), failures.load());
   }
   return failures ? 1 : 0;

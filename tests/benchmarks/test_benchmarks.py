@@ -15,7 +15,11 @@ CASES = {
     "single": ["64 residues", "256 residues", "1022 residues"],
     "contacts": ["256 residues"],
     "fold": ["16 residues", "16 residues, peak memory"],
-    "gemm": ["4 x 512 tokens"],
+    "encoder": ["4 x 512 tokens"],
+    "gemm": [
+        f"{tokens} x {layer}" for layer in ("32 x 32", "32 x 128", "128 x 32") for tokens in (16, 64, 256, 1024, 2048)
+    ],
+    "quantized": ["3 proteins", "weights", "peak memory", "64 residues"],
     "training": [
         "8 x 256 tokens",
         "3 proteins as they arrive, 4 a batch",
@@ -26,7 +30,7 @@ CASES = {
     "loading": ["and 8 tokens"],
     "memory": ["bulk, 3 proteins"],
 }
-TARGETS = {"bulk": 2, "uniform": 1, "single": 1, "training": 4, "gemm": 1, "memory": 1}
+TARGETS = {"bulk": 2, "uniform": 1, "single": 1, "training": 4, "encoder": 1, "quantized": 2, "memory": 1}
 SMALLER_IS_BETTER = {"ms": True, "s": True, "residues/s": False, "GFLOP/s": False}
 
 
@@ -48,7 +52,7 @@ def test_every_peer_is_measured_in_every_workload(run):
         for case in cases:
             peers = [peer for w, c, peer in rows if (w, c) == (workload, case)]
             assert peers[0] == "ours" and len(peers) > 1, (workload, case)
-            for text in (printed, markdown):
+            for text in (printed, markdown) if workload != "gemm" else ():
                 assert f"{workload} {'tiny ESMFold' if workload == 'fold' else 'tiny'}, {case}" in text
     assert {"transformers sdpa, as they arrive", "transformers eager, by length", "ours, kernels off"} <= {
         peer for _, _, peer in rows
@@ -74,9 +78,40 @@ def test_answers_are_compared(run):
     for row in run[1]["results"]:
         if row["peer"] != "ours" and "figure" in row:
             deviations.setdefault(row["workload"], []).append(row["deviation"])
-    assert set(deviations.pop("gemm")) == {None}
-    assert deviations.keys() >= CASES.keys() - {"gemm"}
+    assert set(deviations.pop("encoder")) == {None}
+    assert deviations.keys() >= CASES.keys() - {"encoder"}
+    products, rounded = ([d for d in deviations.pop(name) if d is not None] for name in ("gemm", "quantized"))
+    assert len(products) == 2 * len(CASES["gemm"]) and max(products) < 1e-5
+    assert len(rounded) == 2 * 8 and 1e-3 < max(rounded) < 0.2
     assert max(sum(deviations.values(), [])) <= 1e-3
+
+
+def test_products_are_held_against_the_peak(run):
+    """A line for each product, with each peer's best as a share of the best that the FMA loop reached."""
+    printed, data, markdown = run
+    rows = [row for row in data["results"] if row["workload"] == "gemm"]
+    assert {row["peer"] for row in rows} == {"ours", "torch", "OpenBLAS under MLX", "FMA loop"}
+    peak = max(row["figure"]["max"] for row in rows if row["peer"] == "FMA loop")
+    assert f"the FMA loop's best, {peak:.0f}" in markdown and "Matrix products in GFLOP/s" in printed
+    for case in CASES["gemm"]:
+        values = [row["figure"] for row in rows if row["case"] == case]
+        cells = (f"{v['median']:.0f}, {v['max']:.0f}, {v['max'] / peak:.0%}" for v in values)
+        assert f"| tiny | {case} | {' | '.join(cells)} |" in markdown
+
+
+def test_precisions_are_put_together(run):
+    """A line for each precision, of the figures of all its cases."""
+    _, data, markdown = run
+    figures = {
+        (row["case"], row["peer"]): row["figure"]["median"] for row in data["results"] if row["workload"] == "quantized"
+    }
+    base = figures["3 proteins", "transformers sdpa, one at a time"]
+    for peer in ("ours, 8 bits, int8", "ours, 4 bits", "torch's dynamic int8"):
+        speed = figures["3 proteins", peer]
+        assert f"| tiny | {peer} | {speed:,.0f} | {speed / base:.2f} |" in markdown
+    sizes = [figures["weights", peer] for peer in ("ours", "ours, bfloat16", "ours, 8 bits, int8", "ours, 4 bits")]
+    assert sizes == sorted(sizes, reverse=True) and sizes[1] == sizes[0] / 2
+    assert min(value for (case, _), value in figures.items() if case == "peak memory") > 0.1
 
 
 def test_targets_are_judged(run):

@@ -26,10 +26,23 @@ def test_quantize_with_a_report_and_back(esm2, tmp_path):
         "13 layers are quantized: 12 to 4 bits in groups of 32 (affine), 1 to 8 bits",
         "size on disk",
         "pseudo-perplexity, every 8th residue masked",
-        "mean |Δlogit|",
+        "mean |Δ log p| at masked residues",
+        "Spearman of the effects of 1444 mutations",
+        "same contacts among the top L/5",
+        "residues per second",
+        "peak memory of embedding",
     ):
         assert said in done.output
         assert said in (tmp_path / "packed" / "CONVERSION.md").read_text()
+    figures = json.loads((tmp_path / "packed" / "CONVERSION.json").read_text())
+    assert (figures["proteins"], figures["residues"], figures["mutations"]["count"]) == (1, 76, 1444)
+    for name, share in (
+        ("pseudo-perplexity, every 8th residue masked", f"{figures['pseudo_perplexity']['after']:.3f}"),
+        ("min cosine of protein embeddings", f"{figures['protein_cosine']['min']:.6f}"),
+        ("same contacts among the top L/2", f"{figures['same_contacts']['L/2']:.2%}"),
+    ):
+        (line,) = (line for line in done.output.splitlines() if line.startswith(name))
+        assert line.split()[-1] == share
     block = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization"]
     assert block["bits"] == 4 and block["lm_head.dense"]["bits"] == 8
     back = run(

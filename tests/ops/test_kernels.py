@@ -900,6 +900,12 @@ def test_switching_by_environment(monkeypatch):
         kernels._load()
 
 
+@every_set
+def test_multiply_adds():
+    """The loop that benchmarks take for the machine's peak: its sums converge to 1/2."""
+    assert native.multiply_adds(1e7) == 0.5
+
+
 @pytest.mark.parametrize(
     ("build", "state"),
     [
