@@ -1,10 +1,10 @@
 // Matrix products.
 //
-// The lanes of a vector are tokens. A panel is NR tokens, packed feature by feature: [K, NR]. `multiply` takes a panel
-// and a few rows of the other operand, broadcasting their elements from where they lie: weights are neither copied nor
-// packed, and a batch of any size, one sequence or two thousand tokens, streams them once. The same few lines compute
-// linear layers, attention scores (keys times a panel of queries) and contexts (values times a panel of
-// probabilities), in which softmax then needs no sums across lanes.
+// The lanes of a vector are tokens. A panel is NR tokens, packed feature by feature: [K, NR], or of V vectors instead of
+// NV where there are so few tokens. `multiply` takes a panel and a few rows of the other operand, broadcasting their
+// elements from where they lie: weights are neither copied nor packed, and a batch of any size, one sequence or two
+// thousand tokens, streams them once. The same few lines compute linear layers, attention scores (keys times a panel of
+// queries) and contexts (values times a panel of probabilities), in which softmax then needs no sums across lanes.
 //
 // The loop nest is that of Goto and van de Geijn 2008 (doi:10.1145/1356052.1356053).
 #pragma once
@@ -17,59 +17,60 @@ constexpr int MR = ROWS, NV = 2, NR = NV * W;  // the accumulators, MR x NV vect
 
 // c[R, NR] (+)= sum over k of a(row, k) · panel[k, :]. Rows of `a` are contiguous in k and `stride` apart; if not
 // ALONG_K, contiguous are the rows, and `stride` lies between one k and the next.
-template <int R, bool ALONG_K>
+template <int R, bool ALONG_K, int V>
 __attribute__((always_inline)) inline void multiply_rows(const float* __restrict a, long stride,
                                                          const float* __restrict panel, long depth,
                                                          float* __restrict c, bool add) {
-  vec acc[R][NV];
+  vec acc[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) acc[i][j] = vec{};
+    for (int j = 0; j < V; j++) acc[i][j] = vec{};
   for (long k = 0; k < depth; k++) {
-    vec b[NV];
+    vec b[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) b[j] = load(panel + k * NR + j * W);
+    for (int j = 0; j < V; j++) b[j] = load(panel + k * V * W + j * W);
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
       vec x = splat(ALONG_K ? a[i * stride + k] : a[k * stride + i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) acc[i][j] += x * b[j];
+      for (int j = 0; j < V; j++) acc[i][j] += x * b[j];
     }
   }
   if (add)
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) acc[i][j] += load(c + i * NR + j * W);
+      for (int j = 0; j < V; j++) acc[i][j] += load(c + i * V * W + j * W);
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) store(c + i * NR + j * W, acc[i][j]);
+    for (int j = 0; j < V; j++) store(c + i * V * W + j * W, acc[i][j]);
 }
 
-template <bool ALONG_K, int R = MR>
+template <bool ALONG_K, int V, int R = MR>
 inline void multiply_rest(long rows, const float* a, long stride, const float* panel, long depth, float* c, bool add) {
   if constexpr (R > 0) {
-    if (rows == R) return multiply_rows<R, ALONG_K>(a, stride, panel, depth, c, add);
-    multiply_rest<ALONG_K, R - 1>(rows, a, stride, panel, depth, c, add);
+    if (rows == R) return multiply_rows<R, ALONG_K, V>(a, stride, panel, depth, c, add);
+    multiply_rest<ALONG_K, V, R - 1>(rows, a, stride, panel, depth, c, add);
   }
 }
 
 // c[rows, NR] for any number of rows.
-template <bool ALONG_K>
+template <bool ALONG_K, int V = NV>
 __attribute__((noinline)) void multiply(long rows, const float* a, long stride, const float* panel, long depth,
                                         float* c, bool add) {
   long step = ALONG_K ? stride : 1;
   long i = 0;
-  for (; i + MR <= rows; i += MR) multiply_rows<MR, ALONG_K>(a + i * step, stride, panel, depth, c + i * NR, add);
-  multiply_rest<ALONG_K>(rows - i, a + i * step, stride, panel, depth, c + i * NR, add);
+  for (; i + MR <= rows; i += MR)
+    multiply_rows<MR, ALONG_K, V>(a + i * step, stride, panel, depth, c + i * V * W, add);
+  multiply_rest<ALONG_K, V>(rows - i, a + i * step, stride, panel, depth, c + i * V * W, add);
 }
 
 // The panel [width, NR] of `count` <= NR rows, of which row(i) is the address; missing rows are zero.
-template <class Row>
+template <int V = NV, class Row>
 inline void pack_rows(Row row, long count, long width, float* panel) {
-  for (int j = 0; j < NV; j++) {
+  for (int j = 0; j < V; j++) {
     const long present = count - j * W;
     const float* rows[W];
     for (int i = 0; i < W; i++) rows[i] = i < present ? row(j * W + i) : nullptr;
@@ -79,32 +80,33 @@ inline void pack_rows(Row row, long count, long width, float* panel) {
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) r[i] = i >= present ? vec{} : load_columns(rows[i] + k, columns);
       transpose(r);
-      float* out = panel + k * NR + j * W;
+      float* out = panel + k * V * W + j * W;
       if (columns == W) {
 #pragma GCC unroll 16
-        for (int i = 0; i < W; i++) store(out + i * NR, r[i]);
+        for (int i = 0; i < W; i++) store(out + i * V * W, r[i]);
       } else {
-        for (int i = 0; i < columns; i++) store(out + i * NR, r[i]);
+        for (int i = 0; i < columns; i++) store(out + i * V * W, r[i]);
       }
     }
   }
 }
 
 // The panel of `count` rows of x, which are `stride` apart.
+template <int V = NV>
 inline void pack(const float* x, long stride, long count, long width, float* panel) {
-  pack_rows([=](long i) { return x + i * stride; }, count, width, panel);
+  pack_rows<V>([=](long i) { return x + i * stride; }, count, width, panel);
 }
 
 // The reverse: hand out, for each of `count` rows, pieces of up to W columns: write(row, column, values, columns).
-template <class Write>
+template <int V = NV, class Write>
 inline void unpack(const float* panel, long count, long width, Write write) {
-  for (int j = 0; j < NV && j * W < count; j++) {
+  for (int j = 0; j < V && j * W < count; j++) {
     long rows = least(W, count - j * W);
     for (long k = 0; k < width; k += W) {
       long columns = least(W, width - k);
       vec r[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i++) r[i] = i < columns ? load(panel + (k + i) * NR + j * W) : vec{};
+      for (int i = 0; i < W; i++) r[i] = i < columns ? load(panel + (k + i) * V * W + j * W) : vec{};
       transpose(r);
       for (int i = 0; i < rows; i++) write(j * W + i, k, r[i], columns);
     }

@@ -68,8 +68,9 @@ struct Rows {
 };
 
 // The products [N, NR] of the panel from token t on and the outputs from n0 on, then bias, activation, scale, residual.
+template <int V = NV>
 inline void finish(const Linear& p, const Block& block, long t, long n0, long N, const float* product) {
-  unpack(product, least(NR, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
+  unpack<V>(product, least(NR, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
     const long n = n0 + column, at = (t + token) * p.outputs + n;
     if (p.bias) v += load_columns(p.bias + n, columns);
     v = activated(v, p.activation) * p.scale;
@@ -80,22 +81,26 @@ inline void finish(const Linear& p, const Block& block, long t, long n0, long N,
 
 // One block of tokens, whose panels lie in `packed`, times one block of outputs. `rows(n, N, k, depth)` are N rows of the
 // weight from row n and column k on.
-template <class Weight>
+template <int V, class Weight>
 inline void linear_block(const Linear& p, const Block& block, const float* packed, Weight rows) {
   static thread_local Arena arena;
   const long K = p.inputs, t0 = block.t0, t1 = block.t1;
   arena.clear();
   float* product = arena.take(p.token_block * OUTPUTS);
   const long depth = round_up(ceil_div(K, ceil_div(K, DEPTH)), 32);  // which is a group of a quantized row
+  const long together = t1 - t0 <= 2 * NR ? MR : OUTPUTS;  // few tokens need no more rows than fit beside them
   for (long n0 = block.first; n0 < block.last; n0 += OUTPUTS) {
     const long N = least(OUTPUTS, block.last - n0);
     for (long k = 0; k < K; k += depth) {
       const long columns = least(depth, K - k);
-      const Rows weight = rows(n0, N, k, columns);
-      for (long t = t0; t < t1; t += NR) {
-        float* c = product + (t - t0) * N;
-        multiply<true>(N, weight.first, weight.stride, packed + t * K + k * NR, columns, c, k > 0);
-        if (k + columns == K) finish(p, block, t, n0, N, c);
+      for (long n = 0; n < N; n += together) {
+        const Rows weight = rows(n0 + n, least(together, N - n), k, columns);
+        for (long t = t0; t < t1; t += NR) {
+          float* c = product + (t - t0) * N;
+          multiply<true, V>(least(together, N - n), weight.first, weight.stride, packed + t * K + k * V * W, columns,
+                            c + n * V * W, k > 0);
+          if (n + together >= N && k + columns == K) finish<V>(p, block, t, n0, N, c);
+        }
       }
     }
   }
@@ -117,18 +122,19 @@ void in_rounds(Linear p, Pack pack, Body body) {
 }
 
 // The layer, whose weight is as linear_block takes it.
-template <class Weight>
+template <int V = NV, class Weight>
 void linear_layer(Linear p, Weight rows) {
   if (!p.tokens || !p.outputs) return;
+  if (V > 1 && p.tokens <= W) return linear_layer<1>(p, rows);
   static thread_local Arena arena;
   arena.clear();
   cut(p);
   float* packed = arena.take(p.round * p.inputs);
   auto pack_panel = [=](const Linear& p, long panel) {
     const long t = panel * NR;
-    pack(p.x + t * p.inputs, p.inputs, least(NR, p.tokens - t), p.inputs, packed + t * p.inputs);
+    pack<V>(p.x + t * p.inputs, p.inputs, least(NR, p.tokens - t), p.inputs, packed + t * p.inputs);
   };
-  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { linear_block(p, block, packed, rows); });
+  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { linear_block<V>(p, block, packed, rows); });
 }
 
 }  // namespace

@@ -68,10 +68,16 @@ inline uvec lane_numbers(std::integer_sequence<int, L...>) {
 
 // The W integers of BITS bits from the i-th of a row on, i being a multiple of W.
 template <int BITS>
-inline uvec integers_at(const Byte* row, long i) {
+inline uvec integers_at(const Byte* row, unsigned long i) {
   if constexpr (BITS == 8) {
     // In two steps, each of which is an instruction: GCC 12 makes many of one.
     return __builtin_convertvector(__builtin_convertvector(load_as<bytes>(row + i), halves), uvec);
+#if defined(__AVX512F__)
+  } else if constexpr (BITS == 4) {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + i / 2));
+    const uvec both = (uvec)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpacklo_epi8(v, v));  // each byte in two lanes
+    return both >> lane_numbers(std::make_integer_sequence<int, W>()) % 2 * 4 & 15;
+#endif
   } else {
     constexpr int WORD = BITS > 4 ? 4 : 8, SIZE = WORD * BITS / 8;  // integers in at most 32 bits, and their bytes
     const uvec lane = lane_numbers(std::make_integer_sequence<int, W>());
@@ -96,8 +102,10 @@ inline void unpack_integers(const PackedWeight& w, long inputs, long n, long k, 
     const long group = i >> shift, place = n * (inputs >> shift) + group;
     const float scale = number_at(w.scales, w.type, place), bias = number_at(w.biases, w.type, place);
     end = least((group + 1) << shift, k + depth);
-    for (long j = i; j < end; j += W)
-      store(out + j - k, __builtin_convertvector((ivec)integers_at<BITS>(row, j), vec) * scale + bias);
+    for (long j = i; j < end; j += 32)
+#pragma GCC unroll 8
+      for (long l = j; l < j + 32; l += W)
+        store(out + l - k, __builtin_convertvector((ivec)integers_at<BITS>(row, l), vec) * scale + bias);
   }
 }
 
@@ -118,12 +126,18 @@ inline void unpack_row(const PackedWeight& w, long inputs, long n, long k, long 
   }
 }
 
-// N rows from column k on, which last until the same thread unpacks others.
+// N rows from column k on, which last until the same thread unpacks others. Memory begins to fetch the N rows behind
+// them meanwhile: pieces of rows are too short for the processor to see what comes next.
 inline Rows unpacked_rows(const PackedWeight& w, long inputs, long n, long N, long k, long depth) {
   static thread_local Arena arena;
   arena.clear();
   float* rows = arena.take(N * depth);
-  for (long i = 0; i < N; i++) unpack_row(w, inputs, n + i, k, depth, rows + i * depth);
+  const long bits = w.scales ? w.bits : 16;
+  const Byte* piece = static_cast<const Byte*>(w.numbers) + (n * inputs + k) * bits / 8;
+  for (long i = 0; i < N; i++) {
+    for (long b = 0; b < depth * bits / 8; b += 64) __builtin_prefetch(piece + (N + i) * inputs * bits / 8 + b);
+    unpack_row(w, inputs, n + i, k, depth, rows + i * depth);
+  }
   return {rows, depth};
 }
 
