@@ -20,7 +20,7 @@ INTEGERS: dict[str, Any] = {"quantize": True, "activations": "int8"}
 CONVERTED: dict[str, dict[str, Any]] = {  # arguments of `convert`
     OURS_BFLOAT16: {"dtype": "bfloat16"},
     "ours, 8 bits, int8": INTEGERS | {"bits": 8},
-    "ours, 8 bits, int8, groups of 32": INTEGERS | {"bits": 8, "group_size": 32},
+    "ours, 8 bits, int8, groups of 64": INTEGERS | {"bits": 8, "group_size": 64},
     "ours, 4 bits": {"quantize": True, "bits": 4},
     "ours, 4 bits, int8": INTEGERS | {"bits": 4},
 }

@@ -27,7 +27,7 @@ BFLOAT16, DYNAMIC = "transformers sdpa, bfloat16", "torch's dynamic int8"
 PRECISIONS = {
     OURS_BFLOAT16: "bfloat16",
     "ours, 8 bits, int8": "8 bits",
-    "ours, 8 bits, int8, groups of 32": "8 bits",
+    "ours, 8 bits, int8, groups of 64": "8 bits",
     "ours, 4 bits": "4 bits",
     "ours, 4 bits, int8": "4 bits",
     BFLOAT16: "bfloat16",

@@ -1,4 +1,4 @@
-"""How many bits does a checkpoint need? Its size and its difference from the original, with fewer and fewer."""
+"""How many bits does a checkpoint need? Its size and its likeness to the original, with fewer and fewer."""
 
 import sys
 import tempfile
@@ -12,4 +12,5 @@ with tempfile.TemporaryDirectory() as folder:
     for bits in (8, 6, 4, 3, 2):
         conversion = convert(checkpoint, f"{folder}/{bits}", quantize=True, bits=bits, report=[ubiquitin])
         rows = {what: after for what, before, after in conversion.rows}
-        print(f"{bits} bits: {rows['size on disk']}, mean |Δlogit| {rows['mean |Δlogit|']}")
+        cosine = rows["mean cosine of residue embeddings"]
+        print(f"{bits} bits: {rows['size on disk']}, mean cosine of residue embeddings {cosine}")

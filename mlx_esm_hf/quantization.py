@@ -23,6 +23,7 @@ from mlx_esm_hf.modeling_layers import Embedding, Linear, QuantizedLinear, whole
 # What MLX can do, the defaults first.
 GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 INTEGER_BITS = (4, 8)  # of a weight, where activations may be rounded as well
+INTEGER_GROUP = 32  # the default there: one large activation costs its group precision, so groups are small
 BITS = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 
 
@@ -49,7 +50,8 @@ def make_packing(
     """
     if mode not in BITS:
         raise ValueError(f"mode {mode!r} is not one of {', '.join(BITS)}.")
-    packing = Packing(group_size or GROUP_SIZES[mode][0], bits or BITS[mode][0], mode, activations)
+    usual_group = INTEGER_GROUP if activations and mode == "affine" else GROUP_SIZES[mode][0]
+    packing = Packing(group_size or usual_group, bits or BITS[mode][0], mode, activations)
     for name, value, possible in (
         ("bits", packing.bits, BITS[mode]),
         ("group size", packing.group_size, GROUP_SIZES[mode]),

@@ -90,6 +90,11 @@ def test_defaults_are_those_of_mlx(asked, packing):
     assert packing_of(layer) == Packing(*packing)
 
 
+def test_groups_are_smaller_where_activations_are_rounded():
+    assert make_packing(8, activations="int8") == Packing(32, 8, "affine", "int8")
+    assert make_packing(8, 64, activations="int8") == Packing(64, 8, "affine", "int8")
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

@@ -27,7 +27,9 @@ def command(
     group_size: Annotated[
         int | None,
         typer.Option(
-            "--group-size", "--q-group-size", help="Numbers that share a scale: 32, 64 or 128; by default 64."
+            "--group-size",
+            "--q-group-size",
+            help="Numbers that share a scale: 32, 64 or 128; by default 64, and 32 with --activations.",
         ),
     ] = None,
     mode: Annotated[
