@@ -21,6 +21,7 @@ import mlx_esm_hf
 from conversion import mlx_esm_npz
 from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmForSequenceClassification, MLXEsmModel
 from mlx_esm_hf.hub.files import read_checkpoint
+from mlx_esm_hf.ops import kernels
 from mlx_esm_hf.pipelines import convert, embed
 from mlx_esm_hf.pipelines.protein_model import load
 from mlx_esm_hf.quantization import block_of
@@ -442,5 +443,6 @@ def test_memory(model, format, dtype, limit, tmp_path, capsys):
         print(f"{converting / 1e6:.0f} MB, by loading {loaded / 1e6:.0f} MB; peak of a run {peak / 1e6:.0f} MB")
     assert packed < 0.17 * size  # 4 bits, and two float32 for 64 numbers, of 32
     assert loaded < packed + 0.05 * size
-    assert converting < 100e6 + 2 * max(sizes)
+    read = size if format == "bin" and kernels.native is None else 0  # without kernels a .bin is not mapped
+    assert converting < 100e6 + 2 * max(sizes) + read
     assert peak < limit
