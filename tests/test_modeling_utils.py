@@ -18,7 +18,6 @@ from mlx.utils import tree_flatten
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmModel, modeling_utils
 from mlx_esm_hf.checkpoint.errors import CheckpointError
-from mlx_esm_hf.ops import kernels
 from tests.checkpoints import (
     FORMATS,
     INPUTS,
@@ -42,6 +41,7 @@ from tests.checkpoints import (
     write,
     write_large,
 )
+from tests.marks import needs_kernels
 from tests.tiny import SIZE
 
 ROOT = Path(mlx_esm_hf.__file__).parents[1]
@@ -808,7 +808,7 @@ print(time.perf_counter() - start)
 
 
 @pytest.mark.long
-@pytest.mark.skipif(kernels.native is None, reason=f"the kernels, which map files, are {kernels.STATE}")
+@needs_kernels
 def test_time_of_loading(tmp_path, capsys):
     """650M parameters in float32 take no longer than in transformers: the shortest of five times, taken by turns."""
     write_large(tmp_path, "safetensors", "float32", num_hidden_layers=33, hidden_size=1280, num_attention_heads=20,

@@ -11,8 +11,8 @@ namespace {
 using mlx_esm::Activation;
 using mlx_esm::Arena;
 
-// Tokens of a block, weight rows whose products with them stay in the second-level cache, and the depth at which a panel
-// of tokens stays in the first: it takes 40 KB with AVX-512 and 20 with AVX2.
+// Tokens of a block, weight rows whose products with them stay in the second-level cache, and the depth at which a
+// panel of tokens stays in the first: it takes 40 KB with AVX-512 and 20 with AVX2.
 constexpr long TOKENS = 256, OUTPUTS = 16 * MR, DEPTH = 320;
 
 struct Linear {
@@ -79,8 +79,8 @@ inline void finish(const Linear& p, const Block& block, long t, long n0, long N,
   });
 }
 
-// One block of tokens, whose panels lie in `packed`, times one block of outputs. `rows(n, N, k, depth)` are N rows of the
-// weight from row n and column k on.
+// One block of tokens, whose panels lie in `packed`, times one block of outputs. `rows(n, N, k, depth)` are N rows of
+// the weight from row n and column k on.
 template <int V, class Weight>
 inline void linear_block(const Linear& p, const Block& block, const float* packed, Weight rows) {
   static thread_local Arena arena;
@@ -106,8 +106,8 @@ inline void linear_block(const Linear& p, const Block& block, const float* packe
   }
 }
 
-// For each panel of a round pack(p, panel), then for each block of its tokens and outputs body(p, block), where p is the
-// layer of these tokens.
+// For each panel of a round pack(p, panel), then for each block of its tokens and outputs body(p, block), where p is
+// the layer of these tokens.
 template <class Pack, class Body>
 void in_rounds(Linear p, Pack pack, Body body) {
   const long all = p.tokens;

@@ -14,6 +14,7 @@ from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.mapped import MAPPED_FROM
 from mlx_esm_hf.checkpoint.read import load_file, load_files
 from mlx_esm_hf.ops import kernels
+from tests.marks import needs_kernels
 
 STATE = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "ids": np.arange(4)}
 
@@ -100,7 +101,6 @@ def test_files_together(path, tmp_path):
 # Large arrays, which are mapped where there are kernels
 
 NUMBERS = np.arange(MAPPED_FROM // 4, dtype=np.float32).reshape(4, -1)
-needs_kernels = pytest.mark.skipif(kernels.native is None, reason=f"the kernels are {kernels.STATE}")
 
 
 def mappings(path):

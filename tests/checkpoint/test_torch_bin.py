@@ -23,7 +23,7 @@ import mlx_esm_hf
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.mapped import MAPPED_FROM
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin, load_torch_checkpoint
-from mlx_esm_hf.ops import kernels
+from tests.marks import needs_kernels
 
 torch = pytest.importorskip("torch")
 
@@ -240,7 +240,7 @@ def test_result_outlives_the_file(tmp_path, format):
 LARGE = MAPPED_FROM // 2  # numbers of half precision
 
 
-@pytest.mark.skipif(kernels.native is None, reason=f"the kernels are {kernels.STATE}")
+@needs_kernels
 @pytest.mark.parametrize(("format", "mapped"), [("zip", 4), ("legacy", 0)])
 def test_large_tensors_stay_in_the_file(tmp_path, format, mapped):
     """Of a zip, those that lie there row by row."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import mlx_esm_hf
-from mlx_esm_hf.ops import kernels
+from tests.marks import needs_kernels
 
-pytestmark = pytest.mark.skipif(kernels.native is None, reason=f"the kernels are {kernels.STATE}")
+pytestmark = needs_kernels
 
 PACKAGE = Path(mlx_esm_hf.__file__).parent
 # Two models, each used twice; without torch, which transformers would import, and that takes seconds each time.
