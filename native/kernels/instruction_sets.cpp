@@ -3,6 +3,10 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace mlx_esm {
 namespace {
 
@@ -17,6 +21,8 @@ std::vector<const Kernels*> supported() {
   if (avx512) tables.push_back(avx512_kernels());
   if (avx2 && __builtin_cpu_supports("avxvnni")) tables.push_back(avxvnni_kernels());
   if (avx2) tables.push_back(avx2_kernels());
+#elif defined(__aarch64__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) tables.push_back(neondotprod_kernels());
 #endif
   tables.push_back(portable_kernels());
   return tables;

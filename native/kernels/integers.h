@@ -1,32 +1,52 @@
 // Linear layers whose products are those of integers: the weight's of 4 or 8 bits without a sign, and the tokens',
 // rounded to 8 bits with one, each group of a token with a scale of its own.
 //
-// A lane is a token, as in gemm.h, but holds several of its integers, one beside the other: four bytes where the machine
-// multiplies and adds up bytes (VNNI), else two of 16 bits.
+// A lane is a token, as in gemm.h, but holds several of its integers, one beside the other: four bytes where the
+// machine multiplies and adds up bytes (VNNI, Arm's dot product), else two of 16 bits.
 #pragma once
+
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
 
 #include "packed.h"
 
 namespace {
 
-// sum + the products of the integers in w and x, lane by lane.
+// sum + the products of the integers in w and in each lane of x. Arm's bytes have a sign on both sides: there the
+// weight's are smaller by OFFSET, and a sum begins with OFFSET times the integers of x, which makes it the same.
 #if defined(__AVX512VNNI__)
-constexpr int TOGETHER = 4;
-inline ivec dot(ivec sum, uvec w, uvec x) { return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x); }
+constexpr int TOGETHER = 4, OFFSET = 0;
+inline ivec dot(ivec sum, unsigned w, uvec x) {
+  return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(w), (__m512i)x);
+}
 #elif defined(__AVXVNNI__)
-constexpr int TOGETHER = 4;
-inline ivec dot(ivec sum, uvec w, uvec x) { return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x); }
+constexpr int TOGETHER = 4, OFFSET = 0;
+inline ivec dot(ivec sum, unsigned w, uvec x) {
+  return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(w), (__m256i)x);
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int TOGETHER = 4, OFFSET = 128;
+inline ivec dot(ivec sum, unsigned w, uvec x) {
+  return (ivec)vdotq_lane_s32((int32x4_t)sum, (int8x16_t)x, (int8x8_t)(uint32x2_t){w}, 0);
+}
 #else
-constexpr int TOGETHER = 2;
+constexpr int TOGETHER = 2, OFFSET = 0;
 #if defined(__AVX512BW__)
-inline ivec dot(ivec sum, uvec w, uvec x) { return sum + (ivec)_mm512_madd_epi16((__m512i)w, (__m512i)x); }
+inline ivec dot(ivec sum, unsigned w, uvec x) {
+  return sum + (ivec)_mm512_madd_epi16(_mm512_set1_epi32(w), (__m512i)x);
+}
 #elif defined(__AVX2__)
-inline ivec dot(ivec sum, uvec w, uvec x) { return sum + (ivec)_mm256_madd_epi16((__m256i)w, (__m256i)x); }
+inline ivec dot(ivec sum, unsigned w, uvec x) {
+  return sum + (ivec)_mm256_madd_epi16(_mm256_set1_epi32(w), (__m256i)x);
+}
 #elif defined(__SSE2__)
-inline ivec dot(ivec sum, uvec w, uvec x) { return sum + (ivec)_mm_madd_epi16((__m128i)w, (__m128i)x); }
+inline ivec dot(ivec sum, unsigned w, uvec x) {
+  return sum + (ivec)_mm_madd_epi16(_mm_set1_epi32(w), (__m128i)x);
+}
 #else
-inline ivec dot(ivec sum, uvec w, uvec x) {
-  return sum + (ivec)(w & 0xffff) * ((ivec)(x << 16) >> 16) + (ivec)(w >> 16) * ((ivec)x >> 16);
+inline ivec dot(ivec sum, unsigned w, uvec x) {
+  return sum + (int)(w & 0xffff) * ((ivec)(x << 16) >> 16) + (int)(w >> 16) * ((ivec)x >> 16);
 }
 #endif
 #endif
@@ -37,6 +57,7 @@ constexpr int WIDTH = 32 / TOGETHER;  // bits of an integer in a lane
 struct IntegerPanel {
   unsigned* integers;   // [K / TOGETHER, NR], several in each
   float *scales, *sums;  // [K / group, NR]: the scales, and scale · the sum of a group's integers
+  int* integer_sums;     // [K / group, NR]: without the scale
 };
 
 // From a panel [K, NR] of floats.
@@ -68,6 +89,8 @@ inline void round_panel(const float* panel, long K, long group, IntegerPanel out
       }
       store(out.scales + g * NR + j * W, scale);
       store(out.sums + g * NR + j * W, sum * scale);
+      const ivec integer_sum = __builtin_convertvector(sum, ivec);
+      __builtin_memcpy(out.integer_sums + g * NR + j * W, &integer_sum, sizeof integer_sum);
     }
 }
 
@@ -83,10 +106,11 @@ template <int BITS>
 inline void spread(const Byte* row, long k, long depth, Byte* out) {
   if (BITS == 8 && TOGETHER == 4) {
     __builtin_memcpy(out, row + k, depth);
+    for (long i = 0; i < depth; i++) out[i] -= OFFSET;
     return;
   }
   for (long i = 0; i < depth; i += W) {
-    const uvec v = integers_at<BITS>(row, k + i);
+    const uvec v = integers_at<BITS>(row, k + i) - OFFSET;
     if constexpr (TOGETHER == 4) {
       const bytes narrow = __builtin_convertvector(v, bytes);
       __builtin_memcpy(out + i, &narrow, sizeof narrow);
@@ -124,7 +148,7 @@ inline void multiply_integers(const IntegerRows& w, long first, const IntegerPan
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) acc[i][j] = ivec{};
+      for (int j = 0; j < NV; j++) acc[i][j] = OFFSET * load_as<ivec>(x.integer_sums + g * NR + j * W);
     const Byte* row = w.integers + first * w.stride + g * w.group * 4 / TOGETHER;
     const unsigned* panel = x.integers + g * w.group / TOGETHER * NR;
     for (long k = 0; k < w.group / TOGETHER; k++) {
@@ -133,7 +157,7 @@ inline void multiply_integers(const IntegerRows& w, long first, const IntegerPan
       for (int j = 0; j < NV; j++) b[j] = load_as<uvec>(panel + k * NR + j * W);
 #pragma GCC unroll 16
       for (int i = 0; i < R; i++) {
-        const uvec a = uvec{} + load_as<unsigned>(row + i * w.stride + 4 * k);
+        const unsigned a = load_as<unsigned>(row + i * w.stride + 4 * k);
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) acc[i][j] = dot(acc[i][j], a, b[j]);
       }
@@ -167,7 +191,7 @@ struct IntegerPanels {
 
   IntegerPanel operator()(long t, long k) const {
     const long g = (t / NR * (inputs / group) + k / group) * NR;
-    return {first.integers + (t * inputs + k * NR) / TOGETHER, first.scales + g, first.sums + g};
+    return {first.integers + (t * inputs + k * NR) / TOGETHER, first.scales + g, first.sums + g, first.integer_sums + g};
   }
 };
 
@@ -199,7 +223,8 @@ inline void integer_layer(Linear p, const PackedWeight& weight) {
   cut(p);
   const long K = p.inputs, groups = p.round * (K / weight.group);
   auto integers = reinterpret_cast<unsigned*>(arena.take(p.round * K / TOGETHER));
-  const IntegerPanels panels{{integers, arena.take(groups), arena.take(groups)}, K, weight.group};
+  float *scales = arena.take(groups), *sums = arena.take(groups);
+  const IntegerPanels panels{{integers, scales, sums, reinterpret_cast<int*>(arena.take(groups))}, K, weight.group};
   auto pack_panel = [&](const Linear& p, long i) {
     static thread_local Arena arena;
     arena.clear();

@@ -165,5 +165,6 @@ const Kernels* avx2_kernels();
 const Kernels* avxvnni_kernels();  // AVX2 and products of bytes
 const Kernels* avx512_kernels();
 const Kernels* avx512vnni_kernels();
+const Kernels* neondotprod_kernels();  // NEON, which is the portable one of Arm, and products of bytes
 
 }  // namespace mlx_esm

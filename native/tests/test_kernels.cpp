@@ -103,6 +103,37 @@ void test_quantized_linear() {
         }
 }
 
+// To the last bit: x are whole numbers, each group's largest is 127, and so all scales are 1. The first token's are all
+// as large as they can be, and so are the first output's.
+void test_products_of_integers() {
+  std::mt19937 generator(2);
+  for (int bits : {4, 8})
+    for (long group : {32, 64, 128})
+      for (long tokens : {1, 17, 70})
+        for (long outputs : {1, 33}) {
+          const int largest = (1 << bits) - 1, middle = largest / 2;
+          const long inputs = 3 * group;
+          const Floats scales(outputs * 3, 1), biases(outputs * 3, -middle);
+          Floats x(tokens * inputs, 127), y(tokens * outputs), exact;
+          std::vector<unsigned> integers(outputs * inputs, largest);
+          for (size_t i = inputs; i < x.size(); i++)
+            if (i % group) x[i] = int(generator() % 255) - 127;
+          for (size_t i = inputs; i < integers.size(); i++) integers[i] = generator() & largest;
+          for (long t = 0; t < tokens; t++)
+            for (long n = 0; n < outputs; n++) {
+              int sum = 0;
+              for (long k = 0; k < inputs; k++)
+                sum += int(x[t * inputs + k]) * (int(integers[n * inputs + k]) - middle);
+              exact.push_back(sum);
+            }
+          const auto bytes = packed(integers, bits);
+          const PackedWeight p{bytes.data(), Number::float32, scales.data(), biases.data(), bits, group};
+          kernels().integer_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none,
+                                   1);
+          expect(y == exact, "products of integers of " + std::to_string(bits) + " bits");
+        }
+}
+
 void test_half_linear() {
   for (long tokens : {0, 1, 17, 300})
     for (long outputs : {1, 33, 200})
@@ -496,6 +527,7 @@ int main() {
     choose(set);
     test_linear();
     test_quantized_linear();
+    test_products_of_integers();
     test_half_linear();
     test_gelu();
     test_swiglu();
