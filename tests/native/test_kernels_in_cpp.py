@@ -1,4 +1,4 @@
-"""The C++ test program of the kernels, built with and without the compiler's sanitizers."""
+"""The C++ test program of the kernels, built with and without the compiler's sanitizers, and for Arm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ NATIVE = Path(__file__).parents[2] / "native"
 COMPILER = os.environ.get("CXX") or "c++"
 MAKER = next((name for name in ("ninja", "make") if shutil.which(name)), "ninja or make")
 
-missing = [name for name in ("cmake", COMPILER, MAKER) if shutil.which(name.split()[0]) is None]
+ARM_COMPILER = "aarch64-linux-gnu-g++"
+ARM_EMULATOR = "qemu-aarch64-static"
+
+
+def missing_of(*programs: str) -> list[str]:
+    return [name for name in programs if shutil.which(name.split()[0]) is None]
+
+
+missing = missing_of("cmake", COMPILER, MAKER)
+missing_for_arm = missing_of(ARM_COMPILER, ARM_EMULATOR)
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the kernels are for Linux"),
     pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"),
@@ -28,18 +37,25 @@ def run(*command: str | Path) -> str:
     return process.stdout
 
 
-def check_kernels(folder: Path, sanitizer: str) -> None:
+def build(folder: Path, *options: str) -> Path:
+    """The test program."""
     run("cmake", "-S", NATIVE, "-B", folder, "-G", "Ninja" if MAKER == "ninja" else "Unix Makefiles",
-        "-DMLX_ESM_MODULE=OFF", "-DMLX_ESM_TESTS=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
-        f"-DMLX_ESM_SANITIZE={sanitizer}")  # fmt: skip
+        "-DMLX_ESM_MODULE=OFF", "-DMLX_ESM_TESTS=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options)  # fmt: skip
     run("cmake", "--build", folder, "--parallel", "2")
-    output = run(folder / "test_kernels")
+    return folder / "test_kernels"
+
+
+def check(*command: str | Path) -> list[str]:
+    """The instruction sets that the test program has tested."""
+    output = run(*command)
     print(output)
-    assert ", 0 failed" in output.splitlines()[-1]
+    lines = output.splitlines()
+    assert ", 0 failed" in lines[-1]
+    return [line.partition(":")[0] for line in lines]
 
 
 def test_kernels(tmp_path):
-    check_kernels(tmp_path, "")
+    check(build(tmp_path))
 
 
 @pytest.mark.long
@@ -50,4 +66,19 @@ def test_kernels_under_a_sanitizer(tmp_path, sanitizer):
     links = [*COMPILER.split(), f"-fsanitize={sanitizer}", str(source), "-o", str(tmp_path / "empty")]
     if subprocess.run(links, capture_output=True).returncode != 0:
         pytest.skip(f"{COMPILER} has no {sanitizer} sanitizer")
-    check_kernels(tmp_path / "build", sanitizer)
+    check(build(tmp_path / "build", f"-DMLX_ESM_SANITIZE={sanitizer}"))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(bool(missing_for_arm), reason=f"needs {', '.join(missing_for_arm)}")
+def test_kernels_on_arm(tmp_path):
+    """In an emulator of a processor without a dot product of bytes, and of one that has it."""
+    program = build(
+        tmp_path,
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+    )
+    assert check(ARM_EMULATOR, "-cpu", "cortex-a53", program) == ["neon"]
+    assert check(ARM_EMULATOR, "-cpu", "neoverse-n1", program) == ["neondotprod", "neon"]
