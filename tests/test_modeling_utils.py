@@ -41,7 +41,7 @@ from tests.checkpoints import (
     write,
     write_large,
 )
-from tests.marks import needs_kernels
+from tests.marks import needs_cpu, needs_kernels
 from tests.tiny import SIZE
 
 ROOT = Path(mlx_esm_hf.__file__).parents[1]
@@ -769,6 +769,7 @@ print(peak() - before, time.perf_counter() - start)
 """
 
 
+@needs_cpu
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux' /proc")
 @pytest.mark.parametrize(
     ("format", "dtype"), [("safetensors", "float32"), ("safetensors", "float16"), ("bin", "float32")]

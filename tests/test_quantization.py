@@ -34,6 +34,7 @@ from mlx_esm_hf.quantization import (
     replace_layers,
     rounds_activations,
 )
+from tests.marks import needs_cpu
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
 TOKENS = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "eos_token_id": 2}
@@ -269,7 +270,7 @@ def test_embeddings_and_heads_too(made, tmp_path):
     np.testing.assert_allclose(logits(again), logits(model), atol=1e-5)
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="elsewhere half precision stays as it is")
+@needs_cpu
 @pytest.mark.parametrize("with_kernels", [True, False])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_scales_stay_in_half_precision(dtype, with_kernels, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,35 +23,56 @@ class Batch(NamedTuple):
     first: int
 
 
-def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of like length, longest first, in groups of at most `batch_tokens` tokens with padding.
+def nothing(tokens: int) -> float:
+    """What a row costs where padding is not computed."""
+    return 0.0
 
-    A row longer than the budget is a group of its own. The longest go first, so that a run that will not fit into
-    memory fails at once.
+
+def by_length(lengths: Sequence[int], batch_tokens: int, row_cost: Callable[[int], float] = nothing) -> list[list[int]]:
+    """Indices of rows of like length, in groups of at most `batch_tokens` tokens with padding that cost least together.
+
+    A row longer than the budget is a group of its own. The longest go first, so that one that will not fit into memory
+    fails at once.
+
+    Args:
+        row_cost: of a row of so many tokens, padding with it, where starting a batch costs 1. By default nothing: there
+            are as few groups as can be.
     """
-    group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if group and (len(group) + 1) * lengths[group[0]] > batch_tokens:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    # Of the first so many rows in this order: what they cost at least, and where the last of their groups begins.
+    least, begins = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, np.int64)
+    least[0] = 0
+    for begin, row in enumerate(order):
+        most = max(1, batch_tokens // max(1, lengths[row]))
+        ends = slice(begin + 1, begin + 1 + most)
+        costs = least[begin] + 1 + row_cost(lengths[row]) * np.arange(1, len(least[ends]) + 1)
+        better = costs <= least[ends]
+        least[ends][better], begins[ends][better] = costs[better], begin
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[begins[end] : end])
+        end = begins[end]
+    return groups[::-1]
 
 
 def make_batches(
-    sequences: Sequence[np.ndarray], windows: Sequence[Window], vocabulary: Vocabulary, batch_tokens: int
+    sequences: Sequence[np.ndarray],
+    windows: Sequence[Window],
+    vocabulary: Vocabulary,
+    batch_tokens: int,
+    row_cost: Callable[[int], float] = nothing,
 ) -> Iterator[Batch]:
     """The windows of sequences of ids, those of like length together.
 
     Args:
         batch_tokens: most tokens, with padding, of a batch.
+        row_cost: of a row; see `by_length`.
 
     Raises:
         ValueError: a sequence holds the token for padding.
     """
     lengths = [window.length + vocabulary.around for window in windows]
-    for rows in by_length(lengths, batch_tokens):
+    for rows in by_length(lengths, batch_tokens, row_cost):
         width = max(lengths[row] for row in rows)
         input_ids = np.full((len(rows), width), vocabulary.pad, np.int32)
         attention_mask = np.zeros((len(rows), width), np.int32)

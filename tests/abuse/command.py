@@ -1,17 +1,15 @@
 """One way to start the command, to end it, and to compare what it wrote."""
 
 import json
-import os
 import random
 import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from tests.pipelines.models import UBIQUITIN, write_model
+from tests.processes import ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).parents[2]
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 WILD_TYPE = UBIQUITIN[:20]
 TIMEOUT = 300  # seconds, in which a process would have ended a hundred times
@@ -83,7 +81,7 @@ class Inputs:
 
 def start(arguments, **options):
     """The command as a process; what it says goes into a pipe."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "1000"} | options.pop("env", {})
+    env = ENVIRONMENT | {"COLUMNS": "1000"} | options.pop("env", {})
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, **options)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.abuse.command import TIMEOUT, contents, run, start, wait_for_shard
+from tests.processes import ON_TWO_RANKS
 
 CASES = ["embed .npz", "embed folder", "perplexity .csv"]
 KILLS = 4  # of each case, of either rank in turn
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 
 
 def on_two_ranks(arguments):
-    return [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--", *arguments]
+    return [*ON_TWO_RANKS, *arguments]
 
 
 def pid_of(rank, folder):

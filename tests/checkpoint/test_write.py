@@ -10,6 +10,7 @@ from safetensors import safe_open
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import shard_names
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors, write_safetensors
+from tests.marks import needs_cpu
 
 STATE = {f"layer.{i}": mx.full((256,), i, dtype=mx.float32) for i in range(5)}  # 1 KiB each
 
@@ -108,7 +109,7 @@ def test_lazy_arrays_are_in_memory_one_at_a_time(tmp_path):
     assert len(files) == 4 and all(loaded[f"layer.{i}"][5].item() == 5 + i for i in range(12))
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="only a CPU has float64")
+@needs_cpu  # which alone has float64
 def test_dtype_that_is_not_read(tmp_path):
     with pytest.raises(ValueError, match="'x' is of mlx.core.float64, .* cast it first"):
         save_safetensors({"x": mx.array([1.0], mx.float64)}, tmp_path, "1GB")

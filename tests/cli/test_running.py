@@ -1,7 +1,6 @@
 """How a command ends: a sentence for a mistake, a traceback for a bug, neither for Ctrl-C."""
 
 import io
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +11,13 @@ import pytest
 import typer
 from rich.console import Console
 
-import mlx_esm_command
 from mlx_esm_hf.cli.options import tokens_of
 from mlx_esm_hf.cli.running import Running, running
 from mlx_esm_hf.runs.job import Progress
 from mlx_esm_hf.runs.run import read_manifest
 from mlx_esm_hf.runtime import process
 from tests.pipelines.models import write_model
-
-# The command's module is not in the package, but beside it.
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_esm_command.__file__).parent)}
+from tests.processes import ENVIRONMENT
 
 
 def raise_from_elsewhere():

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import peft
@@ -20,8 +19,8 @@ from typer.testing import CliRunner
 from mlx_esm_hf import MLXEsmForSequenceClassification, load_adapter
 from mlx_esm_hf.cli import app
 from tests.pipelines.models import write_model
+from tests.processes import ON_TWO_RANKS, ROOT
 
-ROOT = Path(__file__).parents[2]
 PROTEINS = str(ROOT / "examples" / "proteins.fasta")
 SMALL = ["--shape", "2,32,4", "--context", "64", "--batch-tokens", "1024", "--log-every", "1", "--quiet"]
 
@@ -87,9 +86,8 @@ def test_two_ranks_train_what_one_trains(tmp_path):
     options = [*SMALL, "--steps", "4", "--validation-share", "0.1", "--evaluate-every", "2"]
     result = invoke("train", PROTEINS, *options, "--accumulate", 2, "--output", tmp_path / "one")
     assert result.exit_code == 0, result.output
-    launcher = Path(sys.executable).with_name("mlx.launch")
     command = [sys.executable, "-m", "mlx_esm_hf.cli", "train", PROTEINS, *options, "--output", tmp_path / "two"]
-    subprocess.run([launcher, "-n", "2", "--backend", "ring", "--", *command], cwd=ROOT, check=True, timeout=300)
+    subprocess.run([*ON_TWO_RANKS, *command], cwd=ROOT, check=True, timeout=300)
     one, two = ([line.get("loss", line.get("eval_loss")) for line in log_of(tmp_path / n)] for n in ("one", "two"))
     assert len(one) == 6
     assert np.abs(np.subtract(one, two)).max() < 1e-5

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -44,8 +43,8 @@ from tests.parity import (
     randomize,
     true_float64,
 )
+from tests.processes import ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).parents[2]
 PROTEINS = ("MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ", "KALTARQQEVFDLIRD", "MXBUZO.-W", "MKT<mask>YIAKQR<mask>ISF")
 
 
@@ -415,8 +414,7 @@ def test_script(tmp_path):
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-c", without_torch, "conversion/fair_esm.py", path, tmp_path / "converted"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     count = sum(parameter.numel() for parameter in tiny("ESM-2").parameters())
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'converted'}: {count:,} parameters, float32\n"

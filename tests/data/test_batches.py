@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,10 +11,27 @@ from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.data.windows import Window
 from tests.vocabulary import write_vocabulary
 
+LENGTHS = st.lists(st.integers(1, 50), max_size=9)
 
-@given(st.lists(st.integers(1, 50)), st.integers(1, 200))
-def test_every_sequence_once_within_the_budget(lengths, budget):
-    found = list(by_length(lengths, budget))
+
+def filled(lengths, budget):
+    """As few groups as can be: each is filled."""
+    groups = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def cost(groups, lengths, row_cost):
+    return sum(1 + len(group) * row_cost(lengths[group[0]]) for group in groups)
+
+
+@given(st.lists(st.integers(1, 50)), st.integers(1, 200), st.sampled_from([0, 0.01, 0.25, 4]))
+def test_every_sequence_once_within_the_budget(lengths, budget, token):
+    found = by_length(lengths, budget, lambda length: token * length)
     assert sorted(i for group in found for i in group) == list(range(len(lengths)))
     for group in found:
         longest = max(lengths[i] for i in group)
@@ -21,8 +40,45 @@ def test_every_sequence_once_within_the_budget(lengths, budget):
     assert order == sorted(order, reverse=True)
 
 
-def test_budget_is_used():
-    assert [len(group) for group in by_length([10] * 7, 30)] == [3, 3, 1]
+@given(st.lists(st.integers(1, 50)), st.integers(1, 200))
+def test_budget_is_used(lengths, budget):
+    assert by_length(lengths, budget) == filled(lengths, budget)
+
+
+@given(LENGTHS, st.integers(1, 200), st.sampled_from([0.015625, 0.125, 1]), st.sampled_from([1, 2]))
+def test_no_other_groups_cost_less(lengths, budget, token, power):
+    """Of rows in this order, in groups that begin at any of them."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+    def row_cost(length):
+        return token * length**power
+
+    costs = []
+    for begins in itertools.product([False, True], repeat=max(0, len(order) - 1)):
+        groups = [order[:1]] if order else []
+        for row, begin in zip(order[1:], begins, strict=True):
+            groups.append([row]) if begin else groups[-1].append(row)
+        if all(len(group) == 1 or len(group) * lengths[group[0]] <= budget for group in groups):
+            costs.append(cost(groups, lengths, row_cost))
+    assert cost(by_length(lengths, budget, row_cost), lengths, row_cost) == min(costs)
+
+
+@given(st.lists(st.integers(3, 2000), min_size=20), st.integers(1, 16384))
+def test_padding_costs_less_than_in_filled_groups(lengths, budget):
+    def row_cost(length):
+        return length / 1024
+
+    found = by_length(lengths, budget, row_cost)
+    assert cost(found, lengths, row_cost) <= cost(filled(lengths, budget), lengths, row_cost)
+    assert sum(len(g) * lengths[g[0]] for g in found) <= sum(len(g) * lengths[g[0]] for g in filled(lengths, budget))
+
+
+def test_what_padding_costs():
+    """Four short proteins beside a long one: a batch of their own costs less, unless starting it costs more."""
+    lengths = [100, 1000, 110, 120, 90]
+    assert by_length(lengths, 8192) == [[1, 3, 2, 0, 4]]
+    assert by_length(lengths, 8192, lambda length: length / 1024) == [[1], [3, 2, 0, 4]]
+    assert by_length(lengths, 8192, lambda length: length / 4096) == [[1, 3, 2, 0, 4]]
 
 
 @pytest.fixture

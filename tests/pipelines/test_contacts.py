@@ -15,6 +15,7 @@ from mlx_esm_hf.cli import app
 from mlx_esm_hf.pipelines import contacts, load
 from mlx_esm_hf.pipelines.contacts import bytes_needed, known_contacts, precision, top_contacts
 from mlx_esm_hf.runtime import memory
+from tests.marks import needs_cpu
 from tests.pipelines.models import UBIQUITIN, fair_esm_pair, fair_esm_tokens, write_model
 from tests.vocabulary import write_vocabulary
 
@@ -121,7 +122,7 @@ def test_windows(tmp_path):
     (long,) = contacts([UBIQUITIN * 2], folder, long="window")
     found = long.arrays["contacts"]
     assert found.shape == (152, 152) and found[0, 151] == 0 and found[0, 70] > 0
-    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(found, found.T, rtol=1e-6)  # on a GPU the last bits differ
 
 
 def test_a_model_without_a_contact_head_is_refused(folder):
@@ -228,6 +229,7 @@ print(peak() - before, bytes_needed(model, L))
 """
 
 
+@needs_cpu
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("kernels", ["0", "1"])
 def test_memory_is_as_it_is_said(kernels, tmp_path):

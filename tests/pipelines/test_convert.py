@@ -27,6 +27,7 @@ from mlx_esm_hf.pipelines.protein_model import load
 from mlx_esm_hf.quantization import block_of
 from tests.checkpoints import assert_same_state, config, save_bin_shards, theirs, torch_model, write_random
 from tests.hub import Hub, serve, use
+from tests.marks import needs_cpu
 from tests.pipelines.models import UBIQUITIN, write_model
 from tests.vocabulary import write_vocabulary
 
@@ -405,6 +406,7 @@ LARGE = {
 }
 
 
+@needs_cpu
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
 @pytest.mark.parametrize(
     ("model", "format", "dtype", "limit"),

@@ -47,9 +47,11 @@ def table(folder):
 @pytest.mark.parametrize("batch_tokens", [None, 50], ids=["together", "alone"])
 def test_results_are_those_of_the_model(network, batch_tokens):
     """In a batch, with chains and without; neither linkers nor padding among them."""
-    found = list(fold(PROTEINS, network, num_recycles=1, batch_tokens=batch_tokens))
-    assert [result.id for result in found] == [id for id, _ in PROTEINS]
-    for (_, sequence), result in zip(PROTEINS, found, strict=True):
+    proteins, told = [("one", UBIQUITIN[:68]), PROTEINS[1], ("three", UBIQUITIN[10:])], []
+    found = list(fold(proteins, network, num_recycles=1, batch_tokens=batch_tokens, progress=told.append))
+    assert len(told) == (2 if batch_tokens is None else 6)  # passes
+    assert [result.id for result in found] == [id for id, _ in proteins]
+    for (_, sequence), result in zip(proteins, found, strict=True):
         output = network.infer(sequence, num_recycles=1)
         arrays, letters = result.arrays, sequence.replace(":", "")
         chains = np.repeat(np.arange(sequence.count(":") + 1), list(map(len, sequence.split(":"))))
@@ -224,6 +226,17 @@ def test_chunks_cost_about_the_same(network, tmp_path):
     for row in table(tmp_path / "out"):
         shards.setdefault(row["shard"], []).append(int(row["length"]))
     assert list(shards.values()) == [[10, 13, 16, 19, 22], [25, 28], [31], [34], [37]]
+
+
+def test_pairs_of_padding_are_avoided(network):
+    """A short protein goes with others of its length, not with a long one."""
+    told: list = []
+    proteins = [("long", 2 * UBIQUITIN), ("a", "MKTAYI"), ("b", "GG")]
+    list(fold(proteins, network, num_recycles=0, batch_tokens=1000, progress=told.append))
+    assert [progress.doing for progress in told] == [
+        "long (152 residues), pass 1 of 1",
+        "a (6 residues) and 1 more, pass 1 of 1",
+    ]
 
 
 def test_each_pass_is_told(network):

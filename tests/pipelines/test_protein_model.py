@@ -3,12 +3,15 @@
 import shutil
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_esm_hf import MLXAutoModel
 from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.ops import kernels
 from mlx_esm_hf.pipelines import load
 from tests.hub import Hub, serve, use
+from tests.marks import needs_cpu, needs_kernels
 from tests.pipelines.models import write_model
 
 
@@ -71,3 +74,22 @@ def test_device_that_there_is_not(folder):
 def test_gpu_that_there_is_not(folder):
     with pytest.raises(ValueError, match="device='gpu': MLX has no GPU here"):
         load(MLXAutoModel, str(folder), device="gpu")
+
+
+def rows_of(model, lengths):
+    """How many rows each batch of sequences of these lengths has."""
+    sequences = [np.full(length, model.vocabulary.ids["A"], np.int32) for length in lengths]
+    return [len(batch.windows) for batch in model.batches(sequences)]
+
+
+def test_padding_is_avoided_where_it_is_computed(folder, monkeypatch):
+    monkeypatch.setattr(kernels, "native", None)
+    model = load(MLXAutoModel, str(folder), batch_tokens=16384)
+    assert rows_of(model, [2000, 100, 99, 98]) == [1, 3]
+
+
+@needs_cpu
+@needs_kernels
+def test_as_few_batches_as_can_be_where_they_are_packed(folder):
+    model = load(MLXAutoModel, str(folder), batch_tokens=16384)
+    assert rows_of(model, [2000, 100, 99, 98]) == [4]

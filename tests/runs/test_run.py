@@ -22,6 +22,7 @@ from mlx_esm_hf.runs.job import Item, Job, chunks, no_progress
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runs.run import Run, compute_run, read_manifest
 from tests.pipelines.models import UBIQUITIN, write_model
+from tests.processes import ON_TWO_RANKS
 
 # Without torch, which transformers would import: that takes seconds each time.
 COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from mlx_esm_hf.cli import app; app()"]
@@ -350,8 +351,7 @@ def test_chunks_follow_from_the_items():
 
 
 def on_two_ranks(*arguments):
-    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--backend", "ring", "--"]
-    command = [str(a) for a in [*launch, *arguments]]
+    command = [str(a) for a in [*ON_TWO_RANKS, *arguments]]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 

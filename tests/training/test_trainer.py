@@ -1,7 +1,6 @@
 """The trainer beside transformers' Trainer and torch: the same weights and batches give the same losses."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,10 +18,11 @@ import mlx_esm_hf
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
+from mlx_esm_hf.training.order import epoch_of
 from mlx_esm_hf.training.trainer import LOG, MLXTrainer
+from tests.processes import ENVIRONMENT, ON_TWO_RANKS, ROOT
 from tests.tiny import tiny
 
-ROOT = Path(__file__).parents[2]
 OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -189,7 +189,7 @@ def killed_and_resumed(folder, kills, dice):
     """Run the training in processes of their own, each killed at a random moment, then in one that ends."""
     for step in [*sorted(dice.sample(range(1, 20), kills)), 0]:
         command = [sys.executable, "-c", CHILD, str(folder), str(step), str(dice.random() * 0.03)]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT)
         assert done.returncode == (-signal.SIGKILL if step else 0)
 
 
@@ -236,11 +236,8 @@ def test_two_ranks_are_one(tmp_path):
         tmp_path / "one", per_device_train_batch_size=4, gradient_accumulation_steps=2, eval_strategy="steps",
         eval_steps=8,
     ).train()  # fmt: skip
-    launcher = Path(sys.executable).with_name("mlx.launch")
-    subprocess.run(
-        [launcher, "-n", "2", "--backend", "ring", "--", sys.executable, "-c", RANKS, tmp_path / "two"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    command = [*ON_TWO_RANKS, sys.executable, "-c", RANKS, tmp_path / "two"]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     assert len(one) == len(two) == 24
     assert np.abs(np.subtract(one, two)).max() < 1e-5
@@ -251,11 +248,13 @@ def test_two_ranks_are_one(tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_the_items(tmp_path):
-    trainer = small_training(tmp_path)
+    trainer, bad = small_training(tmp_path), 31  # <null_1>, which no other item has
+    item = epoch_of(70, trainer.args.seed, 0)[6 * 8]
+    trainer.train_dataset[item]["input_ids"][1] = bad
     trainer.compute_loss = lambda model, inputs: (
-        model(**inputs).loss * (mx.nan if trainer.state.global_step == 6 else 1)
+        model(**inputs).loss * mx.where((inputs["input_ids"] == bad).any(), mx.nan, 1)
     )
-    with pytest.raises(FloatingPointError, match=r"Step 7: the loss is nan.*has the items \[\d+, "):
+    with pytest.raises(FloatingPointError, match=rf"Step 7: the loss is nan.*has the items \[{item}, "):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     weights = trainer.model.from_pretrained(tmp_path / "checkpoint-4").parameters()

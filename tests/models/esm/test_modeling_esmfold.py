@@ -28,6 +28,7 @@ from mlx_esm_hf.models.esm.residue_constants import RESIDUES, RESTYPES
 from mlx_esm_hf.ops import pairs
 from tests.bar import hold_to_bar
 from tests.checkpoints import python_of_transformers_4
+from tests.marks import needs_cpu
 from tests.models.esm.folding import Peers, peers, residues
 from tests.tiny import tiny_folding
 
@@ -642,6 +643,7 @@ def test_float16_trunk_is_refused(half_stem: Peers) -> None:
         half_stem.ours.half()
 
 
+@needs_cpu
 def test_half_stem_computes_in_float32_on_a_cpu(half_stem: Peers) -> None:
     """As the same weights, cast: half precision would show in the third digit."""
     widened = copy.deepcopy(half_stem.theirs).float()

@@ -1,0 +1,17 @@
+"""Processes that tests start."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# This checkout comes first, and then what the tests' own Python was told of.
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+# `mlx.launch`, whose script need not be beside Python.
+LAUNCH = """
+from importlib.metadata import entry_points
+(launch,) = entry_points(group="console_scripts", name="mlx.launch")
+launch.load()()
+"""
+ON_TWO_RANKS = [sys.executable, "-c", LAUNCH, "-n", "2", "--backend", "ring", "--"]
