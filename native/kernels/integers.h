@@ -53,22 +53,24 @@ inline ivec dot(ivec sum, unsigned w, uvec x) {
 
 constexpr int WIDTH = 32 / TOGETHER;  // bits of an integer in a lane
 
-// NR tokens as integers: x ≈ scale · integer.
+// A panel's tokens, T = V * W of them, as integers: x ≈ scale · integer.
 struct IntegerPanel {
-  unsigned* integers;   // [K / TOGETHER, NR], several in each
-  float *scales, *sums;  // [K / group, NR]: the scales, and scale · the sum of a group's integers
-  int* integer_sums;     // [K / group, NR]: without the scale
+  unsigned* integers;   // [K / TOGETHER, T], several in each
+  float *scales, *sums;  // [K / group, T]: the scales, and scale · the sum of a group's integers
+  int* integer_sums;     // [K / group, T]: without the scale
 };
 
-// From a panel [K, NR] of floats.
+// From a panel [K, V * W] of floats.
+template <int V>
 inline void round_panel(const float* panel, long K, long group, IntegerPanel out) {
+  constexpr long T = V * W;
   constexpr float round = 1.5f * (1 << 23);  // adding it leaves the nearest integer in the low bits
   for (long g = 0; g < K / group; g++)
-    for (int j = 0; j < NV; j++) {
-      const float* x = panel + g * group * NR + j * W;
+    for (int j = 0; j < V; j++) {
+      const float* x = panel + g * group * T + j * W;
       vec largest{}, poison{};
       for (long k = 0; k < group; k++) {
-        const vec v = load(x + k * NR);
+        const vec v = load(x + k * T);
         largest = max(max(v, -v), largest);
         poison += v * 0.0f;  // NaN where a number is infinite or NaN
       }
@@ -81,16 +83,16 @@ inline void round_panel(const float* panel, long K, long group, IntegerPanel out
         for (int i = 0; i < TOGETHER; i++) {
           // The maximum changes nothing. It keeps the product from being rounded together with the sum, which not every
           // machine does.
-          const vec shifted = max(load(x + (k + i) * NR) * to_integer, splat(-127.0f)) + round;
+          const vec shifted = max(load(x + (k + i) * T) * to_integer, splat(-127.0f)) + round;
           sum += shifted - round;
           together |= ((uvec)shifted & ((1u << WIDTH) - 1)) << WIDTH * i;
         }
-        __builtin_memcpy(out.integers + (g * group + k) / TOGETHER * NR + j * W, &together, sizeof together);
+        __builtin_memcpy(out.integers + (g * group + k) / TOGETHER * T + j * W, &together, sizeof together);
       }
-      store(out.scales + g * NR + j * W, scale);
-      store(out.sums + g * NR + j * W, sum * scale);
+      store(out.scales + g * T + j * W, scale);
+      store(out.sums + g * T + j * W, sum * scale);
       const ivec integer_sum = __builtin_convertvector(sum, ivec);
-      __builtin_memcpy(out.integer_sums + g * NR + j * W, &integer_sum, sizeof integer_sum);
+      __builtin_memcpy(out.integer_sums + g * T + j * W, &integer_sum, sizeof integer_sum);
     }
 }
 
@@ -140,63 +142,67 @@ inline IntegerRows integer_rows(const PackedWeight& w, long inputs, long n, long
   return {integers, stride, scales, biases, groups, w.group};
 }
 
-// c[R, NR] (+)= the rows from the i-th on times the panel.
-template <int R>
+// c[R, V * W] (+)= the rows from the i-th on times the panel.
+template <int R, int V>
 inline void multiply_integers(const IntegerRows& w, long first, const IntegerPanel& x, float* __restrict c, bool add) {
+  constexpr long T = V * W;
   for (long g = 0; g < w.groups; g++) {
-    ivec acc[R][NV];
+    ivec acc[R][V];
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) acc[i][j] = OFFSET * load_as<ivec>(x.integer_sums + g * NR + j * W);
+      for (int j = 0; j < V; j++) acc[i][j] = OFFSET * load_as<ivec>(x.integer_sums + g * T + j * W);
     const Byte* row = w.integers + first * w.stride + g * w.group * 4 / TOGETHER;
-    const unsigned* panel = x.integers + g * w.group / TOGETHER * NR;
+    const unsigned* panel = x.integers + g * w.group / TOGETHER * T;
     for (long k = 0; k < w.group / TOGETHER; k++) {
-      uvec b[NV];
+      uvec b[V];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) b[j] = load_as<uvec>(panel + k * NR + j * W);
+      for (int j = 0; j < V; j++) b[j] = load_as<uvec>(panel + k * T + j * W);
 #pragma GCC unroll 16
       for (int i = 0; i < R; i++) {
         const unsigned a = load_as<unsigned>(row + i * w.stride + 4 * k);
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) acc[i][j] = dot(acc[i][j], a, b[j]);
+        for (int j = 0; j < V; j++) acc[i][j] = dot(acc[i][j], a, b[j]);
       }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) {
+      for (int j = 0; j < V; j++) {
         const long place = (first + i) * w.groups + g;
-        float* out = c + i * NR + j * W;
-        const vec scaled = __builtin_convertvector(acc[i][j], vec) * (load(x.scales + g * NR + j * W) * w.scales[place]);
-        const vec sum = scaled + load(x.sums + g * NR + j * W) * w.biases[place];
+        float* out = c + i * T + j * W;
+        const vec scaled = __builtin_convertvector(acc[i][j], vec) * (load(x.scales + g * T + j * W) * w.scales[place]);
+        const vec sum = scaled + load(x.sums + g * T + j * W) * w.biases[place];
         store(out, add || g ? load(out) + sum : sum);
       }
   }
 }
 
-template <int R = MR>
+template <int V, int R = MR>
 inline void multiply_integers_rest(long rows, const IntegerRows& w, long first, const IntegerPanel& x, float* c,
                                    bool add) {
   if constexpr (R > 0) {
-    if (rows == R) return multiply_integers<R>(w, first, x, c, add);
-    multiply_integers_rest<R - 1>(rows, w, first, x, c, add);
+    if (rows == R) return multiply_integers<R, V>(w, first, x, c, add);
+    multiply_integers_rest<V, R - 1>(rows, w, first, x, c, add);
   }
 }
 
-// The panels of a round: panel(t, k) is the one from token t on, from column k on.
+// The panels of a round.
 struct IntegerPanels {
   IntegerPanel first;
   long inputs, group;
 
-  IntegerPanel operator()(long t, long k) const {
-    const long g = (t / NR * (inputs / group) + k / group) * NR;
-    return {first.integers + (t * inputs + k * NR) / TOGETHER, first.scales + g, first.sums + g, first.integer_sums + g};
+  // The panel of V vectors from token t on, from column k on.
+  template <int V>
+  IntegerPanel at(long t, long k) const {
+    const long i = t * inputs + k * V * W, g = i / group;
+    return {first.integers + i / TOGETHER, first.scales + g, first.sums + g, first.integer_sums + g};
   }
 };
 
 // One block of tokens times one block of outputs.
-inline void integer_block(const Linear& p, const Block& block, const IntegerPanels& panel, const PackedWeight& weight) {
+inline void integer_block(const Linear& p, const Block& block, const IntegerPanels& panels,
+                          const PackedWeight& weight) {
   static thread_local Arena arena;
   const long K = p.inputs, depth = round_up(TOGETHER * DEPTH, weight.group);
   arena.clear();
@@ -205,13 +211,15 @@ inline void integer_block(const Linear& p, const Block& block, const IntegerPane
     const long N = least(OUTPUTS, block.last - n0);
     for (long k = 0; k < K; k += depth) {
       const IntegerRows rows = integer_rows(weight, K, n0, N, k, least(depth, K - k));
-      for (long t = block.t0; t < block.t1; t += NR) {
-        float* c = product + (t - block.t0) * N;
-        long n = 0;
-        for (; n + MR <= N; n += MR) multiply_integers<MR>(rows, n, panel(t, k), c + n * NR, k > 0);
-        multiply_integers_rest(N - n, rows, n, panel(t, k), c + n * NR, k > 0);
-        if (k + depth >= K) finish(p, block, t, n0, N, c);
-      }
+      for (long t = block.t0; t < block.t1; t += NR)
+        for_panel(block.t1 - t, [&](auto V) {
+          float* c = product + (t - block.t0) * N;
+          const IntegerPanel panel = panels.at<V>(t, k);
+          long n = 0;
+          for (; n + MR <= N; n += MR) multiply_integers<MR, V>(rows, n, panel, c + n * V * W, k > 0);
+          multiply_integers_rest<V>(N - n, rows, n, panel, c + n * V * W, k > 0);
+          if (k + depth >= K) finish<V>(p, block, t, n0, N, c);
+        });
     }
   }
 }
@@ -230,8 +238,10 @@ inline void integer_layer(Linear p, const PackedWeight& weight) {
     arena.clear();
     float* floats = arena.take(K * NR);
     const long t = i * NR;
-    pack(p.x + t * K, K, least(NR, p.tokens - t), K, floats);
-    round_panel(floats, K, weight.group, panels(t, 0));
+    for_panel(p.tokens - t, [&](auto V) {
+      pack<V>(p.x + t * K, K, least(NR, p.tokens - t), K, floats);
+      round_panel<V>(floats, K, weight.group, panels.at<V>(t, 0));
+    });
   };
   in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { integer_block(p, block, panels, weight); });
 }

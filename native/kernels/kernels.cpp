@@ -29,7 +29,7 @@ void linear(const float* x, const float* weight, const float* bias, const float*
 void packed_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
                    long tokens, long outputs, long inputs, Activation activation, float scale) {
   auto rows = [&](long n, long N, long k, long depth) { return unpacked_rows(weight, inputs, n, N, k, depth); };
-  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale}, rows);
+  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale, true}, rows);
 }
 
 // Elements or rows in pieces that are worth a thread's while.

@@ -1,6 +1,8 @@
 // The linear layer: all threads pack tokens into panels, which are then multiplied by block after block of the weight.
 #pragma once
 
+#include <type_traits>
+
 #include "arena.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -21,6 +23,7 @@ struct Linear {
   long tokens, outputs, inputs;
   Activation activation;
   float scale;
+  bool unpacks = false;  // the weight's rows, which then lie in a buffer of their own
   // The size of a task, and of a round: as many tokens as all threads have at work at a time.
   long token_block = 0, output_block = 0, round = 0;
 
@@ -67,10 +70,10 @@ struct Rows {
   long stride;
 };
 
-// The products [N, NR] of the panel from token t on and the outputs from n0 on, then bias, activation, scale, residual.
+// The products [N, V * W] of the panel from token t on and the outputs from n0 on, then bias, activation, scale, residual.
 template <int V = NV>
 inline void finish(const Linear& p, const Block& block, long t, long n0, long N, const float* product) {
-  unpack<V>(product, least(NR, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
+  unpack<V>(product, least(V * W, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
     const long n = n0 + column, at = (t + token) * p.outputs + n;
     if (p.bias) v += load_columns(p.bias + n, columns);
     v = activated(v, p.activation) * p.scale;
@@ -79,29 +82,38 @@ inline void finish(const Linear& p, const Block& block, long t, long n0, long N,
   });
 }
 
+// Calls f with how many vectors the panel of the next tokens has: one where no more are left, else NV.
+template <class F>
+inline void for_panel(long tokens, F f) {
+  if (tokens <= W)
+    f(std::integral_constant<int, 1>());
+  else
+    f(std::integral_constant<int, NV>());
+}
+
 // One block of tokens, whose panels lie in `packed`, times one block of outputs. `rows(n, N, k, depth)` are N rows of
 // the weight from row n and column k on.
-template <int V, class Weight>
+template <class Weight>
 inline void linear_block(const Linear& p, const Block& block, const float* packed, Weight rows) {
   static thread_local Arena arena;
   const long K = p.inputs, t0 = block.t0, t1 = block.t1;
   arena.clear();
   float* product = arena.take(p.token_block * OUTPUTS);
-  const long depth = round_up(ceil_div(K, ceil_div(K, DEPTH)), 32);  // which is a group of a quantized row
-  const long together = t1 - t0 <= 2 * NR ? MR : OUTPUTS;  // few tokens need no more rows than fit beside them
-  for (long n0 = block.first; n0 < block.last; n0 += OUTPUTS) {
-    const long N = least(OUTPUTS, block.last - n0);
+  // Rows that are unpacked for few tokens stay in the first-level cache, longer to make up for being few.
+  const bool few = p.unpacks && t1 - t0 <= 2 * NR;
+  const long together = few ? MR : OUTPUTS, most = few ? 2 * DEPTH : DEPTH;
+  const long depth = round_up(ceil_div(K, ceil_div(K, most)), 32);  // which is a group of a quantized row
+  for (long n = block.first; n < block.last; n += together) {
+    const long N = least(together, block.last - n);
     for (long k = 0; k < K; k += depth) {
       const long columns = least(depth, K - k);
-      for (long n = 0; n < N; n += together) {
-        const Rows weight = rows(n0 + n, least(together, N - n), k, columns);
-        for (long t = t0; t < t1; t += NR) {
+      const Rows weight = rows(n, N, k, columns);
+      for (long t = t0; t < t1; t += NR)
+        for_panel(t1 - t, [&](auto V) {
           float* c = product + (t - t0) * N;
-          multiply<true, V>(least(together, N - n), weight.first, weight.stride, packed + t * K + k * V * W, columns,
-                            c + n * V * W, k > 0);
-          if (n + together >= N && k + columns == K) finish<V>(p, block, t, n0, N, c);
-        }
-      }
+          multiply<true, V>(N, weight.first, weight.stride, packed + t * K + k * V * W, columns, c, k > 0);
+          if (k + columns == K) finish<V>(p, block, t, n, N, c);
+        });
     }
   }
 }
@@ -122,19 +134,20 @@ void in_rounds(Linear p, Pack pack, Body body) {
 }
 
 // The layer, whose weight is as linear_block takes it.
-template <int V = NV, class Weight>
+template <class Weight>
 void linear_layer(Linear p, Weight rows) {
   if (!p.tokens || !p.outputs) return;
-  if (V > 1 && p.tokens <= W) return linear_layer<1>(p, rows);
   static thread_local Arena arena;
   arena.clear();
   cut(p);
   float* packed = arena.take(p.round * p.inputs);
   auto pack_panel = [=](const Linear& p, long panel) {
     const long t = panel * NR;
-    pack<V>(p.x + t * p.inputs, p.inputs, least(NR, p.tokens - t), p.inputs, packed + t * p.inputs);
+    for_panel(p.tokens - t, [&](auto V) {
+      pack<V>(p.x + t * p.inputs, p.inputs, least(NR, p.tokens - t), p.inputs, packed + t * p.inputs);
+    });
   };
-  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { linear_block<V>(p, block, packed, rows); });
+  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { linear_block(p, block, packed, rows); });
 }
 
 }  // namespace
