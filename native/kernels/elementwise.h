@@ -69,10 +69,15 @@ inline Moments moments(const float* x, long width, float eps) {
 
 inline void layer_norm_row(const float* x, const float* weight, const float* bias, float* y, long width, float eps) {
   const Moments m = moments(x, width, eps);
-  if (bias)
-    for (long i = 0; i < width; i++) y[i] = (x[i] - m.mean) * m.scale * weight[i] + bias[i];
-  else
-    for (long i = 0; i < width; i++) y[i] = (x[i] - m.mean) * m.scale * weight[i];
+  auto normalise = [=](long i, long n) {
+    vec v = (load_columns(x + i, n) - m.mean) * m.scale * load_columns(weight + i, n);
+    if (bias) v += load_columns(bias + i, n);
+    store_columns(y + i, v, n);
+  };
+  long i = 0;
+#pragma GCC unroll 4
+  for (; i + W <= width; i += W) normalise(i, W);
+  if (i < width) normalise(i, width - i);
 }
 
 // With h the normalised row and g = dy · weight: dx = (g - mean(g) - h · mean(g · h)) · scale.
