@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -491,7 +491,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
     def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
         """(name, array) of each parameter; buffers are none, and a tied projection is no second one."""
-        for name, array in cast(list[tuple[str, mx.array]], tree_flatten(self.parameters())):
+        for name, array in arrays_in(self):
             if not name.endswith(self.buffers):
                 yield name, array
 
@@ -718,6 +718,18 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """Names of the parameters that the checkpoint lacked and that no loss reaches: they mean nothing."""
         prefix, names = f"{self.base_model_prefix}.", self._newly_initialized
         return [name for name in names if name.removeprefix(prefix).startswith(self.without_loss)]
+
+
+def arrays_in(tree: Any, path: str = "") -> Iterator[tuple[str, mx.array]]:
+    """(name, array) of each parameter of a module, named as by `tree_flatten` but found one after the other: who asks
+    for the first does not walk through the others."""
+    for key, value in enumerate(tree) if isinstance(tree, list) else tree.items():
+        if str(key).startswith("_"):
+            continue
+        if isinstance(value, mx.array):
+            yield f"{path}{key}", value
+        elif isinstance(value, (dict, list)):
+            yield from arrays_in(value, f"{path}{key}.")
 
 
 def resized(x: mx.array, rows: int) -> mx.array:

@@ -25,6 +25,7 @@ __all__ = [
     "attention_probabilities",
     "choose_layout",
     "compiled",
+    "computing_dtype",
     "gelu",
     "layer_norm",
     "linear",
@@ -54,12 +55,18 @@ def backend_of(*arrays: mx.array | None) -> ModuleType:
     return kernels
 
 
-def wide(x: mx.array, *others: mx.array | None) -> list[Any] | None:
-    """The arrays in float32, where x is of half precision and there are kernels, which compute in float32: MLX is 50
-    times slower in half precision on a CPU. Else None."""
-    if x.dtype not in HALF or backend_of() is not kernels:
+def computing_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """In which the states of a network of this dtype are computed: on a CPU in float32, as half precision is slow there
+    and saves memory where it matters, in the weights."""
+    return mx.float32 if dtype in HALF and backend_of() is not gpu else dtype
+
+
+def wide(*arrays: mx.array | None) -> list[Any] | None:
+    """The arrays in float32, where some are of half precision and there are kernels, which compute in float32: MLX is
+    50 times slower in half precision on a CPU. Else None."""
+    dtypes = {array.dtype for array in arrays if array is not None}
+    if not dtypes & set(HALF) or not dtypes <= {*HALF, mx.float32} or backend_of() is not kernels:
         return None
-    arrays = x, *others
     return [None if array is None else array.astype(mx.float32) for array in arrays]
 
 
@@ -158,11 +165,17 @@ def activated(y: mx.array, residual: mx.array | None, activation: str | None, sc
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
     """Layer norm over the last axis (Ba et al. 2016), `eps` inside the root; it need not have a bias."""
+    arrays = wide(x, weight, bias)
+    if arrays:
+        return kernels.layer_norm(*arrays, eps).astype(x.dtype)
     return backend_of(x, weight, bias).layer_norm(x, weight, bias, eps)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x · Φ(x) by the exact error function, as ESM has it (not the tanh approximation)."""
+    arrays = wide(x)
+    if arrays:
+        return kernels.gelu(*arrays).astype(x.dtype)
     return backend_of(x).gelu(x)
 
 
@@ -297,7 +310,7 @@ def choose_layout(
     keep_padding: bool = False,
     chains: mx.array | None = None,
 ) -> Layout:
-    """How to compute a batch in `dtype`: packed where that is faster, which is with our kernels, else as it is.
+    """How to compute a batch of a network in `dtype`: packed where that is faster, with our kernels, else as it is.
 
     Args:
         shape: (B, L).
@@ -307,6 +320,7 @@ def choose_layout(
         chains: [B, L], whole numbers, where a row holds several sequences; below 0 where the mask is 0.
     """
     mask = None if mask is None else mask.astype(mx.bool_)
-    if mask is None or values is None or keep_padding or dtype != mx.float32 or backend_of() is not kernels:
+    in_float32 = computing_dtype(dtype) == mx.float32
+    if mask is None or values is None or keep_padding or not in_float32 or backend_of() is not kernels:
         return Layout(shape, mask, chains=chains)
     return Layout(shape, packed=values.astype(bool), chains=chains)

@@ -124,7 +124,7 @@ def create_position_ids_from_input_ids(input_ids: mx.array, padding_idx: int) ->
 
 class MLXEsmEmbeddings(nn.Module):
     """Token ids [B, L] to vectors [B, L, D], zero at padding: words under token dropout, positions where they are not
-    rotary, layer norm."""
+    rotary, layer norm. They have the dtype that states are computed in (`ops.computing_dtype`)."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
@@ -140,6 +140,7 @@ class MLXEsmEmbeddings(nn.Module):
     ) -> mx.array:
         config = self.config
         embeddings = self.word_embeddings(input_ids)
+        embeddings = embeddings.astype(ops.computing_dtype(embeddings.dtype))
         if config.scale_embedding:
             embeddings = embeddings * math.sqrt(config.hidden_size)
         if config.token_dropout:
@@ -524,7 +525,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
 
         if turned:
             tokens = mx.take_along_axis(tokens, order, axis=1)
-        return base.contact_head(tokens, attentions())
+        return base.contact_head(tokens, attentions()).astype(self.dtype)
 
 
 class MLXEsmModel(MLXEsmPreTrainedModel):
@@ -577,7 +578,7 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         outputs, layout = self.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
         )
-        sequence_output = layout.unpack(outputs.last_hidden_state)
+        sequence_output = layout.unpack(outputs.last_hidden_state, self.dtype)
         output = MLXBaseModelOutputWithPooling(
             last_hidden_state=sequence_output,
             pooler_output=None if self.pooler is None else self.pooler(sequence_output, as_array(attention_mask)),
@@ -616,7 +617,9 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         )
         outputs = self.encoder(hidden_states, layout, position_embeddings, output_attentions, output_hidden_states)
         if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(layout.unpack(x) for x in outputs.hidden_states)
+            outputs.hidden_states = tuple(layout.unpack(x, self.dtype) for x in outputs.hidden_states)
+        if outputs.attentions is not None:
+            outputs.attentions = tuple(x.astype(self.dtype) for x in outputs.attentions)
         return outputs, layout
 
     def embed(
@@ -634,14 +637,14 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
             keep_padding: compute padding, too. So it is where some of it has a label.
         """
         inputs = check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, self.tables())
-        hidden_states: Any = inputs.inputs_embeds
         if inputs.input_ids is not None:
             hidden_states = self.embeddings(inputs.input_ids, inputs.attention_mask, inputs.position_ids)
+        else:
+            given: Any = inputs.inputs_embeds
+            hidden_states = given.astype(ops.computing_dtype(given.dtype))
         if inputs.mask_values is not None:
             keep_padding = keep_padding or labels_at(labels, inputs.mask_values == 0)
-        layout = ops.choose_layout(
-            inputs.shape, inputs.attention_mask, inputs.mask_values, hidden_states.dtype, keep_padding
-        )
+        layout = ops.choose_layout(inputs.shape, inputs.attention_mask, inputs.mask_values, self.dtype, keep_padding)
         position_embeddings = None
         if self.config.position_embedding_type == "rotary":
             positions = mx.arange(inputs.shape[1]) if inputs.position_ids is None else inputs.position_ids
@@ -698,7 +701,7 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
         outputs, layout = self.esm.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
-        logits = layout.unpack(self.lm_head(outputs.last_hidden_state))
+        logits = layout.unpack(self.lm_head(outputs.last_hidden_state), self.dtype)
         output = MLXMaskedLMOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
@@ -778,7 +781,7 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
         outputs, layout = self.esm.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
-        logits = layout.unpack(self.classifier(self.dropout(outputs.last_hidden_state)))
+        logits = layout.unpack(self.classifier(self.dropout(outputs.last_hidden_state)), self.dtype)
         output = MLXTokenClassifierOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,

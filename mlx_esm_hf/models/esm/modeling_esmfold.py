@@ -426,9 +426,8 @@ def compute_tm(probabilities: mx.array, mask: mx.array) -> mx.array:
 class MLXEsmForProteinFolding(MLXEsmPreTrainedModel):
     """ESMFold: an ESM-2 stem, the folding trunk, and a structure with its confidence.
 
-    The stem is frozen. Under `esmfold_config.fp16_esm` its weights are float16 and stay so when they are saved; on a
-    CPU, where half precision is slow, each layer computes in float32 when its turn comes, so that the stem is never
-    there twice. The trunk is float32 or bfloat16. Frames and atoms are always float32.
+    The stem is frozen. Under `esmfold_config.fp16_esm` its weights are float16 and stay so when they are saved. The
+    trunk is float32 or bfloat16. Frames and atoms are always float32.
 
     Example:
         >>> model = MLXEsmForProteinFolding.from_pretrained("facebook/esmfold_v1")
@@ -567,18 +566,16 @@ class MLXEsmForProteinFolding(MLXEsmPreTrainedModel):
         if fold.bypass_lm or fold.esm_ablate_sequence:
             return mx.zeros((*aatype.shape, self.config.hidden_size), dtype=self.dtype)
         tokens, token_mask = self.tokens(aatype, mask, masking_pattern)
-        dtype = self.esm.embeddings.word_embeddings.weight.dtype
-        hidden_states = as_it_computes(self.esm.embeddings, dtype)(tokens, token_mask)
-        hidden_states, layout, positions = self.esm.embed(inputs_embeds=hidden_states, attention_mask=token_mask)
+        hidden_states, layout, positions = self.esm.embed(tokens, token_mask)
         weights = mx.softmax(self.esm_s_combine)
         mixed = weights[0] * mx.stop_gradient(hidden_states).astype(self.dtype)
-        last_norm = as_it_computes(self.esm.encoder.emb_layer_norm_after, dtype)
+        last_norm = self.esm.encoder.emb_layer_norm_after
         for i, layer in enumerate(self.esm.encoder.layer, start=1):
-            hidden_states, _ = as_it_computes(layer, dtype)(hidden_states, layout, positions)
+            hidden_states, _ = layer(hidden_states, layout, positions)
             state = last_norm(hidden_states) if i == self.config.num_hidden_layers else hidden_states
             mixed = mixed + weights[i] * mx.stop_gradient(state).astype(self.dtype)
             evaluate(mixed)
-        return layout.unpack(mixed)[:, 1:-1]
+        return layout.unpack(mixed, self.dtype)[:, 1:-1]
 
     def tokens(
         self, aatype: mx.array, mask: mx.array, masking_pattern: mx.array | None = None
@@ -714,19 +711,6 @@ def stem_config(config: PreTrainedConfig) -> Any:
     config.is_folding_model = False
     config.esmfold_config = None
     return config
-
-
-def as_it_computes(module: Any, dtype: mx.Dtype) -> Any:
-    """A module of the stem as it computes: on a CPU, where half precision is slow, a twin of it in float32."""
-    if dtype == mx.float32 or mx.default_device() != mx.cpu:
-        return module
-    twin = copy.copy(module)
-    for name, value in module.items():
-        if isinstance(value, mx.array):
-            twin[name] = value.astype(mx.float32)
-        elif isinstance(value, nn.Module):
-            twin[name] = as_it_computes(value, dtype)
-    return twin
 
 
 def check_folding_inputs(input_ids: Any, attention_mask: Any, position_ids: Any) -> tuple[mx.array, mx.array, mx.array]:

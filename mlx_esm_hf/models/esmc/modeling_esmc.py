@@ -246,7 +246,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         outputs, layout = self.encode(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states
         )
-        outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state)
+        outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state, self.dtype)
         return outputs if self.returns_dict(return_dict) else outputs.to_tuple()
 
     def encode(
@@ -282,15 +282,15 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         all_attentions: list[Any] = []
         for layer in self.layers:
             if output_hidden_states:
-                all_hidden_states.append(layout.unpack(hidden_states))
+                all_hidden_states.append(layout.unpack(hidden_states, self.dtype))
             if self.gradient_checkpointing and self.training and not output_attentions:
                 hidden_states, attentions = again(layer, layout, position_embeddings)(hidden_states), None
             else:
                 hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
-            all_attentions.append(attentions)
+            all_attentions.append(attentions if attentions is None else attentions.astype(self.dtype))
         hidden_states = self.norm(hidden_states)
         if output_hidden_states:  # the last one is behind the layer norm
-            all_hidden_states.append(layout.unpack(hidden_states))
+            all_hidden_states.append(layout.unpack(hidden_states, self.dtype))
         outputs = MLXBaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
@@ -322,9 +322,10 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
             mask = chains >= 0
             values = host(mask)
         hidden_states = self.embed_tokens(inputs.input_ids)
+        hidden_states = hidden_states.astype(ops.computing_dtype(hidden_states.dtype))
         if values is not None:
             keep_padding = keep_padding or labels_at(labels, values == 0)
-        layout = ops.choose_layout(inputs.shape, mask, values, hidden_states.dtype, keep_padding, chains)
+        layout = ops.choose_layout(inputs.shape, mask, values, self.dtype, keep_padding, chains)
         positions = mx.arange(inputs.shape[1]) if inputs.position_ids is None else inputs.position_ids
         position_embeddings = rotary_angles(config, layout.pack(mx.broadcast_to(positions, inputs.shape)))
         return layout.pack(hidden_states), layout, position_embeddings
@@ -372,7 +373,7 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
         outputs, layout = self.esmc.encode(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, labels
         )
-        logits = layout.unpack(self.lm_head(outputs.last_hidden_state))
+        logits = layout.unpack(self.lm_head(outputs.last_hidden_state), self.dtype)
         output = MLXMaskedLMOutput(
             loss=None if labels is None else cross_entropy(logits.astype(mx.float32), labels),
             logits=logits,
@@ -452,7 +453,7 @@ class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
         outputs, layout = self.esmc.encode(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, labels
         )
-        logits = layout.unpack(self.score(self.dropout(outputs.last_hidden_state)))
+        logits = layout.unpack(self.score(self.dropout(outputs.last_hidden_state)), self.dtype)
         output = MLXTokenClassifierOutput(
             loss=None if labels is None else cross_entropy(logits.astype(mx.float32), labels),
             logits=logits,

@@ -6,6 +6,7 @@ these tests take its way on the CPU; where a GPU is the default device they run 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -20,7 +21,8 @@ from esm import ProteinBertModel
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.ops import cpu, gpu
+from mlx_esm_hf.ops import cpu, gpu, kernels
+from tests.marks import needs_cpu
 from tests.models.esm.test_modeling_esm import CLASSES, WITH_LOSS, reads_first_token
 from tests.parity import (
     FAMILIES,
@@ -138,6 +140,28 @@ def test_outputs_of_esm1(take: Callable, get_peers: Callable, precision: str, pa
     for backend in names_of_backends(precision):
         take(backend)
         hold_all(model, "ESM-1", inputs, theirs, (f", {backend}", float64), precision=precision)
+
+
+@needs_cpu
+@pytest.mark.parametrize("kernels_there", [True, False], ids=["own choice", "kernels off"])
+@pytest.mark.parametrize("family", ["ESM-1", *FAMILIES])
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_cpu_computes_in_float32(
+    get_peers: Callable, monkeypatch: pytest.MonkeyPatch, precision: str, family: str, kernels_there: bool
+) -> None:
+    """What it returns is what the same weights in float32 give, rounded once."""
+    if not kernels_there:
+        monkeypatch.setattr(kernels, "native", None)
+    half = get_peers(family, "lm", precision).mlx
+    whole = copy.deepcopy(half).float()
+    inputs = batch("right") | {"output_hidden_states": True, "output_attentions": True}
+    digits = {"float16": 2**-11, "bfloat16": 2**-8}[precision]
+    for (name, ours), (_, wanted) in zip(
+        tree_flatten(half(**inputs).to_tuple()), tree_flatten(whole(**inputs).to_tuple()), strict=True
+    ):
+        assert ours.dtype == half.dtype, name
+        wanted = as_numpy(wanted)
+        np.testing.assert_allclose(as_numpy(ours), wanted, digits, 1e-5 * np.abs(wanted).max(), err_msg=name)
 
 
 # Losses and gradients

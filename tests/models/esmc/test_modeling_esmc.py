@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsmcConfig, MLXEsmcForMaskedLM, MLXEsmcModel, ops
 from mlx_esm_hf.ops import cpu, gpu
+from tests.marks import needs_cpu
 from tests.models.esmc.peers import answers, chain_batch, config, hold_answers, peers, torch_model
 from tests.parity import HEADS, LENGTHS, Peers, as_numpy, batch, for_torch, hold, in_precision, one_thread, true_float64
 
@@ -278,6 +279,19 @@ def test_dropout() -> None:
         model.train()
         first, second = model(**inputs).logits, model(**inputs).logits
         assert not np.allclose(first, second, atol=1e-3) and not np.allclose(first, plain, atol=1e-3)
+
+
+@needs_cpu
+def test_a_cpu_computes_in_float32() -> None:
+    """A model in bfloat16 returns what the same weights in float32 give, rounded once."""
+    half = build().bfloat16()
+    whole = copy.deepcopy(half).float()
+    outputs = [m(**batch(), output_hidden_states=True, output_attentions=True).to_tuple() for m in (half, whole)]
+    for (name, ours), (_, wanted) in zip(*map(tree_flatten, outputs), strict=True):
+        assert ours.dtype == mx.bfloat16, name
+        wanted = np.array(wanted)
+        ours = np.array(ours.astype(mx.float32))
+        np.testing.assert_allclose(ours, wanted, 2**-8, 1e-5 * np.abs(wanted).max(), err_msg=name)
 
 
 # What it is made of
