@@ -1,4 +1,4 @@
-"""The layers that networks are built of: MLX's, computed by `ops`.
+"""What networks are built of: MLX's layers, computed by `ops`, and what those of several families do alike.
 
 What stands in the place of a `Linear` (a quantized layer, one with an adapter) takes the same arguments: networks never
 ask what a layer is, so a layer that could not fuse the activation or the residual is an error, not a slow path.
@@ -6,6 +6,7 @@ ask what a layer is, so a layer that could not fuse the activation or the residu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -45,6 +46,15 @@ class Linear(nn.Linear):
         layer: Any = QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type]
         layer.activations = activations
         return layer
+
+
+def linear(config: Any, inputs: int, outputs: int, bias: bool = True) -> Linear:
+    """A linear layer under transformers' initialisation: normal weights, no bias."""
+    layer = Linear(inputs, outputs, bias=bias)
+    layer.weight = mx.random.normal((outputs, inputs), scale=config.initializer_range)
+    if bias:
+        layer.bias = mx.zeros(outputs)
+    return layer
 
 
 class Embedding(nn.Embedding):
@@ -159,3 +169,21 @@ class TiedDecoder:
     def __call__(self, x: mx.array) -> mx.array:
         """[..., D] to [..., vocabulary]"""
         return self._model.get_input_embeddings().as_linear(x)
+
+
+def again(
+    layer: nn.Module, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
+) -> Callable[[mx.array], mx.array]:
+    """A layer, [B, L, D] to [B, L, D], whose inside is computed again for its gradient instead of being kept."""
+    return nn.utils.checkpoint(layer, lambda hidden_states: layer(hidden_states, layout, position_embeddings)[0])
+
+
+def first_token(hidden_states: mx.array, attention_mask: mx.array | None) -> mx.array:
+    """The state of each row's first real token, <cls>: [B, D].
+
+    transformers reads position 0, which under left padding is a pad.
+    """
+    if attention_mask is None:
+        return hidden_states[:, 0]
+    first = mx.argmax(attention_mask.astype(mx.int32), axis=1)
+    return mx.take_along_axis(hidden_states, first[:, None, None], axis=1)[:, 0]

@@ -165,26 +165,20 @@ def activated(y: mx.array, residual: mx.array | None, activation: str | None, sc
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
     """Layer norm over the last axis (Ba et al. 2016), `eps` inside the root; it need not have a bias."""
-    arrays = wide(x, weight, bias)
-    if arrays:
-        return kernels.layer_norm(*arrays, eps).astype(x.dtype)
-    return backend_of(x, weight, bias).layer_norm(x, weight, bias, eps)
+    x32, weight32, bias32 = wide(x, weight, bias) or (x, weight, bias)
+    return backend_of(x32, weight32, bias32).layer_norm(x32, weight32, bias32, eps).astype(x.dtype)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x · Φ(x) by the exact error function, as ESM has it (not the tanh approximation)."""
-    arrays = wide(x)
-    if arrays:
-        return kernels.gelu(*arrays).astype(x.dtype)
-    return backend_of(x).gelu(x)
+    (x32,) = wide(x) or (x,)
+    return backend_of(x32).gelu(x32).astype(x.dtype)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, where silu(x) = x / (1 + e^−x) (Shazeer 2020)."""
-    arrays = wide(gate, up)
-    if arrays:
-        return kernels.swiglu(*arrays).astype(gate.dtype)
-    return backend_of(gate, up).swiglu(gate, up)
+    gate32, up32 = wide(gate, up) or (gate, up)
+    return backend_of(gate32, up32).swiglu(gate32, up32).astype(gate.dtype)
 
 
 def softmax(x: mx.array) -> mx.array:

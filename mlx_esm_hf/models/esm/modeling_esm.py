@@ -14,7 +14,7 @@ In the shapes B is the batch, L the tokens, D the hidden size, H the heads, V th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -24,8 +24,9 @@ from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.checkpoint.names import Dialect
-from mlx_esm_hf.modeling_inputs import IGNORED, Tables, as_array, check_inputs, check_labels, host, labels_at
-from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear, whole_weight
+from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, host, labels_at
+from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, again, first_token, linear, whole_weight
+from mlx_esm_hf.modeling_losses import classification_loss, cross_entropy
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
     MLXBaseModelOutputWithPooling,
@@ -44,15 +45,6 @@ MASK_RATIO_TRAIN = 0.15 * 0.8
 # Elements of attention maps that the contact head takes in together, 16 MB: many heads of a short protein, one of a
 # long one.
 MAPS_AT_A_TIME = 1 << 22
-
-
-def linear(config: Any, inputs: int, outputs: int, bias: bool = True) -> Linear:
-    """A linear layer under transformers' initialisation: normal weights, no bias."""
-    layer = Linear(inputs, outputs, bias=bias)
-    layer.weight = mx.random.normal((outputs, inputs), scale=config.initializer_range)
-    if bias:
-        layer.bias = mx.zeros(outputs)
-    return layer
 
 
 def embedding(config: MLXEsmConfig, size: int) -> Embedding:
@@ -339,24 +331,6 @@ class MLXEsmEncoder(nn.Module):
             else:
                 hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
             yield hidden_states, attentions
-
-
-def again(
-    layer: nn.Module, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
-) -> Callable[[mx.array], mx.array]:
-    """A layer, [B, L, D] to [B, L, D], whose inside is computed again for its gradient instead of being kept."""
-    return nn.utils.checkpoint(layer, lambda hidden_states: layer(hidden_states, layout, position_embeddings)[0])
-
-
-def first_token(hidden_states: mx.array, attention_mask: mx.array | None) -> mx.array:
-    """The state of each row's first real token, <cls>: [B, D].
-
-    transformers reads position 0, which under left padding is a pad.
-    """
-    if attention_mask is None:
-        return hidden_states[:, 0]
-    first = mx.argmax(attention_mask.astype(mx.int32), axis=1)
-    return mx.take_along_axis(hidden_states, first[:, None, None], axis=1)[:, 0]
 
 
 class MLXEsmPooler(nn.Module):
@@ -733,7 +707,7 @@ class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
     ) -> MLXSequenceClassifierOutput | tuple:
         """
         Args:
-            labels: see `classification_loss`.
+            labels: see `modeling_losses.classification_loss`.
 
         The other arguments are those of `MLXEsmModel`. A left-padded row is read at its first real token.
         """
@@ -789,42 +763,3 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
             attentions=outputs.attentions,
         )
         return output if self.returns_dict(return_dict) else output.to_tuple()
-
-
-def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = IGNORED) -> mx.array:
-    """Mean cross-entropy of logits [..., C] over the labels [...] that are not `ignore_index`."""
-    labels = check_labels(labels, logits, ignore_index)
-    kept = labels != ignore_index
-    losses = mx.where(kept, nn.losses.cross_entropy(logits, mx.where(kept, labels, 0)), 0)
-    return losses.sum(axis=-1).sum() / kept.sum()  # by rows: MLX adds one by one, which over a batch loses digits
-
-
-def classification_loss(config: Any, logits: mx.array, labels: mx.array) -> mx.array:
-    """The loss of logits [B, num_labels] of whole sequences, as `config.problem_type` says.
-
-    Args:
-        config: where its `problem_type` is None it is set as in transformers: one label is "regression", whole numbers
-            are "single_label_classification", others "multi_label_classification".
-        labels: [B] classes, [B] or [B, num_labels] numbers.
-
-    Raises:
-        ValueError: labels of another shape than the loss needs.
-    """
-    if config.problem_type is None:
-        if config.num_labels == 1:
-            config.problem_type = "regression"
-        elif mx.issubdtype(labels.dtype, mx.integer):
-            config.problem_type = "single_label_classification"
-        else:
-            config.problem_type = "multi_label_classification"
-
-    if config.problem_type == "single_label_classification":
-        return cross_entropy(logits, labels)
-    if config.num_labels == 1 and config.problem_type == "regression":
-        logits, labels = logits.squeeze(), labels.squeeze()
-    if logits.shape != labels.shape:
-        raise ValueError(f"labels have the shape {labels.shape}, a {config.problem_type} loss needs {logits.shape}.")
-    labels = labels.astype(logits.dtype)
-    if config.problem_type == "regression":
-        return nn.losses.mse_loss(logits, labels)
-    return nn.losses.binary_cross_entropy(logits, labels)

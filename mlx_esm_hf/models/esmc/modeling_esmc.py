@@ -24,7 +24,8 @@ from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, check_sequence_id, host, labels_at
-from mlx_esm_hf.modeling_layers import Embedding, LayerNorm
+from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, again, first_token, linear
+from mlx_esm_hf.modeling_losses import classification_loss, cross_entropy
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
     MLXMaskedLMOutput,
@@ -32,7 +33,6 @@ from mlx_esm_hf.modeling_outputs import (
     MLXTokenClassifierOutput,
 )
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
-from mlx_esm_hf.models.esm.modeling_esm import again, classification_loss, cross_entropy, first_token, linear
 from mlx_esm_hf.models.esmc.configuration_esmc import MLXEsmcConfig, as_mlx_config, check_config
 from mlx_esm_hf.models.esmc.names import ORIGINAL, TRANSFORMERS
 
@@ -405,7 +405,7 @@ class MLXEsmcForSequenceClassification(MLXEsmcPreTrainedModel):
     ) -> MLXSequenceClassifierOutput | tuple:
         """
         Args:
-            labels: see `models.esm.modeling_esm.classification_loss`.
+            labels: see `modeling_losses.classification_loss`.
 
         The other arguments are those of `MLXEsmcModel`. A left-padded row is read at its first real token.
         """
