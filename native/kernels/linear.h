@@ -100,7 +100,7 @@ inline void linear_block(const Linear& p, const Block& block, const float* packe
   arena.clear();
   float* product = arena.take(p.token_block * OUTPUTS);
   // Rows that are unpacked for few tokens stay in the first-level cache, longer to make up for being few.
-  const bool few = p.unpacks && t1 - t0 <= 2 * NR;
+  const bool few = p.unpacks && t1 - t0 <= 3 * NR;
   const long together = few ? MR : OUTPUTS, most = few ? 2 * DEPTH : DEPTH;
   const long depth = round_up(ceil_div(K, ceil_div(K, most)), 32);  // which is a group of a quantized row
   for (long n = block.first; n < block.last; n += together) {

@@ -34,6 +34,8 @@ inline vec float_of(uvec half, Number type) {
 #if defined(__AVX512F__)
   // All lanes of the form that zeroes some: GCC 12 warns of the other's own header.
   return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)__builtin_convertvector(half, halves));
+#elif defined(__F16C__)
+  return (vec)_mm256_cvtph_ps((__m128i)__builtin_convertvector(half, halves));
 #else
   // The exponent, whose bias is 15, gets float32's, 127. A denormal number is made with the smallest exponent and a
   // leading one too many, infinity and NaN have the largest exponent in either.
