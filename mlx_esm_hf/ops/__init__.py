@@ -61,12 +61,12 @@ def computing_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if dtype in HALF and backend_of() is not gpu else dtype
 
 
-def wide(*arrays: mx.array | None) -> list[Any] | None:
-    """The arrays in float32, where some are of half precision and there are kernels, which compute in float32: MLX is
-    50 times slower in half precision on a CPU. Else None."""
+def wide(*arrays: mx.array | None) -> list[Any]:
+    """The arrays for our kernels, which compute in float32: those of half precision become it. Where there are no
+    kernels they stay as they are."""
     dtypes = {array.dtype for array in arrays if array is not None}
     if not dtypes & set(HALF) or not dtypes <= {*HALF, mx.float32} or backend_of() is not kernels:
-        return None
+        return list(arrays)
     return [None if array is None else array.astype(mx.float32) for array in arrays]
 
 
@@ -90,7 +90,7 @@ def linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
     if weight.dtype in HALF and backend_of() is kernels:
-        x32, bias32, residual32 = wide(x, bias, residual) or (x, bias, residual)
+        x32, bias32, residual32 = wide(x, bias, residual)
         if backend_of(x32, bias32, residual32) is kernels:
             return kernels.half_linear(x32, weight, bias32, residual32, activation, scale).astype(x.dtype)
     if backend_of(x, weight, bias, residual) is kernels:
@@ -123,7 +123,7 @@ def quantized_linear(
             then; gradients are those of a layer that does not round.
     """
     if mode == "affine" and bits in kernels.BITS:
-        x32, bias32, residual32 = wide(x, bias, residual) or (x, bias, residual)
+        x32, bias32, residual32 = wide(x, bias, residual)
         if biases is not None and backend_of(x32, bias32, residual32) is kernels:
             integers = activations == "int8"
             y = kernels.quantized_linear(
@@ -165,19 +165,19 @@ def activated(y: mx.array, residual: mx.array | None, activation: str | None, sc
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
     """Layer norm over the last axis (Ba et al. 2016), `eps` inside the root; it need not have a bias."""
-    x32, weight32, bias32 = wide(x, weight, bias) or (x, weight, bias)
+    x32, weight32, bias32 = wide(x, weight, bias)
     return backend_of(x32, weight32, bias32).layer_norm(x32, weight32, bias32, eps).astype(x.dtype)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x · Φ(x) by the exact error function, as ESM has it (not the tanh approximation)."""
-    (x32,) = wide(x) or (x,)
+    (x32,) = wide(x)
     return backend_of(x32).gelu(x32).astype(x.dtype)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, where silu(x) = x / (1 + e^−x) (Shazeer 2020)."""
-    gate32, up32 = wide(gate, up) or (gate, up)
+    gate32, up32 = wide(gate, up)
     return backend_of(gate32, up32).swiglu(gate32, up32).astype(gate.dtype)
 
 
@@ -212,24 +212,22 @@ def attention(
         [B, L, D].
     """
     layout = layout or Layout(query.shape[:2])  # type: ignore[arg-type]
+    dtype, eps = query.dtype, norms[2] if norms else 0.0
+    more = *(rotary or (None, None)), *(bias_kv or (None, None)), bias, *(norms or (None, None))[:2]
+    arrays = wide(query, key, value, *more)
+    query, key, value, cos, sin, bias_k, bias_v, bias, of_query, of_key = arrays
+    rotary, bias_kv = rotary and (cos, sin), bias_kv and (bias_k, bias_v)
     # Chains in rows that are not packed are seen by a mask of pairs, which the kernels do not take.
     by_pairs = layout.visible is not None and layout.visible.ndim == 3
-    more = *(rotary or (None, None)), *(bias_kv or (None, None)), bias, *(norms or (None, None))[:2]
-    arrays = None if by_pairs else wide(query, key, value, *more)
-    if arrays:
-        q, k, v, cos, sin, bias_k, bias_v, bias, q_norm, k_norm = arrays
-        rotary, bias_kv = rotary and (cos, sin), bias_kv and (bias_k, bias_v)  # type: ignore[assignment]
-        norms = norms and (q_norm, k_norm, norms[2])
-        return kernels.attention(q, k, v, heads, layout, rotary, bias_kv, bias, norms).astype(query.dtype)
-    backend = plain_backend() if by_pairs else backend_of(query, key, value, *more)
+    backend = plain_backend() if by_pairs else backend_of(*arrays)
     if backend is kernels:
-        return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias, norms)
+        norms = norms and (of_query, of_key, eps)
+        return kernels.attention(query, key, value, heads, layout, rotary, bias_kv, bias, norms).astype(dtype)
     assert not layout.packed, "`choose_layout` packs for the kernels alone"
-    if norms is not None:
-        of_query, of_key, eps = norms
+    if norms:
         query, key = layer_norm(query, of_query, None, eps), layer_norm(key, of_key, None, eps)
     split = split_heads(query, key, value, heads, layout, rotary, bias_kv)
-    return merge_heads(backend.scaled_dot_product_attention(*split, bias))
+    return merge_heads(backend.scaled_dot_product_attention(*split, bias)).astype(dtype)
 
 
 def attention_probabilities(query: mx.array, key: mx.array, mask: mx.array | None) -> mx.array:

@@ -56,10 +56,8 @@ class Layout:
         """From the batch's places to those of computation: [B, L, ...] to [1, T, ...], or as it is."""
         return x.flatten(0, 1)[self._places][None] if self.packed else x
 
-    def unpack(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
-        """The way back: [1, T, D] to [B, L, D], zero at padding, or as it is; in the dtype of the network, which may
-        not be the one that it computes in."""
-        x = x.astype(dtype)
+    def unpack(self, x: mx.array) -> mx.array:
+        """The way back: [1, T, D] to [B, L, D], zero at padding, or as it is."""
         if not self.packed:
             return x
         nothing = mx.zeros((1, x.shape[-1]), dtype=x.dtype)

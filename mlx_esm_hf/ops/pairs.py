@@ -44,8 +44,12 @@ def rows_at_a_time(numbers: int) -> int:
     return max(1, NUMBERS_AT_A_TIME // numbers)
 
 
-def computed(kernel: Callable[..., mx.array], plain: Callable[..., mx.array], *arrays: mx.array | None) -> mx.array:
-    """kernel(*arrays) where there are kernels, with the gradient of plain(*arrays); elsewhere plain(*arrays)."""
+def computed(kernel: Callable[..., mx.array], plain: Callable[..., mx.array], *arrays: Any) -> mx.array:
+    """kernel(*arrays) where there are kernels, with the gradient of plain(*arrays); elsewhere plain(*arrays).
+
+    Its dtype is that of the first array.
+    """
+    dtype, arrays = arrays[0].dtype, tuple(ops.wide(*arrays))
     if ops.backend_of(*arrays) is not kernels:
         return plain(*arrays)
     given = [x for x in arrays if x is not None]
@@ -56,7 +60,7 @@ def computed(kernel: Callable[..., mx.array], plain: Callable[..., mx.array], *a
 
     function: Any = mx.custom_function(lambda *given: all_of(kernel, given))
     function.vjp(lambda given, dy, _: mx.vjp(lambda *given: all_of(plain, given), list(given), [dy])[1])
-    return function(*given)
+    return function(*given).astype(dtype)
 
 
 def gated_linear(

@@ -99,9 +99,9 @@ inline void linear_block(const Linear& p, const Block& block, const float* packe
   const long K = p.inputs, t0 = block.t0, t1 = block.t1;
   arena.clear();
   float* product = arena.take(p.token_block * OUTPUTS);
-  // Rows that are unpacked for few tokens stay in the first-level cache, longer to make up for being few.
-  const bool few = p.unpacks && t1 - t0 <= 3 * NR;
-  const long together = few ? MR : OUTPUTS, most = few ? 2 * DEPTH : DEPTH;
+  // Rows that are unpacked for few tokens stay in the first-level cache. The depth, by which sums are rounded, does not
+  // depend on the tokens: what becomes of one is the same, whichever others come with it.
+  const long together = p.unpacks && t1 - t0 <= 3 * NR ? MR : OUTPUTS, most = p.unpacks ? 2 * DEPTH : DEPTH;
   const long depth = round_up(ceil_div(K, ceil_div(K, most)), 32);  // which is a group of a quantized row
   for (long n = block.first; n < block.last; n += together) {
     const long N = least(together, block.last - n);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -201,3 +203,17 @@ def test_half_precision_through_float32(dtype):
         (ops.quantized_linear(x, *packed, group_size=64, bits=4), of_packed),
     ):
         assert found.dtype == dtype and mx.abs(found - exact).max() <= step * mx.abs(exact).max()
+
+
+@pytest.mark.parametrize("kind", ["half", "quantized", "integers"])
+def test_a_token_is_the_same_whoever_comes_with_it(kind):
+    x, weight = mx.array(numbers(300, 1280)), mx.array(numbers(24, 1280, seed=1))
+    if kind == "half":
+        layer = functools.partial(ops.linear, weight=weight.astype(mx.bfloat16))
+    else:
+        packed = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, 32, 8), strict=True))
+        activations = "int8" if kind == "integers" else None
+        layer = functools.partial(ops.quantized_linear, **packed, group_size=32, bits=8, activations=activations)
+    whole = layer(x)
+    for tokens in (1, 16, 17, 40, 66, 97, 257):
+        assert mx.array_equal(layer(x[:tokens]), whole[:tokens]), tokens

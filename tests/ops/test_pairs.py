@@ -142,6 +142,18 @@ def test_few_rows_at_a_time(monkeypatch):
     assert mx.allclose(pairs.gated_linear(z, *layers), whole, atol=1e-6)
 
 
+def test_half_precision_through_float32():
+    """By kernels it is rounded once, in the end."""
+    if not kernels.native:
+        pytest.skip("without kernels")
+    z = mx.array(numbers(B, 9, 9, C)).astype(mx.bfloat16)
+    layers = [tuple(mx.array(x).astype(mx.bfloat16) for x in y) for y in (norm(1), layer(C, C, 3), layer(C, C, 5))]
+    wide = [tuple(x.astype(mx.float32) for x in y) for y in layers]
+    found, wanted = pairs.gated_linear(z, *layers), pairs.gated_linear(z.astype(mx.float32), *wide)
+    assert found.dtype == mx.bfloat16
+    assert mx.allclose(found.astype(mx.float32), wanted, rtol=2**-8, atol=1e-6)
+
+
 def test_what_does_not_fit_is_refused():
     z, (w, b), (p, pb) = mx.zeros((1, 3, 3, C)), map(mx.array, norm(1)), map(mx.array, layer(C, C, 3))
     native = kernels.native or pytest.skip("without kernels")

@@ -552,10 +552,12 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         outputs, layout = self.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
         )
-        sequence_output = layout.unpack(outputs.last_hidden_state, self.dtype)
+        states, pooled = layout.unpack(outputs.last_hidden_state), None
+        if self.pooler is not None:
+            pooled = self.pooler(states, as_array(attention_mask)).astype(self.dtype)
         output = MLXBaseModelOutputWithPooling(
-            last_hidden_state=sequence_output,
-            pooler_output=None if self.pooler is None else self.pooler(sequence_output, as_array(attention_mask)),
+            last_hidden_state=states.astype(self.dtype),
+            pooler_output=pooled,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -578,7 +580,8 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
 
         Returns:
             An `MLXBaseModelOutput`, whose `last_hidden_state` may be packed, [1, T, D]: the layout's `unpack` brings
-            it, or what a head has made of it, to [B, L, ...]. Hidden states and attentions are those of the batch.
+            it, or what a head has made of it, to [B, L, ...], and it has the dtype that states are computed in. Hidden
+            states and attentions are those of the batch, in the network's.
         """
         config = self.config
         if output_attentions is None:
@@ -591,7 +594,7 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         )
         outputs = self.encoder(hidden_states, layout, position_embeddings, output_attentions, output_hidden_states)
         if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(layout.unpack(x, self.dtype) for x in outputs.hidden_states)
+            outputs.hidden_states = tuple(layout.unpack(x).astype(self.dtype) for x in outputs.hidden_states)
         if outputs.attentions is not None:
             outputs.attentions = tuple(x.astype(self.dtype) for x in outputs.attentions)
         return outputs, layout
@@ -615,7 +618,7 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
             hidden_states = self.embeddings(inputs.input_ids, inputs.attention_mask, inputs.position_ids)
         else:
             given: Any = inputs.inputs_embeds
-            hidden_states = given.astype(ops.computing_dtype(given.dtype))
+            hidden_states = given.astype(ops.computing_dtype(self.dtype))
         if inputs.mask_values is not None:
             keep_padding = keep_padding or labels_at(labels, inputs.mask_values == 0)
         layout = ops.choose_layout(inputs.shape, inputs.attention_mask, inputs.mask_values, self.dtype, keep_padding)
@@ -675,7 +678,7 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
         outputs, layout = self.esm.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
-        logits = layout.unpack(self.lm_head(outputs.last_hidden_state), self.dtype)
+        logits = layout.unpack(self.lm_head(outputs.last_hidden_state)).astype(self.dtype)
         output = MLXMaskedLMOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,
@@ -712,10 +715,10 @@ class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
         The other arguments are those of `MLXEsmModel`. A left-padded row is read at its first real token.
         """
         attention_mask = as_array(attention_mask)
-        outputs: Any = self.esm(
-            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, True
+        outputs, layout = self.esm.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
         )
-        logits = self.classifier(outputs.last_hidden_state, attention_mask)
+        logits = self.classifier(layout.unpack(outputs.last_hidden_state), attention_mask).astype(self.dtype)
         output = MLXSequenceClassifierOutput(
             loss=None if labels is None else classification_loss(self.config, logits, as_array(labels)),
             logits=logits,
@@ -755,7 +758,7 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
         outputs, layout = self.esm.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
-        logits = layout.unpack(self.classifier(self.dropout(outputs.last_hidden_state)), self.dtype)
+        logits = layout.unpack(self.classifier(self.dropout(outputs.last_hidden_state))).astype(self.dtype)
         output = MLXTokenClassifierOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
             logits=logits,

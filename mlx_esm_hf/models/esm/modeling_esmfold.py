@@ -575,7 +575,7 @@ class MLXEsmForProteinFolding(MLXEsmPreTrainedModel):
             state = last_norm(hidden_states) if i == self.config.num_hidden_layers else hidden_states
             mixed = mixed + weights[i] * mx.stop_gradient(state).astype(self.dtype)
             evaluate(mixed)
-        return layout.unpack(mixed, self.dtype)[:, 1:-1]
+        return layout.unpack(mixed)[:, 1:-1]
 
     def tokens(
         self, aatype: mx.array, mask: mx.array, masking_pattern: mx.array | None = None

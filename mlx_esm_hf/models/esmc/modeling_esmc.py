@@ -246,7 +246,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         outputs, layout = self.encode(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states
         )
-        outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state, self.dtype)
+        outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state).astype(self.dtype)
         return outputs if self.returns_dict(return_dict) else outputs.to_tuple()
 
     def encode(
@@ -266,7 +266,8 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
 
         Returns:
             An `MLXBaseModelOutput`, whose `last_hidden_state` may be packed, [1, T, D]: the layout's `unpack` brings
-            it, or what a head has made of it, to [B, L, ...]. Hidden states and attentions are those of the batch.
+            it, or what a head has made of it, to [B, L, ...], and it has the dtype that states are computed in. Hidden
+            states and attentions are those of the batch, in the network's.
         """
         config = self.config
         if output_attentions is None:
@@ -282,7 +283,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         all_attentions: list[Any] = []
         for layer in self.layers:
             if output_hidden_states:
-                all_hidden_states.append(layout.unpack(hidden_states, self.dtype))
+                all_hidden_states.append(layout.unpack(hidden_states).astype(self.dtype))
             if self.gradient_checkpointing and self.training and not output_attentions:
                 hidden_states, attentions = again(layer, layout, position_embeddings)(hidden_states), None
             else:
@@ -290,7 +291,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
             all_attentions.append(attentions if attentions is None else attentions.astype(self.dtype))
         hidden_states = self.norm(hidden_states)
         if output_hidden_states:  # the last one is behind the layer norm
-            all_hidden_states.append(layout.unpack(hidden_states, self.dtype))
+            all_hidden_states.append(layout.unpack(hidden_states).astype(self.dtype))
         outputs = MLXBaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
@@ -373,7 +374,7 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
         outputs, layout = self.esmc.encode(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, labels
         )
-        logits = layout.unpack(self.lm_head(outputs.last_hidden_state), self.dtype)
+        logits = layout.unpack(self.lm_head(outputs.last_hidden_state)).astype(self.dtype)
         output = MLXMaskedLMOutput(
             loss=None if labels is None else cross_entropy(logits.astype(mx.float32), labels),
             logits=logits,
@@ -409,11 +410,11 @@ class MLXEsmcForSequenceClassification(MLXEsmcPreTrainedModel):
 
         The other arguments are those of `MLXEsmcModel`. A left-padded row is read at its first real token.
         """
-        outputs: Any = self.esmc(
-            input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, True
+        outputs, layout = self.esmc.encode(
+            input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states
         )
         real = as_array(attention_mask) if sequence_id is None else as_array(sequence_id) >= 0
-        logits = self.classifier(outputs.last_hidden_state, real)
+        logits = self.classifier(layout.unpack(outputs.last_hidden_state), real).astype(self.dtype)
         output = MLXSequenceClassifierOutput(
             loss=None if labels is None else classification_loss(self.config, logits, as_array(labels)),
             logits=logits,
@@ -453,7 +454,7 @@ class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
         outputs, layout = self.esmc.encode(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, labels
         )
-        logits = layout.unpack(self.score(self.dropout(outputs.last_hidden_state)), self.dtype)
+        logits = layout.unpack(self.score(self.dropout(outputs.last_hidden_state))).astype(self.dtype)
         output = MLXTokenClassifierOutput(
             loss=None if labels is None else cross_entropy(logits.astype(mx.float32), labels),
             logits=logits,

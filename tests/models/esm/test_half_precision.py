@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.ops import cpu, gpu, kernels
-from tests.marks import needs_cpu
+from tests.marks import needs_cpu, needs_kernels
 from tests.models.esm.test_modeling_esm import CLASSES, WITH_LOSS, reads_first_token
 from tests.parity import (
     FAMILIES,
@@ -143,25 +143,53 @@ def test_outputs_of_esm1(take: Callable, get_peers: Callable, precision: str, pa
 
 
 @needs_cpu
+@pytest.mark.parametrize("attentions", [False, True], ids=["", "attentions"])
 @pytest.mark.parametrize("kernels_there", [True, False], ids=["own choice", "kernels off"])
-@pytest.mark.parametrize("family", ["ESM-1", *FAMILIES])
+@pytest.mark.parametrize("head", CLASSES.values())
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_a_cpu_computes_in_float32(
-    get_peers: Callable, monkeypatch: pytest.MonkeyPatch, precision: str, family: str, kernels_there: bool
+    get_peers: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    family: str,
+    head: str,
+    kernels_there: bool,
+    attentions: bool,
 ) -> None:
     """What it returns is what the same weights in float32 give, rounded once."""
     if not kernels_there:
         monkeypatch.setattr(kernels, "native", None)
-    half = get_peers(family, "lm", precision).mlx
+    half = get_peers(family, head, precision).mlx
     whole = copy.deepcopy(half).float()
-    inputs = batch("right") | {"output_hidden_states": True, "output_attentions": True}
+    inputs = batch("right") | {"output_hidden_states": True, "output_attentions": attentions}
     digits = {"float16": 2**-11, "bfloat16": 2**-8}[precision]
-    for (name, ours), (_, wanted) in zip(
-        tree_flatten(half(**inputs).to_tuple()), tree_flatten(whole(**inputs).to_tuple()), strict=True
-    ):
+    outputs = [tree_flatten(model(**inputs).to_tuple()) for model in (half, whole)]
+    for (name, ours), (_, wanted) in zip(*outputs, strict=True):
         assert ours.dtype == half.dtype, name
         wanted = as_numpy(wanted)
         np.testing.assert_allclose(as_numpy(ours), wanted, digits, 1e-5 * np.abs(wanted).max(), err_msg=name)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_batches_are_packed(dtype: mx.Dtype) -> None:
+    mask = np.array([[1, 1, 0]])
+    assert ops.choose_layout((1, 3), mx.array(mask), mask, dtype).packed
+
+
+@pytest.mark.parametrize("given", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_inputs_embeds_of_another_dtype(get_peers: Callable, precision: str, given: str) -> None:
+    """They become what the network computes in; it answers in its own dtype."""
+    model = get_peers("ESM-2", "lm", precision).mlx
+    inputs = batch("right")
+    ids, mask = (mx.array(inputs[name]) for name in ("input_ids", "attention_mask"))
+    embeds = model.esm.embeddings(ids, mask)
+    wanted = model(inputs_embeds=embeds, attention_mask=mask).logits
+    logits = model(inputs_embeds=embeds.astype(getattr(mx, given)), attention_mask=mask).logits
+    assert logits.dtype == wanted.dtype == model.dtype
+    assert mx.allclose(logits.astype(mx.float32), wanted.astype(mx.float32), atol=0.05 * mx.abs(wanted).max().item())
 
 
 # Losses and gradients

@@ -282,16 +282,18 @@ def test_dropout() -> None:
 
 
 @needs_cpu
-def test_a_cpu_computes_in_float32() -> None:
+@pytest.mark.parametrize("attentions", [False, True], ids=["", "attentions"])
+@pytest.mark.parametrize("head", HEADS_OF_CLASSES)
+def test_a_cpu_computes_in_float32(head: str, attentions: bool) -> None:
     """A model in bfloat16 returns what the same weights in float32 give, rounded once."""
-    half = build().bfloat16()
+    half = build(head).bfloat16()
     whole = copy.deepcopy(half).float()
-    outputs = [m(**batch(), output_hidden_states=True, output_attentions=True).to_tuple() for m in (half, whole)]
-    for (name, ours), (_, wanted) in zip(*map(tree_flatten, outputs), strict=True):
+    inputs = batch("right") | {"output_hidden_states": True, "output_attentions": attentions}
+    outputs = [tree_flatten(model(**inputs).to_tuple()) for model in (half, whole)]
+    for (name, ours), (_, wanted) in zip(*outputs, strict=True):
         assert ours.dtype == mx.bfloat16, name
-        wanted = np.array(wanted)
-        ours = np.array(ours.astype(mx.float32))
-        np.testing.assert_allclose(ours, wanted, 2**-8, 1e-5 * np.abs(wanted).max(), err_msg=name)
+        wanted = as_numpy(wanted)
+        np.testing.assert_allclose(as_numpy(ours), wanted, 2**-8, 1e-5 * np.abs(wanted).max(), err_msg=name)
 
 
 # What it is made of
