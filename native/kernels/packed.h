@@ -55,12 +55,14 @@ inline float number_at(const void* numbers, Number type, long i) {
 }
 
 inline void unpack_halves(const unsigned short* row, Number type, long depth, float* out) {
-  for (long k = 0; k < depth; k += W) {
-    const long columns = least(W, depth - k);
-    halves v{};
-    __builtin_memcpy(&v, row + k, columns == W ? sizeof v : columns * sizeof *row);
-    store_columns(out + k, float_of(__builtin_convertvector(v, uvec), type), columns);
-  }
+  auto floats = [=](const halves& v) { return float_of(__builtin_convertvector(v, uvec), type); };
+  long k = 0;
+#pragma GCC unroll 4
+  for (; k + W <= depth; k += W) store(out + k, floats(load_as<halves>(row + k)));
+  if (k == depth) return;
+  halves rest{};
+  __builtin_memcpy(&rest, row + k, (depth - k) * sizeof *row);
+  store_columns(out + k, floats(rest), depth - k);
 }
 
 template <int... L>
@@ -128,8 +130,8 @@ inline void unpack_row(const PackedWeight& w, long inputs, long n, long k, long 
   }
 }
 
-// N rows from column k on, which last until the same thread unpacks others. Memory begins to fetch the N rows behind
-// them meanwhile: pieces of rows are too short for the processor to see what comes next.
+// N rows from column k on, which last until the same thread unpacks others. The N rows behind them begin to come into
+// the second-level cache meanwhile: pieces of rows are too short for the processor to see what comes next.
 inline Rows unpacked_rows(const PackedWeight& w, long inputs, long n, long N, long k, long depth) {
   static thread_local Arena arena;
   arena.clear();
@@ -137,7 +139,7 @@ inline Rows unpacked_rows(const PackedWeight& w, long inputs, long n, long N, lo
   const long bits = w.scales ? w.bits : 16;
   const Byte* piece = static_cast<const Byte*>(w.numbers) + (n * inputs + k) * bits / 8;
   for (long i = 0; i < N; i++) {
-    for (long b = 0; b < depth * bits / 8; b += 64) __builtin_prefetch(piece + (N + i) * inputs * bits / 8 + b);
+    for (long b = 0; b < depth * bits / 8; b += 64) __builtin_prefetch(piece + (N + i) * inputs * bits / 8 + b, 0, 2);
     unpack_row(w, inputs, n + i, k, depth, rows + i * depth);
   }
   return {rows, depth};
