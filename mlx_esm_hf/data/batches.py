@@ -23,20 +23,17 @@ class Batch(NamedTuple):
     first: int
 
 
-def nothing(tokens: int) -> float:
-    """What a row costs where padding is not computed."""
-    return 0.0
+RowCost = Callable[[int], float]  # of a row of so many tokens, padding with it, where starting a batch costs 1
 
 
-def by_length(lengths: Sequence[int], batch_tokens: int, row_cost: Callable[[int], float] = nothing) -> list[list[int]]:
+def by_length(lengths: Sequence[int], batch_tokens: int, row_cost: RowCost | None = None) -> list[list[int]]:
     """Indices of rows of like length, in groups of at most `batch_tokens` tokens with padding that cost least together.
 
     A row longer than the budget is a group of its own. The longest go first, so that one that will not fit into memory
     fails at once.
 
     Args:
-        row_cost: of a row of so many tokens, padding with it, where starting a batch costs 1. By default nothing: there
-            are as few groups as can be.
+        row_cost: None, a row costs nothing: there are as few groups as can be.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     # Of the first so many rows in this order: what they cost at least, and where the last of their groups begins.
@@ -45,7 +42,8 @@ def by_length(lengths: Sequence[int], batch_tokens: int, row_cost: Callable[[int
     for begin, row in enumerate(order):
         most = max(1, batch_tokens // max(1, lengths[row]))
         ends = slice(begin + 1, begin + 1 + most)
-        costs = least[begin] + 1 + row_cost(lengths[row]) * np.arange(1, len(least[ends]) + 1)
+        cost = 0.0 if row_cost is None else row_cost(lengths[row])
+        costs = least[begin] + 1 + cost * np.arange(1, len(least[ends]) + 1)
         better = costs <= least[ends]
         least[ends][better], begins[ends][better] = costs[better], begin
     groups, end = [], len(order)
@@ -60,7 +58,7 @@ def make_batches(
     windows: Sequence[Window],
     vocabulary: Vocabulary,
     batch_tokens: int,
-    row_cost: Callable[[int], float] = nothing,
+    row_cost: RowCost | None = None,
 ) -> Iterator[Batch]:
     """The windows of sequences of ids, those of like length together.
 

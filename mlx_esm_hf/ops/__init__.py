@@ -30,6 +30,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "merge_heads",
+    "packs",
     "quantized_linear",
     "softmax",
     "split_heads",
@@ -294,6 +295,11 @@ def compiled(function: Callable[..., Any], state: Any) -> Callable[..., Any]:
     return mx.compile(function, inputs=state, outputs=state)
 
 
+def packs(dtype: mx.Dtype) -> bool:
+    """Whether padded batches of a network of this dtype are packed, where nobody asks for what becomes of padding."""
+    return computing_dtype(dtype) == mx.float32 and backend_of() is kernels
+
+
 def choose_layout(
     shape: tuple[int, int],
     mask: mx.array | None,
@@ -312,7 +318,6 @@ def choose_layout(
         chains: [B, L], whole numbers, where a row holds several sequences; below 0 where the mask is 0.
     """
     mask = None if mask is None else mask.astype(mx.bool_)
-    in_float32 = computing_dtype(dtype) == mx.float32
-    if mask is None or values is None or keep_padding or not in_float32 or backend_of() is not kernels:
+    if mask is None or values is None or keep_padding or not packs(dtype):
         return Layout(shape, mask, chains=chains)
     return Layout(shape, packed=values.astype(bool), chains=chains)

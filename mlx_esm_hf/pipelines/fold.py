@@ -34,8 +34,8 @@ from mlx_esm_hf.runtime.device import use_device
 
 # Of a batch, by the device: fair-esm's, and where larger ones are no faster, as many as a kill may cost.
 BATCH_TOKENS = {"gpu": 1024, "cpu": 256}
-# What starting a batch costs, in pairs of residues computed in that time: on a CPU some 700, on a GPU an estimate.
-START_PAIRS = {"gpu": 128**2, "cpu": 32**2}
+# What starting a batch costs, in pairs of residues computed in that time: measured on a CPU, for a GPU an estimate.
+START_PAIRS = {"gpu": 128**2, "cpu": 700}
 LINKER = "G" * 25  # between two chains, as fair-esm has it
 PAIR_STATES = 8  # that are in memory at a time, at most
 

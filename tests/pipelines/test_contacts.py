@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from mlx_esm_hf import MLXAutoModel
 from mlx_esm_hf.cli import app
+from mlx_esm_hf.ops import kernels
 from mlx_esm_hf.pipelines import contacts, load
 from mlx_esm_hf.pipelines.contacts import bytes_needed, known_contacts, precision, top_contacts
 from mlx_esm_hf.runtime import memory
@@ -112,6 +113,24 @@ def test_a_picture_is_of_one_protein(folder, tmp_path):
         with pytest.raises(ValueError, match="map"):
             contacts(tmp_path / "p.fasta", folder, tmp_path / "o.npz", picture=picture)
     assert not (tmp_path / "o.npz").exists()
+
+
+@needs_cpu
+@pytest.mark.parametrize("native", [True, False], ids=["kernels", "plain"])
+def test_padding_is_avoided(native, folder, monkeypatch):
+    """It is computed here even where the kernels pack other batches."""
+    if not native:
+        monkeypatch.setattr(kernels, "native", None)
+    model = load(MLXAutoModel, folder)
+    predict, shapes = model.network.predict_contacts, []
+
+    def predict_contacts(input_ids, attention_mask):
+        shapes.append(input_ids.shape)
+        return predict(input_ids, attention_mask)
+
+    monkeypatch.setattr(model.network, "predict_contacts", predict_contacts)
+    list(contacts([(UBIQUITIN * 2)[:120], "MKTAYI" * 5, "MKTAYI" * 4, UBIQUITIN[:28]], model))
+    assert shapes == [(1, 122), (3, 32)]
 
 
 def test_windows(tmp_path):
