@@ -107,8 +107,7 @@ struct IntegerRows {
 template <int BITS>
 inline void spread(const Byte* row, long k, long depth, Byte* out) {
   if (BITS == 8 && TOGETHER == 4) {
-    __builtin_memcpy(out, row + k, depth);
-    for (long i = 0; i < depth; i++) out[i] -= OFFSET;
+    for (long i = 0; i < depth; i++) out[i] = row[k + i] - OFFSET;
     return;
   }
   for (long i = 0; i < depth; i += W) {
@@ -129,23 +128,37 @@ inline IntegerRows integer_rows(const PackedWeight& w, long inputs, long n, long
   arena.clear();
   const long groups = depth / w.group, stride = depth * 4 / TOGETHER;
   float *scales = arena.take(N * groups), *biases = arena.take(N * groups);
-  Byte* integers = reinterpret_cast<Byte*>(arena.take(N * depth / TOGETHER));
-  for (long i = 0; i < N; i++) {
-    const Byte* row = static_cast<const Byte*>(w.numbers) + (n + i) * inputs * w.bits / 8;
-    w.bits == 4 ? spread<4>(row, k, depth, integers + i * stride) : spread<8>(row, k, depth, integers + i * stride);
+  for (long i = 0; i < N; i++)
     for (long g = 0; g < groups; g++) {
       const long place = ((n + i) * inputs + k) / w.group + g;
       scales[i * groups + g] = number_at(w.scales, w.type, place);
       biases[i * groups + g] = number_at(w.biases, w.type, place);
     }
+  const Byte* rows = static_cast<const Byte*>(w.numbers) + n * inputs * w.bits / 8;
+  if (w.bits == 8 && TOGETHER == 4 && !OFFSET)  // they are multiplied as they lie
+    return {rows + k, inputs, scales, biases, groups, w.group};
+  Byte* integers = reinterpret_cast<Byte*>(arena.take(N * depth / TOGETHER));
+  for (long i = 0; i < N; i++) {
+    const Byte* row = rows + i * inputs * w.bits / 8;
+    prefetch(row + (N * inputs + k) * w.bits / 8, depth * w.bits / 8);
+    w.bits == 4 ? spread<4>(row, k, depth, integers + i * stride) : spread<8>(row, k, depth, integers + i * stride);
   }
   return {integers, stride, scales, biases, groups, w.group};
 }
+
+// Rows whose sums, of integers and of what they stand for, fill the registers together with V vectors of tokens.
+template <int V>
+constexpr int INTEGER_ROWS = MR * NV / (2 * V);
 
 // c[R, V * W] (+)= the rows from the i-th on times the panel.
 template <int R, int V>
 inline void multiply_integers(const IntegerRows& w, long first, const IntegerPanel& x, float* __restrict c, bool add) {
   constexpr long T = V * W;
+  vec total[R][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) total[i][j] = add ? load(c + i * T + j * W) : vec{};
   for (long g = 0; g < w.groups; g++) {
     ivec acc[R][V];
 #pragma GCC unroll 16
@@ -154,6 +167,7 @@ inline void multiply_integers(const IntegerRows& w, long first, const IntegerPan
       for (int j = 0; j < V; j++) acc[i][j] = OFFSET * load_as<ivec>(x.integer_sums + g * T + j * W);
     const Byte* row = w.integers + first * w.stride + g * w.group * 4 / TOGETHER;
     const unsigned* panel = x.integers + g * w.group / TOGETHER * T;
+#pragma GCC unroll 4
     for (long k = 0; k < w.group / TOGETHER; k++) {
       uvec b[V];
 #pragma GCC unroll 4
@@ -165,20 +179,23 @@ inline void multiply_integers(const IntegerRows& w, long first, const IntegerPan
         for (int j = 0; j < V; j++) acc[i][j] = dot(acc[i][j], a, b[j]);
       }
     }
+    const float *scales = w.scales + first * w.groups + g, *biases = w.biases + first * w.groups + g;
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
       for (int j = 0; j < V; j++) {
-        const long place = (first + i) * w.groups + g;
-        float* out = c + i * T + j * W;
-        const vec scaled = __builtin_convertvector(acc[i][j], vec) * (load(x.scales + g * T + j * W) * w.scales[place]);
-        const vec sum = scaled + load(x.sums + g * T + j * W) * w.biases[place];
-        store(out, add || g ? load(out) + sum : sum);
+        const vec scale = load(x.scales + g * T + j * W) * scales[i * w.groups];
+        total[i][j] += __builtin_convertvector(acc[i][j], vec) * scale;
+        total[i][j] += load(x.sums + g * T + j * W) * biases[i * w.groups];
       }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) store(c + i * T + j * W, total[i][j]);
 }
 
-template <int V, int R = MR>
+template <int V, int R = INTEGER_ROWS<V>>
 inline void multiply_integers_rest(long rows, const IntegerRows& w, long first, const IntegerPanel& x, float* c,
                                    bool add) {
   if constexpr (R > 0) {
@@ -215,8 +232,9 @@ inline void integer_block(const Linear& p, const Block& block, const IntegerPane
         for_panel(block.t1 - t, [&](auto V) {
           float* c = product + (t - block.t0) * N;
           const IntegerPanel panel = panels.at<V>(t, k);
+          constexpr long R = INTEGER_ROWS<V>;
           long n = 0;
-          for (; n + MR <= N; n += MR) multiply_integers<MR, V>(rows, n, panel, c + n * V * W, k > 0);
+          for (; n + R <= N; n += R) multiply_integers<R, V>(rows, n, panel, c + n * V * W, k > 0);
           multiply_integers_rest<V>(N - n, rows, n, panel, c + n * V * W, k > 0);
           if (k + depth >= K) finish<V>(p, block, t, n0, N, c);
         });

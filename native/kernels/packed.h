@@ -130,8 +130,13 @@ inline void unpack_row(const PackedWeight& w, long inputs, long n, long k, long 
   }
 }
 
-// N rows from column k on, which last until the same thread unpacks others. The N rows behind them begin to come into
-// the second-level cache meanwhile: pieces of rows are too short for the processor to see what comes next.
+// Let memory begin to bring so many bytes into the second-level cache: pieces of rows are too short for the processor to
+// see what comes next.
+inline void prefetch(const Byte* p, long size) {
+  for (long b = 0; b < size; b += 64) __builtin_prefetch(p + b, 0, 2);
+}
+
+// N rows from column k on, which last until the same thread unpacks others.
 inline Rows unpacked_rows(const PackedWeight& w, long inputs, long n, long N, long k, long depth) {
   static thread_local Arena arena;
   arena.clear();
@@ -139,7 +144,7 @@ inline Rows unpacked_rows(const PackedWeight& w, long inputs, long n, long N, lo
   const long bits = w.scales ? w.bits : 16;
   const Byte* piece = static_cast<const Byte*>(w.numbers) + (n * inputs + k) * bits / 8;
   for (long i = 0; i < N; i++) {
-    for (long b = 0; b < depth * bits / 8; b += 64) __builtin_prefetch(piece + (N + i) * inputs * bits / 8 + b, 0, 2);
+    prefetch(piece + (N + i) * inputs * bits / 8, depth * bits / 8);
     unpack_row(w, inputs, n + i, k, depth, rows + i * depth);
   }
   return {rows, depth};
