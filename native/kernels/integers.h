@@ -185,7 +185,7 @@ inline void multiply_integers(const IntegerRows& w, long first, const IntegerPan
 #pragma GCC unroll 4
       for (int j = 0; j < V; j++) {
         const vec scale = load(x.scales + g * T + j * W) * scales[i * w.groups];
-        // The two cancel, for the most part, and so are added to each other first.
+        // The two may cancel, and so are added to each other first.
         const vec bias = load(x.sums + g * T + j * W) * biases[i * w.groups];
         total[i][j] += __builtin_convertvector(acc[i][j], vec) * scale + bias;
       }

@@ -70,7 +70,8 @@ struct Rows {
   long stride;
 };
 
-// The products [N, V * W] of the panel from token t on and the outputs from n0 on, then bias, activation, scale, residual.
+// The products [N, V * W] of the panel from token t on and the outputs from n0 on, then bias, activation, scale and
+// residual.
 template <int V = NV>
 inline void finish(const Linear& p, const Block& block, long t, long n0, long N, const float* product) {
   unpack<V>(product, least(V * W, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
