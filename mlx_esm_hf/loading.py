@@ -155,7 +155,7 @@ def check_size(
 
 
 def untie_if_different(cls: Any, config: Any, names: dict[str, str], arrays: dict[str, mx.array]) -> None:
-    """Untie the output projection in the config if the checkpoint's differs from its embeddings, as transformers does."""
+    """Untie the output projection in the config, as transformers does, if it differs from the embeddings."""
     keys = {name: key for key, name in names.items()}
     for tied, source in cls.tied_weights().items():
         bare = source.removeprefix(f"{cls.base_model_prefix}.")
