@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_esm_hf.runtime.process import check_process
 
-IGNORED = -100  # the label of a token that is left out of the loss
+IGNORE_INDEX = -100  # the label of a token that is left out of the loss
 
 
 def as_array(x: Any) -> Any:
@@ -31,7 +31,7 @@ def as_array(x: Any) -> Any:
     return mx.array(x)
 
 
-def host(x: mx.array | None) -> np.ndarray | None:
+def to_numpy(x: mx.array | None) -> np.ndarray | None:
     """The values of `x`, or None while it is being traced by `mx.compile` or `mx.vmap`, where it has none yet."""
     try:
         return None if x is None else np.array(x)
@@ -112,7 +112,7 @@ def _check_mask(attention_mask: mx.array | None, shape: tuple[int, int]) -> tupl
         return None, None
     if attention_mask.shape != shape:
         raise ValueError(f"attention_mask has the shape {attention_mask.shape}, the input {shape}.")
-    values = host(attention_mask)
+    values = to_numpy(attention_mask)
     if values is None:
         return attention_mask, None
     if not np.isin(values, (0, 1)).all():
@@ -123,7 +123,7 @@ def _check_mask(attention_mask: mx.array | None, shape: tuple[int, int]) -> tupl
 def _check_ids(input_ids: mx.array, tables: Tables, counts_positions: bool) -> None:
     if not mx.issubdtype(input_ids.dtype, mx.integer):
         raise ValueError(f"input_ids must be whole numbers, not {input_ids.dtype}.")
-    ids = host(input_ids)
+    ids = to_numpy(input_ids)
     if ids is None:
         return
     outside = (ids < 0) | (ids >= tables.vocab_size)
@@ -153,7 +153,7 @@ def _check_positions(
         position_ids = position_ids[None]
     if position_ids.shape not in (shape, (1, shape[1])):
         raise ValueError(f"position_ids have the shape {position_ids.shape}, the input {shape}.")
-    positions = host(position_ids)
+    positions = to_numpy(position_ids)
     if position_rows is None or positions is None:
         return position_ids
     if positions.min() < 0 or positions.max() >= position_rows:
@@ -184,8 +184,8 @@ def labels_at(labels: Any, places: np.ndarray) -> bool:
     """Whether tokens at `places` (bool [B, L]) have a label, or may have one: while labels are traced, nobody knows."""
     if labels is None:
         return False
-    values = host(as_array(labels))
-    return values is None or values.shape != places.shape or bool((values[places] != IGNORED).any())
+    values = to_numpy(as_array(labels))
+    return values is None or values.shape != places.shape or bool((values[places] != IGNORE_INDEX).any())
 
 
 def check_labels(labels: Any, logits: mx.array, ignore_index: int) -> mx.array:
@@ -199,7 +199,7 @@ def check_labels(labels: Any, logits: mx.array, ignore_index: int) -> mx.array:
         raise ValueError(f"labels have the shape {labels.shape}, the logits {logits.shape}: one label a row is needed.")
     if not mx.issubdtype(labels.dtype, mx.integer):
         raise ValueError(f"labels of classes must be whole numbers, not {labels.dtype}.")
-    values = host(labels)
+    values = to_numpy(labels)
     if values is not None:
         outside = (values != ignore_index) & ((values < 0) | (values >= logits.shape[-1]))
         if outside.any():

@@ -7,10 +7,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_esm_hf.modeling_inputs import IGNORED, check_labels
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX, check_labels
 
 
-def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = IGNORED) -> mx.array:
+def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = IGNORE_INDEX) -> mx.array:
     """Mean cross-entropy of logits [..., C] over the labels [...] that are not `ignore_index`."""
     labels = check_labels(labels, logits, ignore_index)
     kept = labels != ignore_index

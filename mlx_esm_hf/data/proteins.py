@@ -82,7 +82,7 @@ def standard_input() -> IO[bytes]:
     return sys.stdin.buffer
 
 
-def shown(id: str) -> str:
+def quoted(id: str) -> str:
     """An id in a message."""
     return repr(id if len(id) <= 100 else f"{id[:100]}...")
 
@@ -179,7 +179,7 @@ def read_proteins(
                 raise ValueError(f"is no sequence, but {sequence!r}")
             yield Protein(name, (clean_chains if chains else clean)(sequence, aligned, report), place)
         except ValueError as error:
-            report.leave_out(f"{place}: {shown(name)} {error}.")
+            report.leave_out(f"{place}: {quoted(name)} {error}.")
 
 
 def _from_python(source: Iterable[Any]) -> Iterator[tuple[str, str, Any]]:

@@ -18,7 +18,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from mlx_esm_hf.checkpoint.hub_errors import hub_error
-from mlx_esm_hf.hub.card import load_card, nobody_wrote, write_card
+from mlx_esm_hf.hub.card import is_generated, load_card, write_card
 from mlx_esm_hf.hub.files import CARD, TOKENIZER, Checkpoint, read_checkpoint, variant_of
 from mlx_esm_hf.version import __version__
 
@@ -96,7 +96,7 @@ def publish(
     api = HfApi(token=token, library_name="mlx-esm-hf", library_version=__version__)
     try:
         repo_id = with_owner(api, repo_id) if dry_run else prepare(api, repo_id, private, revision, create_pr)
-        head = look(api, repo_id, revision, missing_ok=dry_run)
+        head = branch_head(api, repo_id, revision, missing_ok=dry_run)
         license = license or license_of(api, base_model)
         tokenizer = any(name in TOKENIZER for name in [*checkpoint.files, *head.files])
         facts: dict[str, Any] = {"tokenizer": tokenizer, "base_model": base_model, "license": license}
@@ -150,14 +150,14 @@ def prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None
     return repo_id
 
 
-def look(api: HfApi, repo_id: str, revision: str | None, missing_ok: bool) -> Head:
+def branch_head(api: HfApi, repo_id: str, revision: str | None, missing_ok: bool) -> Head:
     """The last commit of a branch. With `missing_ok` a branch that is not there is what it would be made from: main."""
     try:
         info = api.model_info(repo_id, revision=revision)
     except RevisionNotFoundError:
         if not missing_ok or revision is None:
             raise
-        return look(api, repo_id, None, missing_ok)
+        return branch_head(api, repo_id, None, missing_ok)
     except RepositoryNotFoundError:
         if not missing_ok:
             raise
@@ -193,7 +193,7 @@ def choose_card(
         card = load_card(checkpoint.folder / CARD)
     elif CARD in head.files:
         card = load_card(api.hf_hub_download(repo_id, CARD, revision=head.commit))
-        if nobody_wrote(card):
+        if is_generated(card):
             return write_card(checkpoint, repo_id, tags=tags, earlier=card, **facts)
     else:
         return write_card(checkpoint, repo_id, tags=tags, **facts)

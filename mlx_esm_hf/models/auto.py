@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, commit_of, read_config
+from mlx_esm_hf.loading import commit_of, read_config
+from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
 from mlx_esm_hf.models.esm.modeling_esm import (
     MLXEsmForMaskedLM,

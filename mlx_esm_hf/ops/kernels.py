@@ -106,10 +106,10 @@ def linear(
     bias: mx.array | None,
     residual: mx.array | None,
     activation: str | None,
-    scale: float,
+    output_scale: float,
 ) -> mx.array:
     """`ops.linear`."""
-    return native.linear(x, weight, bias, residual, activation, scale)
+    return native.linear(x, weight, bias, residual, activation, output_scale)
 
 
 BITS = (2, 3, 4, 6, 8)  # of a quantized weight
@@ -121,10 +121,10 @@ def half_linear(
     bias: mx.array | None,
     residual: mx.array | None,
     activation: str | None,
-    scale: float,
+    output_scale: float,
 ) -> mx.array:
     """`ops.linear` of float32 with a weight of float16 or bfloat16."""
-    return native.half_linear(x, weight, bias, residual, activation, scale)
+    return native.half_linear(x, weight, bias, residual, activation, output_scale)
 
 
 def quantized_linear(
@@ -135,14 +135,14 @@ def quantized_linear(
     bias: mx.array | None,
     residual: mx.array | None,
     activation: str | None,
-    scale: float,
+    output_scale: float,
     group_size: int,
     bits: int,
     integers: bool,
 ) -> mx.array:
     """`ops.quantized_linear` of float32."""
     return native.quantized_linear(
-        x, weight, scales, biases, bias, residual, activation, scale, group_size, bits, integers
+        x, weight, scales, biases, bias, residual, activation, output_scale, group_size, bits, integers
     )
 
 

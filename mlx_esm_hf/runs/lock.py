@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_esm_hf.runs import ranks
+from mlx_esm_hf.runtime import distributed
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def locked(output: Path) -> Iterator[None]:
     """
     real = Path(os.path.realpath(output))  # a folder may have several names
     path = real.with_name(f".{real.name}.mlx-esm.lock")
-    descriptor = ranks.on_first(lambda: acquire(path, output))
+    descriptor = distributed.on_rank_0(lambda: acquire(path, output))
     try:
         yield
     finally:

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_esm_hf.runs import ranks
-from mlx_esm_hf.runs.files import Write, part_of, place, remove_parts, replace_file, to_disk
 from mlx_esm_hf.runs.lock import locked
 from mlx_esm_hf.runs.run import MANIFEST, read_manifest
+from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.files import Write, part_of, place, remove_parts, replace_file, to_disk
 
 PICTURES = (".png", ".svg", ".pdf")
 # What a file of this suffix is written with, and the extra that brings it.
@@ -94,7 +94,7 @@ def claimed(output: Path | None, others: Iterable[Path] = ()) -> Iterator[None]:
         return
     paths = [*others, output] if output.suffix else []
     with locked(output):
-        ranks.on_first(lambda: refuse_existing(paths, shards_of(output)))
+        distributed.on_rank_0(lambda: refuse_existing(paths, shards_of(output)))
         yield
 
 
@@ -211,15 +211,15 @@ def identity(path: Path) -> list[int]:
 def discard(folder: Path) -> None:
     """Remove shards of which something was made. Renamed first, so that no part of them looks like a run."""
     remove_gone(folder)
-    os.replace(folder, gone_from(folder))
+    os.replace(folder, discarded_name(folder))
     remove_gone(folder)
 
 
-def gone_from(folder: Path) -> Path:
+def discarded_name(folder: Path) -> Path:
     """What shards are called while they are removed."""
     return folder.with_name(f"{folder.name}.gone")
 
 
 def remove_gone(folder: Path) -> None:
     """Remove what is left of shards that are not needed any more, which may be in the middle of being removed."""
-    shutil.rmtree(gone_from(folder), ignore_errors=True)
+    shutil.rmtree(discarded_name(folder), ignore_errors=True)

@@ -30,7 +30,7 @@ from mlx_esm_hf.checkpoint.names import canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.checkpoint.write import replace_files, write_safetensors
-from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear, whole_weight
+from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear, dequantized_weight
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ REFUSED = {
     "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
 # And those that tell where it comes from and how it was drawn, or belong to one of the others:
-IGNORED = {
+IGNORED_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "init_lora_weights", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision", "runtime_config",
@@ -187,7 +187,7 @@ class LoRALinear(nn.Module):
         self.config = config
         self.scaling = config.scaling(name)
         self.base_layer = base_layer
-        outputs, inputs = whole_weight(self.base_layer).shape
+        outputs, inputs = dequantized_weight(self.base_layer).shape
         r = config.rank(name)
         self.lora_A = Linear(inputs, r, bias=False)  # MLX's draw is PEFT's: uniform within ±1/√inputs
         self.lora_B = Linear(r, outputs, bias=False)
@@ -197,15 +197,15 @@ class LoRALinear(nn.Module):
             self.lora_magnitude_vector = self._row_lengths()
 
     def __call__(
-        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, scale: float = 1.0
+        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, output_scale: float = 1.0
     ) -> mx.array:
         if activation is not None:
-            return ops.activated(self(x), residual, activation, scale)
+            return ops.activated(self(x), residual, activation, output_scale)
         seen = self.lora_dropout(x)
         low_rank = self.lora_A(seen.astype(self.lora_A.weight.dtype)) * self.scaling
         if "lora_magnitude_vector" not in self:
-            added = self.lora_B(low_rank, residual=residual, scale=scale).astype(x.dtype)
-            return self.base_layer(x, residual=added, scale=scale)
+            added = self.lora_B(low_rank, residual=residual, output_scale=output_scale).astype(x.dtype)
+            return self.base_layer(x, residual=added, output_scale=output_scale)
 
         bias = self.base_layer.get("bias", 0)
         row_scale = self._row_scale()
@@ -213,12 +213,12 @@ class LoRALinear(nn.Module):
         y = row_scale * y + (1 - row_scale) * bias
         if self.training and self.config.lora_dropout:  # the layer itself does see what the adapter does not
             y = y + self.base_layer(x - seen) - bias
-        return ops.activated(y.astype(x.dtype), residual, None, scale)
+        return ops.activated(y.astype(x.dtype), residual, None, output_scale)
 
     @property
     def weight(self) -> mx.array:
         """The weight that layer and adapter make together, [outputs, inputs]."""
-        base = whole_weight(self.base_layer)
+        base = dequantized_weight(self.base_layer)
         weight = self._sum() if "lora_magnitude_vector" not in self else self._row_scale()[:, None] * self._sum()
         return weight.astype(base.dtype)
 
@@ -234,7 +234,7 @@ class LoRALinear(nn.Module):
 
     def merged(self) -> Linear:
         """One layer that computes the same, frozen; not a quantized one."""
-        outputs, inputs = whole_weight(self.base_layer).shape
+        outputs, inputs = dequantized_weight(self.base_layer).shape
         layer = Linear(inputs, outputs, bias=self.bias is not None)
         layer.weight = self.weight
         if self.bias is not None:
@@ -244,7 +244,7 @@ class LoRALinear(nn.Module):
         return layer
 
     def _sum(self) -> mx.array:
-        return whole_weight(self.base_layer) + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        return dequantized_weight(self.base_layer) + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
 
     def _row_lengths(self) -> mx.array:
         return mx.linalg.norm(self._sum(), axis=1)
@@ -395,7 +395,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
             "Convert it to plain LoRA in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     supported = {f.name for f in fields(LoraConfig)}
-    if unknown := sorted(found.keys() - supported - REFUSED - IGNORED):
+    if unknown := sorted(found.keys() - supported - REFUSED - IGNORED_FIELDS):
         logger.warning("%s sets %s, which nothing here knows: ignored.", path, ", ".join(unknown))
     try:
         return LoraConfig(**{name: found[name] for name in supported & found.keys() if found[name] is not None})
@@ -502,7 +502,7 @@ def _check_fit(
             f"{CONFIG} belongs to another one, or it was made for another model than {type(model).__name__}."
         )
     for key, name in names.items():
-        if name in model._tied_weights() and name not in expected:
+        if name in model.tied_weights() and name not in expected:
             raise CheckpointError(
                 f"{path} holds {key!r}, a copy of the embedding that was trained by itself, and the model has one for "
                 "both: load it with tie_word_embeddings=False."

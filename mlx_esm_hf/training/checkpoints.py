@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.write import write_safetensors
-from mlx_esm_hf.runs.files import to_disk
+from mlx_esm_hf.runtime.files import to_disk
 
 ARRAYS, STATE = "training.safetensors", "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")

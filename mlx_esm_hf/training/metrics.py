@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.modeling_inputs import IGNORED
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 
 AVERAGED = ("f1", "precision", "recall")
 AVERAGES = ("macro", "micro", "weighted")
@@ -97,7 +97,7 @@ def _with_label(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
             f"Predictions of shape {predictions.shape} are not the logits of two or more classes for labels of shape "
             f"{labels.shape}."
         )
-    labelled = labels != IGNORED
+    labelled = labels != IGNORE_INDEX
     predictions, labels = predictions[labelled], labels[labelled]
     classes = predictions.shape[-1]
     if outside := sorted(set(labels[(labels < 0) | (labels >= classes)].tolist())):

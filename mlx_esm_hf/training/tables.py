@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_esm_hf.data.proteins import Report, clean
 from mlx_esm_hf.data.vocabulary import Vocabulary
-from mlx_esm_hf.modeling_inputs import IGNORED
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 
 TASKS = ("classification", "regression", "residues")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -46,7 +46,7 @@ class LabelledProteins:
         before, after = self.vocabulary.before, self.vocabulary.after
         label = self.labels[number]
         if isinstance(label, list):
-            label = [*[IGNORED] * len(before), *label, *[IGNORED] * len(after)]
+            label = [*[IGNORE_INDEX] * len(before), *label, *[IGNORE_INDEX] * len(after)]
         ids = [*before, *self.ids[number].tolist(), *after]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
 
@@ -112,7 +112,7 @@ def _labels(texts: list[str], task: str, names: list[str]) -> list[Any]:
     if task == "regression":
         return [float(text) for text in texts]
     if task == "residues":
-        return [[numbers.get(letter, IGNORED) for letter in text] for text in texts]
+        return [[numbers.get(letter, IGNORE_INDEX) for letter in text] for text in texts]
     return [numbers[text.strip()] for text in texts]
 
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from mlx_esm_hf.data.proteins import Report, Source, is_stdin, read_proteins
 from mlx_esm_hf.data.vocabulary import Vocabulary
-from mlx_esm_hf.runs import ranks
 from mlx_esm_hf.runs.run import sha256_of
+from mlx_esm_hf.runtime import distributed
 
 DESCRIPTION = "store.json"
 
@@ -59,7 +59,7 @@ def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabul
     Raises:
         ValueError: what is no file, holds no proteins, or is not FASTA.
     """
-    ranks.on_first(lambda: _make_store(source, folder, vocabulary, report))
+    distributed.on_rank_0(lambda: _make_store(source, folder, vocabulary, report))
     return TokenStore(folder)
 
 

@@ -25,7 +25,7 @@ from mlx_esm_hf.checkpoint.torch_bin import load_torch_checkpoint, omegaconf_val
 from mlx_esm_hf.models.esm.names import FAIR_ESM
 from tests.checkpoints import heard
 from tests.conversion.checkpoints import build, save
-from tests.models.esm.folding import perturb, residues
+from tests.models.esmfold.folding import perturb, residues
 from tests.tiny import tiny_folding
 
 ROOT = Path(__file__).parents[2]
