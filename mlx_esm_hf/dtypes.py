@@ -8,6 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_esm_hf.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {
@@ -52,7 +54,7 @@ def resolve_dtype(requested: Any, configured: Any, stored: list[mx.Dtype]) -> mx
     """
     if requested is not None and requested != "auto":
         if (dtype := as_dtype(requested)) is None:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, 'auto', or their objects; got {requested!r}.")
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, 'auto', or their objects; got {requested!r}.")
         return dtype
     dtype = as_dtype(configured) or (stored[0] if stored else mx.float32)
     if dtype in (mx.float16, mx.bfloat16) and mx.default_device() == mx.cpu:

@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from transformers import PreTrainedConfig
 from transformers.utils.hub import resolve_revision
 
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.names import canonical_names
 from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.dtypes import cast_error, name_of
+from mlx_esm_hf.errors import CheckpointError, UserError, UserRuntimeError
 from mlx_esm_hf.quantization.layers import QuantSpec, layers
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def read_config(source: str, **hub: Any) -> dict[str, Any]:
     except TypeError:  # transformers indexes whatever JSON it finds
         config_dict = "not an object"
     if config_dict and not isinstance(config_dict, dict):
-        raise ValueError(f"The config.json of {source} must be a JSON object with the config's fields.")
+        raise UserError(f"The config.json of {source} must be a JSON object with the config's fields.")
     if not config_dict:
         place = os.path.join(source, hub["subfolder"]) if hub.get("subfolder") else source
         raise OSError(f"No config.json found in {place}, or it is empty. Pass the checkpoint's config as config=.")
@@ -111,7 +111,7 @@ def load_config(
         config, others = cls.config_class.from_dict(config_dict, return_unused_kwargs=True, **overrides)
     except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:  # transformers, on odd values
         reason = " ".join(str(error).split())
-        raise ValueError(f"The config of {config_dict.get('_name_or_path') or 'this model'}: {reason}") from error
+        raise UserError(f"The config of {config_dict.get('_name_or_path') or 'this model'}: {reason}") from error
     if unknown := others.keys() - inspect.signature(cls.__init__).parameters.keys():
         raise TypeError(
             f"from_pretrained has no argument {', '.join(map(repr, unknown))}, and the config has no such field."
@@ -150,7 +150,7 @@ def check_size(
                 shape = (*shape[:-1], shape[-1] * 32 // spec.bits)
             if shape[-1] != config.hidden_size:
                 expected = (config.vocab_size, config.hidden_size)
-                raise RuntimeError(shape_error(source, cls.__name__, {(name, shape, expected)}))
+                raise UserRuntimeError(shape_error(source, cls.__name__, {(name, shape, expected)}))
 
 
 def untie_if_different(cls: Any, config: Any, names: dict[str, str], arrays: dict[str, mx.array]) -> None:
@@ -218,7 +218,7 @@ def assign(
     matched = match(model, arrays)
     names, missing, unexpected, mismatched = matched
     if mismatched and not ignore_mismatched_sizes:
-        raise RuntimeError(shape_error(source, type(model).__name__, mismatched))
+        raise UserRuntimeError(shape_error(source, type(model).__name__, mismatched))
     prefix = f"{model.base_model_prefix}."
     if holes := sorted(name for name in missing if name.removeprefix(prefix).startswith(model.required)):
         raise CheckpointError(

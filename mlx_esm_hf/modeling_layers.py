@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_esm_hf import ops
+from mlx_esm_hf.errors import UserError
 
 
 class Linear(nn.Linear):
@@ -40,7 +41,7 @@ class Linear(nn.Linear):
             ValueError: activation_dtype are to be quantized, too.
         """
         if quantize_input:
-            raise ValueError(
+            raise UserError(
                 "quantize_input=True is not supported: only weights are quantized here, unless activation_dtype='int8'."
             )
         layer: Any = QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type]
@@ -76,9 +77,9 @@ class Embedding(nn.Embedding):
                 its embeddings. Or `quantize_input`: ids are no activations.
         """
         if mode != "affine":
-            raise ValueError(f"An embedding table can be quantized in mode 'affine', not in {mode!r}.")
+            raise UserError(f"An embedding table can be quantized in mode 'affine', not in {mode!r}.")
         if quantize_input:
-            raise ValueError("quantize_input=True is not supported: only weights are quantized here.")
+            raise UserError("quantize_input=True is not supported: only weights are quantized here.")
         return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)  # type: ignore[arg-type, return-value]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX, check_labels
 
 
@@ -42,7 +43,7 @@ def classification_loss(config: Any, logits: mx.array, labels: mx.array) -> mx.a
     if config.num_labels == 1 and config.problem_type == "regression":
         logits, labels = logits.squeeze(), labels.squeeze()
     if logits.shape != labels.shape:
-        raise ValueError(f"labels have the shape {labels.shape}, a {config.problem_type} loss needs {logits.shape}.")
+        raise UserError(f"labels have the shape {labels.shape}, a {config.problem_type} loss needs {logits.shape}.")
     labels = labels.astype(logits.dtype)
     if config.problem_type == "regression":
         return nn.losses.mse_loss(logits, labels)

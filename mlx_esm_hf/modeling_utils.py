@@ -16,12 +16,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.hub import PushToHubMixin
 
 from mlx_esm_hf import loading
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
 from mlx_esm_hf.dtypes import as_dtype, cast_error, name_of, resolve_dtype, warn_once
+from mlx_esm_hf.errors import CheckpointError, UserError, UserRuntimeError
 from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
 from mlx_esm_hf.modeling_layers import TiedDecoder
@@ -153,8 +153,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
             state_dict: arrays (MLX, NumPy or torch) to take instead of the checkpoint's.
             quantization_config: None. transformers' kinds of quantization are torch's.
-            activation_dtype: "int8" rounds the inputs of quantized linear layers to 8 bits, for layers of 4 or 8 bits in
-                mode "affine" (as `mlx-esm convert --activation-dtype` does). `save_pretrained` writes it into the
+            activation_dtype: "int8" rounds the inputs of quantized linear layers to 8 bits, of 4 or 8 bits in mode
+                "affine" (as `mlx-esm convert --activation-dtype` does). `save_pretrained` writes it into the
                 config. None follows the checkpoint's config.
             lazy: leave weights in a safetensors file until they are needed, as in mlx-lm.
             report: log the keys that did not fit.
@@ -174,7 +174,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             TypeError: a keyword that is neither an argument nor a field of the config.
         """
         if quantization_config is not None:
-            raise ValueError(
+            raise UserError(
                 "quantization_config is not supported: quantize the checkpoint (mlx-esm convert --quantize), or load "
                 "the model and quantize it (mlx.nn.quantize)."
             )
@@ -258,9 +258,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no argument {', '.join(map(repr, kwargs))}.")
         if not safe_serialization:
-            raise ValueError(
-                "Only safetensors are written; transformers for torch reads them: leave this argument out."
-            )
+            raise UserError("Only safetensors are written; transformers for torch reads them: leave this argument out.")
         config, state = self.to_save(state_dict)
         with replace_files(save_directory) as folder:
             files = save_safetensors(state, folder, max_shard_size, variant)
@@ -279,7 +277,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """
         for name, module in self.named_modules():
             if advice := getattr(module, "not_saved", None):
-                raise ValueError(f"{name} {advice}.")
+                raise UserError(f"{name} {advice}.")
         config = copy.deepcopy(self.config)
         architecture = type(self).__name__
         if config.model_type in CONFIG_MAPPING_NAMES:  # transformers has this model, too
@@ -363,7 +361,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         if strict and unexpected:
             errors.append(f"unexpected keys: {', '.join(sorted(unexpected))}")
         if errors:
-            raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n  " + "\n  ".join(errors))
+            raise UserRuntimeError(
+                f"Error(s) in loading state_dict for {type(self).__name__}:\n  " + "\n  ".join(errors)
+            )
         weights = {name: arrays[key].astype(held[name].dtype) for key, name in names.items() if name in held}
         self.update(tree_unflatten(list(weights.items())))
         self.set_newly_initialized(self._newly_initialized - weights.keys())
@@ -421,7 +421,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             ValueError: a model without a projection to the vocabulary.
         """
         if self.output_embeddings is None:
-            raise ValueError(f"{type(self).__name__} has no output embeddings.")
+            raise UserError(f"{type(self).__name__} has no output embeddings.")
         set_module_at(self, self.output_embeddings, new_embeddings)
 
     def tie_weights(self) -> None:
@@ -452,7 +452,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """
         table, decoder = self.get_input_embeddings(), self.get_output_embeddings()
         if spec_of(table) or (isinstance(decoder, nn.Module) and spec_of(decoder)):
-            raise ValueError(
+            raise UserError(
                 "The vocabulary of quantized embeddings cannot be resized. Resize that of the model that they were "
                 "made from, or of what mlx-esm convert --dequantize makes of this one."
             )
@@ -582,7 +582,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     def refuse_untrained(self, part: str, task: str) -> None:
         """Raise a ValueError where `part` was not in the checkpoint, instead of answering from random weights."""
         if any(name.startswith(f"{part}.") for name in self._newly_initialized):
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint had no {part}: {task} would answer from random weights. Load one that has it, or "
                 "train it (.train()) or give it (.load_state_dict()) first."
             )

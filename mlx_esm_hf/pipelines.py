@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import refuse_other_tokenizer
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_model import SHARED, load_network, same_commit
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import (
@@ -55,13 +56,13 @@ def pipeline(
     if task not in TASKS:
         raise KeyError(f"Unknown task {task}, available tasks are {sorted(TASKS)}")
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: one at least is needed.")
+        raise UserError(f"batch_size={batch_size}: one at least is needed.")
     if device is not None:
         mx.set_default_device(device_named(device))
     pipeline_class, auto_class = TASKS[task]
     if isinstance(model, MLXPreTrainedModel):
         if tokenizer is None:
-            raise ValueError("A model that is given as an object needs its tokenizer: pipeline(..., tokenizer=...).")
+            raise UserError("A model that is given as an object needs its tokenizer: pipeline(..., tokenizer=...).")
         network = model
     else:
         tokenizer = tokenizer or model
@@ -85,9 +86,9 @@ def device_named(device: int | str) -> mx.Device:
     if name in ("cpu", "-1"):
         return mx.Device(mx.cpu)
     if name not in GPU and not name.isdecimal():
-        raise ValueError(f"device={device!r} is none of cpu, -1, {', '.join(GPU)} and a number.")
+        raise UserError(f"device={device!r} is none of cpu, -1, {', '.join(GPU)} and a number.")
     if not mx.is_available(mx.gpu):
-        raise ValueError(f"device={device!r}: MLX has no GPU here. Leave it out, or take 'cpu'.")
+        raise UserError(f"device={device!r}: MLX has no GPU here. Leave it out, or take 'cpu'.")
     return mx.Device(mx.gpu, int(name) if name.isdecimal() else 0)
 
 
@@ -143,7 +144,7 @@ class FillMaskPipeline(Pipeline):
     def _proposals(self, ids: np.ndarray, logits: mx.array, top_k: int, allowed: np.ndarray | None) -> list[Any]:
         masked = np.flatnonzero(ids == self.tokenizer.mask_token_id)
         if not len(masked):
-            raise ValueError(f"No mask_token ({self.tokenizer.mask_token}) found on the input")
+            raise UserError(f"No mask_token ({self.tokenizer.mask_token}) found on the input")
         probabilities = np.array(mx.softmax(logits[mx.array(masked)].astype(mx.float32), axis=-1, precise=True))
         if allowed is not None:
             probabilities = probabilities[:, allowed]
@@ -181,7 +182,7 @@ class FillMaskPipeline(Pipeline):
                 warnings.warn(f"The target {target!r} is not in the vocabulary: {name} takes its place.", stacklevel=3)
             ids.add(token)
         if not ids:
-            raise ValueError("At least one target must be provided when passed.")
+            raise UserError("At least one target must be provided when passed.")
         return np.array(list(ids))
 
 
@@ -205,7 +206,7 @@ class FeatureExtractionPipeline(Pipeline):
         options = dict(tokenize_kwargs or {})
         if truncation is not None:
             if "truncation" in options:
-                raise ValueError("truncation is given twice, once in tokenize_kwargs.")
+                raise UserError("truncation is given twice, once in tokenize_kwargs.")
             options["truncation"] = truncation
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         features = [states[None] for _, states in self._outputs(texts, options)]
@@ -261,7 +262,7 @@ class TextClassificationPipeline(Pipeline):
             return mx.softmax(logits, axis=-1, precise=True)
         if function_to_apply == "none":
             return logits
-        raise ValueError(f"function_to_apply={function_to_apply!r} is none of sigmoid, softmax and none.")
+        raise UserError(f"function_to_apply={function_to_apply!r} is none of sigmoid, softmax and none.")
 
 
 class TokenClassificationPipeline(Pipeline):
@@ -284,7 +285,7 @@ class TokenClassificationPipeline(Pipeline):
             `end` are None, as ESM's tokenizer tells none.
         """
         if aggregation_strategy not in ("none", "simple"):
-            raise ValueError(f"aggregation_strategy={aggregation_strategy!r}: a residue is one token, none or simple.")
+            raise UserError(f"aggregation_strategy={aggregation_strategy!r}: a residue is one token, none or simple.")
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         results = []
         for ids, logits in self._outputs(texts, {}):

@@ -25,7 +25,7 @@ from mlx_esm_hf import (
     MLXEsmForMaskedLM,
     MLXEsmForSequenceClassification,
 )
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.hub import publish
 from mlx_esm_hf.hub.files import read_checkpoint
 from tests.hub import Hub, Repository, environment, serve, use

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmModel, dtypes
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError
 from tests.checkpoints import (
     FORMATS,
     INPUTS,

@@ -12,6 +12,7 @@ from rich.table import Table
 from mlx_esm_hf.cli.options import Revision
 from mlx_esm_hf.cli.push import listing
 from mlx_esm_hf.cli.running import stderr, told
+from mlx_esm_hf.errors import UserError
 
 
 def command(
@@ -107,7 +108,7 @@ def parse_rule(text: str) -> tuple[str, int | str | None]:
     """
     pattern, sign, how = text.rpartition("=")
     if not (pattern and sign and how):
-        raise ValueError(f"--rule {text}: PATTERN=HOW is needed, such as lm_head.*=8.")
+        raise UserError(f"--rule {text}: PATTERN=HOW is needed, such as lm_head.*=8.")
     if how == "full":
         return pattern, None
     return pattern, int(how) if how.isdecimal() else how

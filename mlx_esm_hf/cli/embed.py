@@ -23,6 +23,7 @@ from mlx_esm_hf.cli.options import (
     tokens_of,
 )
 from mlx_esm_hf.cli.running import running
+from mlx_esm_hf.errors import UserError
 
 
 def command(
@@ -80,4 +81,4 @@ def numbers(layers: str) -> list[int]:
     try:
         return [int(layer) for layer in listed(layers)]
     except ValueError:
-        raise ValueError(f"--layers {layers}: numbers are needed, such as 0,6,-1.") from None
+        raise UserError(f"--layers {layers}: numbers are needed, such as 0,6,-1.") from None

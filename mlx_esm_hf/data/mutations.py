@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mlx_esm_hf.data.proteins import CHAIN_BREAK, RESIDUES, residue_places, tokens
+from mlx_esm_hf.errors import UserError
 
 SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d{1,9})([A-Za-z])")
 
@@ -38,14 +39,14 @@ def parse(mutant: str, sequence: str, first_residue: int = 1) -> list[Substituti
     residues, places = tokens(sequence), residue_places(sequence)
     for wild_type, number, to in split(mutant):
         if not 0 <= number - first_residue < len(places):
-            raise ValueError(
+            raise UserError(
                 f"{mutant}: {number} is outside the sequence, {first_residue} to {first_residue + len(places) - 1}"
             )
         position = places[number - first_residue]
         if residues[position] != wild_type:
-            raise ValueError(f"{mutant}: the sequence has {residues[position]} at {number}, not {wild_type}")
+            raise UserError(f"{mutant}: the sequence has {residues[position]} at {number}, not {wild_type}")
         if any(position == other.position for other in found):
-            raise ValueError(f"{mutant}: {number} is mutated twice")
+            raise UserError(f"{mutant}: {number} is mutated twice")
         found.append(Substitution(wild_type, position, to))
     return found
 
@@ -56,10 +57,10 @@ def split(mutant: str) -> list[tuple[str, int, str]]:
     for part in mutant.strip().split(":"):
         match = SUBSTITUTION.fullmatch(part.strip())
         if not match:
-            raise ValueError(f"{mutant!r} is no substitution like A42G, nor several like A42G:L7P")
+            raise UserError(f"{mutant!r} is no substitution like A42G, nor several like A42G:L7P")
         wild_type, number, to = match[1].upper(), int(match[2]), match[3].upper()
         if unknown := {wild_type, to} - set(RESIDUES):
-            raise ValueError(f"{mutant!r}: {unknown.pop()} is no residue")
+            raise UserError(f"{mutant!r}: {unknown.pop()} is no residue")
         parts.append((wild_type, number, to))
     return parts
 
@@ -87,14 +88,14 @@ def read_table(path: str | os.PathLike[str], column: str) -> tuple[list[str], li
             reader = csv.DictReader(file, strict=True)
             columns, rows = list(reader.fieldnames or []), []
             if len(set(columns)) < len(columns):
-                raise ValueError(f"{path} has two columns of one name: {', '.join(columns)}.")
+                raise UserError(f"{path} has two columns of one name: {', '.join(columns)}.")
             if column not in columns:
                 known = ", ".join(columns) or "nothing in its first line"
-                raise ValueError(f"{path} has no column {column!r} (--mutant-column), but {known}.")
+                raise UserError(f"{path} has no column {column!r} (--mutant-column), but {known}.")
             for row in reader:
                 if None in row or None in row.values():
-                    raise ValueError(f"{path}, line {reader.line_num}: the row does not have {len(columns)} columns.")
+                    raise UserError(f"{path}, line {reader.line_num}: the row does not have {len(columns)} columns.")
                 rows.append(row)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV file ({error}).") from error
+        raise UserError(f"{path} is no CSV file ({error}).") from error
     return columns, rows

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from yaml import YAMLError
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.hub.files import REPORT, Checkpoint, is_quantized
 from mlx_esm_hf.version import __version__
 
@@ -90,7 +91,7 @@ def load_card(path: str | Path) -> Any:
         return ModelCard.load(path)
     except (YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: the lines between the two --- are not YAML of a model card ({reason}).") from error
+        raise UserError(f"{path}: the lines between the two --- are not YAML of a model card ({reason}).") from error
 
 
 def is_generated(card: ModelCard) -> bool:

@@ -18,6 +18,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from mlx_esm_hf.checkpoint.hub_errors import hub_error
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.hub.card import is_generated, load_card, write_card
 from mlx_esm_hf.hub.files import CARD, TOKENIZER, Checkpoint, read_checkpoint, variant_of
 from mlx_esm_hf.version import __version__
@@ -126,7 +127,7 @@ def publish(
     except (HTTPError, RuntimeError) as error:
         raise hub_error(error, f"{Path(folder)} was not published as {repo_id}", repo_id, revision) from error
     except ValueError as error:
-        raise ValueError(f"{Path(folder)} was not published as {repo_id}: {error}") from error
+        raise UserError(f"{Path(folder)} was not published as {repo_id}: {error}") from error
     return Publication(**{**vars(publication), "commit": commit})
 
 
@@ -139,7 +140,7 @@ def prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None
     """Let there be a repository with this branch; returns its id with its owner."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id} is there already, and it is public: nothing was sent. Take another name for it.")
+        raise UserError(f"{repo_id} is there already, and it is public: nothing was sent. Take another name for it.")
     if revision is not None and not revision.startswith("refs/pr/"):
         try:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stream, read_proteins, tokens
 from mlx_esm_hf.data.windows import Window, ramp
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinJob, Room, WriteRun
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModel
@@ -101,11 +102,11 @@ def _check_others(output: Any, top: Any, picture: Any, structure: Any, chain: st
         ValueError: files beside the output that do not go with it or with each other.
     """
     if chain is not None and structure is None:
-        raise ValueError("A chain is one of a structure: which?")
+        raise UserError("A chain is one of a structure: which?")
     if structure is not None and picture is None:
-        raise ValueError("A structure is for the picture: where should that go?")
+        raise UserError("A structure is for the picture: where should that go?")
     if top is not None and (output is None or Path(output).suffix != ".npz"):
-        raise ValueError(
+        raise UserError(
             "A list of top contacts beside the output needs an .npz output; --output TOP.csv writes it alone."
         )
     check_picture(picture)
@@ -115,10 +116,10 @@ def _only_protein(proteins: Source, output: str | os.PathLike[str] | None, align
     """The protein whose map is drawn."""
     is_file = isinstance(proteins, (str, os.PathLike)) and not is_stream(proteins)
     if output is None or Path(output).suffix != ".npz" or not is_file:
-        raise ValueError("A picture needs a FASTA file and an .npz output.")
+        raise UserError("A picture needs a FASTA file and an .npz output.")
     found = list(read_proteins(proteins, aligned))
     if len(found) != 1:
-        raise ValueError(f"A picture is of one protein; {proteins} holds {len(found)}.")
+        raise UserError(f"A picture is of one protein; {proteins} holds {len(found)}.")
     return found[0]
 
 
@@ -128,7 +129,7 @@ def check_head(model: ProteinModel) -> None:
         ValueError: the model cannot predict contacts, or its checkpoint had no weights for that.
     """
     if not hasattr(model.network, "predict_contacts"):
-        raise ValueError(
+        raise UserError(
             f"{model.name or 'This model'} has no contact head: a {type(model.network).__name__} does not predict "
             "contacts. Take ESM-1b or ESM-2."
         )
@@ -212,11 +213,11 @@ def known_contacts(structure: str | os.PathLike[str], sequence: str, chain: str 
     chains = structure_chains(structure)
     if chain is not None:
         if chain not in [one.id for one in chains]:
-            raise ValueError(f"{structure} has no chain {chain!r}, but {', '.join(one.id for one in chains)}.")
+            raise UserError(f"{structure} has no chain {chain!r}, but {', '.join(one.id for one in chains)}.")
         chains = [one for one in chains if one.id == chain]
     alignments = [best for one in chains if (best := align_chain(one, sequence)) is not None]
     if not alignments:
-        raise ValueError(f"{structure} has no residues of a protein{'' if chain is None else f' in chain {chain!r}'}.")
+        raise UserError(f"{structure} has no residues of a protein{'' if chain is None else f' in chain {chain!r}'}.")
     alignment, residues = max(alignments, key=lambda pair: pair[0].score)
     coordinates = np.full((len(tokens(sequence)), 3), np.nan)
     for (start, stop), (first, _) in zip(*alignment.aligned, strict=True):
@@ -240,7 +241,7 @@ def structure_chains(structure: str | os.PathLike[str]) -> list[Any]:
     try:
         return next(iter(parser.get_structure("", os.fspath(structure)))).get_list()
     except (StopIteration, KeyError, ValueError, PDBConstructionException) as error:
-        raise ValueError(
+        raise UserError(
             f"{structure} is no PDB or mmCIF file with atoms in it ({type(error).__name__}: {error})."
         ) from error
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_esm_hf.data.proteins import Report, Source
 from mlx_esm_hf.data.windows import Window, blend
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinJob, WriteRun
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModel
@@ -64,9 +65,9 @@ def embed(
         ('1', (320,))
     """
     if unknown := [name for name in pooling if name not in POOLINGS]:
-        raise ValueError(f"pooling {', '.join(unknown)}: choose from {', '.join(POOLINGS)}.")
+        raise UserError(f"pooling {', '.join(unknown)}: choose from {', '.join(POOLINGS)}.")
     if not layers or not pooling:
-        raise ValueError("There is nothing to compute without a layer and a pooling.")
+        raise UserError("There is nothing to compute without a layer and a pooling.")
     check_outputs(output, FORMATS)
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
     config = protein_model.network.config
@@ -101,7 +102,7 @@ def resolve_layers(layers: Sequence[int], last: int) -> list[int]:
         ValueError: a layer that the model does not have.
     """
     if outside := [layer for layer in layers if not -last - 1 <= layer <= last]:
-        raise ValueError(f"The model has the layers 0 to {last} (or -1 to {-last - 1}), not {outside[0]}.")
+        raise UserError(f"The model has the layers 0 to {last} (or -1 to {-last - 1}), not {outside[0]}.")
     return list(dict.fromkeys(layer % (last + 1) for layer in layers))
 
 

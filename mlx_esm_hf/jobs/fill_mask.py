@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_esm_hf.data.proteins import Report, Source
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinJob
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
@@ -41,7 +42,7 @@ def fill_mask(
         See `embed`; the arrays are `positions` [masks], of residues from 0, `tokens` (ids) and `scores` [masks, top_k].
     """
     if top_k < 1:
-        raise ValueError(f"top_k={top_k}: at least one proposal is needed.")
+        raise UserError(f"top_k={top_k}: at least one proposal is needed.")
     check_outputs(output, ("", ".csv"))
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
     vocabulary = protein_model.vocabulary
@@ -49,7 +50,7 @@ def fill_mask(
 
     def check(ids: np.ndarray) -> None:
         if not (ids == vocabulary.mask).any():
-            raise ValueError("has no <mask>")
+            raise UserError("has no <mask>")
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
         return proposals(protein_model, [item.content for item in items], kept)

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_esm_hf.data.batches import by_length
 from mlx_esm_hf.data.proteins import Report, Source, is_stream, read_proteins, tokens
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs import structures
 from mlx_esm_hf.jobs.protein_job import ProteinJob, Room, WriteRun
 from mlx_esm_hf.jobs.protein_model import agreed, same_commit, settings_of
@@ -88,7 +89,7 @@ def fold(
         ...     result.arrays["positions"].shape, result.arrays["ptm"]
     """
     if batch_tokens is not None and batch_tokens < 1:
-        raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
+        raise UserError(f"batch_tokens={batch_tokens}: at least one is needed.")
     check_outputs(output, FORMATS)
     suffix = None if output is None else Path(output).suffix
     makers = files_in_folder(suffix, formats, pictures)
@@ -142,10 +143,10 @@ def files_in_folder(suffix: str | None, formats: Sequence[str], pictures: bool) 
         ValueError: an unknown format, a library that is not installed, or pictures without a folder.
     """
     if unknown := [name for name in formats if name not in STRUCTURES]:
-        raise ValueError(f"formats {', '.join(unknown)}: choose from {', '.join(STRUCTURES)}.")
+        raise UserError(f"formats {', '.join(unknown)}: choose from {', '.join(STRUCTURES)}.")
     if suffix != "":
         if pictures:
-            raise ValueError("Pictures are files in a folder: name one, without a suffix, as output.")
+            raise UserError("Pictures are files in a folder: name one, without a suffix, as output.")
         return {}
     makers = {f".{name}": STRUCTURES[name] for name in STRUCTURES if name in formats} | CONFIDENCE
     makers |= PICTURES if pictures else {}
@@ -165,7 +166,7 @@ def single(proteins: Source) -> Source:
     if not isinstance(proteins, (str, os.PathLike)):
         proteins = list(proteins)
     if len(list(islice(read_proteins(proteins, chains=True), 2))) > 1:
-        raise ValueError(SEVERAL)
+        raise UserError(SEVERAL)
     return proteins
 
 
@@ -178,7 +179,7 @@ def refuse_unknown(ids: np.ndarray) -> None:
         ValueError: a protein without atoms.
     """
     if (ids[:, 0] == len(RESTYPES)).all():
-        raise ValueError("has no residue of the twenty, and others have no atoms")
+        raise UserError("has no residue of the twenty, and others have no atoms")
 
 
 def pairs(length: int) -> int:
@@ -212,7 +213,7 @@ def write_structure(make: Make) -> WriteRun:
     def write(path: Path, run: Run) -> None:
         results = list(islice(run.results(), 2))
         if len(results) > 1:
-            raise ValueError(SEVERAL)
+            raise UserError(SEVERAL)
         path.write_bytes(make(results[0]))
 
     return write
@@ -257,7 +258,7 @@ class FoldingModel:
             ValueError: a special token.
         """
         if special := [token for token in tokens(sequence) if len(token) > 1]:
-            raise ValueError(f"has {special[0]}, and only residues can be folded")
+            raise UserError(f"has {special[0]}, and only residues can be folded")
         aatype, _, chain_index, _ = encode_sequence(sequence, None, None)
         return np.stack([aatype, chain_index], axis=1)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_esm_hf.data.proteins import STANDARD, Report, Source
 from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinJob
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
@@ -49,7 +50,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("temperature and top_k must not be negative, and top_p must be above 0 and at most 1.")
+            raise UserError("temperature and top_k must not be negative, and top_p must be above 0 and at most 1.")
 
     def draw(self, log_probabilities: np.ndarray, random: np.random.Generator) -> int:
         """An index into log-probabilities [20]."""
@@ -85,9 +86,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
-            raise ValueError(f"order={self.order!r} is not one of {', '.join(ORDERS)}.")
+            raise UserError(f"order={self.order!r} is not one of {', '.join(ORDERS)}.")
         if self.samples < 1 or self.sweeps < 0:
-            raise ValueError("samples must be 1 at least, and sweeps must not be negative.")
+            raise UserError("samples must be 1 at least, and sweeps must not be negative.")
 
     def free(self, ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """The positions of a sequence of ids that are to be filled."""
@@ -150,9 +151,9 @@ def generate(
         Without an output an iterator over `Design`.
     """
     if (proteins is None) == (length is None):
-        raise ValueError("Either proteins or a length is needed, and not both.")
+        raise UserError("Either proteins or a length is needed, and not both.")
     if length is not None and length < 1:
-        raise ValueError("length must be 1 at least.")
+        raise UserError("length must be 1 at least.")
     plan = Plan(order, sweeps, samples, seed, None if fixed is None else parse_positions(fixed))
     sampling = Sampling(temperature, top_k, top_p)
     check_outputs(output, ("", ".fasta", ".fa"))
@@ -222,9 +223,9 @@ class Designer:
         """
         kept, residues = self.plan.kept, self.model.vocabulary.residues(ids).sum()
         if kept is not None and len(kept) and kept.max() >= residues:
-            raise ValueError(f"has {residues} residues, and none at {kept.max() + 1}, which is to be kept")
+            raise UserError(f"has {residues} residues, and none at {kept.max() + 1}, which is to be kept")
         if not len(self.plan.free(ids, self.model.vocabulary)):
-            raise ValueError("has no free position: no <mask>, or all is kept")
+            raise UserError("has no free position: no <mask>, or all is kept")
 
     def compute(self, items: Sequence[Item]) -> list[Arrays]:
         """The results of proteins: `ids` [residues], and `log_probability` [1], the mean log p of what was drawn."""
@@ -278,6 +279,6 @@ def parse_positions(text: str) -> np.ndarray:
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last:
-            raise ValueError(f"{text!r} is no list of positions, such as 1-10,25.")
+            raise UserError(f"{text!r} is no list of positions, such as 1-10,25.")
         found.update(range(first - 1, last))
     return np.array(sorted(found))

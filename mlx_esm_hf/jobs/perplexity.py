@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_esm_hf.data.proteins import RESIDUES, STANDARD, Report, Source
 from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinJob, WriteRun, one_pass_work
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
@@ -48,7 +49,7 @@ def perplexity(
         See `embed`; the arrays are `pseudo_perplexity` and `one_pass_estimate`, of one number each.
     """
     if method not in METHODS:
-        raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")
+        raise UserError(f"method={method!r} is not one of {', '.join(METHODS)}.")
     check_outputs(output, FORMATS)
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stdin, is_stream, quoted, read_proteins, standard_input
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.ids import FileNames, Ids
 from mlx_esm_hf.runs.job import Arrays, Files, Item, Job, OnProgress, Result, no_files, stream
 from mlx_esm_hf.runs.outputs import claimed, earlier_settings, shards_of, write_files
@@ -121,7 +122,7 @@ class ProteinJob:
             OSError: what cannot be written.
         """
         if distributed.size() > 1 and is_stream(source):
-            raise ValueError(f"Several ranks cannot share what is read only once, {source}: give them a file.")
+            raise UserError(f"Several ranks cannot share what is read only once, {source}: give them a file.")
         total = self._survey(source, output.suffix)
         report = Report(self.strict)
         job = self._job(source, self.input or describe(source), report, total, output.suffix)
@@ -191,7 +192,7 @@ class ProteinJob:
         try:
             self.model.refuse_long(len(ids))
         except ValueError as error:
-            raise ValueError(f"{protein.place}: {quoted(protein.id)} {error}.") from None
+            raise UserError(f"{protein.place}: {quoted(protein.id)} {error}.") from None
 
     def _survey(self, source: Source, suffix: str | None) -> int | None:
         """Read a file once before the work; returns how many residues there are to compute, None if that would use up
@@ -209,9 +210,9 @@ class ProteinJob:
                 problems.append(str(error))
         if problems:
             shown = "\n".join(problems[:20]) + (f"\nand {len(problems) - 20} more." if len(problems) > 20 else "")
-            raise ValueError(f"{source}: nothing was computed.\n{shown}")
+            raise UserError(f"{source}: nothing was computed.\n{shown}")
         if not total:
-            raise ValueError("\n".join([f"{source} holds no proteins.", *report.left_out]))
+            raise UserError("\n".join([f"{source} holds no proteins.", *report.left_out]))
         return total
 
 
@@ -246,7 +247,7 @@ class Room:
         """
         needed = self.needed(ids)
         if needed > self.bytes:
-            raise ValueError(
+            raise UserError(
                 f"has {len(ids)} residues, which need {needed / 1e9:.2f} GB of memory; there are "
                 f"{self.bytes / 1e9:.2f} GB free"
             )
@@ -259,7 +260,7 @@ class Room:
         for item in items:
             needed = self.needed(item.content)
             if needed > self.free:
-                raise ValueError(
+                raise UserError(
                     f"{quoted(item.id)} needs {needed / 1e9:.2f} GB of memory. When this run began "
                     f"{self.bytes / 1e9:.2f} GB were free, now {self.free / 1e9:.2f} are: free some, then go on."
                 )

@@ -18,6 +18,7 @@ from mlx_esm_hf.data.batches import Batch, RowCost, make_batches
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import MLXAutoModel
 from mlx_esm_hf.quantization.layers import has_int8_activations
@@ -60,7 +61,7 @@ class ProteinModel:
     def __post_init__(self) -> None:
         self.batch_tokens = self.batch_tokens or memory.batch_tokens(self.network.config.hidden_size)
         if self.long not in LONG:
-            raise ValueError(f"long={self.long!r} is not one of {', '.join(LONG)}.")
+            raise UserError(f"long={self.long!r} is not one of {', '.join(LONG)}.")
         self.vocabulary = Vocabulary(self.tokenizer, self.name)
         refuse_other_tokenizer(self.tokenizer, self.network.config, self.network.residues, self.name)
 
@@ -81,7 +82,7 @@ class ProteinModel:
             ValueError: a protein of so many residues is too long, and that is to be an error.
         """
         if self.long == "error" and self.longest is not None and length > self.longest:
-            raise ValueError(
+            raise UserError(
                 f"has {length} residues, the position table of {self.name or 'this model'} ends at {self.longest}. "
                 "Take --long truncate, --long window, or ESM-2, which has no such limit"
             )
@@ -198,7 +199,7 @@ def load_protein_model(
     """
     use_device(device)
     if batch_tokens is not None and batch_tokens < 1:
-        raise ValueError(f"batch_tokens={batch_tokens}: at least one is needed.")
+        raise UserError(f"batch_tokens={batch_tokens}: at least one is needed.")
     hub["revision"] = revision or "main"
     network = load_network(cls, model, dtype=dtype, activation_dtype=activation_dtype, **hub)
     for option, value in PLAIN.items():

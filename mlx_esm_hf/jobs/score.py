@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_esm_hf.data.mutations import Substitution, parse, read_table, suggest_first_residue
 from mlx_esm_hf.data.proteins import CHAIN_BREAK, STANDARD, Report, clean, read_proteins, tokens
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import CHUNK_BATCHES
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
@@ -80,9 +81,9 @@ def score(
         [{'mutant': 'K2A', 'facebook/esm2_t6_8M_UR50D': -1.2}]
     """
     if method not in METHODS:
-        raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")
+        raise UserError(f"method={method!r} is not one of {', '.join(METHODS)}.")
     if picture is not None and mutants is not None:
-        raise ValueError("A heat map is of all mutations: leave out the list of mutants.")
+        raise UserError("A heat map is of all mutations: leave out the list of mutants.")
     check_picture(picture)
     check_outputs(output, [".csv"], picture)
     report = Report()
@@ -94,7 +95,7 @@ def score(
     names = [m.name if isinstance(m, ProteinModel) else str(m) for m in models]
     columns += [*names, "mean"] if len(names) > 1 else names
     if repeated := [name for name in columns if columns.count(name) > 1]:
-        raise ValueError(f"Two columns would be called {repeated[0]!r}.")
+        raise UserError(f"Two columns would be called {repeated[0]!r}.")
     scores = Scores(columns, rows, left_out, report.replaced)
     with claimed(None if output is None else Path(output), [] if picture is None else [Path(picture)]):
         shards = None if output is None else shards_of(output)
@@ -167,7 +168,7 @@ def _score(
         ids = protein_model.encode(wild_type)
         protein_model.refuse_long(len(ids))
     except ValueError as error:
-        raise ValueError(f"The wild type {error}.") from None
+        raise UserError(f"The wild type {error}.") from None
     within = {i: m for i, m in mutants.items() if all(s.position < len(ids) for s in m)}
     job = _job(protein_model, ids, within, method)
     if folder is None:
@@ -260,14 +261,14 @@ def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = Non
         try:
             wild_type = clean(text, report=report)
         except ValueError as error:
-            raise ValueError(f"{text!r} is neither a file nor a sequence: it {error}.") from None
+            raise UserError(f"{text!r} is neither a file nor a sequence: it {error}.") from None
     else:
         proteins = list(read_proteins(sequence, report=report))
         if len(proteins) != 1:
-            raise ValueError(f"{sequence} holds {len(proteins)} proteins; the wild type has to be the only one.")
+            raise UserError(f"{sequence} holds {len(proteins)} proteins; the wild type has to be the only one.")
         wild_type = proteins[0].sequence
     if report.gaps:
-        raise ValueError(f"The wild type has {report.gaps} gaps (- or .), which have no number: remove them.")
+        raise UserError(f"The wild type has {report.gaps} gaps (- or .), which have no number: remove them.")
     return wild_type
 
 
@@ -299,7 +300,7 @@ def _parse(
         if better not in (None, first_residue):
             advice = f" More would fit with --first-residue {better}."
     if rows and not parsed:
-        raise ValueError("\n".join([f"No mutation fits the sequence.{advice}", *left_out[:5]]))
+        raise UserError("\n".join([f"No mutation fits the sequence.{advice}", *left_out[:5]]))
     if advice:
         left_out.append(f"{len(left_out)} of {len(rows)} mutations.{advice}")
     return parsed, left_out

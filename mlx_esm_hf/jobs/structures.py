@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.esmfold.modeling_esmfold import aligned_error_centers
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37, ATOM37_MASK, RESIDUE_NAMES, RESTYPES_WITH_X
 from mlx_esm_hf.runs.ids import FileNames
@@ -98,7 +99,7 @@ def refuse_for_pdb(aatype: np.ndarray, chain_index: np.ndarray) -> None:
         (atoms, PDB_ATOMS, "atoms"),
     ):
         if count > most:
-            raise ValueError(f"has {count:,} {what}, and a PDB file ends at {most:,}: take mmCIF alone (--formats cif)")
+            raise UserError(f"has {count:,} {what}, and a PDB file ends at {most:,}: take mmCIF alone (--formats cif)")
 
 
 def pdb(result: Result) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.ops import cpu, gpu, kernels
 from mlx_esm_hf.ops.heads import Norms, Rotary, merge_heads, split_heads
 from mlx_esm_hf.ops.layout import Layout
@@ -89,7 +90,7 @@ def linear(
         activation: "gelu" or "relu".
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
+        raise UserError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
     if weight.dtype in HALF and backend_of() is kernels:
         x32, bias32, residual32 = upcast(x, bias, residual)
         if backend_of(x32, bias32, residual32) is kernels:

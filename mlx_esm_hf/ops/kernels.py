@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.ops.heads import Norms, Rotary
 from mlx_esm_hf.ops.layout import Layout
 from mlx_esm_hf.runtime.threads import thread_limits
@@ -50,7 +51,7 @@ def _load() -> tuple[Any, str]:
     if wish not in ("", "1"):
         if wish not in module.instruction_sets():
             known = ", ".join(module.instruction_sets())
-            raise ValueError(f"MLX_ESM_KERNELS={wish}: this machine has {known}; 0 turns the kernels off.")
+            raise UserError(f"MLX_ESM_KERNELS={wish}: this machine has {known}; 0 turns the kernels off.")
         module.choose(wish)
     return module, f"{module.instruction_set()}, threads: {module.threads()}"
 

@@ -23,6 +23,7 @@ from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
 from mlx_esm_hf.checkpoint.write import save_safetensors
 from mlx_esm_hf.data.proteins import Protein, Report, Source, read_proteins
 from mlx_esm_hf.dtypes import STORED_DTYPES
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.hub.card import task_head
 from mlx_esm_hf.hub.files import CARD, CONFIG, FIGURES, OTHERS, REPORT
 from mlx_esm_hf.hub.publish import Publication, hub_id, publish
@@ -142,7 +143,7 @@ def convert(
     commit = resolve_revision(source, revision or "main") or "main"
     config = read_config(source, revision=commit)
     if (quantize or dequantize) and bool(config.get("quantization")) == quantize:
-        raise ValueError(f"{source} is {'quantized already' if quantize else 'not quantized'}.")
+        raise UserError(f"{source} is {'quantized already' if quantize else 'not quantized'}.")
     cls = class_of(config, source)
     proteins = None if report is None else read_for_report(report, source, commit)
     precision: Any = dtype or config.get("dtype") or config.get("torch_dtype") or stored_dtype(source, commit)
@@ -191,7 +192,7 @@ def read_for_report(proteins: Source, source: str, revision: str) -> list[Protei
     AutoTokenizer.from_pretrained(source, revision=revision)
     found = list(read_proteins(proteins, report=Report(strict=True)))
     if not found:
-        raise ValueError("There are no proteins to compare the models on.")
+        raise UserError("There are no proteins to compare the models on.")
     return found
 
 
@@ -201,11 +202,11 @@ def check_options(dtype: str | None, quantize: bool, dequantize: bool, **spec: A
         ValueError: an unknown dtype, or options that do not go together.
     """
     if dtype is not None and dtype not in STORED_DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
     if quantize and dequantize:
-        raise ValueError("quantize and dequantize are opposites: choose one.")
+        raise UserError("quantize and dequantize are opposites: choose one.")
     if given := [name for name, value in spec.items() if value and not quantize]:
-        raise ValueError(f"{', '.join(given)}: how to quantize, but quantize was not asked for.")
+        raise UserError(f"{', '.join(given)}: how to quantize, but quantize was not asked for.")
 
 
 def packing_by(how: How, usual: QuantSpec) -> QuantSpec | None:
@@ -229,7 +230,7 @@ def class_of(config: dict[str, Any], source: str) -> Any:
         ValueError: the config does not say what it is.
     """
     if not config.get("architectures"):
-        raise ValueError(
+        raise UserError(
             f"The config.json of {source} names no architectures, so its head would be lost. Add what it is, such as "
             '"architectures": ["EsmForMaskedLM"].'
         )
@@ -263,7 +264,7 @@ def quantize_layers(model: MLXPreTrainedModel, usual: QuantSpec, rules: Mapping[
     specs, too_narrow = choose_specs(model, usual, rules)
     if not specs:
         widths = f" The groups divide none of the widths {sorted(set(too_narrow.values()))}." if too_narrow else ""
-        raise ValueError(f"There is nothing to quantize.{widths}")
+        raise UserError(f"There is nothing to quantize.{widths}")
     replace_layers(model, specs)
     counts = Counter(specs.values()).most_common()
     kinds = [f"{count} to {p.bits} bits in groups of {p.group_size} ({kind_of(p)})" for p, count in counts]

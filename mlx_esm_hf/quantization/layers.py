@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError, UserError
 from mlx_esm_hf.modeling_layers import Embedding, Linear, QuantizedLinear, dequantized_weight
 
 # What MLX can do, the defaults first.
@@ -49,7 +49,7 @@ def make_spec(
         ValueError: there is no such spec.
     """
     if mode not in BITS:
-        raise ValueError(f"mode {mode!r} is not one of {', '.join(BITS)}.")
+        raise UserError(f"mode {mode!r} is not one of {', '.join(BITS)}.")
     usual_group = INTEGER_GROUP if activation_dtype and mode == "affine" else GROUP_SIZES[mode][0]
     spec = QuantSpec(group_size or usual_group, bits or BITS[mode][0], mode, activation_dtype)
     for name, value, possible in (
@@ -57,11 +57,11 @@ def make_spec(
         ("group size", spec.group_size, GROUP_SIZES[mode]),
     ):
         if value not in possible:
-            raise ValueError(f"{name} {value}: mode {mode!r} has {', '.join(map(str, sorted(possible)))}.")
+            raise UserError(f"{name} {value}: mode {mode!r} has {', '.join(map(str, sorted(possible)))}.")
     if activation_dtype not in (None, "int8"):
-        raise ValueError(f"activation_dtype {activation_dtype!r}: there is 'int8' alone, or none.")
+        raise UserError(f"activation_dtype {activation_dtype!r}: there is 'int8' alone, or none.")
     if activation_dtype and (mode != "affine" or spec.bits not in INTEGER_BITS):
-        raise ValueError(f"activation_dtype {activation_dtype!r} need mode 'affine' and 4 or 8 bits.")
+        raise UserError(f"activation_dtype {activation_dtype!r} need mode 'affine' and 4 or 8 bits.")
     return spec
 
 
@@ -130,7 +130,7 @@ def declared_specs(config: Any, names: Iterable[str], prefix: str, source: str) 
     for_torch = getattr(config, "quantization_config", None)
     if not block and isinstance(for_torch, dict) and "quant_method" in for_torch:
         method = for_torch["quant_method"]
-        raise ValueError(f"{source} is quantized for torch ({method}), which MLX cannot read. Load one that is not.")
+        raise UserError(f"{source} is quantized for torch ({method}), which MLX cannot read. Load one that is not.")
     packed = sorted(name.removesuffix(".scales") for name in names if name.endswith(".scales"))
     if packed and not isinstance(block, dict):
         raise CheckpointError(
@@ -189,7 +189,7 @@ def quantize_activations(model: nn.Module, activation_dtype: str, source: str) -
     if not fitting:
         kinds = sorted({f"{spec.bits} bits ({spec.mode})" for _, spec in found})
         has = f"has layers of {', '.join(kinds)}" if kinds else "is not quantized"
-        raise ValueError(
+        raise UserError(
             f"activation_dtype={activation_dtype!r} is for layers of 4 or 8 bits in mode 'affine', and {source} {has}. "
             "mlx-esm convert --quantize --bits 8 makes a checkpoint that has them."
         )
@@ -235,7 +235,7 @@ def choose_specs(
             too_narrow[path] = width
     if unused:
         kinds = sorted({re.sub(r"\d+", "*", path) for path, _ in layers(model)})
-        raise ValueError(f"No layer is called {min(unused)!r}. There are {', '.join(kinds)}.")
+        raise UserError(f"No layer is called {min(unused)!r}. There are {', '.join(kinds)}.")
     return specs, too_narrow
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf.data.proteins import STANDARD
+from mlx_esm_hf.errors import UserRuntimeError
 from mlx_esm_hf.jobs.contacts import check_head, maps, top_contacts
 from mlx_esm_hf.jobs.embed import embed
 from mlx_esm_hf.jobs.perplexity import counted_ids
@@ -102,7 +103,7 @@ def run(task: Task) -> None:
     done = subprocess.run([sys.executable, "-c", PROCESS], input=json.dumps(task), capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"its process ended with status {done.returncode}"]
-        raise RuntimeError(f"The report failed on {task.model}: {last[0]}.")
+        raise UserRuntimeError(f"The report failed on {task.model}: {last[0]}.")
 
 
 def read_answers(folder: Path) -> Arrays:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runtime import distributed
 
 
@@ -41,7 +42,7 @@ def acquire(path: Path, output: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise ValueError(
+            raise UserError(
                 f"{output} is being written by another process: wait until that has ended, or choose another output."
             ) from None
         except OSError as error:  # a file system without locks

@@ -21,6 +21,7 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.job import Chunk, Files, Item, Job, OnProgress, Progress, Result, chunks
 from mlx_esm_hf.runs.shards import read_shard, shard_bytes, shard_items, shard_name
 from mlx_esm_hf.runtime import distributed
@@ -64,7 +65,7 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
         on_progress(Progress(residues(turn), residues(compress(turn, missing)), job.total))
     if distributed.total(int(not job.input_is_same())):
         distributed.on_rank_0(run.distrust)
-        raise ValueError(
+        raise UserError(
             f"{job.input['name']} has changed while it was read, and nothing that was computed of it is trusted: "
             f"remove {folder}, then start again."
         )
@@ -116,14 +117,14 @@ class Run:
         if self.folder.exists() and (
             not self.folder.is_dir() or any(".part" not in name for name in os.listdir(self.folder))
         ):
-            raise ValueError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
+            raise UserError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_all_parts(self.folder)
         self._write_manifest()
 
     def _refuse_another(self, before: dict[str, Any]) -> None:
         if "sha256" not in self.manifest["input"]:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds a run already, and what comes from {self.manifest['input']['name']!r} "
                 "(not a file) cannot be taken up again: choose another output, or remove it."
             )
@@ -135,7 +136,7 @@ class Run:
                 if key != "name" and before[part].get(key) != value:
                     differences.append(f"{key}: {before[part].get(key)!r} there, {value!r} here")
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds a run that is not this one ({'; '.join(differences)}): choose another "
                 "output, or remove it."
             )
@@ -214,7 +215,7 @@ class Run:
             ValueError: there were no items.
         """
         if not counts["items"]:
-            raise ValueError("\n".join(["There is nothing to compute.", *job.left_out]))
+            raise UserError("\n".join(["There is nothing to compute.", *job.left_out]))
         self.manifest |= {name: count for name, count in counts.items() if count} | {"left_out": job.left_out}
         table = io.StringIO()
         rows = csv.writer(table)
@@ -263,9 +264,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} {NO_MANIFEST.format(folder)} ({error})") from error
+        raise UserError(f"{path} {NO_MANIFEST.format(folder)} ({error})") from error
     if not is_manifest(manifest):
-        raise ValueError(f"{path} {NO_MANIFEST.format(folder)}")
+        raise UserError(f"{path} {NO_MANIFEST.format(folder)}")
     return manifest
 
 

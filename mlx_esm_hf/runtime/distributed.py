@@ -9,6 +9,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runtime.files import GO_ON
 
 SIGNATURE = 32  # bytes
@@ -81,5 +82,5 @@ def on_rank_0(action: Callable[[], T]) -> T | None:
         except Exception as raised:
             error = raised
     if total(int(error is not None)):
-        raise error or ValueError("The first rank does not go on, and says why.")
+        raise error or UserError("The first rank does not go on, and says why.")
     return result

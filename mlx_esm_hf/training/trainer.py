@@ -21,6 +21,7 @@ from transformers import DataCollatorWithPadding, default_data_collator
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
 
 from mlx_esm_hf import ops
+from mlx_esm_hf.errors import NonFiniteLossError, UserError
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, module_at
 from mlx_esm_hf.runtime import distributed
@@ -169,7 +170,7 @@ class MLXTrainer:
         mx.eval(loss, norm, self.model.parameters(), self.optimizer.state, mx.random.state)
         self._last_loss, self._last_norm = loss.item(), norm.item()
         if not (math.isfinite(self._last_loss) and math.isfinite(self._last_norm)):
-            raise FloatingPointError(self._not_finite())
+            raise NonFiniteLossError(self._not_finite())
         self.state.global_step += 1
         self.state.loss_since_log += self._last_loss
         self.state.total_loss += self._last_loss
@@ -192,7 +193,7 @@ class MLXTrainer:
         """The mean loss over the labels of a batch; a subclass may have another one."""
         loss = model(**inputs).loss
         if loss is None:
-            raise ValueError(
+            raise UserError(
                 f"The model returned no loss: the batch has {', '.join(inputs)}. It needs labels: name the column "
                 "'label' or 'labels'."
             )
@@ -249,11 +250,11 @@ class MLXTrainer:
     def _prepare(self, resume: str | os.PathLike[str] | bool | None) -> None:
         args = self.args
         if self.train_dataset is None or not len(self.train_dataset):
-            raise ValueError("There is nothing to train with: give MLXTrainer a train_dataset.")
+            raise UserError("There is nothing to train with: give MLXTrainer a train_dataset.")
         for part in self.model.without_loss:  # else weight decay would wear it away
             module_at(self.model.base_model, part.rstrip(".")).freeze()
         if not tree_flatten(self.model.trainable_parameters()):
-            raise ValueError("All parameters are frozen: unfreeze some (model.unfreeze()), or add adapters.")
+            raise UserError("All parameters are frozen: unfreeze some (model.unfreeze()), or add adapters.")
         distributed.on_rank_0(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         distributed.on_rank_0(lambda: remove_parts(self.folder))
         mx.random.seed(args.seed)
@@ -284,7 +285,7 @@ class MLXTrainer:
         if resume is True:
             found = checkpoints_in(self.folder)
             if not found:
-                raise ValueError(f"{self.folder} holds no checkpoint to go on from.")
+                raise UserError(f"{self.folder} holds no checkpoint to go on from.")
             path = found[-1]
         else:
             path = Path(resume)  # type: ignore[arg-type]
@@ -295,7 +296,7 @@ class MLXTrainer:
             if state.settings.get(name) != value
         ]
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"{path} is of another training ({'; '.join(differences)}): go on with the same settings, or begin "
                 "anew from its weights."
             )
@@ -330,7 +331,7 @@ class MLXTrainer:
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
-            raise ValueError("There is nothing to evaluate with: give MLXTrainer an eval_dataset.")
+            raise UserError("There is nothing to evaluate with: give MLXTrainer an eval_dataset.")
         metrics: Any = self._predict(data, metric_key_prefix, self.compute_metrics is not None).metrics
         self._log(metrics)
         return metrics
@@ -394,7 +395,7 @@ class MLXTrainer:
         metrics = self.evaluate()
         self._newest = metrics.get(self.args.best_metric)
         if self.args.load_best_model_at_end and self._newest is None:
-            raise ValueError(
+            raise UserError(
                 f"metric_for_best_model={self.args.metric_for_best_model!r} is none of what was measured: "
                 f"{', '.join(metrics)}."
             )

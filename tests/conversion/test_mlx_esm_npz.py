@@ -12,8 +12,8 @@ from conversion import mlx_esm_npz
 from conversion.check import mlx_esm
 from conversion.mlx_esm_npz import ALPHABET, convert
 from mlx_esm_hf import MLXAutoModelForMaskedLM, embed, fill_mask, generate, perplexity
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.data.proteins import RESIDUES, STANDARD
+from mlx_esm_hf.errors import CheckpointError
 from tests.checkpoints import heard
 from tests.parity import hold
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_esm_hf import MLXAutoModel, load_protein_model
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.ops import kernels
 from tests.hub import Hub, serve, use
 from tests.jobs.models import write_model

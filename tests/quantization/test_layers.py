@@ -19,7 +19,7 @@ from mlx_esm_hf import (
     MLXEsmForTokenClassification,
     MLXEsmModel,
 )
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.modeling_layers import QuantizedEmbedding, QuantizedLinear, dequantized_weight
 from mlx_esm_hf.ops import kernels
 from mlx_esm_hf.quantization.layers import (

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import mlx_esm_hf
 from mlx_esm_hf import ops
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear
 from mlx_esm_hf.ops import cpu
 from mlx_esm_hf.training import adapters

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.dtypes import as_dtype
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.modeling_inputs import as_array, to_numpy
 from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear
 from mlx_esm_hf.modeling_outputs import MLXEsmForProteinFoldingOutput
@@ -322,7 +323,7 @@ class MLXEsmFoldingTrunk(nn.Module):
                 all at once, and a bound for the memory. The result is the same.
         """
         if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size}: it must be 1 at least, or None.")
+            raise UserError(f"chunk_size={chunk_size}: it must be 1 at least, or None.")
         self.chunk_size = chunk_size
 
     def passes(self, num_recycles: int | None) -> int:
@@ -330,7 +331,7 @@ class MLXEsmFoldingTrunk(nn.Module):
         if num_recycles is None:
             num_recycles = self.config.max_recycles - 1
         if num_recycles < 0:
-            raise ValueError(f"num_recycles={num_recycles}: the trunk would never run. It must be 0 at least.")
+            raise UserError(f"num_recycles={num_recycles}: the trunk would never run. It must be 0 at least.")
         return num_recycles + 1
 
     def __call__(
@@ -586,7 +587,7 @@ class MLXEsmForProteinFolding(MLXEsmPreTrainedModel):
         tokens = self.af2_to_esm[mx.where(mask == 1, aatype + 1, 0)].astype(mx.int32)
         if masking_pattern is not None:
             if masking_pattern.shape != aatype.shape:
-                raise ValueError(f"masking_pattern has the shape {masking_pattern.shape}, input_ids {aatype.shape}.")
+                raise UserError(f"masking_pattern has the shape {masking_pattern.shape}, input_ids {aatype.shape}.")
             tokens = mx.where((masking_pattern == 1) & (mask == 1), masked, tokens)
         B = len(tokens)
         tokens = mx.concatenate([mx.full((B, 1), cls), tokens, mx.full((B, 1), pad)], axis=1)
@@ -627,7 +628,7 @@ class MLXEsmForProteinFolding(MLXEsmPreTrainedModel):
         """
         sequences = [sequences] if isinstance(sequences, str) else list(sequences)
         if not sequences:
-            raise ValueError("There are no sequences to fold.")
+            raise UserError("There are no sequences to fold.")
         proteins = [encode_sequence(sequence, residue_index_offset, chain_linker) for sequence in sequences]
         aatype, positions, chains, linkers = (
             pad_rows([protein[i] for protein in proteins], filler) for i, filler in enumerate((0, 0, -1, 0))
@@ -662,7 +663,7 @@ class MLXEsmForProteinFolding(MLXEsmPreTrainedModel):
     def infer_pdb(self, sequence: str, *args: Any, **kwargs: Any) -> str:
         """The PDB file of a protein; the arguments are those of `infer`."""
         if not isinstance(sequence, str):
-            raise ValueError("infer_pdb folds one sequence; infer_pdbs takes a list.")
+            raise UserError("infer_pdb folds one sequence; infer_pdbs takes a list.")
         return self.infer_pdbs([sequence], *args, **kwargs)[0]
 
     def infer_pdbs(self, sequences: list[str], *args: Any, **kwargs: Any) -> list[str]:
@@ -699,7 +700,7 @@ def refuse_float16(dtype: mx.Dtype | None) -> None:
         ValueError: it is float16.
     """
     if dtype == mx.float16:
-        raise ValueError(
+        raise UserError(
             "The folding trunk cannot be float16: the sums of its triangle multiplications overflow, and most proteins "
             "become NaN. Take float32 or bfloat16; the ESM-2 stem stays in float16 under esmfold_config.fp16_esm."
         )
@@ -721,24 +722,24 @@ def check_folding_inputs(input_ids: Any, attention_mask: Any, position_ids: Any)
     """
     aatype = as_array(input_ids)
     if aatype.ndim != 2 or 0 in aatype.shape or not mx.issubdtype(aatype.dtype, mx.integer):
-        raise ValueError(f"input_ids must be whole numbers [B, L]; they have the shape {aatype.shape}, {aatype.dtype}.")
+        raise UserError(f"input_ids must be whole numbers [B, L]; they have the shape {aatype.shape}, {aatype.dtype}.")
     ids = to_numpy(aatype)
     if ids is not None and (ids.min() < 0 or ids.max() > UNKNOWN):
         wrong = ids[(ids < 0) | (ids > UNKNOWN)][0]
-        raise ValueError(
+        raise UserError(
             f"input_ids has {wrong}: folding takes residues, 0 to 20 for {residue_constants.RESTYPES_WITH_X}. Tokenize "
             "with add_special_tokens=False, by the tokenizer of the folding checkpoint."
         )
     mask = mx.ones(aatype.shape, dtype=mx.int32) if attention_mask is None else as_array(attention_mask)
     if mask.shape != aatype.shape:
-        raise ValueError(f"attention_mask has the shape {mask.shape}, input_ids {aatype.shape}.")
+        raise UserError(f"attention_mask has the shape {mask.shape}, input_ids {aatype.shape}.")
     mask = mask.astype(mx.int32)
     values = to_numpy(mask)
     if values is not None:
         if not np.isin(values, (0, 1)).all():
-            raise ValueError("attention_mask must be 1 for residues and 0 for padding.")
+            raise UserError("attention_mask must be 1 for residues and 0 for padding.")
         if (values[:, 0] == 0).any() or (np.diff(values, axis=1) > 0).any():
-            raise ValueError(
+            raise UserError(
                 "Each protein must begin at the first place of its row, with padding behind it: the stem's <eos> would "
                 "take the place of a residue. Pad on the right (padding_side='right')."
             )
@@ -747,11 +748,11 @@ def check_folding_inputs(input_ids: Any, attention_mask: Any, position_ids: Any)
     else:
         positions = as_array(position_ids)
         if not mx.issubdtype(positions.dtype, mx.integer):
-            raise ValueError(f"position_ids must be whole numbers, not {positions.dtype}.")
+            raise UserError(f"position_ids must be whole numbers, not {positions.dtype}.")
     try:
         positions = mx.broadcast_to(positions.astype(mx.int32), aatype.shape)
     except ValueError as error:
-        raise ValueError(f"position_ids has the shape {positions.shape}, input_ids {aatype.shape}.") from error
+        raise UserError(f"position_ids has the shape {positions.shape}, input_ids {aatype.shape}.") from error
     return aatype.astype(mx.int32), mask, positions
 
 
@@ -763,7 +764,7 @@ def encode_sequence(
     for chain in chains:
         if not (chain.isascii() and chain.isalpha() and chain.isupper()):
             name = f"{sequence[:40]}..." if len(sequence) > 40 else sequence
-            raise ValueError(
+            raise UserError(
                 f"{name!r} cannot be folded: a protein is written in capital letters, A to Z, with ':' between chains, "
                 "none of which may be empty."
             )

@@ -22,7 +22,7 @@ from transformers import EsmForProteinFolding
 from transformers.models.esm.modeling_esmfold import EsmFoldingTrunk
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.models.esmfold import modeling_esmfold
 from mlx_esm_hf.models.esmfold.residue_constants import RESIDUES, RESTYPES
 from mlx_esm_hf.ops import pairs
