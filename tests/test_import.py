@@ -64,8 +64,8 @@ def test_no_source_imports_torch(source):
         assert "torch" not in [name.partition(".")[0] for name in names], f"line {node.lineno}"
 
 
-# The rows of the layer diagram: {folder or module of the package: number of its row, from the top}. A dotted name, such as
-# "quantization.convert", is a module with a row of its own.
+# The rows of the layer diagram: {folder or module of the package: number of its row, from the top}. A dotted name, such
+# as "quantization.convert", is a module with a row of its own.
 ROWS = {
     room.removesuffix("/*"): number
     for number, row in enumerate(ARCHITECTURE.split("## Layers")[1].split("```")[1].strip().splitlines())

@@ -70,14 +70,14 @@ COMMANDS = typer.main.get_command(app).commands
 def test_commands_have_the_options_they_are_given(page):
     for language, code in blocks(page):
         lines = code.replace("\\\n", " ").splitlines() if language == "bash" else []
-        for line in [part for line in lines for part in line.split("&&")]:
-            words = shlex.split(line, comments=True)
+        for part in [part for line in lines for part in line.split("&&")]:
+            words = shlex.split(part, comments=True)
             names = [Path(word).name for word in words]
             if "mlx-esm" not in names or names.index("mlx-esm") + 1 == len(words):
                 continue
             command, *arguments = words[names.index("mlx-esm") + 1 :]
             known = {option for parameter in COMMANDS[command].params for option in parameter.opts}
-            assert {argument for argument in arguments if argument.startswith("--")} <= known, line
+            assert {argument for argument in arguments if argument.startswith("--")} <= known, part
 
 
 def demo_blocks():
@@ -132,7 +132,7 @@ def newcomer(tmp_path):
     write_model(tmp_path / "my-model")
 
     def type_in(program, code, home, **variables):
-        """Pass code to a program, in the folder with "my-model"; `home` stands for a machine with its login and cache."""
+        """Pass code to a program, in the folder with "my-model"; `home` is a machine with its login and its cache."""
         machine = environment(endpoint, tmp_path / home, **variables)
         command = [*map(str, program), code]
         done = subprocess.run(command, cwd=tmp_path, env=machine, capture_output=True, text=True)
