@@ -28,7 +28,8 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
         return markdown
     entries = []
     for path in sorted(FOLDER.glob("*.py")):
-        title, first_paragraph = re.search(r"^# ([^\n]+)\n\n(.+?)\n\n", page_of(path), re.MULTILINE | re.DOTALL).groups()
+        heading, first_paragraph = page_of(path).split("\n\n")[:2]
+        title = heading.removeprefix("# ")
         pictures = "".join(f"![{title}](images/{picture.name})\n\n" for picture in pictures_of(path))
         entries.append(f"## [{title}](notebooks/{path.stem}.md)\n\n{first_paragraph}\n\n{pictures}")
     return markdown + "\n" + "\n".join(entries)
