@@ -147,20 +147,23 @@ def card(found: dict[str, float], facts: dict[str, str]) -> str:
     listed = "".join(f"- {name}: {value}\n" for name, value in facts.items())
     return f"""# A small ESM-2 for trying things out
 
-It is far too small for answers about proteins: name a real model, such as `facebook/esm2_t33_650M_UR50D`, for those.
+It is far too small for answers about proteins. Use a real model, such as `facebook/esm2_t33_650M_UR50D`, for those. Its
+contact head is not trained, so its contact maps mean nothing.
 
 {listed}
-Perplexity at masked residues (15% of each protein) of {found["proteins"]} held-out proteins, none of which has a
-homologue in the training data (mmseqs2: clusters of 30% identity, then a search with E < 0.001):
+## Perplexity
+
+At masked residues (15% of each protein) of {found["proteins"]} held-out proteins. None of them has a homologue in
+the training data (mmseqs2: clusters of 30% identity, then a search with E < 0.001).
 
 | | perplexity |
 |---|---|
 {table}
-The lead over each protein's own composition is {found["lead"]:.3f} nats a residue, {found["lead / error"]:.1f}
-standard errors over proteins; on shuffled sequences it is {found["lead on shuffled"]:.3f} nats,
-{found["lead on shuffled / error"]:.1f} standard errors.
+The model is better than each protein's own composition by {found["lead"]:.3f} nats per residue, which is
+{found["lead / error"]:.1f} standard errors over proteins. On shuffled sequences it is better by
+{found["lead on shuffled"]:.3f} nats, {found["lead on shuffled / error"]:.1f} standard errors.
 
-The recipe is `examples/train_demo_model.py`.
+`examples/train_demo_model.py` is the recipe, and prints these numbers.
 """
 
 
