@@ -17,7 +17,7 @@ from mlx_esm_hf.runs.job import Progress
 from mlx_esm_hf.runs.run import read_manifest
 from mlx_esm_hf.runtime import process
 from tests.pipelines.models import write_model
-from tests.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT, RESTORE_SIGINT
 
 
 def raise_from_elsewhere():
@@ -57,8 +57,9 @@ def test_a_mistake_is_told_in_a_line(tmp_path, capsys, monkeypatch):
 
 
 # Ctrl-C comes when the module is looked for that the first argument names.
-INTERRUPTED = """
-import signal, sys
+INTERRUPTED = f"""
+{RESTORE_SIGINT}
+import sys
 sys.modules["torch"] = None  # which transformers would import: that takes seconds
 name = sys.argv.pop(1)
 class Interrupt:

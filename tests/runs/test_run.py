@@ -22,7 +22,7 @@ from mlx_esm_hf.runs.job import Item, Job, chunks, no_progress
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runs.run import Run, compute_run, read_manifest
 from tests.pipelines.models import UBIQUITIN, write_model
-from tests.processes import ON_TWO_RANKS
+from tests.processes import ON_TWO_RANKS, RESTORE_SIGINT
 
 # Without torch, which transformers would import: that takes seconds each time.
 COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from mlx_esm_hf.cli import app; app()"]
@@ -94,8 +94,9 @@ def test_twenty_kills_leave_no_trace(fasta, folder, whole, tmp_path):
 
 
 # The command, with a Ctrl-C as soon as its first shard is written.
-INTERRUPTED = """
-import os, signal, sys
+INTERRUPTED = f"""
+{RESTORE_SIGINT}
+import os, sys
 sys.modules["torch"] = None
 from mlx_esm_hf.cli import app
 from mlx_esm_hf.runs.run import Run
