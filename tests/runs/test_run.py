@@ -187,10 +187,10 @@ def test_what_can_be_read_once_streams_and_does_not_resume(line, folder, tmp_pat
     fasta.write_bytes(gzip.compress(b">a\nMKT\n>b\nMKTAYI\n"))
     parts = {"command": shlex.join(COMMAND), "fasta": fasta, "pipe": tmp_path / "pipe"}
     line = line.format(**parts, rest=f"--model {folder} --output {output}")
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert [result.id for result in Run(output, read_manifest(output)).results()] == ["a", "b"]
-    again = subprocess.run(["bash", "-c", line.split("&&")[-1]], capture_output=True, text=True, timeout=120)
+    again = subprocess.run(["bash", "-c", line.split("&&")[-1]], capture_output=True, text=True, timeout=600)
     assert again.returncode == 1 and "cannot be taken up again" in again.stderr
 
 
