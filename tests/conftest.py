@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import zlib
 from typing import Any
@@ -7,6 +8,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from hypothesis import settings
+
+# The user's login stays out of the tests, which would send its token to their own Hub; output has no colours.
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "FORCE_COLOR"):
+    os.environ.pop(name, None)
+os.environ["HF_TOKEN_PATH"] = os.devnull
 
 # Examples may take any time: how long they do depends on what else the machine does. They are the same in every run;
 # `--hypothesis-profile random` draws new ones.

@@ -99,8 +99,9 @@ def test_a_bug_as_the_command_shows_it(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("TypeError: len() takes")
 
 
-def test_what_is_being_done_is_shown():
+def test_what_is_being_done_is_shown(monkeypatch):
     """Within a step, when no residues are done yet; an id may look like markup."""
+    monkeypatch.setenv("TERM", "xterm")
     terminal = io.StringIO()
     run = Running(Console(file=terminal, force_terminal=True, width=200), quiet=False)
     with run.bar:
