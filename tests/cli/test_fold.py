@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from mlx_esm_hf.cli import app
-from tests.pipelines.models import write_folding_model
+from tests.jobs.models import write_folding_model
 from tests.processes import ENVIRONMENT
 
 
