@@ -14,6 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from mlx_esm_hf import __version__
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -79,6 +81,11 @@ def test_oldest_python(setup, pyproject):
     assert setup["options"]["python_requires"] == f">=3.{oldest}"
     assert setup["mypy"]["python_version"] == f"3.{oldest}"
     assert pyproject["tool"]["ruff"]["target-version"] == f"py3{oldest}"
+
+
+def test_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
 
 
 @pytest.mark.parametrize("package", ["torch", "fair-esm"])
