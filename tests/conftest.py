@@ -1,13 +1,36 @@
 from __future__ import annotations
 
+import os
 import sys
+import zlib
 from typing import Any
 
+import mlx.core as mx
+import pytest
 from hypothesis import settings
 
-# Drawn examples may take any time: how long they do depends on what else the machine does.
-settings.register_profile("any time", deadline=None)
-settings.load_profile("any time")
+# The user's login stays out of the tests, which would send its token to their own Hub; output has no colours.
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "FORCE_COLOR"):
+    os.environ.pop(name, None)
+os.environ["HF_TOKEN_PATH"] = os.devnull
+
+# Examples may take any time: how long they do depends on what else the machine does. They are the same in every run;
+# `--hypothesis-profile random` draws new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed MLX and torch by the name of the test, so that it draws the same numbers alone and after other tests.
+
+    One seed for all tests would make a fresh model equal to the saved one that it is compared with.
+    """
+    seed = zlib.crc32(item.nodeid.encode())
+    mx.random.seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from safetensors.numpy import load_file
@@ -14,9 +13,7 @@ from typer.testing import CliRunner
 
 from mlx_esm_hf.cli import app
 from tests.jobs.models import write_folding_model
-
-# Without torch: transformers would import it, which takes seconds.
-COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from mlx_esm_hf.cli import app; app()"]
+from tests.processes import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +113,9 @@ def test_killed_run_resumes_with_identical_files(fasta, model, tmp_path):
     """Files are identical byte for byte, except for seconds and the free memory in the manifest."""
     assert run(*arguments(fasta, model, tmp_path / "whole"))[0] == 0
     output = tmp_path / "out"
-    killed = subprocess.Popen([*COMMAND, "fold", *map(str, arguments(fasta, model, output))], stderr=subprocess.DEVNULL)
-    while killed.poll() is None and len(list(output.glob("p*.pdb"))) < 4:
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    command = [sys.executable, "-m", "tests.abuse.child", "fold", *map(str, arguments(fasta, model, output))]
+    killed = subprocess.run(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT | {"KILL_BEFORE": r".*/\.p6\.pdb\..*"})
+    assert killed.returncode == -signal.SIGKILL
     assert 4 <= len(list(output.glob("p*.pdb"))) < 12
     kept = {path: path.read_bytes() for path in sorted(output.glob("shard-????????.safetensors"))[:-1]}
     assert run(*arguments(fasta, model, output))[0] == 0

@@ -17,7 +17,7 @@ from mlx_esm_hf.runs.job import Progress
 from mlx_esm_hf.runs.run import read_manifest
 from mlx_esm_hf.runtime import process
 from tests.jobs.models import write_model
-from tests.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT, RESTORE_SIGINT
 
 
 def raise_from_elsewhere():
@@ -57,8 +57,9 @@ def test_user_error_prints_one_line(tmp_path, capsys, monkeypatch):
 
 
 # Raises SIGINT when the module named by the first argument is imported.
-INTERRUPTED = """
-import signal, sys
+INTERRUPTED = f"""
+{RESTORE_SIGINT}
+import sys
 sys.modules["torch"] = None  # keeps transformers from importing torch, which takes seconds
 name = sys.argv.pop(1)
 class Interrupt:
@@ -97,8 +98,9 @@ def test_bug_in_a_command_keeps_its_traceback(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("TypeError: len() takes")
 
 
-def test_progress_shows_the_current_item():
+def test_progress_shows_the_current_item(monkeypatch):
     """The text is shown before any residue is done, even if an id looks like markup."""
+    monkeypatch.setenv("TERM", "xterm")
     terminal = io.StringIO()
     run = Running(Console(file=terminal, force_terminal=True, width=200), quiet=False)
     with run.bar:

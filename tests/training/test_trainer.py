@@ -182,6 +182,8 @@ def kill():
 if step:
     threading.Thread(target=kill, daemon=True).start()
 trainer.train(bool(checkpoints_in(folder)))
+if step:
+    time.sleep(60)  # on a fast machine the training may end before the kill
 """
 
 
