@@ -1,10 +1,19 @@
+"""Crops, masks and batches of training data."""
+
 import numpy as np
 import pytest
 
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
-from mlx_esm_hf.training.datasets import MaskedProteins, pad
+from mlx_esm_hf.training.datasets import (
+    MaskedProteins,
+    batches_by_rows,
+    batches_by_tokens,
+    mask_residues,
+    pad,
+    shuffled_items,
+)
 from mlx_esm_hf.training.token_store import open_store
 
 
@@ -78,3 +87,61 @@ def test_pad():
     assert batch["input_ids"].tolist() == [[0, 5, 2, 1], [0, 5, 6, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 7, -100, -100], [-100, -100, 8, -100]]
+
+
+def test_shares(vocabulary):
+    ids = vocabulary.encode("ACDEFGHIKLMNPQRSTVWY" * 20_000)
+    inputs, labels = mask_residues(ids, vocabulary, np.random.default_rng(0))
+    selected = labels != -100
+    n = selected.sum()
+    masked = (inputs == vocabulary.mask)[selected].sum()
+    kept = (inputs == ids)[selected].sum()
+    # Within five standard deviations of a binomial count. One replacement in twenty is the residue itself.
+    for found, trials, share in ((n, len(ids), 0.15), (masked, n, 0.8), (kept, n, 0.1 + 0.1 / 20)):
+        assert abs(found - trials * share) < 5 * np.sqrt(trials * share * (1 - share))
+    assert np.array_equal(labels[selected], ids[selected])
+    assert np.array_equal(inputs[~selected], ids[~selected])
+    replaced = inputs[selected & (inputs != vocabulary.mask) & (inputs != ids)]
+    assert set(replaced) == set(vocabulary.encode("ACDEFGHIKLMNPQRSTVWY"))
+
+
+def test_special_tokens_gaps_and_x_are_left_alone(vocabulary):
+    ids = vocabulary.encode("X-.<mask><cls><eos><unk>" * 2000)
+    inputs, labels = mask_residues(ids, vocabulary, np.random.default_rng(0))
+    assert np.array_equal(inputs, ids)
+    assert (labels == -100).all()
+
+
+def batches_of(lengths, tokens, seed=0, epoch=0):
+    return batches_by_tokens(
+        shuffled_items(len(lengths), seed, epoch), lengths, tokens, np.random.default_rng((seed, epoch))
+    )
+
+
+def test_each_item_once_within_the_budget():
+    lengths = np.random.default_rng(0).integers(3, 500, 3000)
+    batches = batches_of(lengths, 2048)
+    assert sorted(np.concatenate(batches)) == list(range(3000))
+    padded = [lengths[batch].max() * len(batch) for batch in batches]
+    assert max(padded) <= 2048
+    assert lengths.sum() / sum(padded) > 0.9  # of like length
+    widths = [lengths[batch].max() for batch in batches]
+    assert abs(np.corrcoef(np.arange(len(widths)), widths)[0, 1]) < 0.2  # and in no order
+
+
+def test_an_epoch_is_always_alike_and_no_two_are():
+    lengths = np.arange(3, 203)
+    first, again, second, other = (batches_of(lengths, 500, *key) for key in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    assert [b.tolist() for b in first] == [b.tolist() for b in again]
+    assert [b.tolist() for b in first] != [b.tolist() for b in second]
+    assert [b.tolist() for b in first] != [b.tolist() for b in other]
+
+
+def test_an_item_longer_than_the_budget_is_a_batch_of_its_own():
+    batches = batches_of(np.array([5, 1000, 6, 7]), 20)
+    assert [1] in [batch.tolist() for batch in batches]
+    assert sorted(np.concatenate(batches)) == [0, 1, 2, 3]
+
+
+def test_rows():
+    assert [batch.tolist() for batch in batches_by_rows([3, 1, 2, 0, 4], 2)] == [[3, 1], [2, 0], [4]]

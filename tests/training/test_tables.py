@@ -1,4 +1,3 @@
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -6,7 +5,6 @@ import pytest
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
-from mlx_esm_hf.training.finetune import divide
 from mlx_esm_hf.training.tables import read_table
 
 
@@ -85,15 +83,3 @@ def test_validation_has_the_classes_of_the_training(vocabulary, tmp_path):
     data = read_table(path, "classification", vocabulary, report, classes=["a", "b"])
     assert (data.labels, data.classes) == ([1], ["a", "b"])
     assert "line 3: has the label 'c', which the training data has not" in report.left_out[0]
-
-
-def test_equal_sequences_are_on_one_side(vocabulary, tmp_path):
-    rng = np.random.default_rng(0)
-    sequences = ["".join(rng.choice(list("ACDEFGHIKL"), 12)) for _ in range(200)] * 2
-    text = "".join(f"{sequence},{number % 3}\n" for number, sequence in enumerate(sequences))
-    data = read_table(written(tmp_path, "sequence,label\n" + text), "classification", vocabulary, Report())
-    training, checked = divide(data, 0.2)
-    assert len(training) + len(checked) == 400
-    assert not set(training.sequences) & set(checked.sequences)
-    with pytest.raises(ValueError, match="leaves nothing to train or to validate with"):
-        divide(data.part([0, 1]), 0.0)
