@@ -14,11 +14,11 @@ from mlx.utils import tree_flatten
 from tests.processes import ENVIRONMENT, ROOT
 from tests.training.trainings import losses_of, small_training
 
-# Goes on with a training, and kills itself some time after a step, if one is named.
+# Starts or resumes a training. If a step is given, the process kills itself some time after this step.
 CHILD = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from tests.training.test_trainer import small_training
+from tests.training.trainings import small_training
 from mlx_esm_hf.training.checkpoints import checkpoints_in
 folder, step, wait = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 trainer = small_training(folder, config={}, save_total_limit=2, batch_tokens=200)
@@ -34,7 +34,7 @@ trainer.train(bool(checkpoints_in(folder)))
 
 
 def killed_and_resumed(folder, kills, rng):
-    """Run the training in processes of their own, each killed at a random moment, then in one that ends."""
+    """Run the training in processes that are killed at random times, then in one that finishes."""
     for step in [*sorted(rng.sample(range(1, 20), kills)), 0]:
         command = [sys.executable, "-c", CHILD, str(folder), str(step), str(rng.random() * 0.03)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT)
@@ -42,8 +42,8 @@ def killed_and_resumed(folder, kills, rng):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "out"
     small_training(folder, config={}, save_total_limit=2, batch_tokens=200).train()  # with dropout
     return folder
 
@@ -57,26 +57,26 @@ def assert_same_training(folder, expected):
         assert all(mx.array_equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_killed_three_times_it_ends_with_the_same_losses_and_weights(undisturbed, tmp_path):
+def test_three_kills_do_not_change_losses_and_weights(uninterrupted, tmp_path):
     killed_and_resumed(tmp_path / "out", 3, random.Random(0))
-    assert_same_training(tmp_path / "out", undisturbed)
+    assert_same_training(tmp_path / "out", uninterrupted)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("turn", range(5))
-def test_killed_twenty_times(turn, undisturbed, tmp_path):
-    """Four kills a turn."""
+def test_twenty_kills_do_not_change_losses_and_weights(turn, uninterrupted, tmp_path):
+    """Each turn has four kills."""
     killed_and_resumed(tmp_path / "out", 4, random.Random(turn))
-    assert_same_training(tmp_path / "out", undisturbed)
+    assert_same_training(tmp_path / "out", uninterrupted)
 
 
-def test_the_best_checkpoint_is_kept_and_taken(tmp_path):
+def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
     trainer = small_training(
         tmp_path, eval_strategy="steps", eval_steps=4, save_total_limit=2, load_best_model_at_end=True,
-        metric_for_best_model="wish", greater_is_better=True,
+        metric_for_best_model="score", greater_is_better=True,
     )  # fmt: skip
-    wishes = iter([1, 5, 2, 3, 4, 0])
-    trainer.compute_metrics = lambda _: {"wish": next(wishes)}
+    scores = iter([1, 5, 2, 3, 4, 0])
+    trainer.compute_metrics = lambda _: {"score": next(scores)}
     trainer.train()
     assert trainer.state.best_model_checkpoint == "checkpoint-8"
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-24", "checkpoint-8"]
@@ -85,17 +85,17 @@ def test_the_best_checkpoint_is_kept_and_taken(tmp_path):
         assert mx.array_equal(value, dict(tree_flatten(trainer.model.parameters()))[name]), name
 
 
-def test_what_goes_on_from_another_training_is_refused(tmp_path):
+def test_resuming_with_other_settings_is_refused(tmp_path):
     small_training(tmp_path, max_steps=4).train()
     with pytest.raises(ValueError, match="learning_rate: 0.001 there, 0.002 here"):
         small_training(tmp_path, max_steps=4, learning_rate=2e-3).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="No checkpoint found"):
         small_training(tmp_path / "empty").train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="not a checkpoint that a training can go on from"):
+    with pytest.raises(ValueError, match="not a training checkpoint to resume from"):
         small_training(tmp_path).train(resume_from_checkpoint=tmp_path)
 
 
-def test_a_checkpoint_is_a_model_for_torch_too(tmp_path):
+def test_torch_loads_a_checkpoint(tmp_path):
     trainer = small_training(tmp_path, max_steps=4)
     trainer.train()
     theirs = transformers.EsmForMaskedLM.from_pretrained(tmp_path / "checkpoint-4").eval()

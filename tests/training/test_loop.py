@@ -11,12 +11,13 @@ import torch
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
+from mlx_esm_hf.training.datasets import shuffled_items
 from mlx_esm_hf.training.trainer import LOG, MLXTrainer
 from tests.processes import ENVIRONMENT, ON_TWO_RANKS, ROOT
 from tests.training.trainings import InOrder, losses_of, masked_rows, padded, small_training, twins
 
 
-def test_fifty_steps_of_a_masked_language_model_beside_torch(tmp_path):
+def test_fifty_steps_of_a_masked_language_model_compared_with_torch(tmp_path):
     ours, theirs = twins("ForMaskedLM", tmp_path)
     rows = masked_rows(400)
     args = MLXTrainingArguments(
@@ -43,24 +44,24 @@ def test_fifty_steps_of_a_masked_language_model_beside_torch(tmp_path):
     assert np.mean(expected[-5:]) < np.mean(expected[:5]) - 0.3
 
 
-def test_one_step_does_not_depend_on_how_its_batch_is_cut(tmp_path):
+def test_a_step_does_not_depend_on_its_division_into_batches(tmp_path):
     expected = small_training(tmp_path / "a", per_device_train_batch_size=16)
     expected.train()
-    cut = small_training(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=4)
-    cut.train()
+    divided = small_training(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    divided.train()
     assert np.abs(np.subtract(losses_of(tmp_path / "a"), losses_of(tmp_path / "b"))).max() < 1e-5
 
 
 RANKS = """
 import sys
-from tests.training.test_trainer import small_training
+from tests.training.trainings import small_training
 trainer = small_training(sys.argv[1], per_device_train_batch_size=4, eval_strategy="steps", eval_steps=8)
 trainer.train()
 """
 
 
-def test_two_ranks_are_one(tmp_path):
-    """70 rows in batches of 4: in the last step of an epoch the second rank has fewer rows than the first."""
+def test_two_ranks_give_the_losses_of_one(tmp_path):
+    """With 70 rows in batches of 4, rank 1 has fewer rows than rank 0 in the last step of an epoch."""
     small_training(
         tmp_path / "one", per_device_train_batch_size=4, gradient_accumulation_steps=2, eval_strategy="steps",
         eval_steps=8,
@@ -76,14 +77,14 @@ def test_two_ranks_are_one(tmp_path):
     assert np.abs(np.subtract(*evals)).max() < 1e-5
 
 
-def test_a_loss_that_is_no_number_names_the_items(tmp_path):
-    trainer, bad = small_training(tmp_path), 31  # <null_1>, which no other item has
-    item = epoch_of(70, trainer.args.seed, 0)[6 * 8]
+def test_the_error_of_a_nan_loss_names_the_items(tmp_path):
+    trainer, bad = small_training(tmp_path), 31  # <null_1>, which no other item contains
+    item = shuffled_items(70, trainer.args.seed, 0)[6 * 8]
     trainer.train_dataset[item]["input_ids"][1] = bad
     trainer.compute_loss = lambda model, inputs: (
         model(**inputs).loss * mx.where((inputs["input_ids"] == bad).any(), mx.nan, 1)
     )
-    with pytest.raises(FloatingPointError, match=rf"Step 7: the loss is nan.*has the items \[{item}, "):
+    with pytest.raises(FloatingPointError, match=rf"Step 7: the loss is nan.*contain items \[{item}, "):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     weights = trainer.model.from_pretrained(tmp_path / "checkpoint-4").parameters()

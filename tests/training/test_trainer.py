@@ -11,7 +11,7 @@ from tests.training.trainings import InOrder, classified_rows, small_training, t
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_classification_beside_transformers_trainer(accumulation, tmp_path):
+def test_classification_compared_with_transformers_trainer(accumulation, tmp_path):
     ours, theirs = twins("ForSequenceClassification", tmp_path, num_labels=2)
     tokenizer, train, evaluated = esm2_tokenizer(), classified_rows(96), classified_rows(20, seed=1)
     settings = {
@@ -54,14 +54,14 @@ def test_classification_beside_transformers_trainer(accumulation, tmp_path):
     assert predictions.metrics["test_accuracy"] == expected.metrics["test_accuracy"] > 0.6
 
 
-def test_weight_decay_leaves_alone_what_no_loss_reaches(tmp_path):
+def test_weight_decay_does_not_change_parameters_without_a_gradient(tmp_path):
     trainer = small_training(tmp_path, weight_decay=0.5)
     before = np.array(trainer.model.esm.contact_head.regression.weight)
     trainer.train()
     assert np.array_equal(np.array(trainer.model.esm.contact_head.regression.weight), before)
 
 
-def test_nothing_to_train_is_said(tmp_path):
+def test_missing_data_parameters_or_labels_are_errors(tmp_path):
     trainer = small_training(tmp_path)
     trainer.model.freeze()
     with pytest.raises(ValueError, match="All parameters are frozen"):

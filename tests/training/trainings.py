@@ -19,7 +19,7 @@ OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class InOrder:
-    """Rows as a data set that no trainer shuffles."""
+    """A data set that the trainer does not shuffle."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -27,15 +27,15 @@ class InOrder:
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, number):
-        return self.rows[number]
+    def __getitem__(self, index):
+        return self.rows[index]
 
     def order(self, seed, epoch):
         return np.arange(len(self.rows))
 
 
 def masked_rows(count, seed=0):
-    """Rows of several lengths, in which the masked residue is the one behind it: something can be learned."""
+    """Return rows of several lengths with pairs of equal residues, so that a model can learn to fill in the mask."""
     rng, rows = np.random.default_rng(seed), []
     for _ in range(count):
         ids = np.repeat(rng.integers(4, 24, rng.integers(3, 15)), 2)
@@ -46,7 +46,7 @@ def masked_rows(count, seed=0):
 
 
 def classified_rows(count, seed=0):
-    """Rows whose class is whether they have more residues of one half of the alphabet; beside a column of text."""
+    """Return rows whose class is the half of the alphabet that is in the majority, with an extra text column."""
     rng, rows = np.random.default_rng(seed), []
     for _ in range(count):
         ids = rng.integers(4, 24, rng.integers(5, 25))
@@ -59,7 +59,7 @@ def padded(rows):
 
 
 def twins(head, folder, **settings):
-    """The same random model in MLX and in torch."""
+    """Return the same random model in MLX and in torch."""
     torch.manual_seed(0)
     theirs = getattr(transformers, f"Esm{head}")(transformers.EsmConfig(**tiny("ESM-2", **OFF, **settings)))
     theirs.save_pretrained(folder / "initial")
