@@ -91,8 +91,8 @@ def pretrain(
     report = report or Report()
     if weights is not None and (len(weights) != len(proteins) or min(weights) < 0 or sum(weights) <= 0):
         raise UserError(
-            f"weights must be {len(proteins)} non-negative numbers, one for each file, not all of them 0; got "
-            f"{list(weights)}."
+            f"Expected a non-negative weight for each of the {len(proteins)} files, not all of them 0, "
+            f"got {list(weights)}."
         )
     if not 0 <= validation_share < 1:
         raise UserError(f"validation_share must be in [0, 1), got {validation_share}.")
