@@ -100,10 +100,10 @@ def test_two_ranks_train_like_one(tmp_path):
         ([PROTEINS], "Pass either --model to continue training a model, or --shape"),
         ([PROTEINS, "--shape", "2,32"], "--shape must be layers, hidden size and heads"),
         ([PROTEINS, "--shape", "2,30,4"], "a multiple of twice the number of heads"),
-        ([PROTEINS, "--shape", "2,32,4", "--weights", "1,2"], "one for each of the 1 files is needed"),
-        (["nowhere.fasta", "--shape", "2,32,4"], "nowhere.fasta is no file"),
-        ([PROTEINS, "--shape", "2,32,4", "--schedule", "wave"], "not one of linear, cosine"),
-        ([PROTEINS, "--shape", "2,32,4", "--validation-share", "1"], "a share below 1 is needed"),
+        ([PROTEINS, "--shape", "2,32,4", "--weights", "1,2"], "for each of the 1 files, not all of them 0, got"),
+        (["nowhere.fasta", "--shape", "2,32,4"], "nowhere.fasta must be a FASTA file"),
+        ([PROTEINS, "--shape", "2,32,4", "--schedule", "wave"], "must be one of linear, cosine"),
+        ([PROTEINS, "--shape", "2,32,4", "--validation-share", "1"], "validation_share must be in [0, 1), got 1.0"),
         ([PROTEINS, "--shape", "2,32,4", "--picture", "a.txt"], "pictures are told by the suffixes"),
     ],
 )
@@ -117,12 +117,12 @@ def test_output_folder_in_use(tmp_path):
     (tmp_path / "notes.txt").write_text("keep")
     result = invoke("train", PROTEINS, *SMALL, "--steps", 1, "--output", tmp_path)
     assert result.exit_code == 1
-    assert "is there already, and is no training" in " ".join(result.output.split())
+    assert "already exists and is not a training" in " ".join(result.output.split())
     result = invoke("train", PROTEINS, *SMALL, "--steps", 1, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     again = invoke("train", PROTEINS, *SMALL, "--steps", 1, "--output", tmp_path / "out")
     assert again.exit_code == 1
-    assert "holds a model already" in again.output.replace("\n", " ")
+    assert "already contains a model" in again.output.replace("\n", " ")
 
 
 @pytest.fixture(scope="module")

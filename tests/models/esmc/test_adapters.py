@@ -16,14 +16,14 @@ import mlx_esm_hf
 from mlx_esm_hf.training.adapters import load_adapter, merge_adapters, save_adapter
 from tests.models.esmc.peers import answers, chain_batch, hold_answers, torch_model
 from tests.parity import HEADS, Peers, for_torch, hold, one_thread, true_float64
-from tests.training.test_adapters import (
+from tests.training.adapters.helpers import (
     KINDS,
     TASKS,
     arrays_of,
     close,
     mlx_gradients,
+    randomize_adapters,
     torch_gradients,
-    train_by_chance,
 )
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -48,7 +48,7 @@ def adapted(folder: Path, head: str, kind: str) -> Peers:
     base.save_pretrained(folder / "base")
     settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "task_type": TASKS.get(head)} | KINDS[kind]
     model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
-    train_by_chance(model)
+    randomize_adapters(model)
     model.save_pretrained(folder / "adapter")
     ours = load_adapter(base_model(folder, head), folder / "adapter")
     return Peers(ours, model.base_model.model, copy.deepcopy(model.base_model.model).double())
