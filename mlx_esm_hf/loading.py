@@ -46,9 +46,9 @@ class Match(NamedTuple):
 
 
 def commit_of(source: str, revision: str = "main", **hub: Any) -> Any:
-    """Resolve a revision to its current commit, as huggingface_hub's `ResolvedRevision`.
+    """Resolve a revision to its current commit, huggingface_hub's `ResolvedRevision`.
 
-    A revision that cannot be resolved is returned unchanged. One that is resolved is returned without asking the Hub.
+    A revision that cannot be resolved, or is already resolved, is returned unchanged.
 
     Args:
         source: Hub id or folder.
