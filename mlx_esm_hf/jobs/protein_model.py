@@ -220,8 +220,8 @@ def agreed(batch_tokens: int, wanted: int) -> int:
         batch_tokens: of this rank.
         wanted: by the caller or an earlier run; 0, by nobody.
     """
-    decided = wanted > 0 or distributed.rank() == 0
-    return distributed.smallest(batch_tokens if decided else 1 << 30)
+    decided = wanted > 0 or distributed.is_rank_0()
+    return distributed.all_min(batch_tokens if decided else 1 << 30)
 
 
 def load_network(cls: Any, model: str, **options: Any) -> Any:
