@@ -133,7 +133,7 @@ class TrainingLoop:
                 "training data. Nothing was written since the last checkpoint: check these items, or resume from the "
                 "checkpoint with a lower learning rate."
             )
-        tokens = distributed.total(sum(token_count(batch) for batch in batches))
+        tokens = distributed.all_sum(sum(token_count(batch) for batch in batches))
         self.state.global_step += 1
         self.state.loss_since_log += result.loss
         self.state.total_loss += result.loss
@@ -199,7 +199,7 @@ class TrainingLoop:
 
         A batch counts by its number of labels, so the result does not depend on how a step is divided into batches.
         """
-        labels = distributed.total(sum(label_count(batch) for batch in batches))
+        labels = distributed.all_sum(sum(label_count(batch) for batch in batches))
         loss: Any = mx.array(0.0)
         gradients: Any = None
         for batch in batches:
@@ -213,7 +213,7 @@ class TrainingLoop:
             if gradients is None:
                 gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())
             gradients = nn.average_gradients(gradients)
-            loss = mx.distributed.all_sum(loss, stream=mx.cpu) / distributed.size()
+            loss = distributed.all_sum_array(loss) / distributed.size()
         return loss, gradients
 
     def _weighted_loss(self, inputs: dict[str, mx.array], weight: mx.array) -> mx.array:

@@ -204,7 +204,7 @@ class MLXTrainer:
             else:
                 mx.eval(outputs.loss)
         self.model.train(was_training)
-        loss, count = self._sum_over_ranks(loss), distributed.total(count)
+        loss, count = self._sum_over_ranks(loss), distributed.all_sum(count)
         predictions: Any = None
         label_ids: Any = None
         if keep:
@@ -223,7 +223,7 @@ class MLXTrainer:
         """Return the sum of the ranks' values, in float32."""
         if distributed.size() == 1:
             return value
-        total: Any = mx.distributed.all_sum(mx.array(value, dtype=mx.float32), stream=mx.cpu)
+        total: Any = distributed.all_sum_array(mx.array(value, dtype=mx.float32))
         return total.item()
 
     def _gather(self, rows: list[tuple[np.ndarray, np.ndarray]], batches: int) -> tuple[Any, Any]:
@@ -305,7 +305,7 @@ class MLXTrainer:
         """Add a line to the log."""
         line = entry | {"epoch": self.state.epoch, "step": self.state.global_step}
         self.state.log_history.append(line)
-        if distributed.rank() == 0 and self.folder.is_dir():
+        if distributed.is_rank_0() and self.folder.is_dir():
             with open(self.folder / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -316,7 +316,7 @@ class MLXTrainer:
 
     def _shows_bar(self) -> bool | None:
         """Return whether to show the progress bar; None means on a terminal only."""
-        if distributed.rank() or self.args.disable_tqdm:
+        if not distributed.is_rank_0() or self.args.disable_tqdm:
             return False
         return None if self.args.disable_tqdm is None else True
 

@@ -14,9 +14,10 @@ from transformers.utils.hub import resolve_revision
 from mlx_esm_hf.checkpoint.names import canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import find_file
-from mlx_esm_hf.checkpoint.write import replace_files, write_safetensors
+from mlx_esm_hf.checkpoint.write import write_safetensors
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
+from mlx_esm_hf.runtime.files import replace_files
 from mlx_esm_hf.training.adapters.config import read_adapter_config
 from mlx_esm_hf.training.adapters.model import (
     adapted_layers,
@@ -127,8 +128,8 @@ def _check_fit(
     names = canonical_names(arrays, expected, model.base_model_prefix, model.dialects, {})
     if missing := sorted(expected.keys() - names.values()):
         raise CheckpointError(
-            f"{path} is missing {len(missing)} of the adapter's arrays, such as {missing[0]!r}. It is incomplete, or its "
-            f"{CONFIG} belongs to another adapter, or it was made for another model than {type(model).__name__}."
+            f"{path} is missing {len(missing)} of the adapter's arrays, such as {missing[0]!r}. It is incomplete, or "
+            f"its {CONFIG} belongs to another adapter, or it was made for another model than {type(model).__name__}."
         )
     for key, name in names.items():
         if name in model.tied_weights() and name not in expected:
