@@ -1,3 +1,5 @@
+"""Environment and seeds of the tests, settings of hypothesis, and the parity table at the end of a session."""
+
 from __future__ import annotations
 
 import os
@@ -9,12 +11,12 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
-# The user's login stays out of the tests, which would send its token to their own Hub; output has no colours.
+# Without the user's login, whose token the tests would send to their loopback Hub; and without colours.
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "FORCE_COLOR"):
     os.environ.pop(name, None)
 os.environ["HF_TOKEN_PATH"] = os.devnull
 
-# Examples may take any time: how long they do depends on what else the machine does. They are the same in every run;
+# Examples have no deadline, because their time depends on the machine's load. They are the same in every run;
 # `--hypothesis-profile random` draws new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None, print_blob=True)
@@ -34,7 +36,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    parity = sys.modules.get("tests.parity")  # imported if parity was tested; it brings torch
+    parity = sys.modules.get("tests.parity")  # imported only if parity was tested, because it imports torch
     if parity and parity.COMPARISONS:
         terminalreporter.section("parity: MLX and torch against float64")
         for line in parity.report():

@@ -24,8 +24,8 @@ from mlx_esm_hf.models.esmfold.modeling_esmfold import (
     DISTOGRAM_BINS,
     MLXEsmForProteinFolding,
     atom14_to_atom37,
-    encode_sequence,
 )
+from mlx_esm_hf.models.esmfold.protein import encode_sequence
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37, RESTYPES, RESTYPES_WITH_X
 from mlx_esm_hf.ops.pairs import NUMBERS_AT_A_TIME
 from mlx_esm_hf.runs.job import Arrays, Files, Item, OnProgress, Progress, Result, no_files, no_progress

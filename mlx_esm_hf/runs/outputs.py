@@ -23,7 +23,6 @@ LIBRARIES = {
     ".h5": ("h5py", "hdf5"),
     ".parquet": ("pyarrow", "parquet"),
     **dict.fromkeys(PICTURES, ("matplotlib", "plots")),
-    ".pdb": ("gemmi", "fold"),
     ".cif": ("modelcif", "fold"),
 }
 
