@@ -172,13 +172,13 @@ def test_an_install_that_cannot_build_the_kernels_says_why(checkout, tmp_path, c
 USER_SCRIPT = """
 from typing import Any
 from typing_extensions import assert_type
-from mlx_esm_hf import MLXEsmForMaskedLM, embed, load_protein_model
+from mlx_esm_hf import MLXAutoModel, MLXEsmForMaskedLM, embed, load_protein_model
 
 assert_type(MLXEsmForMaskedLM.from_pretrained("demo"), MLXEsmForMaskedLM)
 model, info = MLXEsmForMaskedLM.from_pretrained("demo", output_loading_info=True)
 assert_type((model, info), tuple[MLXEsmForMaskedLM, dict[str, Any]])
 MLXEsmForMaskedLM.from_pretrained(8)  # call-overload
-embed("in.fasta", load_protein_model("demo"), layers=[0, -1])
+embed("in.fasta", load_protein_model(MLXAutoModel, "demo"), layers=[0, -1])
 embed("in.fasta", "demo", pooling=7)  # arg-type
 embed("in.fasta", 8)  # arg-type
 """

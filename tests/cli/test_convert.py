@@ -33,7 +33,7 @@ def test_quantize_with_a_report_and_back(esm2, tmp_path):
         "peak memory of embedding",
     ):
         assert said in done.output
-        assert said in (tmp_path / "quantized" / "CONVERSION.md").read_text()
+        assert said in (tmp_path / "quantized" / "CONVERSION.md").read_text(encoding="utf-8")
     figures = json.loads((tmp_path / "quantized" / "CONVERSION.json").read_text())
     assert (figures["proteins"], figures["residues"], figures["mutations"]["count"]) == (1, 76, 1444)
     for name, share in (
