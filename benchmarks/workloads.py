@@ -313,7 +313,7 @@ def masked_batches(lengths: list[int], rows: int) -> list[dict[str, Any]]:
 
 
 def training(s: Session) -> Iterator[Case]:
-    """Measure steps of AdamW on sequences of equal lengths and on proteins as they arrive, and the peak memory of both."""
+    """Measure steps of AdamW on equal lengths and on proteins as they arrive, and the peak memory of both."""
     lengths = [len(protein) + 2 for protein in s.proteins(16)]
     # With eight of these proteins in a batch, transformers needs 20 GB at 150M, and ours without kernels more.
     steps = {"8 x 256 tokens": ([256] * 8, 8), f"{len(lengths)} proteins as they arrive, 4 a batch": (lengths, 4)}
