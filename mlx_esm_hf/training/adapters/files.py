@@ -127,8 +127,8 @@ def _check_fit(
     names = canonical_names(arrays, expected, model.base_model_prefix, model.dialects, {})
     if missing := sorted(expected.keys() - names.values()):
         raise CheckpointError(
-            f"{path} is missing {len(missing)} of the adapter's arrays, such as {missing[0]!r}. It is incomplete, or its "
-            f"{CONFIG} belongs to another adapter, or it was made for another model than {type(model).__name__}."
+            f"{path} is missing {len(missing)} of the adapter's arrays, such as {missing[0]!r}. It is incomplete, or "
+            f"its {CONFIG} belongs to another adapter, or it was made for another model than {type(model).__name__}."
         )
     for key, name in names.items():
         if name in model.tied_weights() and name not in expected:
