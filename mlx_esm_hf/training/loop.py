@@ -129,8 +129,8 @@ class TrainingLoop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLossError(
                 f"Step {self.state.global_step + 1}: the loss is {loss}, the norm of the gradients {norm}. The "
-                f"batches of this step contain items {np.concatenate(items).tolist()} of the training data. Nothing was "
-                "written since the last checkpoint: check these items, or resume from the checkpoint with a lower "
+                f"batches of this step contain items {np.concatenate(items).tolist()} of the training data. Nothing "
+                "was written since the last checkpoint: check these items, or resume from the checkpoint with a lower "
                 "learning rate."
             )
         tokens = distributed.total(sum(token_count(batch) for batch in batches))
