@@ -1,4 +1,4 @@
-"""python -m benchmarks"""
+"""The command `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ DEFAULT_MODELS = ",".join(DEFAULT)
 
 
 def chosen(names: str, known: list[str]) -> list[str]:
-    """A comma-separated option, in the order of what is known."""
+    """Return the values of a comma-separated option, in the order of `known`."""
     picked = [name.strip() for name in names.split(",")]
     if unknown := [name for name in picked if name not in known]:
-        raise typer.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(known)}")
+        raise typer.BadParameter(f"must be one of {', '.join(known)}, got {', '.join(unknown)}")
     return [name for name in known if name in picked]
 
 
@@ -39,7 +39,7 @@ Peers = dict[str, dict[str, str]]
 def measure(
     models: list[str], workloads: list[str], fasta: Path, settings: Settings, console: Console
 ) -> Iterator[tuple[Result, Peers]]:
-    """Each result when it is there, with what the peers say of themselves. Only one model's workers run at a time."""
+    """Yield each result with the peers' descriptions of themselves. Only one model's workers run at a time."""
     for model in models:
         wanted = [name for name in workloads if model in WORKLOADS[name][1] or (model == "tiny" and name != "fold")]
         if not wanted:
@@ -64,24 +64,30 @@ def measure(
 
 
 def main(
-    models: Annotated[str, typer.Option(help=f"Of {DEFAULT_MODELS},ESMFold.")] = DEFAULT_MODELS,
-    workloads: Annotated[str, typer.Option(help="Which to run, of the default's.")] = ",".join(WORKLOADS),
-    fasta: Annotated[Path, typer.Option(help="Proteins, plain or gzipped.", exists=True, dir_okay=False)] = (
+    models: Annotated[str, typer.Option(help=f"Comma-separated, from {DEFAULT_MODELS},ESMFold.")] = DEFAULT_MODELS,
+    workloads: Annotated[str, typer.Option(help="Comma-separated, from those of the default.")] = ",".join(WORKLOADS),
+    fasta: Annotated[Path, typer.Option(help="FASTA file, plain or gzipped.", exists=True, dir_okay=False)] = (
         REPOSITORY / "examples" / "proteins.fasta"
     ),
-    proteins: Annotated[int | None, typer.Option(help="How many are embedded; 64, or 16 for 650M.", min=2)] = None,
-    repeats: Annotated[int, typer.Option(help="Most rounds of each case.", min=1)] = 5,
-    budget: Annotated[float, typer.Option(help="Seconds for a workload, then only what it needs is measured.")] = 45,
-    at_least: Annotated[float, typer.Option(help="Seconds; what is over sooner is repeated.")] = 0.25,
-    dtype: Annotated[str, typer.Option(help=f"On a GPU, of {', '.join(TOLERANCE)}.")] = "float32",
-    esm_cpp_python: Annotated[str, typer.Option(help="An interpreter that has esm-cpp.")] = sys.executable,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Default: benchmarks-<date>.json.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the tables as markdown, too.")] = None,
+    proteins: Annotated[
+        int | None, typer.Option(help="Number of proteins to embed. Default: 64, or 16 for 650M.", min=2)
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Maximum number of rounds of each case.", min=1)] = 5,
+    budget: Annotated[
+        float, typer.Option(help="Seconds for a workload. After that, only required rounds are measured.")
+    ] = 45,
+    at_least: Annotated[float, typer.Option(help="Seconds. A faster call is repeated until they have passed.")] = 0.25,
+    dtype: Annotated[str, typer.Option(help=f"For a GPU, one of {', '.join(TOLERANCE)}.")] = "float32",
+    esm_cpp_python: Annotated[str, typer.Option(help="Python interpreter with esm-cpp installed.")] = sys.executable,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write. Default: benchmarks-<date>.json.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Markdown file to write the tables to.")] = None,
 ) -> None:
-    """Measure this library and its peers side by side, in alternation: same weights, same cores, same proteins.
+    """Measure this library and its peers in alternation, with the same weights, cores and proteins.
 
-    Ratios are of the same round, ours ÷ peer; their median counts. Exits with 1 if a peer failed or its answers are
-    not ours.
+    Ratios (ours ÷ peer) are computed within a round; the result is their median. The exit code is 1 if a peer failed or
+    its results differ from ours.
     """
     (dtype,) = chosen(dtype, list(TOLERANCE))
     settings = Settings(repeats, budget, at_least, dtype, proteins, esm_cpp_python, len(cores()))
@@ -90,7 +96,7 @@ def main(
     json_file = json_file or Path(f"benchmarks-{datetime.date.today()}.json")
     results: list[Result] = []
     about["peers"], grids = {}, list[report.Grid]()
-    for result, peers in measure(*picked, fasta, settings, errors):  # a long run that is stopped leaves what it had
+    for result, peers in measure(*picked, fasta, settings, errors):  # an interrupted run keeps its results so far
         results.append(result)
         about["peers"] |= peers
         rows, goals = report.entries(results), report.targets(results)

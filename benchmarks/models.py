@@ -1,8 +1,8 @@
-"""The shapes that are measured, as checkpoints with random weights: all peers load the same files.
+"""Checkpoints of the measured models, with random weights. All peers load the same files.
 
-`python -m benchmarks.models NAME FOLDER FASTA` writes one, and the proteins beside it, in a process of its own that
-gives its memory back: the parent of the workers stays small. With a fourth argument, `converted`, it writes the
-`CONVERTED` ones, too, each into a folder of its name beside that one.
+`python -m benchmarks.models NAME FOLDER FASTA` writes one checkpoint and the proteins. It is a separate process, so
+that the parent of the workers stays small. With a fourth argument, `converted`, it also writes the `CONVERTED`
+checkpoints into folders of their names next to it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ CONVERTED: dict[str, dict[str, Any]] = {  # arguments of `convert`
 
 
 class Shape(NamedTuple):
+    """The size of a model."""
+
     layers: int
     hidden: int
     heads: int
     rotary: bool = True
-    blocks: int = 0  # of a folding trunk as wide as ESMFold's
-    gated: int = 0  # width of the feed-forward of an ESMC; 0, it is an ESM
+    blocks: int = 0  # of a folding trunk with the widths of ESMFold's
+    gated: int = 0  # width of the feed-forward layer of an ESMC; 0 for an ESM
 
     def layer_flops(self, rows: int, length: int) -> int:
-        """Of an ESM layer's matrix products: 4 of hidden x hidden, 2 of hidden x 4 hidden, 2 of length x length x
-        hidden."""
+        """Return the operations of the matrix products of an ESM layer.
+
+        They are 4 of hidden x hidden, 2 of hidden x 4 hidden, and 2 of length x length x hidden.
+        """
         return 2 * rows * length * (12 * self.hidden + 2 * length) * self.hidden
 
 
@@ -61,7 +65,7 @@ DEFAULT = [name for name in SHAPES if name != "ESMFold" and not name.startswith(
 
 
 def config(shape: Shape) -> dict[str, Any]:
-    """The published configs, but for dropout: peers draw different random numbers, so training could not agree."""
+    """Return the published config without dropout, since the random numbers of the peers differ."""
     size = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "num_attention_heads": shape.heads}
     if shape.gated:
         return size | {"intermediate_size": shape.gated}
@@ -82,6 +86,7 @@ def config(shape: Shape) -> dict[str, Any]:
 
 
 def folding(shape: Shape) -> dict[str, Any]:
+    """Return the additional settings of a folding model."""
     from transformers.models.esm.configuration_esm import get_default_vocab_list
 
     trunk = {"num_blocks": shape.blocks, "chunk_size": None}
@@ -93,6 +98,7 @@ def folding(shape: Shape) -> dict[str, Any]:
 
 
 def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
+    """Write a checkpoint with random weights and the sequences of a FASTA file into a folder."""
     import mlx.core as mx
 
     import mlx_esm_hf
@@ -111,6 +117,7 @@ def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
 
 
 def write_converted(folder: Path) -> None:
+    """Write the `CONVERTED` versions of a checkpoint next to its folder."""
     from mlx_esm_hf import convert
 
     for name, options in CONVERTED.items():

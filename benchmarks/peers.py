@@ -1,8 +1,8 @@
-"""What a worker process computes with each library.
+"""The peers: one class per library, which a worker process uses.
 
-The classes have the same methods, of which a library may lack some: `load` reads a checkpoint, the others compute one
-workload and return when it is done, on a GPU too. Libraries are imported by the constructor, so that a worker holds
-its own and no other. Embeddings are means of the last hidden state over a protein's residues.
+All classes have the same methods, except where a library lacks a feature: `load` reads a checkpoint, each of the others
+computes one workload and returns when it is done, also on a GPU. The constructor imports the library, so a worker
+contains only its own. Embeddings are means of the last hidden state over the residues of a protein.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ import numpy as np
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 LORA_RANK, LORA_TARGETS = 8, ["query", "value"]
 BATCH = 8  # sequences, in transformers' padded batches
-FAIR_ESM_TOKENS = 4096  # fair-esm's `extract` has this default
-TOLD = 16  # tokens of a product whose numbers are compared
+FAIR_ESM_TOKENS = 4096  # the default of fair-esm's `extract`
+COMPARED = 16  # tokens of a product whose values are compared
 
 
 def cores() -> list[int]:
-    """Those that this process may use."""
+    """Return the cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 @functools.lru_cache(2)
 def matrix(rows: int, columns: int) -> np.ndarray:
+    """Return a random matrix, always the same."""
     return np.random.default_rng(0).random((rows, columns), np.float32) - np.float32(0.5)
 
 
 def product_operands(tokens: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and w of a linear layer, whose product is x · wᵀ."""
+    """Return x and w of a linear layer x · wᵀ."""
     return matrix(tokens, inputs), matrix(outputs, inputs)
 
 
 def gemm_operands(rows: int, length: int, hidden: int, heads: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs x, w whose products x · wᵀ are those of one encoder layer: six linear layers, scores and contexts."""
+    """Return pairs x, w whose products x · wᵀ are those of one encoder layer: six linear layers, scores, contexts."""
     random, size = np.random.default_rng(0), hidden // heads
     linear = [(hidden, hidden)] * 4 + [(4 * hidden, hidden), (hidden, 4 * hidden)]
     attention = [(length, size), (size, length)]
@@ -51,21 +52,24 @@ def gemm_operands(rows: int, length: int, hidden: int, heads: int) -> list[tuple
 
 
 def residues(length: int) -> list[list[int]]:
-    """A protein as folding has it, of the twenty amino acids by their number."""
+    """Return a random protein for folding, as indices of the twenty amino acids."""
     return np.random.default_rng(0).integers(0, 20, (1, length)).tolist()
 
 
 def residue_states(length: int, width: int) -> np.ndarray:
-    """What a stem may say of a protein's residues [1, length, width]."""
+    """Return random states of a language model for a protein, [1, length, width]."""
     return np.random.default_rng(0).standard_normal((1, length, width), np.float32)
 
 
 def is_folding_model(folder: str) -> bool:
+    """Return whether a checkpoint is a folding model."""
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         return json.load(file).get("is_folding_model", False)
 
 
 class Ours:
+    """This library."""
+
     def __init__(self, dtype: str):
         import mlx.core as mx
         from transformers import AutoTokenizer
@@ -111,20 +115,20 @@ class Ours:
         return self._done(self.model.predict_contacts(ids, self.mx.ones_like(ids)))
 
     def trunk(self, length: int) -> Any:
-        """The state of pairs after one pass of a folding trunk."""
+        """Return the pair states after one pass of a folding trunk."""
         mx = self.mx
         s = mx.array(residue_states(length, self.model.config.esmfold_config.trunk.sequence_state_dim))
         zeros, ones = mx.zeros((1, length), dtype=mx.int32), mx.ones((1, length), dtype=mx.int32)
         return self._done(self.model.trunk(s, zeros, mx.arange(length)[None], ones, 0)["s_z"])
 
     def fold(self, length: int) -> Any:
-        """The atoms of a protein after one pass."""
+        """Return the atoms of a protein after one pass."""
         return self._done(self.model(self.mx.array(residues(length)), num_recycles=0).positions)
 
     def train(self, case: str, batches: list[dict[str, Any]], lora: bool = False) -> Any:
-        """A step of AdamW for each batch. A case begins with the checkpoint's weights.
+        """Do a step of AdamW for each batch. A case starts from the checkpoint's weights.
 
-        The answer is the losses of its first two steps, since a warm-up takes as many steps as it has time for.
+        Returns the losses of the first two steps, since the number of warm-up steps depends on the time they take.
         """
         if case != self.case:
             self._begin(case, lora)
@@ -153,14 +157,19 @@ class Ours:
         self.step = nn.value_and_grad(self.model, lambda inputs: self.model(**inputs).loss)
 
     def peak(self, operations: float) -> None:
-        """Multiply-adds on registers alone, in the kernels' instruction set."""
+        """Run multiply-adds on registers only, in the kernels' instruction set."""
         from mlx_esm_hf.ops import kernels
 
         kernels.native.multiply_adds(operations)
 
     def product(self, shape: list[int], repeats: int, blas: bool = False) -> Any:
-        """A linear layer by our kernel or, with `blas`, by what multiplies MLX's matrices; of `shape` tokens, inputs
-        and outputs. The answer is of the first tokens."""
+        """Compute a linear layer with our kernel or, with `blas`, with MLX's matrix product; return the first tokens.
+
+        Args:
+            shape: tokens, inputs and outputs.
+            repeats: number of products.
+            blas: whether to use MLX's matrix product.
+        """
         mx = self.mx
         if self.product_of != shape:
             self.product_of, self.x, self.w = shape, *map(mx.array, product_operands(*shape))
@@ -168,7 +177,7 @@ class Ours:
         x, w = self.x, self.w
         done = [x @ w.T if blas else self.ops.linear(x, w) for _ in range(repeats)]
         mx.eval(done)
-        return done[0][:TOLD]
+        return done[0][:COMPARED]
 
     def gemm(self, layer: dict[str, int], repeats: int) -> None:
         mx = self.mx
@@ -188,7 +197,7 @@ class Ours:
 
 
 class Torch:
-    """What transformers and fair-esm have in common."""
+    """The common part of transformers and fair-esm."""
 
     def __init__(self, dtype: str):
         import torch
@@ -199,13 +208,13 @@ class Torch:
         self.product_of: list[int] | None = None
 
     def product(self, shape: list[int], repeats: int) -> Any:
-        """The same by torch."""
+        """Compute the same with torch."""
         if self.product_of != shape:
             self.product_of, self.x, self.w = shape, *map(self.torch.from_numpy, product_operands(*shape))
         with self.torch.inference_mode():
             for _ in range(repeats):
                 done = self.torch.nn.functional.linear(self.x, self.w)
-        return done[:TOLD]
+        return done[:COMPARED]
 
     def gemm(self, layer: dict[str, int], repeats: int) -> None:
         if not hasattr(self, "operands"):
@@ -235,6 +244,8 @@ class Torch:
 
 
 class Transformers(Torch):
+    """transformers on torch."""
+
     def __init__(self, dtype: str):
         super().__init__(dtype)
         import transformers
@@ -252,7 +263,7 @@ class Transformers(Torch):
 
     def weights_bytes(self) -> int:
         def size(value: Any) -> int:
-            if isinstance(value, tuple):  # the packed weight and the bias of a dynamically quantized layer
+            if isinstance(value, tuple):  # weight and bias of a dynamically quantized layer
                 return sum(map(size, value))
             return value.numel() * value.element_size() if isinstance(value, self.torch.Tensor) else 0
 
@@ -263,7 +274,7 @@ class Transformers(Torch):
             self.model.set_attn_implementation(attention)
 
     def embed(self, sequences: list[str], attention: str, schedule: str) -> Any:
-        """In batches of eight "as they arrive" or "by length", or "one at a time"."""
+        """Embed in batches of eight, "as they arrive" or "by length", or "one at a time"."""
         self.attend(attention)
         order = list(range(len(sequences)))
         if schedule == "by length":
@@ -292,7 +303,7 @@ class Transformers(Torch):
             return self._done(self.model.predict_contacts(tokens, self.torch.ones_like(tokens)))
 
     def trunk(self, length: int, chunk_size: int | None) -> Any:
-        """The same."""
+        """Return the pair states after one pass of a folding trunk."""
         torch = self.torch
         s = torch.tensor(residue_states(length, self.model.config.esmfold_config.trunk.sequence_state_dim))
         zeros, ones = torch.zeros((1, length), dtype=torch.int64), torch.ones((1, length))
@@ -303,13 +314,13 @@ class Transformers(Torch):
             return self._done(self.model.trunk(*arrays, no_recycles=0)["s_z"])
 
     def fold(self, length: int, chunk_size: int | None) -> Any:
-        """The same."""
+        """Return the atoms of a protein after one pass."""
         self.model.trunk.set_chunk_size(chunk_size)
         with self.torch.inference_mode():
             return self._done(self.model(self._tensor(residues(length)), num_recycles=0).positions)
 
     def train(self, case: str, batches: list[dict[str, Any]], attention: str, lora: bool = False) -> Any:
-        """The same."""
+        """Do a step of AdamW for each batch, as `Ours.train` does."""
         if case != self.case:
             self._begin(case, lora)
             self.attend(attention)
@@ -331,13 +342,13 @@ class Transformers(Torch):
 
             self.model = get_peft_model(self.model, LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS))
         self.model.train()
-        # Biases and norms decay as well, which in two steps is not to be seen.
+        # Unlike ours, this also decays biases and norms, which makes no visible difference in two steps.
         trained = [x for x in self.model.parameters() if x.requires_grad]
         self.optimizer = self.torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
 class DynamicInt8(Transformers):
-    """Its linear layers with weights of 8 bits, and what they are given rounded to 8 bits whenever they run."""
+    """transformers with dynamic quantization: linear layers with 8-bit weights and 8-bit activations."""
 
     def load(self, folder: str) -> None:
         super().load(folder)
@@ -346,7 +357,7 @@ class DynamicInt8(Transformers):
 
 
 class FairEsm(Torch):
-    """ESM-2 only: transformers' names are translated, in this order, as a part of some is the whole of others."""
+    """fair-esm, for ESM-2 only."""
 
     def __init__(self, dtype: str):
         super().__init__(dtype)
@@ -376,7 +387,7 @@ class FairEsm(Torch):
         return {"version": version("fair-esm"), "device": str(self.device)}
 
     def embed(self, sequences: list[str]) -> Any:
-        """As its `extract` does: batches by length, up to a budget of tokens."""
+        """Embed like fair-esm's `extract`: batches by length, with a maximum number of tokens."""
         data = self.Dataset([str(i) for i in range(len(sequences))], sequences)
         convert = self.model.alphabet.get_batch_converter()
         means: dict[int, Any] = {}
@@ -400,9 +411,9 @@ class FairEsm(Torch):
 
 
 class EsmCpp:
-    """ESM-2 in float32 on a CPU, on all cores that it may use.
+    """esm-cpp: ESM-2 in float32 on all available CPU cores.
 
-    A sequence at a time: its call for batches returns scores, but no hidden state.
+    It computes one sequence at a time, since its function for batches does not return hidden states.
     """
 
     def __init__(self, dtype: str):

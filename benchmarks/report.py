@@ -1,4 +1,4 @@
-"""The run in tables, in JSON and in markdown."""
+"""Results as tables, JSON and markdown."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ PACKAGES = ("mlx-esm-hf", "mlx", "scipy-openblas32", "numpy", "torch", "transfor
 
 
 class Target(NamedTuple):
-    """Ours ÷ the best of the peers with this prefix, at least `bound`; at most, if in memory.
+    """A target for a ratio: ours ÷ the best peer whose name starts with `against`.
 
-    It is for the cases whose names end in `case`. `ours` is which of ours, if not the usual one.
+    The ratio must be at least `bound`, or at most `bound` for memory. The target applies to cases whose names end in
+    `case`. `ours` is the name of our runner.
     """
 
     workload: str
@@ -64,7 +65,7 @@ AGAINST = {"": "best peer", "transformers": "transformers at its best", "gemm": 
 
 
 class Grid(NamedTuple):
-    """A table, before it is drawn."""
+    """The contents of a table."""
 
     title: str
     columns: tuple[str, ...]
@@ -72,6 +73,7 @@ class Grid(NamedTuple):
 
 
 def machine() -> dict[str, Any]:
+    """Describe the machine, the commit and the installed packages."""
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         "commit": commit(),
@@ -86,6 +88,7 @@ def machine() -> dict[str, Any]:
 
 
 def installed(package: str) -> str:
+    """Return the installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -93,6 +96,7 @@ def installed(package: str) -> str:
 
 
 def cpu_model() -> str:
+    """Return the name of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
@@ -101,6 +105,8 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
+    """Return the current commit, and whether there are uncommitted changes."""
+
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
 
@@ -110,20 +116,21 @@ def commit() -> str:
         return "unknown"
 
 
-def quoted(value: float, unit: str) -> float:
-    """A value, which is work per second or bytes, in the unit that it is shown in."""
+def in_unit(value: float, unit: str) -> float:
+    """Convert a value from work per second or bytes to the unit shown."""
     if unit in ("ms", "s"):
         return (1000 if unit == "ms" else 1) / value
     return value / (1e9 if unit in ("GB", "GFLOP/s") else 1)
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
+    """Return median, minimum and maximum."""
     values = list(values)
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def entries(results: list[Result]) -> list[dict[str, Any]]:
-    """For each peer in each case its ratio and its figures, or the reason why there are none."""
+    """Return the ratio and figures of each peer in each case, or the reason why there are none."""
     rows = []
     for result in results:
         for name in [*result.names(), *result.absent]:
@@ -131,7 +138,7 @@ def entries(results: list[Result]) -> list[dict[str, Any]]:
             if reason := result.absent.get(name):
                 row["reason"] = reason
             else:
-                row["figure"] = spread(quoted(value, result.unit) for value in result.values(name))
+                row["figure"] = spread(in_unit(value, result.unit) for value in result.values(name))
                 row["ratio"] = spread(result.ratios(name)) if name != OURS else None
                 row["deviation"] = result.deviation.get(name)
             rows.append(row)
@@ -139,6 +146,7 @@ def entries(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def targets(results: list[Result]) -> list[dict[str, Any]]:
+    """Compare results with the targets."""
     rows = []
     for target, result in itertools.product(TARGETS, results):
         if result.workload != target.workload or result.model not in target.models:
@@ -157,14 +165,17 @@ def targets(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def where(result: Result) -> dict[str, Any]:
+    """Return the workload, model and case of a result."""
     return {"workload": result.workload, "model": result.model, "case": result.case}
 
 
 def digits(value: float) -> str:
+    """Format a number with three significant digits or more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def cells(values: dict[str, float] | None, unit: str = "") -> tuple[str, str]:
+    """Format median and range as two cells of a table."""
     if not values:
         return "", ""
     form = digits if unit else "{:.2f}".format
@@ -172,6 +183,8 @@ def cells(values: dict[str, float] | None, unit: str = "") -> tuple[str, str]:
 
 
 def grids(rows: list[dict[str, Any]], goals: list[dict[str, Any]]) -> list[Grid]:
+    """Return the tables of a run."""
+
     def place(row: dict[str, Any]) -> str:
         return f"{row['workload']} {row['model']}, {row['case']}"
 
@@ -193,7 +206,7 @@ def grids(rows: list[dict[str, Any]], goals: list[dict[str, Any]]) -> list[Grid]
 
 
 def products(rows: list[dict[str, Any]]) -> list[Grid]:
-    """The rows of the workload `gemm` as a table with a line for each product."""
+    """Return a table of the workload `gemm` with a line for each product."""
     peaks = [row["figure"]["max"] for row in rows if row["peer"] == PEAK and "figure" in row]
     if not peaks:
         return []
@@ -211,7 +224,7 @@ def products(rows: list[dict[str, Any]]) -> list[Grid]:
 
 
 def precisions(rows: list[dict[str, Any]]) -> list[Grid]:
-    """The rows of the workload `quantized` as a table with a line for each model in each precision."""
+    """Return a table of the workload `quantized` with a line for each model in each precision."""
     figures = {(row["model"], row["peer"], row["case"].lstrip("0123456789 ")): row for row in rows if "figure" in row}
 
     def value(model: str, peer: str, case: str) -> float:
@@ -229,6 +242,7 @@ def precisions(rows: list[dict[str, Any]]) -> list[Grid]:
 
 
 def draw(grid: Grid) -> Table:
+    """Return a table for the terminal."""
     table = Table(*grid.columns, title=grid.title)
     for before, row in zip([None, *grid.rows], grid.rows, strict=False):
         if before and before[0] != row[0]:
@@ -238,6 +252,7 @@ def draw(grid: Grid) -> Table:
 
 
 def markdown(about: dict[str, Any], grids: list[Grid]) -> str:
+    """Return the description of the machine and all tables as markdown."""
     lines = [f"# Benchmarks of {about['date'][:10]}", ""]
     for key, value in about.items():
         if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""A process that holds one library with one model, and its other end in the parent.
+"""A worker process with one library and one model, and the class that controls it from the parent.
 
-The worker answers requests one after the other and blocks on its standard input in between, so that of several
-workers only the one that was asked computes. What libraries print goes to standard error. Only NumPy is needed here:
-a peer may live in another interpreter.
+The worker answers requests one by one and blocks on its standard input in between, so only one of several workers
+computes at a time. Output of libraries goes to standard error. This module needs only NumPy, since a peer may run in
+another interpreter.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-REST = 0.05  # seconds, in which threads of the worker that was asked before stop spinning
+REST = 0.05  # seconds for the threads of the previous worker to stop spinning
 
 
 class NotInstalled(Exception):
-    """The worker's interpreter lacks the library."""
+    """The library is not installed in the worker's interpreter."""
 
 
 class Worker:
-    """Starts the process, and waits until it has loaded the checkpoint in `folder`, if that is not None.
+    """A worker process. Creating it starts the process and waits until the checkpoint in `folder`, if any, is loaded.
 
     Raises:
         NotInstalled: the library cannot be imported.
-        RuntimeError: the worker failed, with what it wrote to standard error.
+        RuntimeError: the worker failed. The message contains its standard error.
     """
 
     def __init__(
@@ -66,11 +66,13 @@ class Worker:
             raise
 
     def ask(self, call: str, args: dict[str, Any], at_least: float = 0, keep: Path | None = None) -> dict[str, Any]:
-        """One call of a peer's method: its "seconds", and the process's "peak_bytes" until now.
+        """Call a peer's method and return its "seconds" and the process's "peak_bytes" so far.
 
         Args:
-            at_least: repeat the call until so many seconds have passed; "seconds" is then the mean.
-            keep: a file for the first call's answer.
+            call: name of the method.
+            args: its arguments.
+            at_least: repeat the call until this many seconds have passed; "seconds" is then the mean.
+            keep: file for the result of the first call.
         """
         time.sleep(REST)
         request = {"call": call, "args": args, "at_least": at_least, "keep": keep and str(keep)}
@@ -79,7 +81,7 @@ class Worker:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died: the missing reply tells why
+            pass  # the worker ended; reading the reply raises the reason
         return self._reply()
 
     def _reply(self) -> dict[str, Any]:
@@ -93,6 +95,7 @@ class Worker:
         raise RuntimeError(f"The worker of {self.name} ended with status {self.process.returncode}:\n{tail}")
 
     def close(self) -> None:
+        """End the process."""
         self.process.kill()
         self.process.communicate()
         self.errors.close()
@@ -105,7 +108,7 @@ class Worker:
 
 
 def peak_bytes() -> int | None:
-    """Peak resident memory. Not ru_maxrss, which a process inherits from the one that started it."""
+    """Return the peak resident memory. ru_maxrss is unsuitable: a process inherits it from its parent."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -114,6 +117,7 @@ def peak_bytes() -> int | None:
 
 
 def answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Run a request and return the reply."""
     call, args = getattr(peer, request["call"]), request["args"]
     start = time.perf_counter()
     first = call(**args)
@@ -127,6 +131,7 @@ def answer(peer: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(name: str, folder: str, dtype: str, cores: str) -> None:
+    """Load a peer and answer requests from standard input until it closes."""
     with os.fdopen(os.dup(1), "w") as channel:
         os.dup2(2, 1)
 

@@ -1,4 +1,4 @@
-"""What is measured, of which model, against whom, and how the peers take turns."""
+"""The workloads, their models and peers, and the alternation of measurements."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from benchmarks.worker import NotInstalled, Worker
 OURS, KERNELS_OFF = "ours", "ours, kernels off"
 USUAL = "transformers sdpa, as they arrive"
 BEST = ("transformers sdpa, one at a time", "transformers sdpa, by length")
-QUICK = 1  # seconds; what warms up sooner is warmed up by a whole measurement, too
-MIN_ROUNDS = 2  # of ours and of the best peer, whatever they take
-CHUNKS = (4, 16, 64, None)  # rows of pairs that transformers' triangle attention takes at a time
-PROBE = 64  # tokens, for a guess of how long a peer will take
+QUICK = 1  # seconds; after a faster warm-up, a full measurement is a second warm-up
+MIN_ROUNDS = 2  # of ours and of the best peer, however long they take
+CHUNKS = (4, 16, 64, None)  # chunk sizes of transformers' triangle attention, in rows of pairs
+PROBE = 64  # tokens, to estimate how long a peer will take
 BFLOAT16, DYNAMIC = "transformers sdpa, bfloat16", "torch's dynamic int8"
 PRECISIONS = {
     OURS_BFLOAT16: "bfloat16",
@@ -35,9 +35,9 @@ PRECISIONS = {
 }
 PEAK, BLAS = "FMA loop", "OpenBLAS under MLX"
 TOKENS = (16, 64, 256, 1024, 2048)
-SLICE, MOST = 2e9, 100  # operations of one call, and products
+SLICE, MOST = 2e9, 100  # operations of one call, and maximum number of products
 ESMC = ("ESMC-300M", "tiny-ESMC")
-LONGEST = 1022  # residues that ESM-1b has positions for
+LONGEST = 1022  # residues, the limit of ESM-1b
 TOLERANCE = {  # relative to the largest value
     "float32": 1e-3,
     "float16": 2e-2,
@@ -49,10 +49,15 @@ TOLERANCE = {  # relative to the largest value
 
 @dataclass
 class Runner:
-    """One measurement of one peer: a warm-up, then values, speeds unless the case says otherwise.
+    """A measurement of one peer: a warm-up, then values, which are speeds unless the case says otherwise.
 
-    `run` takes a file for the answer, or None. `needed` rounds are measured even if time is up; `guess` is how many
-    seconds one will take. `precision` is that of the answer, if not the case's.
+    Attributes:
+        name: of the peer.
+        run: measures once; takes a file for the result, or None.
+        warm: warms up.
+        needed: rounds to measure even after the time budget.
+        guess: estimates the seconds of a round.
+        precision: of the result, if different from that of the case.
     """
 
     name: str
@@ -64,7 +69,7 @@ class Runner:
 
 
 class Process(NamedTuple):
-    """What a worker holds: a library, with the checkpoint of a folder in some dtype."""
+    """The contents of a worker: a library and a checkpoint in some dtype."""
 
     peer: str
     folder: Path | None
@@ -73,18 +78,18 @@ class Process(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What the runners, ours first, do; `unit` is how their values are shown."""
+    """A case of a workload: the runners, ours first, and the unit in which values are shown."""
 
     name: str
     unit: str
     runners: list[Runner]
     rounds: int = MIN_ROUNDS
-    dtype: str = ""  # that a part of the model is computed in by a peer, if not the settings'
+    dtype: str = ""  # in which a peer computes part of the model, if different from the settings
 
 
 @dataclass
 class Result:
-    """The values of each round, and the peers that have none, with the reason."""
+    """The values of each round, and the peers without values, with the reason."""
 
     workload: str
     model: str
@@ -96,16 +101,19 @@ class Result:
     failed: dict[str, str] = field(default_factory=dict)
 
     def names(self) -> list[str]:
+        """Return the names of all measured runners."""
         return list(dict.fromkeys(name for values in self.rounds for name in values))
 
     def values(self, name: str) -> list[float]:
+        """Return the values of a runner."""
         return [values[name] for values in self.rounds if name in values]
 
     def peers(self, prefix: str = "") -> list[str]:
+        """Return the names of the peers that start with a prefix."""
         return [name for name in self.names() if name.startswith(prefix) and not name.startswith(OURS)]
 
     def ratios(self, *names: str, ours: str = OURS) -> list[float]:
-        """Ours ÷ the best of these peers in each round that has both; what counts in bytes is best when small."""
+        """Return ours ÷ the best of these peers in each round with both. For bytes, the smallest is the best."""
         best = min if self.unit == "GB" else max
         return [
             values[ours] / best(values[name] for name in names if name in values)
@@ -116,38 +124,42 @@ class Result:
 
 @dataclass
 class Settings:
+    """The options of a run."""
+
     repeats: int
-    budget: float  # seconds for a workload, beyond which only needed rounds are measured
-    at_least: float  # seconds; what is over sooner is repeated, and its mean counts
+    budget: float  # seconds for a workload; after that, only needed rounds are measured
+    at_least: float  # seconds; a faster call is repeated, and the mean is used
     dtype: str
     proteins: int | None
     esm_cpp_python: str
     cores: int
-    slow_schedules: set[str] = field(default_factory=set)  # that the smallest model has shown to be slower
+    slow_schedules: set[str] = field(default_factory=set)  # slower for the smallest model
 
 
 @dataclass
 class Session:
     """One model's checkpoint, and the workers that have loaded it.
 
-    They are started side by side, as soon as a runner that needs them is made; `wait` before measuring.
+    Workers start concurrently, as soon as a runner that needs them is created. Call `wait` before measuring.
     """
 
     model: str
-    folder: Path | None  # None, where no workload needs it
+    folder: Path | None  # None if no workload needs it
     settings: Settings
     pool: Executor
     workers: dict[tuple[str, int], Future[Worker]] = field(default_factory=dict)
     about: dict[str, dict[str, str]] = field(default_factory=dict)
-    processes: dict[str, Process] = field(default_factory=dict)  # those that are not called as their library is
+    processes: dict[str, Process] = field(default_factory=dict)  # workers whose name is not that of their library
     paces: dict[str, float] = field(default_factory=dict)
     best_schedule: str = BEST[0]
 
     @property
     def shape(self) -> Shape:
+        """Size of the model."""
         return SHAPES[self.model]
 
     def start(self, name: str, cores: int = 0) -> Worker:
+        """Start a worker; 0 cores means all."""
         process = self.processes.get(name) or Process(name, self.folder, self.settings.dtype)
         if name == KERNELS_OFF:
             process = process._replace(peer=OURS, environment={"MLX_ESM_KERNELS": "0"})
@@ -157,25 +169,29 @@ class Session:
         return worker
 
     def worker(self, name: str, cores: int = 0) -> Worker:
+        """Return a started worker."""
         return self.workers[name, cores].result()
 
     def wait(self) -> None:
+        """Wait until all workers have loaded their checkpoints."""
         wait(self.workers.values())
 
     def close(self) -> None:
+        """End all workers."""
         while self.workers:
             worker = self.workers.popitem()[1]
             if worker.exception() is None:
                 worker.result().close()
 
     def pace(self, name: str) -> float:
-        """About how many seconds a token takes."""
+        """Return the approximate seconds per token."""
         if name not in self.paces:
             args = {"ids": token_ids(1, PROBE)} | ({"attention": "sdpa"} if name == "transformers" else {})
             self.paces[name] = self.worker(name).ask("hidden", args)["seconds"] / PROBE
         return self.paces[name]
 
     def proteins(self, default: int) -> list[str]:
+        """Return the sequences to use, `default` of them unless the settings give a number."""
         assert self.folder
         sequences = json.loads((self.folder / PROTEINS).read_text())
         return [sequence for sequence in sequences if len(sequence) <= LONGEST][: self.settings.proteins or default]
@@ -193,9 +209,19 @@ class Session:
         tokens: int = 0,
         precision: str = "",
     ) -> Runner:
-        """A call of a peer's method, as `work` per second. `warm` replaces arguments of a smaller warm-up.
+        """Return a runner that calls a peer's method and measures `work` per second.
 
-        `tokens` is how many it has, for a guess of its time.
+        Args:
+            call: name of the method.
+            args: its arguments.
+            process: the worker.
+            name: name of the runner; by default that of the worker.
+            work: amount of work of a call.
+            warm: replaces arguments, for a smaller warm-up.
+            needed: rounds to measure even after the time budget.
+            cores: cores of the worker; 0 means all.
+            tokens: number of tokens, to estimate the time.
+            precision: of the result, if different from that of the case.
         """
         if (process, cores) not in self.workers:
             self.workers[process, cores] = self.pool.submit(self.start, process, cores)
@@ -211,7 +237,7 @@ class Session:
         return Runner(name or process, run, warm_up, needed, lambda: tokens and tokens * self.pace(process), precision)
 
     def everyone(self, call: str, args: dict[str, Any], attentions: tuple[str, ...], **options: Any) -> list[Runner]:
-        """The same call of all peers that have this model."""
+        """Return runners of the same call for all peers that support this model."""
         runners = [self.runner(call, args, OURS, **options)]
         for attention in attentions:
             theirs, needed = args | {"attention": attention}, int(attention == "sdpa")
@@ -227,13 +253,14 @@ class Session:
 
 
 def token_ids(rows: int, length: int) -> list[list[int]]:
-    """Rows of residues between <cls> and <eos>."""
+    """Return rows of random residues between <cls> and <eos>."""
     ids = np.random.default_rng(0).integers(4, 24, (rows, length))
     ids[:, 0], ids[:, -1] = 0, 2
     return ids.tolist()
 
 
 def bulk(s: Session) -> Iterator[Case]:
+    """Measure embedding of proteins of several lengths."""
     sequences = s.proteins(16 if s.shape.hidden >= 1280 else 64)
     args: dict[str, Any] = {"sequences": sequences}
     residues = sum(map(len, sequences))
@@ -249,12 +276,14 @@ def bulk(s: Session) -> Iterator[Case]:
 
 
 def uniform(s: Session) -> Iterator[Case]:
+    """Measure the hidden states of a batch without padding."""
     ids = token_ids(4, 512)
     runners = s.everyone("hidden", {"ids": ids}, ("sdpa", "eager"), warm={"ids": ids[:1]}, tokens=2048)
     yield Case("4 x 512 tokens", "ms", runners)
 
 
 def single(s: Session) -> Iterator[Case]:
+    """Measure the hidden states of one protein."""
     for residues in (64, 256, LONGEST):
         ids = token_ids(1, residues + 2)
         runners = s.everyone("hidden", {"ids": ids}, ("sdpa", "eager"), tokens=residues)
@@ -262,12 +291,13 @@ def single(s: Session) -> Iterator[Case]:
 
 
 def contacts(s: Session) -> Iterator[Case]:
+    """Measure the contacts of one protein."""
     runners = s.everyone("contacts", {"ids": token_ids(1, 258)}, ("eager",), tokens=256)
     yield Case("256 residues", "ms", runners)
 
 
 def masked_batches(lengths: list[int], rows: int) -> list[dict[str, Any]]:
-    """Random sequences of these lengths, in batches of `rows` as they arrive, of whose residues 15% are to be told."""
+    """Return batches of `rows` random sequences with these lengths, in their order, with 15% of the residues masked."""
     rng, batches = np.random.default_rng(1), []
     for start in range(0, len(lengths), rows):
         sizes = np.array(lengths[start : start + rows])
@@ -283,9 +313,9 @@ def masked_batches(lengths: list[int], rows: int) -> list[dict[str, Any]]:
 
 
 def training(s: Session) -> Iterator[Case]:
-    """Steps of AdamW: of equal lengths, of proteins as they arrive, and the peak memory of both."""
+    """Measure steps of AdamW on equal lengths and on proteins as they arrive, and the peak memory of both."""
     lengths = [len(protein) + 2 for protein in s.proteins(16)]
-    # Eight of these proteins in a batch would take transformers 20 GB at 150M, and kernels off more.
+    # With eight of these proteins in a batch, transformers needs 20 GB at 150M, and ours without kernels more.
     steps = {"8 x 256 tokens": ([256] * 8, 8), f"{len(lengths)} proteins as they arrive, 4 a batch": (lengths, 4)}
     peer, theirs = "transformers sdpa", {"attention": "sdpa"}
     calls = {name: {"case": name, "batches": masked_batches(*step)} for name, step in steps.items()}
@@ -299,7 +329,7 @@ def training(s: Session) -> Iterator[Case]:
 
 
 def lora(s: Session) -> Iterator[Case]:
-    """Steps of AdamW on LoRA adapters of query and value, beside PEFT's, and their peak memory."""
+    """Measure steps of AdamW on LoRA adapters of query and value, compared with PEFT, and their peak memory."""
     name, sizes = "4 x 256 tokens", [256] * 4
     peer, theirs = "transformers sdpa, PEFT", {"attention": "sdpa"}
     args = {"case": name, "batches": masked_batches(sizes, 4), "lora": True}
@@ -309,8 +339,11 @@ def lora(s: Session) -> Iterator[Case]:
 
 
 def fold(s: Session) -> Iterator[Case]:
-    """One pass of a folding trunk with its structure module, and its peak memory beside transformers' smallest; of the
-    whole model, loading and one pass over a protein, in fresh processes."""
+    """Measure one pass of a folding trunk with its structure module, and its peak memory.
+
+    The peak memory is compared with transformers' smallest chunks. For ESMFold the workload is loading and one pass
+    over a protein, in fresh processes.
+    """
     smallest = chunks_of(CHUNKS[0])
     if s.model == "ESMFold":
         args = "100 residues", "fold", {"length": 100}, *smallest
@@ -330,19 +363,19 @@ def fold(s: Session) -> Iterator[Case]:
 
 
 def chunks_of(size: int | None) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments of transformers' folding in chunks of so many rows."""
+    """Return the name and arguments of transformers' folding with this chunk size in rows."""
     return f"transformers, {f'chunks of {size}' if size else 'in one chunk'}", {"chunk_size": size}
 
 
 def quantized(s: Session) -> Iterator[Case]:
-    """Checkpoints in fewer bits: bulk embedding, what it takes of memory, and one short sequence."""
+    """Measure checkpoints with fewer bits: bulk embedding, its memory, and one short sequence."""
     assert s.folder
-    s.close()  # the peak memory is to be that of what is done here
+    s.close()  # so that the peak memory is that of this workload
     for name in CONVERTED:
         dtype = "bfloat16" if name == OURS_BFLOAT16 else "float32"
         s.processes[name] = Process(OURS, s.folder.with_name(name), dtype)
     s.processes[BFLOAT16] = Process("transformers", s.folder, "bfloat16")
-    schedule = {"attention": "sdpa", "schedule": "one at a time"}  # the best of float32 on a CPU
+    schedule = {"attention": "sdpa", "schedule": "one at a time"}  # the fastest in float32 on a CPU
     theirs = {"transformers": BEST[0], BFLOAT16: BFLOAT16, DYNAMIC: DYNAMIC}
     named = {OURS: OURS, **{name: name for name in CONVERTED}, **theirs}
 
@@ -355,7 +388,7 @@ def quantized(s: Session) -> Iterator[Case]:
         return found
 
     def held(what: Callable[[Worker, str], float]) -> list[Runner]:
-        """What is asked of the same processes, in bytes."""
+        """Return runners that measure bytes of the same processes."""
 
         def runner(process: str, name: str) -> Runner:
             return Runner(name, lambda keep: what(s.worker(process), process), needed=1)
@@ -366,7 +399,7 @@ def quantized(s: Session) -> Iterator[Case]:
         return worker.ready["weights_bytes"]
 
     def peak(worker: Worker, process: str) -> float:
-        """Asked while it embeds the shortest once more."""
+        """Return the peak memory, with one more embedding of the shortest sequence."""
         more = schedule if process in theirs else {}
         return worker.ask("embed", {"sequences": [min(sequences, key=len)]} | more)["peak_bytes"]
 
@@ -381,7 +414,7 @@ def quantized(s: Session) -> Iterator[Case]:
 
 
 def encoder(s: Session) -> Iterator[Case]:
-    """The encoder, against its matrix products alone: the ratio is the share of the machine's speed."""
+    """Measure the encoder and its matrix products: the ratio is the fraction of the machine's speed."""
     rows, length, layers = 4, 512, 4
     ids, flops = token_ids(rows, length), s.shape.layer_flops(rows, length)
     model = s.runner("hidden", {"ids": ids}, OURS, work=flops * s.shape.layers, warm={"ids": ids[:1]})
@@ -395,7 +428,7 @@ def encoder(s: Session) -> Iterator[Case]:
 
 
 def gemm(s: Session) -> Iterator[Case]:
-    """The products of the linear layers of a model, beside what the machine could do at most."""
+    """Measure the products of the linear layers of a model, compared with the peak of the machine."""
     hidden = s.shape.hidden
     for inputs, outputs in ((hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)):
         for tokens in TOKENS:
@@ -414,6 +447,7 @@ def gemm(s: Session) -> Iterator[Case]:
 
 
 def scaling(s: Session) -> Iterator[Case]:
+    """Measure embedding on 1, 2, 4, … cores."""
     sequences, most = s.proteins(16), s.settings.cores
     counts = [most, *(2**n for n in reversed(range(most.bit_length())) if 2**n < most)]
     runners = [
@@ -433,12 +467,12 @@ def scaling(s: Session) -> Iterator[Case]:
 
 
 def loading(s: Session) -> Iterator[Case]:
-    """Checkpoint and a first forward of 8 tokens, in fresh processes; without the imports."""
+    """Measure loading a checkpoint and a first forward pass of 8 tokens, in fresh processes, without the imports."""
     yield started(s, "and 8 tokens", "hidden", {"ids": token_ids(1, 8)}, "transformers sdpa", {"attention": "sdpa"})
 
 
 def started(s: Session, case: str, call: str, args: dict[str, Any], peer: str, theirs: dict[str, Any]) -> Case:
-    """Loading and a first call in fresh processes, beside transformers, which takes the arguments `theirs` besides."""
+    """Return a case of loading and a first call in fresh processes. `theirs` are more arguments for transformers."""
 
     def runner(name: str, process: str, args: dict[str, Any]) -> Runner:
         def run(keep: Path | None) -> float:
@@ -452,7 +486,7 @@ def started(s: Session, case: str, call: str, args: dict[str, Any], peer: str, t
 
 
 def memory(s: Session) -> Iterator[Case]:
-    """Peak memory of bulk embedding."""
+    """Measure the peak memory of bulk embedding."""
     sequences = s.proteins(16)
     attention, schedule = s.best_schedule.removeprefix("transformers ").split(", ")
     args, theirs = {"sequences": sequences}, {"attention": attention, "schedule": schedule}
@@ -460,7 +494,7 @@ def memory(s: Session) -> Iterator[Case]:
 
 
 def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], peer: str, theirs: dict[str, Any]) -> Case:
-    """Of a call in fresh processes, beside transformers, which takes the arguments `theirs` besides."""
+    """Return a case of peak memory in fresh processes. `theirs` are more arguments for transformers."""
 
     def runner(name: str, process: str, args: dict[str, Any]) -> Runner:
         def run(keep: Path | None) -> float:
@@ -475,7 +509,7 @@ def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], peer: st
 
 WITHOUT_CHECKPOINT = {"gemm"}
 
-# In this order: those in fresh processes close the workers, and training changes their weights.
+# The order matters: workloads in fresh processes close the workers, and training changes their weights.
 WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]] = {
     "bulk": (bulk, ("8M", "150M", "650M", "ESM-1b", *ESMC)),
     "uniform": (uniform, ("8M", "150M", "650M", *ESMC)),
@@ -494,10 +528,10 @@ WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]
 
 
 def alternate(session: Session, workload: str, case: Case, scratch: Path, budget: float) -> Result:
-    """Rounds in which one peer after the other is measured, in turned order every second time.
+    """Measure all peers in rounds, every second round in reverse order.
 
-    Ours, and after the first round the best peer, go on until there are enough rounds; the others only as long as
-    the budget, in seconds, lasts. A peer whose answer is not ours has failed.
+    Ours, and after the first round the best peer, are measured in every round; the others only within the budget in
+    seconds. A peer whose result differs from ours has failed.
     """
     session.wait()
     settings, result = session.settings, Result(workload, session.model, case.name, case.unit)
@@ -528,7 +562,7 @@ def alternate(session: Session, workload: str, case: Case, scratch: Path, budget
             difference = np.abs(answers[name] - answers[OURS]).max() / np.abs(answers[OURS]).max()
             result.deviation[name] = float(difference)
             if not difference <= TOLERANCE[runner.precision or case.dtype or settings.dtype]:
-                raise RuntimeError(f"its answer differs from ours by {difference:.1e}")
+                raise RuntimeError(f"its result differs from ours by {difference:.1e}")
 
     for turn in range(settings.repeats):
         if turn >= ours.needed and not fits(ours, *(runner for runner in others if runner.needed > 1)):
@@ -541,7 +575,7 @@ def alternate(session: Session, workload: str, case: Case, scratch: Path, budget
                 if runner is ours or turn < runner.needed or fits(runner):
                     result.rounds[-1][runner.name] = measure(runner)
                 elif turn == 0:
-                    result.absent[runner.name] = "left out: no time"
+                    result.absent[runner.name] = "skipped: no time left"
             except NotInstalled as reason:
                 result.absent[runner.name] = str(reason)
             except RuntimeError as reason:

@@ -1,1 +1,1 @@
-"""Scripts that turn checkpoints of other projects into folders that this library and transformers load."""
+"""Scripts that convert checkpoints of other projects to folders that this library and transformers load."""

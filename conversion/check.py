@@ -1,16 +1,16 @@
-"""Compare a converted model with the original on real proteins, computed by the original's own code.
+"""Compare a converted model with the original on real proteins.
 
     python conversion/check.py esm2_t6_8M_UR50D esm2_t6_8M_UR50D.pt
     python conversion/check.py mlx-esm weights/esm1-202402151405.npz
     python conversion/check.py ESMC-300M esmc_300m_2024_12_v0.pth
 
-Of a `.pt` file the original is fair-esm on torch (`pip install fair-esm torch`). Its loader unpickles the file, and a
-pickle can run any program: check only files that you trust. Converting executes nothing. Of an `.npz` file the original
-is mlx-esm's network, of a `.pth` file ESMC's; both are written down below in NumPy and computed in float64.
+Checking a `.pt` file loads it with fair-esm and torch (`pip install fair-esm torch`), which can run arbitrary code.
+Only check files you trust. Converting a file runs no code from it. For an `.npz` file the original is mlx-esm's
+network, for a `.pth` file that of ESMC. Both are implemented below in NumPy and computed in float64.
 
-Both see one protein at a time. For every output the table has the largest difference over all proteins beside the
-output's scale, its largest absolute value. The exit code is 0 where every difference is at most 1e-4 of the scale, and
-else 1.
+Both models see one protein at a time. For each output the table shows the largest difference over all proteins, and the
+scale of the output: its largest absolute value. The exit code is 0 if every difference is at most 1e-4 of the scale,
+and 1 otherwise.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from mlx_esm_hf import EsmcTokenizer, MLXAutoModelForMaskedLM
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
 from mlx_esm_hf.data.proteins import read_proteins
 
-# Of an output's scale. In float32 two implementations differ by some 1e-6 of it, and where one is wrong by far more.
+# Relative to the scale of an output. Two correct float32 implementations differ by about 1e-6, wrong ones by far more.
 BAR = 1e-4
-LONGEST = 1022  # residues: what ESM-1b and ESM-1v take; longer proteins are cut there
+LONGEST = 1022  # residues, the limit of ESM-1b and ESM-1v; longer proteins are truncated
 
-Outputs = dict[str, np.ndarray]  # by name: [tokens, ...], of contacts [residues, residues]
-Original = Callable[[str], tuple[list[int], Outputs]]  # from a sequence to its token ids, and to what the model says
+Outputs = dict[str, np.ndarray]  # {name: [tokens, ...], or [residues, residues] for contacts}
+Original = Callable[[str], tuple[list[int], Outputs]]  # from a sequence to (token ids, outputs)
 
 
 def converted_outputs(model: Any, ids: list[int], contacts: bool) -> Outputs:
+    """Return the outputs of the converted model for one protein."""
     output: Any = model([ids], output_hidden_states=True)
     arrays = {"logits": output.logits, **{f"layer {i}": x for i, x in enumerate(output.hidden_states)}}
     if contacts:
@@ -47,7 +48,7 @@ def converted_outputs(model: Any, ids: list[int], contacts: bool) -> Outputs:
 
 
 def load_fair_esm(path: Path) -> Original:
-    """fair-esm's model, through its own classes and its own loader."""
+    """Load a model of fair-esm with fair-esm's own loader, which can run arbitrary code from the file."""
     import esm
     import torch
 
@@ -73,7 +74,7 @@ def load_fair_esm(path: Path) -> Original:
 
 
 def load_mlx_esm(path: Path) -> Original:
-    """mlx-esm's network in NumPy, as its weights and its alphabet describe it."""
+    """Load weights of mlx-esm for its network in NumPy."""
     with np.load(path, allow_pickle=False) as file:
         weights = {key: array.astype(np.float64) for key, array in file.items()}
     alphabet = "%$*-.?ABCDEFGHIKLMNOPQRSTUVWXYZ^"
@@ -86,7 +87,7 @@ def load_mlx_esm(path: Path) -> Original:
 
 
 def mlx_esm(weights: dict[str, np.ndarray], ids: np.ndarray, heads: int = 4) -> Outputs:
-    """The network: token ids [L] to logits [L, 32] and the states before the first and after each layer, [L, D]."""
+    """Compute mlx-esm's network: token ids [L] to logits [L, 32] and the states before and after each layer, [L, D]."""
 
     def linear(x: np.ndarray, name: str) -> np.ndarray:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -123,7 +124,7 @@ def mlx_esm(weights: dict[str, np.ndarray], ids: np.ndarray, heads: int = 4) -> 
 
 
 def load_esmc(path: Path) -> Original:
-    """ESMC's network in NumPy, under the names that its weights were published with."""
+    """Load published weights of ESMC for its network in NumPy."""
     weights = {
         key: np.array(array.astype(mx.float32)).astype(np.float64) for key, array in load_torch_bin(path).items()
     }
@@ -137,8 +138,10 @@ def load_esmc(path: Path) -> Original:
 
 
 def esmc(weights: dict[str, np.ndarray], ids: np.ndarray, head_dim: int = 64) -> Outputs:
-    """The network: token ids [L] to logits [L, 64] and the states before the first and after each layer, [L, D]; those
-    after the last are behind the layer norm."""
+    """Compute ESMC's network: token ids [L] to logits [L, 64] and the states before and after each layer, [L, D].
+
+    The final layer norm is applied to the states after the last layer.
+    """
 
     def linear(x: np.ndarray, name: str) -> np.ndarray:
         return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
@@ -183,6 +186,7 @@ def esmc(weights: dict[str, np.ndarray], ids: np.ndarray, head_dim: int = 64) ->
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
+    """Return the exact GELU."""
     return x * (1 + np.vectorize(math.erf, otypes=[x.dtype])(x / math.sqrt(2))) / 2
 
 
@@ -190,10 +194,10 @@ LOADERS: dict[str, Callable[[Path], Original]] = {".npz": load_mlx_esm, ".pth": 
 
 
 def compare(converted: Path, original: Original, fasta: Path) -> dict[str, tuple[float, float]]:
-    """For every output the largest difference over all proteins, and the scale.
+    """Return {output: (largest difference over all proteins, scale)}.
 
     Raises:
-        ValueError: the two make different tokens of a protein, or outputs of different shapes.
+        ValueError: the two models have different tokens for a protein, or outputs of different shapes.
     """
     model = MLXAutoModelForMaskedLM.from_pretrained(converted, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(converted)
@@ -202,10 +206,10 @@ def compare(converted: Path, original: Original, fasta: Path) -> dict[str, tuple
         sequence = protein.sequence[:LONGEST]
         ids, theirs = original(sequence)
         if tokenizer(sequence)["input_ids"] != ids:
-            raise ValueError(f"{protein.id}: the converted tokenizer makes other tokens of it than the original.")
+            raise ValueError(f"{protein.id}: the converted tokenizer and the original give different tokens.")
         ours = converted_outputs(model, ids, "contacts" in theirs)
         if {name: x.shape for name, x in ours.items()} != {name: x.shape for name, x in theirs.items()}:
-            raise ValueError(f"{protein.id}: the converted model has other layers or sizes than the original.")
+            raise ValueError(f"{protein.id}: the converted model and the original have different layers or sizes.")
         for name, x in theirs.items():
             largest, scale = table.get(name, (0.0, 0.0))
             table[name] = np.maximum(largest, np.abs(ours[name] - x).max()), np.maximum(scale, np.abs(x).max())
@@ -215,10 +219,10 @@ def compare(converted: Path, original: Original, fasta: Path) -> dict[str, tuple
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Compare a converted model with the original on real proteins.",
-        epilog="A .pt file is loaded by fair-esm, which executes what is in it: check only files that you trust.",
+        epilog="A .pt file is loaded by fair-esm, which can run arbitrary code from it: only check files you trust.",
     )
-    parser.add_argument("converted", type=Path, help="the folder that was converted")
-    parser.add_argument("original", type=Path, help="the .pt, .npz or .pth file that it was made from")
+    parser.add_argument("converted", type=Path, help="the converted folder")
+    parser.add_argument("original", type=Path, help="the .pt, .npz or .pth file it was converted from")
     parser.add_argument("--fasta", type=Path, default=Path(__file__).parents[1] / "examples" / "proteins.fasta")
     options = parser.parse_args()
     load = LOADERS.get(options.original.suffix, load_fair_esm)
@@ -227,13 +231,13 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if not table:
-        sys.exit(f"error: {options.fasta} has no proteins.")
+        sys.exit(f"error: {options.fasta} contains no proteins.")
     print(f"{'output':10} {'difference':>11} {'scale':>11} {'of scale':>9}")
     for name, (difference, scale) in table.items():
         print(f"{name:10} {difference:11.2e} {scale:11.2e} {difference / scale:9.1e}")
-    # Written so that a difference that is no number fails, too.
+    # `<=` is False for NaN, so a NaN difference fails.
     passed = all(difference <= BAR * scale for difference, scale in table.values())
-    print(f"{'Equal' if passed else 'DIFFERENT'}: the bar is {BAR:.0e} of the scale.")
+    print(f"{'Equal' if passed else 'DIFFERENT'}: the tolerance is {BAR:.0e} of the scale.")
     sys.exit(0 if passed else 1)
 
 

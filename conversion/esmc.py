@@ -1,8 +1,8 @@
-"""The open weights of ESMC, in the layout of the `esm` package, become a folder in that of Hugging Face.
+"""Convert the open weights of ESMC from the layout of the `esm` package to a Hugging Face folder.
 
     python conversion/esmc.py esmc_300m_2024_12_v0.pth ESMC-300M
 
-Nothing in the file is executed, and neither torch nor esm is needed. Weights keep their dtype.
+No code from the file is run, and neither torch nor esm is needed. Weights keep their dtype.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.models.esmc.names import SEPARATED
 
-HEAD_DIM = 64  # in every model that was published; the shapes of weights do not tell
-BLOCKS = "transformer.blocks."  # before the numbers of layers
+HEAD_DIM = 64  # of all published models; it cannot be derived from the shapes of the weights
+BLOCKS = "transformer.blocks."  # prefix of the layer numbers
 
 
 def convert(checkpoint: Path, output: Path) -> MLXEsmcForMaskedLM:
-    """Write `config.json`, `model.safetensors` and the files of the tokenizer into the folder `output`.
+    """Write `config.json`, `model.safetensors` and the tokenizer files into the folder `output`.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: a damaged or hostile file, or not all weights of an ESMC.
+        CheckpointError: the file is damaged or malicious, or is not a complete ESMC.
         OSError: a file cannot be read or written.
     """
     state = load_torch_bin(checkpoint)
@@ -46,18 +46,19 @@ def convert(checkpoint: Path, output: Path) -> MLXEsmcForMaskedLM:
 
 
 def make_config(state: dict[str, mx.array], checkpoint: Path) -> MLXEsmcConfig:
-    """
+    """Return the config that fits the weights.
+
     Raises:
-        CheckpointError: these are not the weights of an ESMC.
+        CheckpointError: they are not those of an ESMC.
     """
     layers = {key.split(".")[2] for key in state if key.startswith(BLOCKS)}
     try:
         vocab_size, hidden_size = state["embed.weight"].shape
         _, intermediate_size = state[f"{BLOCKS}0.ffn.3.weight"].shape
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} does not hold the weights of an ESMC ({error}).") from error
+        raise CheckpointError(f"{checkpoint} does not contain the weights of an ESMC ({error}).") from error
     if hidden_size % HEAD_DIM:
-        raise CheckpointError(f"{checkpoint} is {hidden_size} wide; the heads of ESMC are {HEAD_DIM} each.")
+        raise CheckpointError(f"{checkpoint}: the hidden size must be a multiple of {HEAD_DIM}, got {hidden_size}.")
     return MLXEsmcConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -68,26 +69,28 @@ def make_config(state: dict[str, mx.array], checkpoint: Path) -> MLXEsmcConfig:
 
 
 def separated(state: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The weights with the matrices that were one as several, under their names here; the others as they are."""
+    """Return the weights with fused matrices split and renamed. Other weights are unchanged."""
     found = {}
     for key, array in state.items():
-        ending = next((ending for ending in SEPARATED if key.endswith(ending)), None)
-        if ending is None:
+        suffix = next((suffix for suffix in SEPARATED if key.endswith(suffix)), None)
+        if suffix is None:
             found[key] = array
             continue
-        layer = key.removeprefix(BLOCKS).removesuffix(ending)
-        names = SEPARATED[ending]
+        layer = key.removeprefix(BLOCKS).removesuffix(suffix)
+        names = SEPARATED[suffix]
         if array.shape[0] % len(names):
-            raise CheckpointError(f"{key} has {array.shape[0]} rows, which are no {len(names)} matrices.")
+            raise CheckpointError(
+                f"{key}: the number of rows must be a multiple of {len(names)}, got {array.shape[0]}."
+            )
         for name, part in zip(names, mx.split(array, len(names)), strict=True):
             found[f"layers.{layer}.{name}.weight"] = part
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert the open weights of ESMC into the layout of Hugging Face.")
+    parser = argparse.ArgumentParser(description="Convert the open weights of ESMC to a Hugging Face folder.")
     parser.add_argument("checkpoint", type=Path, help="a .pth file")
-    parser.add_argument("output", type=Path, help="a folder")
+    parser.add_argument("output", type=Path, help="the folder to write")
     options = parser.parse_args()
     try:
         model = convert(options.checkpoint, options.output)

@@ -1,10 +1,10 @@
-"""A checkpoint of fair-esm (https://github.com/facebookresearch/esm) becomes a folder in the layout of Hugging Face.
+"""Convert a checkpoint of fair-esm (https://github.com/facebookresearch/esm) to a Hugging Face folder.
 
     python conversion/fair_esm.py esm2_t6_8M_UR50D.pt esm2_t6_8M_UR50D
 
-ESM-1, ESM-1b, ESM-1v and ESM-2 are read as fair-esm's own loader reads them (esm/pretrained.py), but nothing in the
-file is executed, and neither torch nor fair-esm is needed. The contact head comes from `NAME-contact-regression.pt`
-beside `NAME.pt`. Weights keep their dtype, and are in memory once.
+Reads ESM-1, ESM-1b, ESM-1v and ESM-2 like fair-esm's loader (esm/pretrained.py), but runs no code from the file and
+needs neither torch nor fair-esm. The contact head comes from `NAME-contact-regression.pt` next to `NAME.pt`. Weights
+keep their dtype, and are in memory only once.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmConfig,
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_checkpoint
 from mlx_esm_hf.errors import CheckpointError
 
-PAD, MASK = 1, 32  # of the alphabet of ESM-1b, ESM-1v and ESM-2
+PAD, MASK = 1, 32  # token ids of ESM-1b, ESM-1v and ESM-2
 
 
 def convert(checkpoint: Path, output: Path) -> MLXEsmForMaskedLM:
-    """Write `config.json`, `model.safetensors` and the files of the tokenizer into the folder `output`.
+    """Write `config.json`, `model.safetensors` and the tokenizer files into the folder `output`.
 
     Returns:
-        The model, as `read` does. Without a contact head the folder has none either, which whoever loads it is told.
+        The model, as from `read`. If it has no contact head, loading the folder reports that.
 
     Raises:
-        CheckpointError, OSError: as `read` does, and where the folder cannot be written.
+        CheckpointError: as in `read`.
+        OSError: a file cannot be read or written.
     """
     model = read(checkpoint)
     write_tokenizer(model.config, output)
@@ -41,10 +42,10 @@ def convert(checkpoint: Path, output: Path) -> MLXEsmForMaskedLM:
 
 
 def read(checkpoint: Path) -> MLXEsmForMaskedLM:
-    """The model of a checkpoint, in its dtype. Its `esm.contact_head` is None where there is no regression file.
+    """Read the model of a checkpoint, in its dtype. `esm.contact_head` is None if there is no regression file.
 
     Raises:
-        CheckpointError: a damaged or hostile file, or not a whole checkpoint of one of these models.
+        CheckpointError: the file is damaged or malicious, or is not a complete checkpoint of one of these models.
         OSError: a file cannot be read.
     """
     state, settings = load_torch_checkpoint(checkpoint)
@@ -53,18 +54,20 @@ def read(checkpoint: Path) -> MLXEsmForMaskedLM:
         model = MLXEsmForMaskedLM(make_config(settings, state))
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint} is no checkpoint of ESM-1, ESM-1b, ESM-1v or ESM-2: {reason}.") from error
+        raise CheckpointError(
+            f"{checkpoint} is not a checkpoint of ESM-1, ESM-1b, ESM-1v or ESM-2: {reason}."
+        ) from error
     if model.config.position_embedding_type == "absolute":
-        # For token dropout. In the output projection, too, where the file holds both as one tensor.
+        # Token dropout needs this. It also zeroes the output projection if the file stores both as one tensor.
         state["embed_tokens.weight"][MASK] = 0
-    # One parameter in fair-esm, which loads the output projection last.
+    # fair-esm has one parameter for both and loads the output projection last.
     state["embed_tokens.weight"] = state.pop("lm_head.weight", state["embed_tokens.weight"])
 
     model.to(state["embed_tokens.weight"].dtype)
     regression = regression_file(checkpoint)
     if regression.exists():
         state |= load_torch_checkpoint(regression)[0]
-        model.esm.contact_head.set_dtype(mx.float32)  # as in that file, also beside a model in half precision
+        model.esm.contact_head.set_dtype(mx.float32)  # the dtype of that file, even if the model is in half precision
     else:
         model.esm.contact_head = None
     try:
@@ -75,27 +78,27 @@ def read(checkpoint: Path) -> MLXEsmForMaskedLM:
 
 
 def bare_name(key: str) -> str:
-    """A parameter's name in fair-esm; in its files it has the names of one or two modules of fairseq before it."""
+    """Return a parameter's name in fair-esm, without the prefixes of fairseq modules that its files have."""
     for prefix in ("encoder.", "decoder.", "sentence_encoder."):
         key = key.removeprefix(prefix)
     return key
 
 
 def regression_file(checkpoint: Path) -> Path:
+    """Return the path of the contact head's weights."""
     return checkpoint.with_name(f"{checkpoint.stem}-contact-regression.pt")
 
 
 def make_config(settings: dict[str, Any], state: dict[str, mx.array]) -> MLXEsmConfig:
-    """The config, equal to that of the published repository where there is one.
+    """Return the config, equal to that of the published repository if there is one.
 
     Args:
-        settings: what the checkpoint has beside the weights.
-        state: the weights, by their names in fair-esm.
+        settings: everything in the checkpoint except the weights.
+        state: the weights, with fair-esm's names.
 
     Raises:
-        KeyError: a setting is missing, or the embeddings are.
-        TypeError, ValueError, StrictDataclassError: a setting has a value that it cannot have, or not that of the
-            weights.
+        KeyError: a setting or the embeddings are missing.
+        TypeError, ValueError, StrictDataclassError: a setting is invalid, or does not fit the weights.
     """
     if "cfg" in settings:
         config = esm2_config(without_prefix(settings["cfg"]["model"], "encoder_"))
@@ -106,23 +109,24 @@ def make_config(settings: dict[str, Any], state: dict[str, mx.array]) -> MLXEsmC
         config = esm1b_config(without_prefix(settings["args"], "encoder_"), layer_norm)
     else:
         raise ValueError(f"its architecture is {settings['args']['arch']!r}")
-    # Before a model of any size is built.
+    # Checked before building a model, which could be of any size.
     layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
     table = (config.vocab_size, config.hidden_size)
     if config.num_hidden_layers != layers or state["embed_tokens.weight"].shape != table:
         raise ValueError(
-            f"its settings are those of {config.num_hidden_layers} layers and embeddings {table}, but its weights have "
-            f"{layers} and {state['embed_tokens.weight'].shape}"
+            f"its settings have {config.num_hidden_layers} layers and embeddings of shape {table}, but its weights "
+            f"have {layers} layers and embeddings of shape {state['embed_tokens.weight'].shape}"
         )
     return config
 
 
 def without_prefix(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the settings with a prefix removed from their names."""
     return {name.removeprefix(prefix): value for name, value in settings.items()}
 
 
 def esm1_config(args: dict[str, Any]) -> MLXEsmConfig:
-    """ESM-1. transformers has no such model, and the Hub no such config."""
+    """Return the config of an ESM-1. transformers has no such model."""
     return MLXEsm1Config(
         hidden_size=args["embed_dim"],
         num_hidden_layers=args["layers"],
@@ -134,7 +138,7 @@ def esm1_config(args: dict[str, Any]) -> MLXEsmConfig:
 
 
 def esm1b_config(args: dict[str, Any], emb_layer_norm_before: bool) -> MLXEsmConfig:
-    """ESM-1b and ESM-1v, which differ in the layer norm behind the embeddings."""
+    """Return the config of ESM-1b or ESM-1v. They differ in the layer norm after the embeddings."""
     return esm_config(
         args,
         intermediate_size=args["ffn_embed_dim"],
@@ -146,6 +150,7 @@ def esm1b_config(args: dict[str, Any], emb_layer_norm_before: bool) -> MLXEsmCon
 
 
 def esm2_config(cfg: dict[str, Any]) -> MLXEsmConfig:
+    """Return the config of an ESM-2."""
     return esm_config(
         cfg,
         intermediate_size=4 * cfg["embed_dim"],
@@ -156,7 +161,7 @@ def esm2_config(cfg: dict[str, Any]) -> MLXEsmConfig:
 
 
 def esm_config(settings: dict[str, Any], **fields: Any) -> MLXEsmConfig:
-    """What ESM-1b, ESM-1v and ESM-2 have in common."""
+    """Return a config with the common settings of ESM-1b, ESM-1v and ESM-2."""
     return MLXEsmConfig(
         vocab_size=len(get_default_vocab_list()),
         pad_token_id=PAD,
@@ -172,6 +177,7 @@ def esm_config(settings: dict[str, Any], **fields: Any) -> MLXEsmConfig:
 
 
 def write_tokenizer(config: MLXEsmConfig, output: Path) -> None:
+    """Write the tokenizer of the model into a folder, which is created if necessary."""
     output.mkdir(parents=True, exist_ok=True)
     if isinstance(config, MLXEsm1Config):
         Esm1Tokenizer().save_pretrained(output)
@@ -182,9 +188,11 @@ def write_tokenizer(config: MLXEsmConfig, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert a checkpoint of fair-esm into the layout of Hugging Face.")
-    parser.add_argument("checkpoint", type=Path, help="a .pt file; its -contact-regression.pt is looked for beside it")
-    parser.add_argument("output", type=Path, help="a folder")
+    parser = argparse.ArgumentParser(description="Convert a checkpoint of fair-esm to a Hugging Face folder.")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a .pt file; its -contact-regression.pt must be in the same folder"
+    )
+    parser.add_argument("output", type=Path, help="the folder to write")
     options = parser.parse_args()
     try:
         model = convert(options.checkpoint, options.output)
@@ -192,8 +200,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"{options.output}: {model.num_parameters():,} parameters, {str(model.dtype).rpartition('.')[2]}")
     if model.esm.contact_head is None:
-        why = "ESM-1v has none" if "esm1v" in options.checkpoint.name else f"no {regression_file(options.checkpoint)}"
-        print(f"It has no contact head ({why}): loading it says so, and it predicts no contacts.")
+        name = options.checkpoint.name
+        why = "ESM-1v has none" if "esm1v" in name else f"{regression_file(options.checkpoint)} not found"
+        print(f"It has no contact head ({why}): loading reports this, and it cannot predict contacts.")
 
 
 if __name__ == "__main__":

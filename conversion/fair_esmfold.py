@@ -1,10 +1,10 @@
-"""ESMFold of fair-esm becomes a folder in the layout of Hugging Face, with its language model in it.
+"""Convert ESMFold of fair-esm, with its language model, to a Hugging Face folder.
 
     python -m conversion.fair_esmfold esmfold_3B_v1.pt esm2_t36_3B_UR50D.pt esmfold_v1
 
 fair-esm keeps the folding part and the language model in two files; esmfold_3B_v0.pt has the same layout. The settings
-are those of the first file, nothing in either is executed, and neither torch, fair-esm nor omegaconf is needed. The
-language model becomes float16, as fair-esm's folding makes it when it starts, and all weights are in memory once.
+come from the first file. No code from either is run, and neither torch, fair-esm nor omegaconf is needed. The language
+model is converted to float16, as fair-esm does when folding. All weights are in memory only once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mlx_esm_hf.checkpoint.torch_bin import load_torch_checkpoint, omegaconf_val
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.models.esmfold.residue_constants import RESTYPES_WITH_X
 
-# Settings of the structure module that have another name in transformers.
+# Settings of the structure module: {name in fair-esm: name in transformers}.
 RENAMES = {
     "c_s": "sequence_dim",
     "c_z": "pairwise_dim",
@@ -46,35 +46,36 @@ RENAMES = {
     "no_angles": "num_angles",
 }
 
-# Of the tokenizer of facebook/esmfold_v1; its padding is the residue 0, alanine.
+# Vocabulary of facebook/esmfold_v1. Its padding token is alanine, residue 0.
 VOCABULARY = (*RESTYPES_WITH_X, "<pad>", "<mask>", "<cls>", "<sep>", "<eos>")
 
 
 def convert(folding: Path, language_model: Path, output: Path) -> MLXEsmForProteinFolding:
-    """Write `config.json`, `model.safetensors` and the files of the tokenizer into the folder `output`.
+    """Write `config.json`, `model.safetensors` and the tokenizer files into the folder `output`, and return the model.
 
     Args:
-        folding: `esmfold_3B_v1.pt`. Weights of the language model in it, if there are any, count before those of the
-            other file, as in fair-esm.
-        language_model: `esm2_t36_3B_UR50D.pt`. Without its regression file beside it the model has no contact head,
-            which folding does not use.
+        folding: `esmfold_3B_v1.pt`. If it contains weights of the language model, they override those of the other
+            file, as in fair-esm.
+        language_model: `esm2_t36_3B_UR50D.pt`. Without its regression file in the same folder the model has no contact
+            head, which folding does not need.
+        output: the folder to write.
 
     Raises:
-        CheckpointError: a damaged or hostile file, not whole checkpoints of these models, or two that do not fit.
+        CheckpointError: a file is damaged or malicious, is not a complete checkpoint, or the two do not fit together.
         OSError: a file cannot be read or written.
     """
     state, settings = load_torch_checkpoint(folding)
-    # OpenFold 2 has the two projections to points in a module of their own.
+    # OpenFold 2 wraps the two projections to points in a module.
     state = {key.replace("_points.linear.", "_points."): array for key, array in state.items()}
     in_folding = {key: state.pop(key) for key in list(state) if key.startswith("esm.")}
     stem = fair_esm.read(language_model).half()
     for _, array in tree_flatten(stem.parameters()):
-        mx.eval(array)  # one by one, so that of a file in float32 each is let go before the next is cast
+        mx.eval(array)  # one by one, so that each float32 array is freed before the next one is cast
     try:
         model = MLXEsmForProteinFolding(make_config(settings, state, stem.config))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, StrictDataclassError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise CheckpointError(f"{folding} is no checkpoint of ESMFold: {reason}.") from error
+        raise CheckpointError(f"{folding} is not a checkpoint of ESMFold: {reason}.") from error
     if stem.esm.contact_head is None:
         model.esm.contact_head = None
     try:
@@ -88,17 +89,16 @@ def convert(folding: Path, language_model: Path, output: Path) -> MLXEsmForProte
 
 
 def make_config(settings: dict[str, Any], state: dict[str, mx.array], stem: MLXEsmConfig) -> MLXEsmConfig:
-    """The config of the folding model.
+    """Return the config of the folding model.
 
     Args:
-        settings: what the checkpoint has beside the weights.
+        settings: everything in the checkpoint except the weights.
         state: the weights of the folding part.
         stem: the config of the language model.
 
     Raises:
         KeyError: a setting is missing.
-        TypeError, ValueError, StrictDataclassError: a setting has a value that it cannot have, or not that of the
-            weights.
+        TypeError, ValueError, StrictDataclassError: a setting is invalid, or does not fit the weights.
     """
     settings = omegaconf_values(settings["cfg"]["model"])
     trunk = settings["trunk"]
@@ -108,7 +108,7 @@ def make_config(settings: dict[str, Any], state: dict[str, mx.array], stem: MLXE
     fold = known(settings, EsmFoldConfig) | {"fp16_esm": True, "trunk": trunk}
     fields = {"is_folding_model": True, "vocab_list": list(get_default_vocab_list()), "esmfold_config": fold}
     config = MLXEsmConfig.from_dict(stem.to_dict() | fields)
-    # Before a model of any size is built. Shapes are looked at when the weights are loaded.
+    # Checked before building a model, which could be of any size. Loading the weights checks their shapes.
     built = config.esmfold_config.trunk
     for modules, number in (
         ("trunk.blocks.", built.num_blocks),
@@ -117,17 +117,18 @@ def make_config(settings: dict[str, Any], state: dict[str, mx.array], stem: MLXE
     ):
         found = len({key.removeprefix(modules).split(".")[0] for key in state if key.startswith(modules)})
         if number != found:
-            raise ValueError(f"its settings are those of {number} {modules}*, but its weights have {found}")
+            raise ValueError(f"its settings have {number} {modules}*, but its weights have {found}")
     return config
 
 
 def known(settings: dict[str, Any], config: type) -> dict[str, Any]:
-    """The settings that a config of transformers has: others, such as `_name`, say nothing of the model."""
+    """Return the settings that a config of transformers has. Others, such as `_name`, do not describe the model."""
     names = {field.name for field in dataclasses.fields(config)}
     return {name: value for name, value in settings.items() if name in names}
 
 
 def write_tokenizer(output: Path) -> None:
+    """Write the tokenizer of ESMFold into a folder, which is created if necessary."""
     output.mkdir(parents=True, exist_ok=True)
     vocabulary = output / "vocab.txt"
     vocabulary.write_text("\n".join(VOCABULARY), encoding="utf-8")
@@ -135,10 +136,10 @@ def write_tokenizer(output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert ESMFold of fair-esm into the layout of Hugging Face.")
+    parser = argparse.ArgumentParser(description="Convert ESMFold of fair-esm to a Hugging Face folder.")
     parser.add_argument("folding", type=Path, help="esmfold_3B_v1.pt")
     parser.add_argument("language_model", type=Path, help="esm2_t36_3B_UR50D.pt")
-    parser.add_argument("output", type=Path, help="a folder")
+    parser.add_argument("output", type=Path, help="the folder to write")
     options = parser.parse_args()
     try:
         model = convert(options.folding, options.language_model, options.output)

@@ -1,9 +1,9 @@
-"""Weights of the first MLX port, mlx-esm (https://github.com/usmanm/mlx-esm), become a folder that this library loads.
+"""Convert weights of the first MLX port, mlx-esm (https://github.com/usmanm/mlx-esm), for this library.
 
     python conversion/mlx_esm_npz.py weights/esm1-202402151405.npz mlx-esm
 
-Its network is ESM-1 with a few differences, all of which `MLXEsm1Config` has a field for, and an alphabet of its own.
-It did not mask padding in attention, which this library does: single sequences have the same answers.
+Its network is ESM-1 with its own alphabet and a few differences, which `MLXEsm1Config` describes. mlx-esm does not mask
+padding in attention and this library does, so outputs agree for single sequences only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlx_esm_hf.errors import CheckpointError
 
 # Padding, end, mask, two gaps, unknown, residues, start.
 ALPHABET = "%$*-.?ABCDEFGHIKLMNOPQRSTUVWXYZ^"
-HEADS = 4  # in every model that it makes; the shapes of weights do not tell
+HEADS = 4  # of all its models; it cannot be derived from the shapes of the weights
 
 NAMES = Dialect(
     renames=(
@@ -38,17 +38,17 @@ NAMES = Dialect(
         ("out.bias", "lm_head.bias"),
     )
 )
-LAYERS = "transformer_layers.layers."  # before their numbers; here it is "encoder.layer."
+LAYERS = "transformer_layers.layers."  # prefix of the layer numbers; ours is "encoder.layer."
 
 
 def convert(weights: Path, output: Path) -> MLXEsmForMaskedLM:
-    """Write `config.json`, `model.safetensors` and the files of the tokenizer into the folder `output`.
+    """Write `config.json`, `model.safetensors` and the tokenizer files into the folder `output`.
 
     Returns:
         The model. It has no contact head: its `esm.contact_head` is None.
 
     Raises:
-        CheckpointError: a damaged file, one with pickled objects in it, or not all weights of such a network.
+        CheckpointError: the file is damaged, contains pickled objects, or is not a complete network of mlx-esm.
         OSError: a file cannot be read or written.
     """
     state = read_weights(weights)
@@ -65,23 +65,41 @@ def convert(weights: Path, output: Path) -> MLXEsmForMaskedLM:
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Read an `.npz` file of arrays.
+
+    Raises:
+        CheckpointError: it is damaged or contains pickled objects.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (AttributeError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:  # or it is no .npz
-        raise CheckpointError(f"{path} is not an .npz file of plain arrays ({error}). Nothing was executed.") from error
+    except (
+        AttributeError,
+        EOFError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:  # as raised for files that are not .npz
+        raise CheckpointError(
+            f"{path} is not an .npz file of plain arrays ({error}). No code from it was run."
+        ) from error
 
 
 def make_config(state: dict[str, np.ndarray], path: Path) -> MLXEsm1Config:
+    """Return the config that fits the weights.
+
+    Raises:
+        CheckpointError: they are not those of mlx-esm.
+    """
     layers = {key.split(".")[2] for key in state if key.startswith(LAYERS)}
     try:
         (tokens, hidden_size), (intermediate_size, _) = (
             state[key].shape for key in ("embed_tokens.weight", f"{LAYERS}0.fc1.weight")
         )
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} does not hold the weights of mlx-esm's ESM1 ({error}).") from error
+        raise CheckpointError(f"{path} does not contain the weights of mlx-esm's ESM1 ({error}).") from error
     if tokens != len(ALPHABET):
-        raise CheckpointError(f"{path} has {tokens} tokens, and the alphabet of mlx-esm {len(ALPHABET)}.")
+        raise CheckpointError(f"{path}: expected {len(ALPHABET)} tokens, as in the alphabet of mlx-esm, got {tokens}.")
     return MLXEsm1Config(
         vocab_size=len(ALPHABET),
         vocab_list=list(ALPHABET),
@@ -100,6 +118,7 @@ def make_config(state: dict[str, np.ndarray], path: Path) -> MLXEsm1Config:
 
 
 def write_tokenizer(output: Path) -> None:
+    """Write the tokenizer of mlx-esm into a folder, which is created if necessary."""
     output.mkdir(parents=True, exist_ok=True)
     vocabulary = output / "vocab.txt"
     vocabulary.write_text("\n".join(ALPHABET), encoding="utf-8")
@@ -108,15 +127,15 @@ def write_tokenizer(output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert weights of mlx-esm into the layout of Hugging Face.")
+    parser = argparse.ArgumentParser(description="Convert weights of mlx-esm to a Hugging Face folder.")
     parser.add_argument("weights", type=Path, help="an .npz file")
-    parser.add_argument("output", type=Path, help="a folder")
+    parser.add_argument("output", type=Path, help="the folder to write")
     options = parser.parse_args()
     try:
         model = convert(options.weights, options.output)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{options.output}: {model.num_parameters():,} parameters. It has no contact head: loading it says so.")
+    print(f"{options.output}: {model.num_parameters():,} parameters. It has no contact head: loading reports this.")
 
 
 if __name__ == "__main__":

@@ -125,20 +125,20 @@ class TrainingLoop:
         norm: Any = self._update(gradients)
         del gradients  # so that their memory can be reused
         mx.eval(loss, norm, self.model.parameters(), self.optimizer.state, mx.random.state)
-        result = StepResult(loss.item(), norm.item(), 0)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        loss, norm = loss.item(), norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLossError(
-                f"Step {self.state.global_step + 1}: the loss is {result.loss}, the norm of the gradients "
-                f"{result.grad_norm}. The batches of this step contain items {np.concatenate(items).tolist()} of the "
-                "training data. Nothing was written since the last checkpoint: check these items, or resume from the "
-                "checkpoint with a lower learning rate."
+                f"Step {self.state.global_step + 1}: the loss is {loss}, the norm of the gradients {norm}. The "
+                f"batches of this step contain items {np.concatenate(items).tolist()} of the training data. Nothing "
+                "was written since the last checkpoint: check these items, or resume from the checkpoint with a lower "
+                "learning rate."
             )
         tokens = distributed.all_sum(sum(token_count(batch) for batch in batches))
         self.state.global_step += 1
-        self.state.loss_since_log += result.loss
-        self.state.total_loss += result.loss
+        self.state.loss_since_log += loss
+        self.state.total_loss += loss
         self.state.tokens += tokens
-        return result._replace(tokens=tokens)
+        return StepResult(loss, norm, tokens)
 
     def is_due(self, strategy: str, every: int | None) -> bool:
         """Return whether an action with this strategy follows the step just done. The last step triggers all but "no".

@@ -1,4 +1,4 @@
-"""`python -m benchmarks` as a command, on models of a few layers."""
+"""The command `python -m benchmarks` on models of a few layers."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ SMALLER_IS_BETTER = {"ms": True, "s": True, "residues/s": False, "GFLOP/s": Fals
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """What the command prints, and the files that it writes."""
+    """The output of the command and the files it writes."""
     folder = tmp_path_factory.mktemp("benchmarks")
     options = ["--models=tiny,tiny ESMFold", "--proteins=3", "--repeats=1", "--at-least=0", "--budget=1000"]
     command = [sys.executable, "-m", "benchmarks", *options, "--json", folder / "a.json", "--markdown", folder / "a.md"]
@@ -62,7 +62,7 @@ def test_every_peer_is_measured_in_every_workload(run):
     assert [row for row in data["results"] if "figure" not in row and row["peer"] != "esm-cpp"] == []
 
 
-def test_ratios_are_those_of_the_figures(run):
+def test_ratios_are_computed_from_the_figures(run):
     rows = [row for row in run[1]["results"] if "figure" in row]
     ours = {(row["workload"], row["case"]): row["figure"]["median"] for row in rows if row["peer"] == "ours"}
     for row in (row for row in rows if row["peer"] != "ours"):
@@ -72,8 +72,8 @@ def test_ratios_are_those_of_the_figures(run):
         assert row["ratio"]["median"] == pytest.approx(ratio), row
 
 
-def test_answers_are_compared(run):
-    """With ours, in every workload but those that have no answer."""
+def test_results_are_compared(run):
+    """The results of peers are compared with ours in each workload that has results."""
     deviations = {}
     for row in run[1]["results"]:
         if row["peer"] != "ours" and "figure" in row:
@@ -86,8 +86,8 @@ def test_answers_are_compared(run):
     assert max(sum(deviations.values(), [])) <= 1e-3
 
 
-def test_products_are_held_against_the_peak(run):
-    """A line for each product, with each peer's best as a share of the best that the FMA loop reached."""
+def test_products_are_compared_with_the_peak(run):
+    """The table has a line for each product, with each peer's best as a fraction of the FMA loop's best."""
     printed, data, markdown = run
     rows = [row for row in data["results"] if row["workload"] == "gemm"]
     assert {row["peer"] for row in rows} == {"ours", "torch", "OpenBLAS under MLX", "FMA loop"}
@@ -99,8 +99,8 @@ def test_products_are_held_against_the_peak(run):
         assert f"| tiny | {case} | {' | '.join(cells)} |" in markdown
 
 
-def test_precisions_are_put_together(run):
-    """A line for each precision, of the figures of all its cases."""
+def test_the_table_of_precisions(run):
+    """The table has a line for each precision with the figures of all its cases."""
     _, data, markdown = run
     figures = {
         (row["case"], row["peer"]): row["figure"]["median"] for row in data["results"] if row["workload"] == "quantized"
@@ -114,7 +114,7 @@ def test_precisions_are_put_together(run):
     assert min(value for (case, _), value in figures.items() if case == "peak memory") > 0.1
 
 
-def test_targets_are_judged(run):
+def test_targets_have_verdicts(run):
     printed, data, markdown = run
     for workload, count in TARGETS.items():
         rows = [row for row in data["targets"] if row["workload"] == workload]
@@ -126,7 +126,7 @@ def test_targets_are_judged(run):
             assert row["verdict"] in printed and f"| {row['target']} | {row['verdict']} |" in markdown
 
 
-def test_esmc_is_measured_beside_transformers(tmp_path):
+def test_esmc_is_compared_with_transformers(tmp_path):
     options = [
         "--models=tiny-ESMC",
         "--workloads=uniform",

@@ -1,4 +1,4 @@
-"""Checkpoints of fair-esm, written as its published files are, and its own loader."""
+"""Checkpoints in the format of fair-esm's published files, and fair-esm's loader."""
 
 import re
 from argparse import Namespace
@@ -9,7 +9,7 @@ import esm
 import pytest
 import torch
 
-# The names that fair-esm publishes, and the size of each: layers, hidden size, attention heads.
+# {name of a published model: (layers, hidden size, attention heads)}
 PUBLISHED = {
     "esm1_t6_43M_UR50S": (6, 768, 12),
     "esm1_t12_85M_UR50S": (12, 768, 12),
@@ -29,7 +29,7 @@ FAMILIES = {"ESM-1": "esm1_tiny", "ESM-1b": "esm1b_tiny", "ESM-1v": "esm1v_tiny"
 
 
 def build(name: str, layers: int, hidden_size: int, heads: int) -> torch.nn.Module:
-    """A model of fair-esm with random weights, of the family that its name tells."""
+    """Return a model of fair-esm with random weights. The name determines the family."""
     if name.startswith("esm2"):
         return esm.ESM2(layers, hidden_size, heads, "ESM-1b", token_dropout=True)
     args = Namespace(layers=layers, embed_dim=hidden_size, ffn_embed_dim=4 * hidden_size, attention_heads=heads)
@@ -42,7 +42,7 @@ def build(name: str, layers: int, hidden_size: int, heads: int) -> torch.nn.Modu
 
 
 def settings_of(model: torch.nn.Module) -> dict:
-    """What stands beside the weights in a file of this model: among much else, what fair-esm's loader reads."""
+    """Return the settings that fair-esm's loader reads from a file of this model."""
     if isinstance(model, esm.ESM2):
         cfg = Namespace(
             _name="esm2",
@@ -67,7 +67,7 @@ def settings_of(model: torch.nn.Module) -> dict:
 
 
 def file_names(model: torch.nn.Module, state: dict) -> dict:
-    """A state dict under the names of a file."""
+    """Return a state dict with the names used in files."""
     if not isinstance(model, esm.ESM2) and model.args.arch == "protein_bert_base":
         return {f"decoder.{key}": tensor for key, tensor in state.items()}
     return {
@@ -77,11 +77,14 @@ def file_names(model: torch.nn.Module, state: dict) -> dict:
 
 
 def save(model: torch.nn.Module, path: Path, format: str = "zip", regression: bool = True, more: Any = None) -> Path:
-    """Write a model of fair-esm as its published files are, the contact head into a file beside; returns the path.
+    """Write a model of fair-esm in the format of its published files and return the path.
 
     Args:
-        regression: whether there is a file beside.
-        more: what the file holds besides, or instead.
+        model: the model.
+        path: the file to write.
+        format: "zip", or torch's older format.
+        regression: whether to write the file of the contact head.
+        more: entries to add or replace.
     """
     zipped = {"_use_new_zipfile_serialization": format == "zip"}
     state = model.state_dict()
@@ -96,7 +99,7 @@ def save(model: torch.nn.Module, path: Path, format: str = "zip", regression: bo
 
 
 def load(path: Path) -> tuple[torch.nn.Module, esm.Alphabet]:
-    """A checkpoint through fair-esm's own loader, which under this torch needs to be told that it may run pickles."""
+    """Load a checkpoint with fair-esm's loader. Current torch versions must be told to allow pickles."""
     torch_load = torch.load
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "load", lambda file, map_location: torch_load(file, map_location, weights_only=False))
@@ -105,6 +108,6 @@ def load(path: Path) -> tuple[torch.nn.Module, esm.Alphabet]:
 
 
 def published_by_fair_esm() -> set[str]:
-    """The names of its functions that load a language model of single sequences."""
+    """Return the names of fair-esm's functions that load a language model of single sequences."""
     names = {name for name in vars(esm.pretrained) if re.match("esm1_|esm1b_|esm1v_|esm2_", name)}
-    return names - {"esm1v_t33_650M_UR90S"}  # another name of number 1
+    return names - {"esm1v_t33_650M_UR90S"}  # an alias of number 1

@@ -22,7 +22,7 @@ def fasta(tmp_path):
 
 
 def run(monkeypatch, capsys, *arguments):
-    """The exit code of the script, and the names of the outputs in its table."""
+    """Run the script and return its exit code and the outputs in its table."""
     monkeypatch.setattr(sys, "argv", ["check.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as raised:
         check.main()
@@ -72,7 +72,7 @@ def change(folder, name, factor=1.01):
     model.save_pretrained(folder)
 
 
-def test_a_difference_that_is_no_number(tmp_path, fasta, monkeypatch, capsys):
+def test_a_nan_difference_fails(tmp_path, fasta, monkeypatch, capsys):
     path = tmp_path / "weights.npz"
     np.savez(path, **WEIGHTS)
     mlx_esm_npz.convert(path, tmp_path / "converted")
@@ -80,17 +80,17 @@ def test_a_difference_that_is_no_number(tmp_path, fasta, monkeypatch, capsys):
     assert run(monkeypatch, capsys, tmp_path / "converted", path, "--fasta", fasta)[0] == 1
 
 
-def test_other_model(tmp_path, fasta, monkeypatch, capsys):
+def test_a_model_of_another_size_is_refused(tmp_path, fasta, monkeypatch, capsys):
     for layers in (1, 2):
         model = build("esm2_tiny", layers=layers, hidden_size=32, heads=4)
         path = save(model, tmp_path / f"esm2_{layers}.pt")
         fair_esm.convert(path, tmp_path / f"converted_{layers}")
     code, _ = run(monkeypatch, capsys, tmp_path / "converted_1", path, "--fasta", fasta)
-    assert code == "error: a: the converted model has other layers or sizes than the original."
+    assert code == "error: a: the converted model and the original have different layers or sizes."
 
 
-def test_it_says_what_loading_the_original_means(monkeypatch, capsys):
+def test_help_warns_about_loading_the_original(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check.py", "--help"])
     with pytest.raises(SystemExit):
         check.main()
-    assert "executes what is in it: check only files that you trust" in " ".join(capsys.readouterr().out.split())
+    assert "can run arbitrary code from it: only check files you trust" in " ".join(capsys.readouterr().out.split())

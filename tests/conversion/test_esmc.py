@@ -1,4 +1,4 @@
-"""The open weights of ESMC in their original layout, converted, against its network in NumPy and transformers."""
+"""Converting the open weights of ESMC, compared with its network in NumPy and with transformers."""
 
 import sys
 
@@ -21,7 +21,7 @@ PROTEIN = "MRAGRGGVPGSGGLRAPPPPLLXBZUO|AMLPAAAPR"
 
 
 def original_weights(layers=3, D=128, F=80, dtype=torch.float32):
-    """Random weights under the names, and in the order, of the `esm` package."""
+    """Return random weights with the names and the order of the `esm` package."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=0.1, mean=0.0):
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 
 def test_outputs(folder):
-    """Ours and transformers' of the converted folder, against the network in float64."""
+    """Outputs from the converted folder, ours and those of transformers, equal the network in float64."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert type(tokenizer) is transformers.EsmcTokenizer
     ids = tokenizer(PROTEIN)["input_ids"]
@@ -79,17 +79,17 @@ def test_outputs(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_there_and_back(tmp_path, dtype):
-    """The converted weights, put together again, are the original ones, bit for bit."""
+def test_round_trip(tmp_path, dtype):
+    """The converted weights, fused again, are identical to the original ones."""
     state = original_weights(dtype=dtype)
     model = convert(write(tmp_path, state), tmp_path / "converted")
     loaded = MLXEsmcForMaskedLM.from_pretrained(tmp_path / "converted", dtype=dtype)
     assert loaded.dtype == model.dtype
     parts = names_in(ORIGINAL, loaded.state_dict(), 3, "esmc")
     for layer in range(3):
-        for ending, names in SEPARATED.items():
+        for suffix, names in SEPARATED.items():
             rows = [parts.pop(f"layers.{layer}.{name}.weight") for name in names]
-            parts[f"{BLOCKS}{layer}{ending}"] = mx.concatenate(rows)
+            parts[f"{BLOCKS}{layer}{suffix}"] = mx.concatenate(rows)
     assert parts.keys() == state.keys()
     for name, x in state.items():
         assert mx.array_equal(parts[name].astype(mx.float32), mx.array(x.float().numpy())), name
@@ -102,19 +102,25 @@ def test_config(folder):
 
 
 BROKEN = {
-    "no ESMC": (lambda state: state.pop("embed.weight"), "does not hold the weights of an ESMC"),
-    "a width of no heads": (lambda state: state.update({"embed.weight": torch.zeros(64, 100)}), "is 100 wide"),
-    "a lost array": (lambda state: state.pop("transformer.norm.weight"), "missing keys: esmc.norm.weight"),
-    "another's": (lambda state: state.update(structure_head=torch.zeros(2)), "unexpected keys: structure_head"),
+    "not an ESMC": (lambda state: state.pop("embed.weight"), "does not contain the weights of an ESMC"),
+    "a hidden size that is not a multiple": (
+        lambda state: state.update({"embed.weight": torch.zeros(64, 100)}),
+        "must be a multiple of 64, got 100",
+    ),
+    "a missing array": (lambda state: state.pop("transformer.norm.weight"), "missing keys: esmc.norm.weight"),
+    "an unexpected array": (
+        lambda state: state.update(structure_head=torch.zeros(2)),
+        "unexpected keys: structure_head",
+    ),
     "rows that cannot be split": (
         lambda state: state.update({f"{BLOCKS}1.ffn.1.weight": torch.zeros(81, 128)}),
-        "has 81 rows, which are no 2 matrices",
+        "the number of rows must be a multiple of 2, got 81",
     ),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_files(tmp_path, case):
+def test_invalid_files_are_refused(tmp_path, case):
     change, message = BROKEN[case]
     state = original_weights(layers=2)
     change(state)
@@ -123,13 +129,13 @@ def test_broken_files(tmp_path, case):
     assert not (tmp_path / "converted").exists()
 
 
-class Hostile:
+class Malicious:
     def __reduce__(self):
         return print, ("hello",)
 
 
-def test_nothing_is_executed(tmp_path, capsys):
-    state = original_weights(layers=1) | {"more": Hostile()}
+def test_no_code_is_run(tmp_path, capsys):
+    state = original_weights(layers=1) | {"more": Malicious()}
     with pytest.raises(CheckpointError, match="Nothing in the file was executed"):
         convert(write(tmp_path, state), tmp_path / "converted")
     assert "hello" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Checkpoints of fair-esm, converted: against its own loader, and in torch's transformers."""
+"""Converting checkpoints of fair-esm, compared with its own loader and with transformers."""
 
 import copy
 import functools
@@ -56,7 +56,7 @@ def tiny(family):
 
 
 class Converted:
-    """A checkpoint, its folder, and what fair-esm says of the proteins."""
+    """A checkpoint, the converted folder, and the outputs of fair-esm."""
 
     def __init__(self, family, folder, format):
         self.path = save(tiny(family), folder / f"{FAMILIES[family]}.pt", format, regression=family != "ESM-1v")
@@ -84,7 +84,7 @@ CASES = [("ESM-1", "zip"), ("ESM-1", "legacy"), ("ESM-1b", "zip"), ("ESM-1b", "l
 
 @pytest.mark.parametrize(("family", "format"), CASES)
 def test_outputs(converted, family, format):
-    """Logits, the representations of every layer, attentions and contacts."""
+    """Logits, the states of every layer, attentions and contacts equal those of fair-esm."""
     case = converted(family, format)
     with heard("mlx_esm_hf") as said:
         model = MLXAutoModelForMaskedLM.from_pretrained(case.output)
@@ -114,7 +114,7 @@ def hold_layers(model, family, case, theirs):
 
 @pytest.mark.parametrize("family", ["ESM-1b", "ESM-1v", "ESM-2"])
 def test_transformers(converted, family):
-    """torch loads the folder and says the same; without a warning, but that ESM-1v has no contact head."""
+    """transformers loads the folder with equal outputs. It only warns about the missing contact head of ESM-1v."""
     case = converted(family)
     with heard("transformers") as said:
         model, info = EsmForMaskedLM.from_pretrained(case.output, attn_implementation="eager", output_loading_info=True)
@@ -141,21 +141,20 @@ def test_tokenizer(converted, family):
     assert (batch["attention_mask"] == case.inputs["attention_mask"]).all()
 
 
-def test_vocabulary_is_fair_esm_s(converted):
+def test_vocabulary_equals_that_of_fair_esm(converted):
     _, alphabet = load(converted("ESM-2").path)
     assert list(get_default_vocab_list()) == alphabet.all_toks
     assert (converted("ESM-2").output / "vocab.txt").read_text().split("\n") == alphabet.all_toks
     assert (alphabet.padding_idx, alphabet.mask_idx) == (fair_esm.PAD, fair_esm.MASK)
 
 
-# What fair-esm's loader does besides
+# Special cases of fair-esm's loader
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["ESM-1b", "ESM-2"])
 def test_mask_embedding(tmp_path, family, tied):
-    """ESM-1b's row of <mask> is zeroed on loading, but a file may hold the output projection as a second tensor, which
-    is loaded last."""
+    """The loader zeroes ESM-1b's row of <mask>, then loads the output projection if the file stores it separately."""
     model = copy.deepcopy(tiny(family))
     state = model.state_dict()
     if not tied:
@@ -176,13 +175,13 @@ def test_no_regression_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fair_esm.py", str(path), str(tmp_path / "converted")])
     fair_esm.main()
     missing = tmp_path / "esm2_tiny-contact-regression.pt"
-    assert f"no contact head (no {missing})" in capsys.readouterr().out
+    assert f"no contact head ({missing} not found)" in capsys.readouterr().out
     model = MLXEsmForMaskedLM.from_pretrained(tmp_path / "converted")
     assert {name.rpartition(".")[0] for name in model.newly_initialized} == {"esm.contact_head.regression"}
 
 
 def test_half_precision(tmp_path):
-    """Weights stay in half precision, the contact head in float32; computed in float32 they are what fair-esm says."""
+    """Weights stay in half precision and the contact head in float32. Outputs in float32 equal those of fair-esm."""
     model = copy.deepcopy(tiny("ESM-2"))
     head = copy.deepcopy(model.contact_head)
     model.half().contact_head = head
@@ -206,7 +205,7 @@ def test_half_precision(tmp_path):
 
 # Configs and published sizes
 
-# config.json of facebook/esm2_t6_8M_UR50D, without the fields that only say how it was written.
+# config.json of facebook/esm2_t6_8M_UR50D, without the fields that describe how it was written.
 HUB_ESM2_8M = {
     "attention_probs_dropout_prob": 0.0,
     "emb_layer_norm_before": False,
@@ -232,13 +231,13 @@ HUB_ESM2_8M = {
 
 
 def on_meta(name):
-    """fair-esm's model of a published size, without memory."""
+    """Return fair-esm's model of a published size, without allocating its weights."""
     with torch.device("meta"):
         return build(name, *PUBLISHED[name])
 
 
 def plain(settings):
-    """What the reader makes of namespaces."""
+    """Return settings with namespaces as dictionaries, as our reader returns them."""
     if isinstance(settings, Namespace):
         settings = vars(settings)
     return {k: plain(v) if isinstance(v, dict | Namespace) else v for k, v in settings.items()}
@@ -249,11 +248,11 @@ def config_of(model):
 
 
 def lazy_state(model):
-    """Arrays of the shapes of its parameters, which are never computed."""
+    """Return lazy arrays with the shapes of its parameters, which are never computed."""
     return {key: mx.zeros(tuple(tensor.shape)) for key, tensor in model.state_dict().items()}
 
 
-def test_config_is_the_hub_s():
+def test_config_equals_that_on_the_hub():
     config = config_of(on_meta("esm2_t6_8M_UR50D")).to_dict()
     assert {name: config[name] for name in HUB_ESM2_8M} == HUB_ESM2_8M
 
@@ -273,18 +272,18 @@ def test_config_of_650m(name, expected):
     assert {field: config[field] for field in expected} == expected
 
 
-def test_published_are_all_that_fair_esm_has():
+def test_all_models_of_fair_esm_are_covered():
     assert set(PUBLISHED) == published_by_fair_esm()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_layout(name):
-    """Every parameter of a published size has its place in our model, by name and shape; and that takes no memory."""
+    """Each parameter of a published size fits our model by name and shape. Checking it allocates no memory."""
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     theirs = on_meta(name)
     model = MLXEsmForMaskedLM(config_of(theirs))
-    model.load_state_dict(lazy_state(theirs))  # refuses what is missing, unexpected or of another shape
+    model.load_state_dict(lazy_state(theirs))  # raises on missing or unexpected names and on other shapes
     assert mx.get_peak_memory() - before < 1 << 20
     count = sum(parameter.numel() for parameter in theirs.parameters())
     assert model.num_parameters() == count
@@ -294,11 +293,11 @@ def test_layout(name):
     assert f"| {count / 1e6:,.1f} M |" in row
 
 
-# Other files
+# Invalid and malicious files
 
 
 class TouchesFile:
-    """Is pickled as a call that creates a file."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -308,7 +307,7 @@ class TouchesFile:
 
 
 class SettingsThatAct(Namespace):
-    """Unpickling sets its attributes by its own method."""
+    """An object with its own `__setstate__`."""
 
     def __setstate__(self, state):
         os.system(f"touch {state['path']}")
@@ -335,7 +334,7 @@ def test_malicious_checkpoint(tmp_path, evil, format):
     ):
         convert(path, output)
     assert not marker.exists() and not output.exists()
-    torch.load(path, weights_only=False)  # the file does what it is meant to do
+    torch.load(path, weights_only=False)  # the attack works with torch
     assert marker.exists()
 
 
@@ -362,24 +361,24 @@ SETTINGS = {"encoder_layers": 0, "encoder_embed_dim": 4, "encoder_attention_head
         ({}, "it lacks 'args'"),
         (
             {"cfg": {"model": SETTINGS | {"encoder_layers": 10**9}}},
-            r"1000000000 layers and embeddings \(33, 4\), but its weights have 0",
+            r"1000000000 layers and embeddings of shape \(33, 4\), but its weights have 0",
         ),
         (
             {"cfg": {"model": SETTINGS | {"encoder_embed_dim": 5}}},
-            r"embeddings \(33, 5\), but its weights have 0 and \(33, 4\)",
+            r"of shape \(33, 5\), but its weights have 0 layers and embeddings of shape \(33, 4\)",
         ),
     ],
     ids=str,
 )
-def test_other_settings(tmp_path, settings, message):
+def test_invalid_settings_are_refused(tmp_path, settings, message):
     path = tmp_path / "x.pt"
     torch.save({"model": {"embed_tokens.weight": torch.ones(33, 4)}, **settings}, path)
-    with pytest.raises(CheckpointError, match=rf"x\.pt is no checkpoint of .*{message}"):
+    with pytest.raises(CheckpointError, match=rf"x\.pt is not a checkpoint of .*{message}"):
         convert(path, tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
 
 
-def test_other_models(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"model": {"weight": torch.ones(2)}, "cfg": {"model": SETTINGS}}, path)
     with pytest.raises(CheckpointError, match="it lacks 'embed_tokens.weight'"):
@@ -389,7 +388,7 @@ def test_other_models(tmp_path):
         convert(path, tmp_path / "converted")
 
 
-def test_missing_parameters_and_wrong_shapes(tmp_path):
+def test_missing_parameters_and_wrong_shapes_are_refused(tmp_path):
     model = tiny("ESM-2")
     state = file_names(model, without_contacts(model.state_dict()))
     bias = "encoder.sentence_encoder.layers.1.fc1.bias"
@@ -405,7 +404,7 @@ def test_missing_parameters_and_wrong_shapes(tmp_path):
 
 
 def test_script(tmp_path):
-    """As it is typed, without torch."""
+    """The script runs as documented, without torch."""
     path = save(tiny("ESM-2"), tmp_path / "esm2_tiny.pt")
     without_torch = (
         "import runpy, sys\n"

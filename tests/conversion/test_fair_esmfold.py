@@ -1,4 +1,4 @@
-"""ESMFold of fair-esm, converted: the bits of the model that it was made from, here and in torch's transformers."""
+"""Converting ESMFold of fair-esm: the weights stay identical, here and in transformers."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tests.tiny import tiny_folding
 ROOT = Path(__file__).parents[2]
 LAYERS, HIDDEN, HEADS = 3, 40, 4
 
-# The settings of `tiny_folding`, under fair-esm's names, as omegaconf 2.4 pickles them:
+# The settings of `tiny_folding` with fair-esm's names, pickled by omegaconf 2.4:
 # pickle.dumps({"model": OmegaConf.create({"model": …}).model}, 2)
 CFG = Path(__file__).with_name("esmfold_cfg.pkl")
 
 
 class StandIns(pickle.Unpickler):
-    """Reads omegaconf's objects without omegaconf, into classes of the same names. They are pickled as they were."""
+    """Unpickles omegaconf's objects without omegaconf, into classes of the same names, which pickle the same way."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] != "omegaconf":
@@ -58,7 +58,7 @@ def cfg() -> Any:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A model of transformers, and its folder. fair-esm's ESM-2 is four times as wide inside a layer."""
+    """A model of transformers and its folder. The intermediate size is that of fair-esm's ESM-2."""
     model = perturb(EsmForProteinFolding(EsmConfig(**tiny_folding(fp16_esm=True) | {"intermediate_size": 4 * HIDDEN})))
     folder = tmp_path_factory.mktemp("original")
     model.eval().save_pretrained(folder)
@@ -66,7 +66,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 def save_stem(model: Any, path: Path, **options: Any) -> Path:
-    """Its language model as fair-esm's ESM-2, with a head that folding has no use for."""
+    """Save its language model as fair-esm's ESM-2, with a head that folding does not need."""
     stem = build("esm2_tiny", LAYERS, HIDDEN, HEADS)
     state = {name: x for name, x in model.state_dict().items() if name.startswith("esm.")}
     stem.to(state["esm.embeddings.word_embeddings.weight"].dtype)
@@ -85,7 +85,7 @@ def save_folding(state: dict[str, torch.Tensor], path: Path, cfg: Any, format: s
 
 
 def hold_same(model: Any, folder: Path) -> None:
-    """Every array of the folder, as transformers loads it, has the bits and the dtype of the model's."""
+    """Assert that each array that transformers loads from the folder is identical to the model's."""
     back, info = EsmForProteinFolding.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     wanted, found = model.state_dict(), back.state_dict()
@@ -96,7 +96,7 @@ def hold_same(model: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize(("format", "points"), [("zip", "_points"), ("legacy", "_points"), ("zip", "_points.linear")])
 def test_same_model(original: Any, cfg: Any, tmp_path: Path, format: str, points: str) -> None:
-    """Weights, settings and outputs; also where OpenFold 2 named the projections to points."""
+    """Weights, settings and outputs are equal, also with OpenFold 2's names of the projections to points."""
     model, folder = original
     state = {name.replace("_points.", f"{points}."): x for name, x in folding_part(model).items()}
     folding = save_folding(state, tmp_path / "esmfold_tiny.pt", cfg, format)
@@ -124,7 +124,7 @@ def test_same_model(original: Any, cfg: Any, tmp_path: Path, format: str, points
 
 
 def test_float32_language_model(original: Any, cfg: Any, tmp_path: Path) -> None:
-    """Becomes float16, as fair-esm does."""
+    """It is converted to float16, as in fair-esm."""
     wide = copy.deepcopy(original[0]).float()
     folding = save_folding(folding_part(wide), tmp_path / "esmfold_tiny.pt", cfg)
     convert(folding, save_stem(wide, tmp_path / "esm2_tiny.pt"), tmp_path / "converted")
@@ -132,7 +132,7 @@ def test_float32_language_model(original: Any, cfg: Any, tmp_path: Path) -> None
 
 
 def test_language_model_in_the_folding_file(original: Any, cfg: Any, tmp_path: Path) -> None:
-    """Counts, as fair-esm loads it last."""
+    """It overrides the other file, since fair-esm loads it last."""
     model = original[0]
     other = perturb(copy.deepcopy(model), seed=1)
     stem = names_in(FAIR_ESM, {n: x for n, x in model.state_dict().items() if n.startswith("esm.")}, LAYERS, "esm")
@@ -143,7 +143,7 @@ def test_language_model_in_the_folding_file(original: Any, cfg: Any, tmp_path: P
 
 
 def test_tokenizer(original: Any, cfg: Any, tmp_path: Path) -> None:
-    """That of facebook/esmfold_v1: residues, and padding that is an alanine."""
+    """It equals that of facebook/esmfold_v1: residues, and alanine as padding."""
     model = original[0]
     folding = save_folding(folding_part(model), tmp_path / "esmfold_tiny.pt", cfg)
     convert(folding, save_stem(model, tmp_path / "esm2_tiny.pt"), tmp_path / "converted")
@@ -161,7 +161,7 @@ def test_tokenizer(original: Any, cfg: Any, tmp_path: Path) -> None:
 
 
 def test_settings_of_omegaconf(cfg: Any, tmp_path: Path) -> None:
-    """The values of every kind, from a file that is read as data."""
+    """Values of all kinds are read from a file without running it."""
     path = save_folding({}, tmp_path / "x.pt", cfg)
     settings = omegaconf_values(load_torch_checkpoint(path)[1]["cfg"]["model"])
     trunk = settings.pop("trunk")
@@ -178,7 +178,7 @@ def test_settings_of_omegaconf(cfg: Any, tmp_path: Path) -> None:
 
 
 def test_no_regression_file(original: Any, cfg: Any, tmp_path: Path) -> None:
-    """Folding has no use for a contact head: the structure is the same."""
+    """Folding does not need a contact head: the structure is the same."""
     model, folder = original
     folding = save_folding(folding_part(model), tmp_path / "esmfold_tiny.pt", cfg)
     convert(folding, save_stem(model, tmp_path / "esm2_tiny.pt", regression=False), tmp_path / "converted")
@@ -188,11 +188,11 @@ def test_no_regression_file(original: Any, cfg: Any, tmp_path: Path) -> None:
     assert mx.array_equal(ours.infer("MKTW").positions, known.infer("MKTW").positions)
 
 
-# Other files
+# Invalid and malicious files
 
 
 class TouchesFile:
-    """Is pickled as a call that creates a file."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -203,7 +203,7 @@ class TouchesFile:
 
 @pytest.mark.parametrize("format", ["zip", "legacy"])
 def test_malicious_settings(original: Any, cfg: Any, tmp_path: Path, format: str) -> None:
-    """A call deep inside a config of omegaconf."""
+    """A call deep inside a config of omegaconf is refused."""
     marker, evil = tmp_path / "marker", copy.deepcopy(cfg)
     evil["model"]._content["trunk"]._content["max_recycles"]._val = TouchesFile(marker)
     folding = save_folding(folding_part(original[0]), tmp_path / "evil.pt", evil, format)
@@ -213,14 +213,14 @@ def test_malicious_settings(original: Any, cfg: Any, tmp_path: Path, format: str
 
 
 def changed(cfg: Any, **values: Any) -> Any:
-    """The config with other values in its trunk."""
+    """Return the config with other values in its trunk."""
     cfg = copy.deepcopy(cfg)
     for name, value in values.items():
         cfg["model"]._content["trunk"]._content[name]._val = value
     return cfg
 
 
-def within_itself(cfg: Any) -> Any:
+def self_referential(cfg: Any) -> Any:
     cfg = copy.deepcopy(cfg)
     cfg["model"]._content["trunk"] = cfg["model"]
     return cfg
@@ -233,21 +233,24 @@ def within_itself(cfg: Any) -> Any:
         (lambda cfg: {"model": 3}, "not subscriptable"),
         (lambda cfg: {"model": {"trunk": {}}}, "it lacks 'structure_module'"),
         (lambda cfg: {"model": {"trunk": {"structure_module": 3}}}, "has no attribute 'items'"),
-        (within_itself, "maximum recursion depth"),
-        (lambda cfg: changed(cfg, num_blocks=10**9), r"those of 1000000000 trunk.blocks.\*, but its weights have 2"),
+        (self_referential, "maximum recursion depth"),
+        (
+            lambda cfg: changed(cfg, num_blocks=10**9),
+            r"settings have 1000000000 trunk.blocks.\*, but its weights have 2",
+        ),
         (lambda cfg: changed(cfg, max_recycles="four"), "max_recycles"),
         (lambda cfg: changed(cfg, sequence_head_width=7), "sequence_head_width, got 64 != 9"),
     ],
 )
-def test_other_settings(original: Any, cfg: Any, tmp_path: Path, change: Any, message: str) -> None:
+def test_invalid_settings_are_refused(original: Any, cfg: Any, tmp_path: Path, change: Any, message: str) -> None:
     folding = save_folding(folding_part(original[0]), tmp_path / "x.pt", change(cfg))
-    with pytest.raises(CheckpointError, match=rf"x\.pt is no checkpoint of ESMFold: .*{message}"):
+    with pytest.raises(CheckpointError, match=rf"x\.pt is not a checkpoint of ESMFold: .*{message}"):
         convert(folding, save_stem(original[0], tmp_path / "esm2_tiny.pt"), tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
 
 
-def test_other_weights(original: Any, cfg: Any, tmp_path: Path) -> None:
-    """A missing array, one that nothing reads, another width, and another language model."""
+def test_other_weights_are_refused(original: Any, cfg: Any, tmp_path: Path) -> None:
+    """A missing array, an unexpected one, another width, and another language model."""
     state = folding_part(original[0])
     bias = "trunk.blocks.1.tri_att_end.mha.linear_o.bias"
     stem = save_stem(original[0], tmp_path / "esm2_tiny.pt")
@@ -263,13 +266,13 @@ def test_other_weights(original: Any, cfg: Any, tmp_path: Path) -> None:
     other = save(build("esm2_other", 2, HIDDEN, HEADS), tmp_path / "esm2_other.pt")
     with pytest.raises(CheckpointError, match=r"esm_s_combine: \(4,\) in the checkpoint"):
         convert(folding, other, tmp_path / "converted")
-    with pytest.raises(CheckpointError, match=r"x\.pt is no checkpoint of ESM-1, ESM-1b"):
+    with pytest.raises(CheckpointError, match=r"x\.pt is not a checkpoint of ESM-1, ESM-1b"):
         convert(folding, folding, tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
 
 
 def test_script(original: Any, cfg: Any, tmp_path: Path) -> None:
-    """As it is typed, without torch and omegaconf."""
+    """The script runs as documented, without torch and omegaconf."""
     model = original[0]
     folding = save_folding(folding_part(model), tmp_path / "esmfold_tiny.pt", cfg)
     stem = save_stem(model, tmp_path / "esm2_tiny.pt")
@@ -286,7 +289,7 @@ def test_script(original: Any, cfg: Any, tmp_path: Path) -> None:
     hold_same(model, tmp_path / "converted")
 
 
-def test_script_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys, "argv", ["fair_esmfold.py", str(tmp_path / "none.pt"), "x.pt", str(tmp_path / "converted")]
     )

@@ -1,4 +1,4 @@
-"""Weights of the first MLX port, converted, against its network in NumPy."""
+"""Converting weights of the first MLX port, compared with its network in NumPy."""
 
 import os
 import sys
@@ -18,8 +18,7 @@ from tests.checkpoints import heard
 from tests.parity import hold
 
 PROTEIN = "MRAGRGGVPGSGGLRAPPPPLLXBZUOAMLPAAAPR"
-# Of the weights that mlx-esm ships (MIT licence), computed by its own code in float32: token ids and logits of two
-# sequences.
+# Token ids and logits of two sequences, computed in float32 by mlx-esm with the weights it ships (MIT license).
 RECORDED = Path(__file__).with_name("mlx_esm_reference.npz")
 
 
@@ -57,7 +56,7 @@ def in_float64(weights):
 
 
 def test_outputs(folder):
-    """Logits and the states of every layer, of one sequence and of two in a batch."""
+    """Logits and the states of every layer are equal, for one sequence and for a batch of two."""
     model, tokenizer = MLXAutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     sequences = [PROTEIN, PROTEIN[:9] + "***" + PROTEIN[12:20]]
     output = model(**tokenizer(sequences, padding=True, return_tensors="np"), output_hidden_states=True)
@@ -93,7 +92,7 @@ def test_no_contact_head(folder):
 
 
 def test_jobs(folder):
-    """Ordinary FASTA, in which a mask is <mask>, and a residue that the alphabet lacks is X."""
+    """Jobs accept ordinary sequences with <mask>, and a residue that is not in the alphabet becomes X."""
     proteins = [("a", "MKT<mask>YIAKQR"), ("b", "mkjt*")]
     (filled,) = fill_mask(proteins[:1], str(folder), top_k=3)
     logits = mlx_esm(in_float64(WEIGHTS), np.array([ALPHABET.index(token) for token in "^MKT*YIAKQR$"]))["logits"][4]
@@ -122,16 +121,16 @@ def test_jobs(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"embed_tokens.weight": None}, "does not hold the weights of mlx-esm"),
-        ({"embed_tokens.weight": np.ones((33, 32), np.float32)}, "has 33 tokens"),
-        ({"embed_tokens.weight": np.ones(32, np.float32)}, "does not hold the weights of mlx-esm"),
+        ({"embed_tokens.weight": None}, "does not contain the weights of mlx-esm"),
+        ({"embed_tokens.weight": np.ones((33, 32), np.float32)}, "expected 32 tokens, .* got 33"),
+        ({"embed_tokens.weight": np.ones(32, np.float32)}, "does not contain the weights of mlx-esm"),
         ({"transformer_layers.layers.1.fc1.bias": None}, "missing keys: .*layer.1.intermediate.dense.bias"),
         ({"transformer_layers.layers.1.fc1.bias": np.ones(3, np.float32)}, "shapes differ"),
         ({"more": np.ones(3, np.float32)}, "unexpected keys: .*more"),
-        ({"embed_tokens.weight": np.array([{}])}, "not an .npz file of plain arrays.*Nothing was executed"),
+        ({"embed_tokens.weight": np.array([{}])}, "not an .npz file of plain arrays.*No code from it was run"),
     ],
 )
-def test_other_weights(tmp_path, change, message):
+def test_other_weights_are_refused(tmp_path, change, message):
     weights = {name: array for name, array in (WEIGHTS | change).items() if array is not None}
     np.savez(tmp_path / "weights.npz", **weights)
     with pytest.raises(CheckpointError, match=rf"weights\.npz(.|\n)*{message}"):
@@ -140,7 +139,7 @@ def test_other_weights(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04", b"\x80\x04N."])
-def test_other_files(tmp_path, content, monkeypatch):
+def test_other_files_are_refused(tmp_path, content, monkeypatch):
     path = tmp_path / "weights.npz"
     path.write_bytes(content)
     monkeypatch.setattr(sys, "argv", ["mlx_esm_npz.py", str(path), str(tmp_path / "converted")])
@@ -149,10 +148,10 @@ def test_other_files(tmp_path, content, monkeypatch):
 
 
 @pytest.mark.long
-def test_weights_that_mlx_esm_ships(tmp_path):
-    """Against logits that its own code computed."""
+def test_the_weights_shipped_with_mlx_esm(tmp_path):
+    """Logits equal those computed by mlx-esm."""
     if "MLX_ESM_SEED_WEIGHTS" not in os.environ:
-        pytest.skip("MLX_ESM_SEED_WEIGHTS has to name weights/esm1-202402151405.npz of usmanm/mlx-esm")
+        pytest.skip("set MLX_ESM_SEED_WEIGHTS to the path of weights/esm1-202402151405.npz of usmanm/mlx-esm")
     path = Path(os.environ["MLX_ESM_SEED_WEIGHTS"])
     convert(path, tmp_path)
     model, tokenizer = MLXAutoModelForMaskedLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
