@@ -197,7 +197,7 @@ class TiedDecoder:
         return self._model.get_input_embeddings().as_linear(x)
 
 
-# Functions and heads
+# Parts of several networks
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> mx.array:
@@ -256,16 +256,16 @@ def run_layers(
         each layer, None unless `output_attentions`. Arrays that are not requested are not referenced, because a
         reference would keep them in memory.
     """
-    inputs: list[mx.array] = []
+    layer_inputs: list[mx.array] = []
     all_attentions: list[Any] = []
     outputs = each_layer(layers, hidden_states, layout, position_embeddings, output_attentions, checkpoint)
     for output, attentions in outputs:
         if output_hidden_states:
-            inputs.append(hidden_states)
+            layer_inputs.append(hidden_states)
         if output_attentions:
             all_attentions.append(attentions)
         hidden_states = output
-    return hidden_states, inputs, tuple(all_attentions) if output_attentions else None
+    return hidden_states, layer_inputs, tuple(all_attentions) if output_attentions else None
 
 
 def unpack_states(outputs: Any, layout: ops.Layout, dtype: mx.Dtype) -> None:

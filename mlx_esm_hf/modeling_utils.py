@@ -228,7 +228,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             source,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             lazy=lazy,
-            keep_scales=requested in (None, "auto") and dtype == mx.float32,
+            keep_scales=(requested is None or requested == "auto") and dtype == mx.float32,
         )
         if report:
             loading.report_loading(cls.__name__, source, matched)

@@ -197,3 +197,23 @@ def heard(*loggers):
         for name in loggers:
             logging.getLogger(name).removeHandler(handler)
     messages += [str(w.message) for w in caught]
+
+
+def edit_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def layout_4x(state, prefix, inv_freq=lambda layer, stored: stored):
+    """Return the keys of transformers 4.x: inverse frequencies in each layer, and `position_ids`."""
+    layers = {}
+    for key in list(state):
+        if key.endswith("inv_freq"):
+            stored = state.pop(key)
+            names = (f"{prefix}encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq" for i in range(3))
+            layers |= {name: inv_freq(i, stored) for i, name in enumerate(names)}
+    return state | layers | {f"{prefix}embeddings.position_ids": torch.arange(40)[None]}
+
+
+def without(part):
+    return lambda state, prefix: {key: x for key, x in layout_4x(state, prefix).items() if part not in key}

@@ -72,16 +72,16 @@ def test_quantize_uses_our_layers():
     nn.quantize(model, 32, 8, class_predicate=lambda name, m: hasattr(m, "to_quantized") and "contact" not in name)
     layers = [m for name, m in model.named_modules() if name.endswith(("dense", "query", "key", "value"))]
     assert layers and all(type(layer) is QuantizedLinear for layer in layers)
-    whole = MLXEsmForMaskedLM(model.config).eval()
+    reference = MLXEsmForMaskedLM(model.config).eval()
     for name, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
             bias = {"bias": module.bias} if "bias" in module else {}
-            dict(whole.named_modules())[name].update({"weight": weight, **bias})
+            dict(reference.named_modules())[name].update({"weight": weight, **bias})
         elif isinstance(module, nn.LayerNorm):
-            dict(whole.named_modules())[name].update(module.parameters())
-    whole.lm_head.bias = model.lm_head.bias
-    assert close(model(**inputs).logits, whole(**inputs).logits, 1e-4)
+            dict(reference.named_modules())[name].update(module.parameters())
+    reference.lm_head.bias = model.lm_head.bias
+    assert close(model(**inputs).logits, reference(**inputs).logits, 1e-4)
 
 
 @pytest.mark.parametrize("part", ["intermediate", "output"])
@@ -103,11 +103,11 @@ def test_quantized_activations_are_refused(layer):
 def test_quantized_embedding(backend):
     mx.random.seed(0)
     table = Embedding(33, 64)
-    packed = table.to_quantized(32, 8)
-    whole = mx.dequantize(*mx.quantize(table.weight, 32, 8), 32, 8)
-    assert type(packed) is QuantizedEmbedding and mx.array_equal(dequantized_weight(packed), whole)
-    assert mx.array_equal(packed(mx.array([[3, 4]])), whole[mx.array([[3, 4]])])
+    quantized = table.to_quantized(32, 8)
+    reference = mx.dequantize(*mx.quantize(table.weight, 32, 8), 32, 8)
+    assert type(quantized) is QuantizedEmbedding and mx.array_equal(dequantized_weight(quantized), reference)
+    assert mx.array_equal(quantized(mx.array([[3, 4]])), reference[mx.array([[3, 4]])])
     x = mx.random.normal((2, 5, 64))
-    assert close(packed.as_linear(x), x @ whole.T)
+    assert close(quantized.as_linear(x), x @ reference.T)
     with pytest.raises(ValueError, match="must be 'affine', got 'mxfp4'"):
         table.to_quantized(mode="mxfp4")

@@ -88,9 +88,14 @@ def test_ignored_labels(ignored):
     ("kind", "shape", "labels", "message"),
     [
         ("single_label_classification", (2, 3), (2, 3), r"must have shape \(2,\) for logits \(2, 3\), got \(2, 3\)"),
-        ("multi_label_classification", (2, 3), (2,), r"shape \(2,\), a multi_label_classification loss needs \(2, 3\)"),
-        ("regression", (2, 3), (2, 1), r"shape \(2, 1\), a regression loss needs \(2, 3\)"),
-        ("regression", (2, 1), (3, 1), r"shape \(3,\), a regression loss needs \(2,\)"),
+        (
+            "multi_label_classification",
+            (2, 3),
+            (2,),
+            r"shape \(2, 3\) for a multi_label_classification loss, got \(2,\)",
+        ),
+        ("regression", (2, 3), (2, 1), r"shape \(2, 3\) for a regression loss, got \(2, 1\)"),
+        ("regression", (2, 1), (3, 1), r"shape \(2,\) for a regression loss, got \(3,\)"),
     ],
 )
 def test_wrong_shapes(kind, shape, labels, message):

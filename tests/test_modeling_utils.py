@@ -12,8 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import transformers
-from mlx.utils import tree_flatten
 
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmModel, dtypes
@@ -29,6 +27,7 @@ from tests.checkpoints import (
     assert_same_state,
     config,
     heard,
+    layout_4x,
     ours,
     python_of_transformers_4,
     run,
@@ -38,6 +37,7 @@ from tests.checkpoints import (
     theirs,
     torch,
     torch_model,
+    without,
     write,
     write_large,
 )
@@ -58,11 +58,6 @@ def folder(tmp_path):
     """An ESM-2 with its language-model head, saved by transformers 5."""
     save(torch_model(), tmp_path / "esm2")
     return tmp_path / "esm2"
-
-
-def edit_config(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def bits(model):
@@ -124,21 +119,6 @@ def test_subfolder(tmp_path):
 
 
 # Dialects: {name: state dict of a model, prefix of its base model -> state dict}
-
-
-def layout_4x(state, prefix, inv_freq=lambda layer, stored: stored):
-    """Return the keys of transformers 4.x: inverse frequencies in each layer, and `position_ids`."""
-    layers = {}
-    for key in list(state):
-        if key.endswith("inv_freq"):
-            stored = state.pop(key)
-            names = (f"{prefix}encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq" for i in range(3))
-            layers |= {name: inv_freq(i, stored) for i, name in enumerate(names)}
-    return state | layers | {f"{prefix}embeddings.position_ids": torch.arange(40)[None]}
-
-
-def without(part):
-    return lambda state, prefix: {key: x for key, x in layout_4x(state, prefix).items() if part not in key}
 
 
 def gamma_beta(state, prefix):
@@ -205,44 +185,6 @@ def test_stored_frequencies_are_used(dialect, tmp_path):
     logits = run(model)["logits"]
     frequencies.inv_freq = computed
     assert np.abs(run(model)["logits"] - logits).max() > 1e-5 * np.abs(logits).max()
-
-
-def test_absent_frequencies_are_computed(tmp_path):
-    """They follow from the config and are not reported as missing, unlike in transformers."""
-    folder = write(tmp_path, without("inv_freq")(torch_model().state_dict(), "esm."))
-    with heard("mlx_esm_hf") as said:
-        model, info = MLXEsmForMaskedLM.from_pretrained(folder, output_loading_info=True)
-    torch_model_, torch_info = theirs("ForMaskedLM").from_pretrained(folder, output_loading_info=True)
-    assert torch_info["missing_keys"] == {"esm.rotary_embeddings.inv_freq"}
-    assert info["missing_keys"] == set() and not said
-    assert_close(run(model), run(torch_model_))
-
-
-def test_separate_decoder(tmp_path):
-    """A stored output projection that differs from the embeddings is used, even if the config ties them."""
-    state = torch_model().state_dict() | {"lm_head.decoder.weight": torch.randn(33, 32)}
-    folder = write(tmp_path, state)
-    with heard("mlx_esm_hf") as said:
-        model = assert_loads_as_transformers(folder, "ForMaskedLM")
-    assert len(said) == 1 and "they are not tied" in said[0]
-    assert not model.config.tie_word_embeddings
-    model.save_pretrained(tmp_path / "reloaded")
-    reloaded = theirs("ForMaskedLM").from_pretrained(tmp_path / "reloaded")
-    assert torch.equal(reloaded.lm_head.decoder.weight, state["lm_head.decoder.weight"])
-
-
-def test_decoder_replaces_a_missing_embedding(tmp_path):
-    """A file may hold either of two tied tensors. A base model has no decoder; see `test_hole_in_the_encoder`."""
-    write(tmp_path, without("word_embeddings")(torch_model().state_dict(), "esm."))
-    assert_loads_as_transformers(tmp_path, "ForMaskedLM")
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_config_ties_weights(tied, tmp_path):
-    save(torch_model(tie_word_embeddings=tied), tmp_path)
-    model = assert_loads_as_transformers(tmp_path, "ForMaskedLM")
-    assert ("lm_head.decoder.weight" in dict(tree_flatten(model.parameters()))) is not tied
-    assert "lm_head.decoder.weight" in model.state_dict()
 
 
 # Round trip
@@ -486,107 +428,12 @@ def test_missing_shard(format, tmp_path):
         MLXEsmForMaskedLM.from_pretrained(tmp_path)
 
 
-def test_wrong_shapes(folder, tmp_path):
-    with pytest.raises(RuntimeError) as error:
-        MLXEsmForMaskedLM.from_pretrained(folder, vocab_size=40)
-    for part in (
-        f"Shapes differ between {folder} and MLXEsmForMaskedLM",
-        "esm.embeddings.word_embeddings.weight: (33, 32) in the checkpoint, (40, 32) in the model",
-        "lm_head.bias: (33,) in the checkpoint, (40,) in the model",
-        "ignore_mismatched_sizes=True",
-    ):
-        assert part in str(error.value)
-
-    edit_config(folder, vocab_size=40)
-    with heard("mlx_esm_hf") as said:
-        model = ours("Model").from_pretrained(folder, ignore_mismatched_sizes=True)
-    assert model.get_input_embeddings().weight.shape == (40, 32)
-    assert "embeddings.word_embeddings.weight | MISMATCH   | (33, 32) in the checkpoint, (40, 32) here" in said[0]
-
-
-def test_another_number_of_labels(tmp_path):
-    """The most common mismatch, a classifier for another task, is initialized and reported as in transformers."""
-    task = "ForSequenceClassification"
-    save(torch_model(task, num_labels=2), tmp_path)
-    with pytest.raises(RuntimeError, match=r"classifier.out_proj.bias: \(2,\) in the checkpoint, \(5,\) in the model"):
-        ours(task).from_pretrained(tmp_path, num_labels=5)
-    infos = {
-        model: make(task).from_pretrained(
-            tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
-        )[1]
-        for model, make in (("ours", ours), ("theirs", theirs))
-    }
-    assert infos["ours"]["mismatched_keys"] == infos["theirs"]["mismatched_keys"]
-    assert infos["ours"]["mismatched_keys"] == {
-        ("classifier.out_proj.weight", (2, 32), (5, 32)),
-        ("classifier.out_proj.bias", (2,), (5,)),
-    }
-
-
-def test_config_of_another_model(folder):
-    transformers.BertConfig().save_pretrained(folder)
-    with pytest.raises(ValueError, match=f"The config of {folder}: MLXEsmConfig expected model_type .* got 'bert'"):
-        MLXEsmForMaskedLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match="got 'bert'"):
-        MLXEsmForMaskedLM.from_pretrained(folder, config=transformers.BertConfig())
-
-
-@pytest.mark.parametrize("text", ["{", '{"vocab_size": 33', "\x00"])
-def test_broken_config(text, folder):
-    (folder / "config.json").write_text(text)
-    with pytest.raises(OSError, match=f"config file at '{folder}/config.json' is not a valid JSON file"):
-        MLXEsmForMaskedLM.from_pretrained(folder)
-
-
-def test_incomplete_folders(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "empty", folder):
-        (path / "config.json").unlink(missing_ok=True)
-        with pytest.raises(OSError, match=f"No config.json found in {path}"):
-            MLXEsmForMaskedLM.from_pretrained(path)
-    config().save_pretrained(tmp_path / "empty")
-    with pytest.raises(OSError, match=f"{path.parent / 'empty'} holds none of model.safetensors, .*pytorch_model.bin"):
-        MLXEsmForMaskedLM.from_pretrained(tmp_path / "empty")
-    with pytest.raises(OSError, match="no/such/folder"):
-        MLXEsmForMaskedLM.from_pretrained("no/such/folder")
-
-
 def test_unknown_keywords(folder):
     for name in ("foo", "output_attention"):
         with pytest.raises(TypeError, match=f"no argument '{name}', and the config has no such field"):
             MLXEsmForMaskedLM.from_pretrained(folder, **{name: True})
     with pytest.raises(TypeError, match="save_pretrained has no argument 'foo'"):
         MLXEsmForMaskedLM.from_pretrained(folder).save_pretrained(folder, foo=True)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "float8", torch.int8, mx.int32, 16])
-def test_unknown_dtype(dtype, folder):
-    with pytest.raises(ValueError, match="dtype must be one of float32, .*'auto'"):
-        MLXEsmForMaskedLM.from_pretrained(folder, dtype=dtype)
-
-
-@pytest.mark.parametrize("hole", ["encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"])
-def test_hole_in_the_encoder(hole, tmp_path):
-    """It is an error; transformers initializes the missing parameters and only warns."""
-    folder = write(tmp_path, without(hole)(torch_model("Model").state_dict(), ""))
-    with pytest.raises(
-        CheckpointError,
-        match=f"{folder} lacks 1 parameters that MLXEsm.* requires, such as '(esm.)?{hole}'",
-    ):
-        MLXEsmForMaskedLM.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match=f"'{hole}'"):
-        MLXEsmModel.from_pretrained(folder)
-
-
-def test_new_classifier_is_announced(folder):
-    with heard("mlx_esm_hf") as said:
-        model, info = ours("ForTokenClassification").from_pretrained(folder, num_labels=3, output_loading_info=True)
-    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
-    assert len(said) == 1 and f"MLXEsmForTokenClassification LOAD REPORT from: {folder}" in said[0]
-    for row in ("classifier.bias ", "lm_head.dense.weight "):
-        assert row in said[0]
-    assert "MISSING: newly initialized" in said[0] and "UNEXPECTED: can be ignored" in said[0]
-    assert run(model)["logits"].shape[-1] == 3
 
 
 def test_untrained_language_model_head(tmp_path):
@@ -674,37 +521,6 @@ def test_only_safetensors_are_written(folder):
 
 
 # Options
-
-
-@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
-@pytest.mark.parametrize("dtype", ["float16", "torch.float16", "half", mx.float16, torch.float16, np.dtype("float16")])
-def test_dtype(dtype, argument, folder):
-    with heard("mlx_esm_hf") as said:
-        model = MLXEsmForMaskedLM.from_pretrained(folder, **{argument: dtype})
-    assert model.dtype == mx.float16 and not said
-    assert all(x.dtype == mx.float16 for _, x in model.named_parameters())
-    assert model.esm.rotary_embeddings.inv_freq.dtype == mx.float32
-
-
-def test_dtype_overrides_torch_dtype(folder):
-    model = MLXEsmForMaskedLM.from_pretrained(folder, dtype="bfloat16", torch_dtype="float16")
-    assert model.dtype == mx.bfloat16
-
-
-@pytest.mark.parametrize("argument", [{}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": None}])
-@pytest.mark.parametrize(("dtype", "in_config"), [("float16", True), ("float16", False), ("bfloat16", False)])
-def test_auto_dtype(dtype, in_config, argument, tmp_path):
-    """On a CPU, where half precision is slow, "auto" means float32, with one warning; elsewhere it keeps the dtype."""
-    save(torch_model().to(getattr(torch, dtype)), tmp_path)
-    if not in_config:
-        edit_config(tmp_path, dtype=None)
-    with heard("mlx_esm_hf") as said:
-        models = [MLXEsmForMaskedLM.from_pretrained(tmp_path, **argument) for _ in range(2)]
-    on_cpu = mx.default_device() == mx.cpu
-    for model in models:
-        assert model.dtype == (mx.float32 if on_cpu else getattr(mx, dtype))
-        assert model.config.dtype == ("float32" if on_cpu else dtype)
-    assert len(said) == on_cpu and all("loaded as float32" in message for message in said)
 
 
 def test_config_argument(tmp_path):
@@ -827,88 +643,6 @@ def test_time_of_loading(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nloading 650M: {min(seconds['mlx_esm_hf']):.2f} s, transformers {min(seconds['transformers']):.2f} s")
     assert min(seconds["mlx_esm_hf"]) <= min(seconds["transformers"])
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1 .* got 0"),
-        ({"num_attention_heads": -4}, "num_attention_heads must be at least 1 .* got -4"),
-        ({"intermediate_size": 0}, "intermediate_size must be at least 1 .* got 0"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1 .* got 0"),
-        ({"vocab_size": 10**12}, "vocab_size must be at least 1 and below .* got 1000000000000"),
-        ({"hidden_size": "32"}, "hidden_size.*expected int, got str"),
-        ({"hidden_size": None}, "hidden_size.*expected int, got NoneType"),
-        ({"id2label": 5}, "'int' object"),
-        ({"id2label": {"helix": 0}}, "The config of .*'helix'"),
-        ({"layer_norm_eps": None}, "layer_norm_eps must be positive, got None"),
-        ({"layer_norm_eps": -1.0}, "layer_norm_eps must be positive, got -1.0"),
-        ({"pad_token_id": 33}, "pad_token_id must be between 0 and 32, got 33"),
-    ],
-)
-def test_odd_config(fields, message, folder):
-    edit_config(folder, **fields)
-    with pytest.raises(ValueError, match=message):
-        MLXEsmForMaskedLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("text", ["3", "null", '"text"', "[1]"])
-def test_config_without_fields(text, folder):
-    (folder / "config.json").write_text(text)
-    with pytest.raises((OSError, ValueError), match="config.json"):
-        MLXEsmForMaskedLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("fields", "error", "message"),
-    [
-        ({"num_hidden_layers": 10**8}, CheckpointError, "the config has 100000000 layers, the checkpoint 3"),
-        ({"hidden_size": 10**12}, RuntimeError, "word_embeddings.weight: .33, 32. in the checkpoint"),
-    ],
-)
-def test_config_of_another_size_is_refused_before_building_a_model(fields, error, message, folder):
-    edit_config(folder, **fields)
-    with pytest.raises(error, match=message):
-        MLXEsmForMaskedLM.from_pretrained(folder)
-
-
-def test_integer_weights_are_refused(folder):
-    """The bits of float32 labeled as int32 would be finite but wrong."""
-    path = folder / "model.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
-    with pytest.raises(CheckpointError, match="has integer dtype"):
-        MLXEsmForMaskedLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_integer_weights_in_a_bin_file_are_refused(zipped, folder):
-    """torch stores such a tensor as IntStorage."""
-    state = torch_model().state_dict()
-    name = "esm.encoder.layer.1.output.dense.weight"
-    (folder / "model.safetensors").unlink()
-    state[name] = state[name].view(torch.int32)
-    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=f"{name}' has integer dtype"):
-        MLXEsmForMaskedLM.from_pretrained(folder)
-
-
-def test_integer_weights_in_a_state_dict_are_refused(folder):
-    model = MLXEsmForMaskedLM.from_pretrained(folder)
-    name = "lm_head.dense.weight"
-    state = model.state_dict() | {name: model.state_dict()[name].view(mx.int32)}
-    with pytest.raises(RuntimeError, match=f"{name!r} has integer dtype"):
-        model.load_state_dict(state)
-    with pytest.raises(CheckpointError, match=f"{name}' has integer dtype"):
-        MLXEsmForMaskedLM.from_pretrained(folder, state_dict=state)
-
-
-def test_state_dict_instead_of_files(folder):
-    (folder / "model.safetensors").unlink()
-    theirs = torch_model()
-    model, info = MLXEsmForMaskedLM.from_pretrained(folder, state_dict=theirs.state_dict(), output_loading_info=True)
-    assert not any(info[kind] for kind in info if kind != "unexpected_keys")
-    assert_close(run(model), run(theirs))
 
 
 def test_lazy(folder):

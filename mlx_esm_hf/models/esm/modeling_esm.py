@@ -15,7 +15,7 @@ T real tokens of all rows in one row, [1, T, D]; see `ops.Layout`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -318,7 +318,7 @@ class MLXEsmEncoder(nn.Module):
         output_hidden_states: bool = False,
     ) -> MLXBaseModelOutput:
         """Return the last hidden state, and all hidden states and attentions if requested."""
-        hidden_states, inputs, attentions = run_layers(
+        hidden_states, layer_inputs, attentions = run_layers(
             self.layer,
             hidden_states,
             layout,
@@ -331,7 +331,7 @@ class MLXEsmEncoder(nn.Module):
             hidden_states = self.emb_layer_norm_after(hidden_states)
         return MLXBaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
+            hidden_states=(*layer_inputs, hidden_states) if output_hidden_states else None,
             attentions=attentions,
         )
 
@@ -398,27 +398,32 @@ class MLXEsmContactPredictionHead(nn.Module):
         return mx.sigmoid(logits)
 
 
-def left_padding_to_right(mask: mx.array) -> Callable[[mx.array, tuple[int, ...]], mx.array]:
-    """Return a function that rotates an array along the given axes of length L until each row's first token is first.
+def first_token_order(mask: mx.array) -> mx.array | None:
+    """Return the order of columns [B, L] that rotates each row's first token to the front.
 
     Args:
         mask: bool [B, L], False at padding.
+
+    Returns:
+        The order, or None if no row is padded on the left.
     """
-    L = mask.shape[1]
     first = mx.argmax(mask.astype(mx.int32), axis=1)
     values = to_numpy(first)
     if values is not None and not values.any():
-        return lambda x, axes: x
-    order = (mx.arange(L) + first[:, None]) % L
+        return None
+    L = mask.shape[1]
+    return (mx.arange(L) + first[:, None]) % L
 
-    def rotate(x: mx.array, axes: tuple[int, ...]) -> mx.array:
-        for axis in axes:
-            shape = [len(order), *(1 for _ in range(x.ndim - 1))]
-            shape[axis] = L
-            x = mx.take_along_axis(x, order.reshape(shape), axis=axis)
+
+def reorder(x: mx.array, order: mx.array | None, *axes: int) -> mx.array:
+    """Reorder x [B, ...] along axes of length L by `order` [B, L]; None changes nothing."""
+    if order is None:
         return x
-
-    return rotate
+    for axis in axes:
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = order.shape
+        x = mx.take_along_axis(x, order.reshape(shape), axis=axis)
+    return x
 
 
 class MLXEsmLMHead(nn.Module):
@@ -561,9 +566,9 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         hidden_states, layout, position_embeddings = self.embed(tokens, attention_mask, keep_padding=True)
         layers = each_layer(self.encoder.layer, hidden_states, layout, position_embeddings, output_attentions=True)
         real = mask[:, None, :, None] & mask[:, None, None, :]
-        rotate = left_padding_to_right(mask)
-        attentions = (rotate(mx.where(real, attention, 0), (2, 3)) for _, attention in layers)
-        return self.contact_head(rotate(tokens, (1,)), attentions).astype(self.dtype)
+        order = first_token_order(mask)
+        attentions = (reorder(mx.where(real, attention, 0), order, 2, 3) for _, attention in layers)
+        return self.contact_head(reorder(tokens, order, 1), attentions).astype(self.dtype)
 
     def run_encoder(
         self,

@@ -287,7 +287,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         hidden_states, layout, position_embeddings = self.embed(
             input_ids, attention_mask, position_ids, sequence_id, keep_padding, labels
         )
-        hidden_states, inputs, attentions = run_layers(
+        hidden_states, layer_inputs, attentions = run_layers(
             self.layers,
             hidden_states,
             layout,
@@ -299,7 +299,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         outputs = MLXBaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
+            hidden_states=(*layer_inputs, hidden_states) if output_hidden_states else None,
             attentions=attentions,
         )
         unpack_states(outputs, layout, self.dtype)

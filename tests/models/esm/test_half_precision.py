@@ -49,9 +49,9 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def names_of_backends(precision: str) -> list[str]:
-    """Those that a model takes in this precision and that no other test takes.
+    """Return the backends to test in this precision.
 
-    In float32 `ops.cpu` is what all other tests take where our kernels are not there (MLX_ESM_KERNELS=0).
+    In float32 the other tests cover `ops.cpu` if our kernels are turned off (MLX_ESM_KERNELS=0).
     """
     if mx.default_device() == mx.gpu or precision == "float32":
         return ["gpu"]
@@ -254,9 +254,9 @@ def as_one(gradients: dict[str, np.ndarray], scales: dict[str, float]) -> np.nda
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients(take: Callable, get_peers: Callable, precision: str, family: str, head: str) -> None:
-    """In float32 each parameter is held to the bar, in half precision all of them as one, each over its scale.
+    """Compare each parameter in float32, and all of them together, each relative to its scale, in half precision.
 
-    Some are few numbers, such as the bias of a regression: how they are rounded is a matter of luck.
+    Some parameters have few elements, such as the bias of a regression, and their rounding depends on luck.
     """
     model = get_peers(family, head, precision)
     # At padding ESM-1v's layer norm divides by the root of 1e-12, for which torch's float16 backward returns NaN.
@@ -282,7 +282,7 @@ def test_gradients(take: Callable, get_peers: Callable, precision: str, family: 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients_at_padding_are_finite(take: Callable, get_peers: Callable, precision: str) -> None:
-    """ESM-1v's gradients, which are NaN in torch in float16."""
+    """Our gradients of ESM-1v are finite; torch's are NaN in float16."""
     model = get_peers("ESM-1v", "lm", precision)
     for backend in names_of_backends(precision):
         take(backend)

@@ -149,15 +149,15 @@ def test_other_families_have_no_chains(tmp_path: Path) -> None:
 
 
 def test_convert(tmp_path: Path, folder: str) -> None:
-    convert(folder, tmp_path / "packed", quantize=True, bits=8)
-    convert(str(tmp_path / "packed"), tmp_path / "whole", dequantize=True)
-    (before,), (packed,), (whole,) = (
-        list(embed([CHAINS], str(source))) for source in (folder, tmp_path / "packed", tmp_path / "whole")
+    convert(folder, tmp_path / "quantized", quantize=True, bits=8)
+    convert(str(tmp_path / "quantized"), tmp_path / "dequantized", dequantize=True)
+    (before,), (quantized,), (dequantized,) = (
+        list(embed([CHAINS], str(source))) for source in (folder, tmp_path / "quantized", tmp_path / "dequantized")
     )
-    for after in packed, whole:
+    for after in quantized, dequantized:
         a, b = before.arrays["mean"], after.arrays["mean"]
         assert not np.array_equal(a, b) and a @ b > 0.99 * np.linalg.norm(a) * np.linalg.norm(b)
-    assert np.allclose(packed.arrays["mean"], whole.arrays["mean"], atol=1e-5 * np.abs(a).max())
+    assert np.allclose(quantized.arrays["mean"], dequantized.arrays["mean"], atol=1e-5 * np.abs(a).max())
 
 
 def test_pipeline(folder: str) -> None:

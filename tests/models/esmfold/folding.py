@@ -64,3 +64,19 @@ def residues(lengths: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray,
     ids[:, L // 2] = 20 if L > 1 else ids[:, 0]
     jumps = (np.arange(L) >= 2 * L // 3) * random.integers(3, 9, (B, 1))
     return ids * mask, mask, (np.arange(L) + jumps).astype(np.int64)
+
+
+PER_BLOCK = {"frames", "sidechain_frames", "unnormalized_angles", "angles", "positions", "states", "lddt_head"}
+
+PAIRS = {"s_z", "distogram_logits", "ptm_logits", "aligned_confidence_probs", "predicted_aligned_error"}
+
+
+def real(name: str, value: Any, row: int, length: int) -> np.ndarray:
+    """Return a field's values for the residues of one protein."""
+    value = np.asarray(value)
+    if value.ndim == 0:
+        return value
+    value = value[:, row] if name in PER_BLOCK else value[row]
+    if name in PAIRS:
+        return value[:length, :length]
+    return value[:, :length] if name in PER_BLOCK else value[:length]

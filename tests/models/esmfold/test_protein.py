@@ -26,7 +26,7 @@ def test_gemmi_writes_the_same_file(chains):
 
 
 def test_rounding():
-    """Decimals that end in 5 are rounded upward, as in other files of the PDB, and there is no negative zero."""
+    """Decimals that end in 5 are rounded upward, and there is no negative zero."""
     aatype, chains, positions, exists, plddt = protein(["G"])
     positions[0, 0] = [-0.0004, 0.0625, -0.0625]
     plddt[0, 0] = 0.125
