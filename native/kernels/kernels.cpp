@@ -7,10 +7,10 @@
 #include "attention.h"
 #include "attention_gradients.h"
 #include "elementwise.h"
-#include "integers.h"
+#include "int8_gemm.h"
 #include "linear.h"
 #include "optimizer.h"
-#include "packed.h"
+#include "low_bit.h"
 #include "pairs.h"
 #include "peak.h"
 #include "threads.h"
@@ -21,15 +21,15 @@ using mlx_esm::parallel_for;
 using mlx_esm::threads;
 
 void linear(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
-            long outputs, long inputs, Activation activation, float scale) {
+            long outputs, long inputs, Activation activation, float output_scale) {
   auto rows = [=](long n, long, long k, long) { return Rows{weight + n * inputs + k, inputs}; };
-  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale}, rows);
+  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, output_scale}, rows);
 }
 
-void packed_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                   long tokens, long outputs, long inputs, Activation activation, float scale) {
-  auto rows = [&](long n, long N, long k, long depth) { return unpacked_rows(weight, inputs, n, N, k, depth); };
-  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale, true}, rows);
+void low_bit_linear(const float* x, const LowBitWeight& weight, const float* bias, const float* residual, float* y,
+                   long tokens, long outputs, long inputs, Activation activation, float output_scale) {
+  auto rows = [&](long n, long N, long k, long depth) { return float_rows(weight, inputs, n, N, k, depth); };
+  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, output_scale, true}, rows);
 }
 
 // Elements or rows in pieces that are worth a thread's while.
@@ -172,8 +172,8 @@ void triangle_attention(const TriangleAttention& p) {
 const mlx_esm::Kernels* mlx_esm::TABLE() {
   static const Kernels table{NAME,
                              linear,
-                             packed_linear,
-                             integer_linear,
+                             low_bit_linear,
+                             int8_linear,
                              gelu_of,
                              gelu_gradient,
                              swiglu,

@@ -48,13 +48,9 @@ struct AdamW {
   long step;  // from 1 on
 };
 
-// A layer norm over `width` numbers, and a linear layer [outputs, width], whose bias may be null.
-struct Norm {
-  const float *weight, *bias;
-  float eps;
-};
-
-struct Layer {
+// The parameters of a linear layer (weight [outputs, width], bias [outputs]) or of a layer norm (both [width]). The bias
+// may be null.
+struct Affine {
   const float *weight, *bias;
 };
 
@@ -66,8 +62,8 @@ struct GatedLinear {
   const float* mask;      // [tokens]; or null
   const float* residual;  // [tokens, outputs]; or null
   float* y;               // [tokens, outputs]; [outputs, tokens] if y_first, without a residual
-  Norm norm, x_norm;
-  Layer gate, layer;
+  Affine norm, x_norm, gate, layer;
+  float eps;  // of both norms
   long tokens, width, outputs;
   bool y_first;
 };
@@ -79,10 +75,11 @@ struct TriangleAttention {
   const float* mask;      // [proteins, length], 0 hides a key
   const float* residual;  // of the shape of z; or null
   float* y;               // of the shape of z
-  Norm norm;
-  const float* bias;                // [heads, width], from z' to the bias
+  Affine norm;
+  float eps;
+  const float* bias;                 // [heads, width], from z' to the bias
   const float *query, *key, *value;  // [width, width]
-  Layer gate, output;
+  Affine gate, output;
   long proteins, length, width, heads;
   bool ending;  // rows and columns are exchanged
 };
@@ -91,19 +88,20 @@ struct TriangleAttention {
 struct Transition {
   const float *x, *residual;  // [tokens, width]; the residual may be null
   float* y;                   // [tokens, width]
-  Norm norm;
-  Layer expand, shrink;  // [inner, width] and [width, inner]
+  Affine norm;
+  float eps;
+  Affine expand, shrink;  // [inner, width] and [width, inner]
   long tokens, width, inner;
 };
 
-enum class Number { float32, float16, bfloat16 };
+enum class Dtype { float32, float16, bfloat16 };
 
 // A weight [outputs, inputs] of fewer bits than float32: the numbers of half precision themselves, or, if there are
 // scales, MLX's affine quantization: q · scale + bias, q of 2, 3, 4, 6 or 8 bits, one behind the other from the lowest
 // bit of a row on, with a scale and a bias for each `group` of a row.
-struct PackedWeight {
-  const void* numbers;
-  Number type;                   // of the numbers, or of scales and biases
+struct LowBitWeight {
+  const void* data;
+  Dtype dtype;                  // of the data, or of scales and biases
   const void *scales, *biases;  // [outputs, inputs / group]; or null
   int bits;
   long group;  // a power of two, 32 at least, of which inputs are a multiple
@@ -112,19 +110,19 @@ struct PackedWeight {
 struct Kernels {
   const char* name;  // of the instruction set
 
-  // y[tokens, outputs] = x[tokens, inputs] · weightᵀ + bias, then the activation, then · scale, then + residual. weight
+  // y[tokens, outputs] = x[tokens, inputs] · weightᵀ + bias, then the activation, then · output_scale, then + residual. weight
   // is [outputs, inputs]; bias [outputs] and residual [tokens, outputs] may be null.
   void (*linear)(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
-                 long outputs, long inputs, Activation activation, float scale);
+                 long outputs, long inputs, Activation activation, float output_scale);
 
   // The same with a weight of fewer bits.
-  void (*packed_linear)(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                        long tokens, long outputs, long inputs, Activation activation, float scale);
+  void (*low_bit_linear)(const float* x, const LowBitWeight& weight, const float* bias, const float* residual, float* y,
+                        long tokens, long outputs, long inputs, Activation activation, float output_scale);
 
   // The same with a weight of 4 or 8 bits, and x rounded to 8 bits, with a scale for each token and group: products
   // are those of integers.
-  void (*integer_linear)(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                         long tokens, long outputs, long inputs, Activation activation, float scale);
+  void (*int8_linear)(const float* x, const LowBitWeight& weight, const float* bias, const float* residual, float* y,
+                         long tokens, long outputs, long inputs, Activation activation, float output_scale);
 
   // x Φ(x), and dy times its derivative.
   void (*gelu)(const float* x, float* y, long size);

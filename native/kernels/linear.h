@@ -22,8 +22,8 @@ struct Linear {
   float* y;
   long tokens, outputs, inputs;
   Activation activation;
-  float scale;
-  bool unpacks = false;  // the weight's rows, which then lie in a buffer of their own
+  float output_scale;
+  bool converts = false;  // the weight's rows, which then lie in a buffer of their own
   // The size of a task, and of a round: as many tokens as all threads have at work at a time.
   long token_block = 0, output_block = 0, round = 0;
 
@@ -77,7 +77,7 @@ inline void finish(const Linear& p, const Block& block, long t, long n0, long N,
   unpack<V>(product, least(V * W, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
     const long n = n0 + column, at = (t + token) * p.outputs + n;
     if (p.bias) v += load_columns(p.bias + n, columns);
-    v = activated(v, p.activation) * p.scale;
+    v = activated(v, p.activation) * p.output_scale;
     if (p.residual) v += load_columns(p.residual + at, columns);
     store_columns(p.y + at, v, columns);
   });
@@ -102,7 +102,7 @@ inline void linear_block(const Linear& p, const Block& block, const float* packe
   float* product = arena.take(p.token_block * OUTPUTS);
   // Rows that are unpacked for few tokens stay in the first-level cache. The depth, by which sums are rounded, does not
   // depend on the tokens: what becomes of one is the same, whichever others come with it.
-  const long together = p.unpacks && t1 - t0 <= 3 * NR ? MR : OUTPUTS, most = p.unpacks ? 2 * DEPTH : DEPTH;
+  const long together = p.converts && t1 - t0 <= 3 * NR ? MR : OUTPUTS, most = p.converts ? 2 * DEPTH : DEPTH;
   const long depth = round_up(ceil_div(K, ceil_div(K, most)), 32);  // which is a group of a quantized row
   for (long n = block.first; n < block.last; n += together) {
     const long N = least(together, block.last - n);

@@ -12,14 +12,13 @@
 
 namespace {
 
+using mlx_esm::Affine;
 using mlx_esm::GatedLinear;
-using mlx_esm::Layer;
-using mlx_esm::Norm;
 using mlx_esm::Transition;
 using mlx_esm::TriangleAttention;
 
 // Layer norm of a panel [width, NR], in place.
-inline void normalize(float* panel, long width, const Norm& norm) {
+inline void normalize(float* panel, long width, const Affine& norm, float eps) {
   for (int j = 0; j < NV; j++) {
     float* x = panel + j * W;
     // Four sums, which are exact to more digits than one.
@@ -31,7 +30,7 @@ inline void normalize(float* panel, long width, const Norm& norm) {
     const vec mean = mean_of([](vec v) { return v; });
     const vec variance = mean_of([&](vec v) { return (v - mean) * (v - mean); });
     float scales[W];
-    store(scales, variance + norm.eps);
+    store(scales, variance + eps);
     for (float& s : scales) s = 1.0f / __builtin_sqrtf(s);
     const vec scale = load(scales);
     for (long k = 0; k < width; k++)
@@ -75,13 +74,13 @@ inline void gated_linear_panel(const GatedLinear& p, long t) {
   float *x = arena.take(K * NR), *gate = arena.take(N * NR), *y = arena.take(N * NR);
 
   pack(p.z + t * K, K, count, K, x);
-  normalize(x, K, p.norm);
+  normalize(x, K, p.norm, p.eps);
   product(p.gate.weight, x, N, K, gate);
   if (p.x) {
     for (long k = 0; k < K; k++)
       for (int j = 0; j < NV; j++)
         store(x + k * NR + j * W, load_columns(p.x + k * p.tokens + t + j * W, clamp(count - j * W)));
-    normalize(x, K, p.x_norm);
+    normalize(x, K, p.x_norm, p.eps);
   }
   product(p.layer.weight, x, N, K, y);
   apply_gate(y, p.layer.bias, gate, p.gate.bias, N);
@@ -107,7 +106,7 @@ inline void transition_panel(const Transition& p, long t) {
   arena.clear();
   float *x = arena.take(K * NR), *inner = arena.take(INNER * NR), *y = arena.take(K * NR);
   pack(p.x + t * K, K, count, K, x);
-  normalize(x, K, p.norm);
+  normalize(x, K, p.norm, p.eps);
   for (long n = 0; n < p.inner; n += INNER) {
     const long N = least(INNER, p.inner - n);
     product(p.expand.weight + n * K, x, N, K, inner);
@@ -138,7 +137,7 @@ struct Triangle {
   void pack_row(long row, long column, float* panel) const {
     auto address = [&](long i) { return p.z + place(row, column + i); };
     pack_rows(address, least(NR, p.length - column), p.width, panel);
-    normalize(panel, p.width, p.norm);
+    normalize(panel, p.width, p.norm, p.eps);
   }
 
   // The bias [heads, keys, queries] of one key, that of hidden ones included: queries are side by side, as in a panel.
@@ -149,7 +148,7 @@ struct Triangle {
     for (long q = 0; q < p.length; q += NR) {
       auto address = [&](long i) { return p.z + place(q + i, key); };
       pack_rows(address, least(NR, p.length - q), p.width, x);
-      normalize(x, p.width, p.norm);
+      normalize(x, p.width, p.norm, p.eps);
       product(p.bias, x, p.heads, p.width, y);
       for (long h = 0; h < p.heads; h++)
         for (int j = 0; j < NV; j++) {

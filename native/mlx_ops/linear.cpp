@@ -19,7 +19,7 @@ Arrays plain_linear(const Arrays& in, const array& weight, LinearInputs at, mx::
   if (at.bias >= 0) y = mx::add(y, in[at.bias], s);
   if (at.activation == Activation::gelu) y = plain_gelu(y, s);
   if (at.activation == Activation::relu) y = mx::maximum(y, array(0.0f), s);
-  if (at.scale != 1) y = mx::multiply(y, array(at.scale), s);
+  if (at.output_scale != 1) y = mx::multiply(y, array(at.output_scale), s);
   if (at.residual >= 0) y = mx::add(y, in[at.residual], s);
   return {y};
 }
@@ -36,8 +36,8 @@ void LinearOperation::eval_cpu(const Arrays& in, Arrays& out) {
   run(out, [&] {
     const long inputs = in[0].shape(-1), outputs = out[0].shape(-1), tokens = out[0].size() / outputs;
     return [=, work = kernel_(in), x = data(in, 0), bias = data(in, at_.bias), residual = data(in, at_.residual),
-            y = out[0].data<float>(), activation = at_.activation, scale = at_.scale] {
-      work(x, bias, residual, y, tokens, outputs, inputs, activation, scale);
+            y = out[0].data<float>(), activation = at_.activation, output_scale = at_.output_scale] {
+      work(x, bias, residual, y, tokens, outputs, inputs, activation, output_scale);
     };
   });
 }
@@ -45,7 +45,7 @@ void LinearOperation::eval_cpu(const Arrays& in, Arrays& out) {
 Arrays LinearOperation::vjp(const Arrays& in, const Arrays& cotangents, const std::vector<int>& argnums,
                             const Arrays&) {
   auto s = stream();
-  const array scaled = at_.scale == 1 ? cotangents[0] : mx::multiply(cotangents[0], array(at_.scale), s);
+  const array scaled = at_.output_scale == 1 ? cotangents[0] : mx::multiply(cotangents[0], array(at_.output_scale), s);
   const array weight = whole_(in), dy = before_activation(in, weight, rows_of(scaled, s));
   Arrays gradients;
   for (int i : argnums) {
@@ -73,7 +73,7 @@ array LinearOperation::before_activation(const Arrays& in, const array& weight, 
 }
 
 array make_linear(const array& x, const Arrays& weight, int outputs, const Optional& bias, const Optional& residual,
-                  Activation activation, float scale, LinearOperation::Whole whole, LinearOperation::Kernel kernel,
+                  Activation activation, float output_scale, LinearOperation::Whole whole, LinearOperation::Kernel kernel,
                   mx::Stream s) {
   require(outputs > 0 && x.shape(-1) > 0, "linear: weight is empty");
   require(!bias || bias->shape() == mx::Shape{outputs}, "linear: bias does not fit");
@@ -85,7 +85,7 @@ array make_linear(const array& x, const Arrays& weight, int outputs, const Optio
   for (auto& part : weight) inputs.push_back(contiguous(part, s));
   LinearInputs at;
   at.activation = activation;
-  at.scale = scale;
+  at.output_scale = output_scale;
   at.bias = append(inputs, bias, s);
   at.residual = append(inputs, residual, s);
   return array(shape, mx::float32, std::make_shared<LinearOperation>(s, at, std::move(whole), std::move(kernel)),
@@ -93,14 +93,14 @@ array make_linear(const array& x, const Arrays& weight, int outputs, const Optio
 }
 
 array linear(const array& x, const array& weight, const Optional& bias, const Optional& residual,
-             Activation activation, float scale, mx::StreamOrDevice device) {
+             Activation activation, float output_scale, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x, weight, bias, residual});
   require(weight.ndim() == 2 && x.ndim() > 0 && x.shape(-1) == weight.shape(1), "linear: x and weight do not fit");
   auto whole = [](const Arrays& in) { return in[1]; };
   auto kernel = [](const Arrays& in) -> LinearOperation::Work {
     return [w = data(in, 1)](const float* x, auto... arguments) { kernels().linear(x, w, arguments...); };
   };
-  return make_linear(x, {weight}, weight.shape(0), bias, residual, activation, scale, whole, kernel, s);
+  return make_linear(x, {weight}, weight.shape(0), bias, residual, activation, output_scale, whole, kernel, s);
 }
 
 }  // namespace mlx_esm

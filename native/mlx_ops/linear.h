@@ -11,7 +11,7 @@ namespace mlx_esm {
 struct LinearInputs {
   int bias = -1, residual = -1;  // their places behind x and the weight
   Activation activation = Activation::none;
-  float scale = 1;
+  float output_scale = 1;
 };
 
 // The first input is x, behind it come what the weight is stored in, bias and residual.
@@ -22,7 +22,7 @@ class LinearOperation : public Operation {
 
   // Reads the addresses of the weight, and returns what computes with them.
   using Work = std::function<void(const float* x, const float* bias, const float* residual, float* y, long tokens,
-                                  long outputs, long inputs, Activation activation, float scale)>;
+                                  long outputs, long inputs, Activation activation, float output_scale)>;
   using Kernel = std::function<Work(const Arrays& in)>;
 
   LinearOperation(mx::Stream s, LinearInputs at, Whole whole, Kernel kernel);
@@ -43,7 +43,7 @@ class LinearOperation : public Operation {
 
 // The operation's result. What does not fit together throws std::invalid_argument.
 array make_linear(const array& x, const Arrays& weight, int outputs, const Optional& bias, const Optional& residual,
-                  Activation activation, float scale, LinearOperation::Whole whole, LinearOperation::Kernel kernel,
+                  Activation activation, float output_scale, LinearOperation::Whole whole, LinearOperation::Kernel kernel,
                   mx::Stream s);
 
 }  // namespace mlx_esm

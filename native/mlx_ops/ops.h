@@ -15,17 +15,17 @@ namespace mx = mlx::core;
 // All arrays but the mask and weights of fewer bits are float32; see kernels.h for what is computed. The leading axes of x are tokens. What does
 // not fit together throws std::invalid_argument.
 mx::array linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
-                 const std::optional<mx::array>& residual, Activation activation, float scale,
+                 const std::optional<mx::array>& residual, Activation activation, float output_scale,
                  mx::StreamOrDevice s = {});
 // A weight of float16 or bfloat16.
 mx::array half_linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
-                      const std::optional<mx::array>& residual, Activation activation, float scale,
+                      const std::optional<mx::array>& residual, Activation activation, float output_scale,
                       mx::StreamOrDevice s = {});
 // A weight of mx::quantize's mode "affine", whose scales and biases may be of half precision. `integers`: x is rounded
 // to 8 bits. The gradients, jvp and vmap are those of a linear layer that does not round x.
 mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx::array& scales,
                            const mx::array& biases, const std::optional<mx::array>& bias,
-                           const std::optional<mx::array>& residual, Activation activation, float scale,
+                           const std::optional<mx::array>& residual, Activation activation, float output_scale,
                            int group_size, int bits, bool integers, mx::StreamOrDevice s = {});
 mx::array gelu(const mx::array& x, mx::StreamOrDevice s = {});
 mx::array swiglu(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s = {});
@@ -45,28 +45,22 @@ mx::array attention(const mx::array& query, const mx::array& key, const mx::arra
                     const std::optional<mx::array>& bias, const std::optional<mx::array>& query_norm,
                     const std::optional<mx::array>& key_norm, float eps, mx::StreamOrDevice s = {});
 
-// The parameters of a layer norm, and of a linear layer.
-struct PairNorm {
-  mx::array weight;
-  std::optional<mx::array> bias;
-  float eps;
-};
-
-struct PairLayer {
+// The parameters of a linear layer or of a layer norm, as in kernels.h.
+struct AffineArrays {
   mx::array weight;
   std::optional<mx::array> bias;
 };
 
-mx::array gated_linear(const mx::array& z, const PairNorm& norm, const PairLayer& gate, const PairLayer& layer,
-                       const std::optional<mx::array>& x, const std::optional<PairNorm>& x_norm,
-                       const std::optional<mx::array>& mask, const std::optional<mx::array>& residual, bool y_first,
-                       mx::StreamOrDevice s = {});
-mx::array triangle_attention(const mx::array& z, const mx::array& mask, const PairNorm& norm, const mx::array& bias,
-                             const mx::array& query, const mx::array& key, const mx::array& value,
-                             const PairLayer& gate, const PairLayer& output, const std::optional<mx::array>& residual,
-                             bool ending, mx::StreamOrDevice s = {});
-mx::array transition(const mx::array& x, const PairNorm& norm, const PairLayer& expand, const PairLayer& shrink,
-                     const std::optional<mx::array>& residual, mx::StreamOrDevice s = {});
+mx::array gated_linear(const mx::array& z, const AffineArrays& norm, float eps, const AffineArrays& gate,
+                       const AffineArrays& layer, const std::optional<mx::array>& x,
+                       const std::optional<AffineArrays>& x_norm, const std::optional<mx::array>& mask,
+                       const std::optional<mx::array>& residual, bool y_first, mx::StreamOrDevice s = {});
+mx::array triangle_attention(const mx::array& z, const mx::array& mask, const AffineArrays& norm, float eps,
+                             const mx::array& bias, const mx::array& query, const mx::array& key,
+                             const mx::array& value, const AffineArrays& gate, const AffineArrays& output,
+                             const std::optional<mx::array>& residual, bool ending, mx::StreamOrDevice s = {});
+mx::array transition(const mx::array& x, const AffineArrays& norm, float eps, const AffineArrays& expand,
+                     const AffineArrays& shrink, const std::optional<mx::array>& residual, mx::StreamOrDevice s = {});
 
 // The numbers from `offset` on, in bytes, of a file, which are read when they are used. The file has to stay as it is.
 // Throws std::system_error where it cannot be mapped.

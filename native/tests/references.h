@@ -27,11 +27,11 @@ inline Reals exactly(const Floats& x) { return Reals(x.begin(), x.end()); }
 struct LinearEnd {
   const float *bias, *residual;
   mlx_esm::Activation activation;
-  float scale;
+  float output_scale;
 
   Real operator()(Real product, long token, long output, long outputs) const {
     if (bias) product = product + Real(bias[output]);
-    Real y = activated(product, activation) * Real(scale);
+    Real y = activated(product, activation) * Real(output_scale);
     return residual ? y + Real(residual[token * outputs + output]) : y;
   }
 };
@@ -54,8 +54,8 @@ inline Reals exact_linear(const Floats& x, const Reals& weight, long tokens, lon
   return y;
 }
 
-// Integers of `bits` bits each, packed without gaps from the lowest bit on.
-inline std::vector<unsigned char> packed(const std::vector<unsigned>& integers, int bits) {
+// Integers of `bits` bits each, without gaps from the lowest bit on.
+inline std::vector<unsigned char> to_bytes(const std::vector<unsigned>& integers, int bits) {
   std::vector<unsigned char> bytes(integers.size() * bits / 8);
   for (size_t i = 0; i < integers.size(); i++)
     for (int b = 0; b < bits; b++)
@@ -65,7 +65,7 @@ inline std::vector<unsigned char> packed(const std::vector<unsigned>& integers, 
 
 // A linear layer that rounds each group of a token to integers in [-127, 127] with a scale. The kernel adds two large
 // terms for each group, which may cancel: integers · q, times both scales, and integers · 1, times scale and bias.
-inline Reals exact_integer_linear(const Floats& x, const std::vector<unsigned>& q, const Floats& scales,
+inline Reals exact_int8_linear(const Floats& x, const std::vector<unsigned>& q, const Floats& scales,
                                   const Floats& biases, long tokens, long outputs, long inputs, long group,
                                   LinearEnd end) {
   const long groups = inputs / group;
@@ -294,8 +294,8 @@ class ExactAttention {
 };
 
 template <class Row>
-Reals exact_norm(Row x, const mlx_esm::Norm& norm, long width) {
-  const Normalised row(x, width, norm.eps, PANEL_LANES);
+Reals exact_norm(Row x, const mlx_esm::Affine& norm, double eps, long width) {
+  const Normalised row(x, width, eps, PANEL_LANES);
   Reals y(width);
   for (long i = 0; i < width; i++) {
     y[i] = row.centred[i] * row.scale * Real(norm.weight[i]);
@@ -304,7 +304,7 @@ Reals exact_norm(Row x, const mlx_esm::Norm& norm, long width) {
   return y;
 }
 
-inline Real exact_output(const Reals& x, const mlx_esm::Layer& layer, long n) {
+inline Real exact_output(const Reals& x, const mlx_esm::Affine& layer, long n) {
   Sum sum;
   for (size_t k = 0; k < x.size(); k++) sum += x[k] * Real(layer.weight[n * x.size() + k]);
   return layer.bias ? Real(sum) + Real(layer.bias[n]) : Real(sum);
@@ -313,8 +313,8 @@ inline Real exact_output(const Reals& x, const mlx_esm::Layer& layer, long n) {
 inline Reals exact_gated_linear(const mlx_esm::GatedLinear& p) {
   Reals y(p.tokens * p.outputs);
   for (long t = 0; t < p.tokens; t++) {
-    const Reals z = exact_norm([&](long k) { return p.z[t * p.width + k]; }, p.norm, p.width);
-    const Reals x = p.x ? exact_norm([&](long k) { return p.x[k * p.tokens + t]; }, p.x_norm, p.width) : z;
+    const Reals z = exact_norm([&](long k) { return p.z[t * p.width + k]; }, p.norm, p.eps, p.width);
+    const Reals x = p.x ? exact_norm([&](long k) { return p.x[k * p.tokens + t]; }, p.x_norm, p.eps, p.width) : z;
     for (long n = 0; n < p.outputs; n++) {
       Real value = exact_output(x, p.layer, n) * sigmoid(exact_output(z, p.gate, n));
       if (p.mask) value = value * Real(p.mask[t]);
@@ -328,7 +328,7 @@ inline Reals exact_gated_linear(const mlx_esm::GatedLinear& p) {
 inline Reals exact_transition(const mlx_esm::Transition& p) {
   Reals y(p.tokens * p.width);
   for (long t = 0; t < p.tokens; t++) {
-    const Reals x = exact_norm([&](long k) { return p.x[t * p.width + k]; }, p.norm, p.width);
+    const Reals x = exact_norm([&](long k) { return p.x[t * p.width + k]; }, p.norm, p.eps, p.width);
     Reals inner(p.inner);
     for (long n = 0; n < p.inner; n++) inner[n] = relu(exact_output(x, p.expand, n));
     for (long n = 0; n < p.width; n++) {
@@ -354,7 +354,7 @@ inline Reals exact_triangle_attention(const mlx_esm::TriangleAttention& p) {
     std::vector<std::vector<Reals>> z(L, std::vector<Reals>(L));
     for (long i = 0; i < L; i++)
       for (long j = 0; j < L; j++)
-        z[i][j] = exact_norm([&](long k) { return p.z[place(i, j) + k]; }, p.norm, C);
+        z[i][j] = exact_norm([&](long k) { return p.z[place(i, j) + k]; }, p.norm, p.eps, C);
     std::vector<std::vector<Reals>> bias(L, std::vector<Reals>(L, Reals(p.heads)));
     for (long j = 0; j < L; j++)
       for (long k = 0; k < L; k++)

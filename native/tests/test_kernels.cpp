@@ -96,7 +96,7 @@ void test_linear() {
                               plain ? 1 : 0.7f};
           Floats y(tokens * outputs);
           kernels().linear(x.data(), weight.data(), end.bias, end.residual, y.data(), tokens, outputs, inputs,
-                           activation, end.scale);
+                           activation, end.output_scale);
           compare("linear", y, exact_linear(x, exactly(weight), tokens, outputs, inputs, end));
         }
   Inputs in("linear", {20, 7, 1500});  // deeper than a panel that stays in the cache
@@ -119,19 +119,19 @@ void test_quantized_linear() {
           Reals weight;
           for (size_t i = 0; i < integers.size(); i++)
             weight.push_back(Real(integers[i]) * Real(scales[i / group]) + Real(biases[i / group]));
-          const auto bytes = packed(integers, bits);
-          const PackedWeight p{bytes.data(), Number::float32, scales.data(), biases.data(), bits, group};
+          const auto bytes = to_bytes(integers, bits);
+          const LowBitWeight p{bytes.data(), Dtype::float32, scales.data(), biases.data(), bits, group};
           const LinearEnd end{bias.data(), residual.data(), Activation::gelu, 0.7f};
           Floats y(tokens * outputs);
           auto run = [&](auto kernel) {
-            kernel(x.data(), p, end.bias, end.residual, y.data(), tokens, outputs, inputs, end.activation, end.scale);
+            kernel(x.data(), p, end.bias, end.residual, y.data(), tokens, outputs, inputs, end.activation, end.output_scale);
           };
-          run(kernels().packed_linear);
+          run(kernels().low_bit_linear);
           compare("quantized linear", y, exact_linear(x, weight, tokens, outputs, inputs, end));
           if (bits != 4 && bits != 8) continue;
-          run(kernels().integer_linear);
+          run(kernels().int8_linear);
           compare("linear of integers", y,
-                  exact_integer_linear(x, integers, scales, biases, tokens, outputs, inputs, group, end));
+                  exact_int8_linear(x, integers, scales, biases, tokens, outputs, inputs, group, end));
         }
 }
 
@@ -159,9 +159,9 @@ void test_products_of_integers() {
                 sum += int(x[t * inputs + k]) * (int(integers[n * inputs + k]) - middle);
               exact.push_back(sum);
             }
-          const auto bytes = packed(integers, bits);
-          const PackedWeight p{bytes.data(), Number::float32, scales.data(), biases.data(), bits, group};
-          kernels().integer_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none,
+          const auto bytes = to_bytes(integers, bits);
+          const LowBitWeight p{bytes.data(), Dtype::float32, scales.data(), biases.data(), bits, group};
+          kernels().int8_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none,
                                    1);
           expect(y == exact, "products of integers of " + std::to_string(bits) + " bits");
         }
@@ -182,8 +182,8 @@ void test_half_linear() {
           word = word >> 16 << 16;
           std::memcpy(&w, &word, sizeof word);
         }
-        const PackedWeight p{halves.data(), Number::bfloat16, nullptr, nullptr, 16, 1};
-        kernels().packed_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none, 1);
+        const LowBitWeight p{halves.data(), Dtype::bfloat16, nullptr, nullptr, 16, 1};
+        kernels().low_bit_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none, 1);
         compare("linear of bfloat16", y,
                 exact_linear(x, exactly(weight), tokens, outputs, inputs, {nullptr, nullptr, Activation::none, 1}));
       }
@@ -406,8 +406,7 @@ struct Parameters {
   Parameters(Inputs& in, long outputs, long inputs)
       : weight(in.numbers(outputs * inputs, 1 / std::sqrt(inputs))), bias(in.numbers(outputs)) {}
 
-  Layer layer(bool with_bias = true) const { return {weight.data(), with_bias ? bias.data() : nullptr}; }
-  Norm norm(bool with_bias = true) const { return {weight.data(), with_bias ? bias.data() : nullptr, 1e-5f}; }
+  Affine affine(bool with_bias = true) const { return {weight.data(), with_bias ? bias.data() : nullptr}; }
 };
 
 void test_gated_linear() {
@@ -423,9 +422,8 @@ void test_gated_linear() {
           Floats y(tokens * outputs);
           const GatedLinear p{z.data(),      with_x ? x.data() : nullptr, with_mask ? mask.data() : nullptr,
                               y_first ? nullptr : residual.data(),        y.data(),
-                              norm.norm(),   x_norm.norm(with_mask),      gate.layer(with_mask),
-                              layer.layer(), tokens,                      width,
-                              outputs,       y_first};
+                              norm.affine(), x_norm.affine(with_mask), gate.affine(with_mask), layer.affine(),
+                              1e-5f, tokens, width, outputs, y_first};
           kernels().gated_linear(p);
           compare("gated linear", y, exact_gated_linear(p));
         }
@@ -440,9 +438,8 @@ void test_transition() {
           const Parameters norm(in, width, 1), expand(in, inner, width), shrink(in, width, inner);
           const Floats x = in.numbers(tokens * width), residual = in.numbers(tokens * width);
           Floats y(tokens * width);
-          const Transition p{x.data(),     with_residual ? residual.data() : nullptr, y.data(), norm.norm(),
-                             expand.layer(), shrink.layer(with_residual),             tokens,   width,
-                             inner};
+          const Transition p{x.data(),     with_residual ? residual.data() : nullptr, y.data(),
+                             norm.affine(), 1e-5f, expand.affine(), shrink.affine(with_residual), tokens, width, inner};
           kernels().transition(p);
           compare("transition", y, exact_transition(p));
         }
@@ -464,13 +461,14 @@ void test_triangle_attention() {
                                     mask.data(),
                                     with_residual ? residual.data() : nullptr,
                                     y.data(),
-                                    norm.norm(),
+                                    norm.affine(),
+                                    1e-5f,
                                     bias.weight.data(),
                                     query.weight.data(),
                                     key.weight.data(),
                                     value.weight.data(),
-                                    gate.layer(),
-                                    output.layer(with_residual),
+                                    gate.affine(),
+                                    output.affine(with_residual),
                                     proteins,
                                     length,
                                     width,

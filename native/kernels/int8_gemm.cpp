@@ -1,13 +1,13 @@
 // An instruction set that adds products of bytes to another, whose other kernels it shares. Compiled once for each, with
 //   TABLE, NAME, VECTOR_WIDTH and ROWS as in kernels.cpp, and BASE, the function that returns the other's table.
 
-#include "integers.h"
+#include "int8_gemm.h"
 
 const mlx_esm::Kernels* mlx_esm::TABLE() {
   static const Kernels table = [] {
     Kernels table = *BASE();
     table.name = NAME;
-    table.integer_linear = integer_linear;
+    table.int8_linear = int8_linear;
     return table;
   }();
   return &table;

@@ -14,8 +14,8 @@
 
 namespace {
 
-using mlx_esm::Number;
-using mlx_esm::PackedWeight;
+using mlx_esm::Dtype;
+using mlx_esm::LowBitWeight;
 
 using Byte = unsigned char;
 using bytes = Byte __attribute__((vector_size(W)));
@@ -29,8 +29,8 @@ inline V load_as(const void* p) {
 }
 
 // The float32 of a number of half precision in the low bits of each lane.
-inline vec float_of(uvec half, Number type) {
-  if (type == Number::bfloat16) return (vec)(half << 16);
+inline vec float_of(uvec half, Dtype type) {
+  if (type == Dtype::bfloat16) return (vec)(half << 16);
 #if defined(__AVX512F__)
   // All lanes of the form that zeroes some: GCC 12 warns of the other's own header.
   return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)__builtin_convertvector(half, halves));
@@ -49,12 +49,12 @@ inline vec float_of(uvec half, Number type) {
 }
 
 // The i-th of an array of numbers.
-inline float number_at(const void* numbers, Number type, long i) {
-  if (type == Number::float32) return static_cast<const float*>(numbers)[i];
+inline float element_at(const void* numbers, Dtype type, long i) {
+  if (type == Dtype::float32) return static_cast<const float*>(numbers)[i];
   return float_of(uvec{} + static_cast<const unsigned short*>(numbers)[i], type)[0];
 }
 
-inline void unpack_halves(const unsigned short* row, Number type, long depth, float* out) {
+inline void convert_halves(const unsigned short* row, Dtype type, long depth, float* out) {
   auto floats = [=](const halves& v) { return float_of(__builtin_convertvector(v, uvec), type); };
   long k = 0;
 #pragma GCC unroll 4
@@ -99,12 +99,12 @@ inline uvec integers_at(const Byte* row, unsigned long i) {
 
 // Column k on of row n, k and depth being multiples of 32, where groups may end.
 template <int BITS>
-inline void unpack_integers(const PackedWeight& w, long inputs, long n, long k, long depth, float* out) {
-  const Byte* row = static_cast<const Byte*>(w.numbers) + n * inputs * BITS / 8;
+inline void dequantize(const LowBitWeight& w, long inputs, long n, long k, long depth, float* out) {
+  const Byte* row = static_cast<const Byte*>(w.data) + n * inputs * BITS / 8;
   const int shift = __builtin_ctzl(w.group);  // a division for each group would take as long as the rest
   for (long i = k, end; i < k + depth; i = end) {
     const long group = i >> shift, place = n * (inputs >> shift) + group;
-    const float scale = number_at(w.scales, w.type, place), bias = number_at(w.biases, w.type, place);
+    const float scale = element_at(w.scales, w.dtype, place), bias = element_at(w.biases, w.dtype, place);
     end = least((group + 1) << shift, k + depth);
     for (long j = i; j < end; j += 32)
 #pragma GCC unroll 8
@@ -113,20 +113,20 @@ inline void unpack_integers(const PackedWeight& w, long inputs, long n, long k, 
   }
 }
 
-inline void unpack_row(const PackedWeight& w, long inputs, long n, long k, long depth, float* out) {
+inline void convert_row(const LowBitWeight& w, long inputs, long n, long k, long depth, float* out) {
   if (!w.scales)
-    return unpack_halves(static_cast<const unsigned short*>(w.numbers) + n * inputs + k, w.type, depth, out);
+    return convert_halves(static_cast<const unsigned short*>(w.data) + n * inputs + k, w.dtype, depth, out);
   switch (w.bits) {
     case 2:
-      return unpack_integers<2>(w, inputs, n, k, depth, out);
+      return dequantize<2>(w, inputs, n, k, depth, out);
     case 3:
-      return unpack_integers<3>(w, inputs, n, k, depth, out);
+      return dequantize<3>(w, inputs, n, k, depth, out);
     case 4:
-      return unpack_integers<4>(w, inputs, n, k, depth, out);
+      return dequantize<4>(w, inputs, n, k, depth, out);
     case 6:
-      return unpack_integers<6>(w, inputs, n, k, depth, out);
+      return dequantize<6>(w, inputs, n, k, depth, out);
     default:
-      return unpack_integers<8>(w, inputs, n, k, depth, out);
+      return dequantize<8>(w, inputs, n, k, depth, out);
   }
 }
 
@@ -136,16 +136,16 @@ inline void prefetch(const Byte* p, long size) {
   for (long b = 0; b < size; b += 64) __builtin_prefetch(p + b, 0, 2);
 }
 
-// N rows from column k on, which last until the same thread unpacks others.
-inline Rows unpacked_rows(const PackedWeight& w, long inputs, long n, long N, long k, long depth) {
+// N rows from column k on, which last until the same thread converts others.
+inline Rows float_rows(const LowBitWeight& w, long inputs, long n, long N, long k, long depth) {
   static thread_local Arena arena;
   arena.clear();
   float* rows = arena.take(N * depth);
   const long bits = w.scales ? w.bits : 16;
-  const Byte* piece = static_cast<const Byte*>(w.numbers) + (n * inputs + k) * bits / 8;
+  const Byte* piece = static_cast<const Byte*>(w.data) + (n * inputs + k) * bits / 8;
   for (long i = 0; i < N; i++) {
     prefetch(piece + (N + i) * inputs * bits / 8, depth * bits / 8);
-    unpack_row(w, inputs, n + i, k, depth, rows + i * depth);
+    convert_row(w, inputs, n + i, k, depth, rows + i * depth);
   }
   return {rows, depth};
 }

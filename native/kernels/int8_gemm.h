@@ -9,7 +9,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "packed.h"
+#include "low_bit.h"
 
 namespace {
 
@@ -54,7 +54,7 @@ inline ivec dot(ivec sum, unsigned w, uvec x) {
 constexpr int WIDTH = 32 / TOGETHER;  // bits of an integer in a lane
 
 // A panel's tokens, T = V * W of them, as integers: x ≈ scale · integer.
-struct IntegerPanel {
+struct Int8Panel {
   unsigned* integers;   // [K / TOGETHER, T], several in each
   float *scales, *sums;  // [K / group, T]: the scales, and scale · the sum of a group's integers
   int* integer_sums;     // [K / group, T]: without the scale
@@ -62,7 +62,7 @@ struct IntegerPanel {
 
 // From a panel [K, V * W] of floats.
 template <int V>
-inline void round_panel(const float* panel, long K, long group, IntegerPanel out) {
+inline void round_panel(const float* panel, long K, long group, Int8Panel out) {
   constexpr long T = V * W;
   constexpr float round = 1.5f * (1 << 23);  // adding it leaves the nearest integer in the low bits
   for (long g = 0; g < K / group; g++)
@@ -97,7 +97,7 @@ inline void round_panel(const float* panel, long K, long group, IntegerPanel out
 }
 
 // N rows of a weight, as what a lane of tokens is multiplied with.
-struct IntegerRows {
+struct WeightRows {
   const Byte* integers;
   long stride;                    // bytes
   const float *scales, *biases;  // [N, groups]
@@ -123,7 +123,7 @@ inline void spread(const Byte* row, long k, long depth, Byte* out) {
 }
 
 // N rows from column k on, which is where a group begins; they last until the same thread takes others.
-inline IntegerRows integer_rows(const PackedWeight& w, long inputs, long n, long N, long k, long depth) {
+inline WeightRows weight_rows(const LowBitWeight& w, long inputs, long n, long N, long k, long depth) {
   static thread_local Arena arena;
   arena.clear();
   const long groups = depth / w.group, stride = depth * 4 / TOGETHER;
@@ -131,10 +131,10 @@ inline IntegerRows integer_rows(const PackedWeight& w, long inputs, long n, long
   for (long i = 0; i < N; i++)
     for (long g = 0; g < groups; g++) {
       const long place = ((n + i) * inputs + k) / w.group + g;
-      scales[i * groups + g] = number_at(w.scales, w.type, place);
-      biases[i * groups + g] = number_at(w.biases, w.type, place);
+      scales[i * groups + g] = element_at(w.scales, w.dtype, place);
+      biases[i * groups + g] = element_at(w.biases, w.dtype, place);
     }
-  const Byte* rows = static_cast<const Byte*>(w.numbers) + n * inputs * w.bits / 8;
+  const Byte* rows = static_cast<const Byte*>(w.data) + n * inputs * w.bits / 8;
   if (w.bits == 8 && TOGETHER == 4 && !OFFSET)  // they are multiplied as they lie
     return {rows + k, inputs, scales, biases, groups, w.group};
   Byte* integers = reinterpret_cast<Byte*>(arena.take(N * depth / TOGETHER));
@@ -148,11 +148,11 @@ inline IntegerRows integer_rows(const PackedWeight& w, long inputs, long n, long
 
 // Rows whose sums, of integers and of what they stand for, fill the registers together with V vectors of tokens.
 template <int V>
-constexpr int INTEGER_ROWS = MR * NV / (2 * V);
+constexpr int INT8_ROWS = MR * NV / (2 * V);
 
 // c[R, V * W] (+)= the rows from the i-th on times the panel.
 template <int R, int V>
-inline void multiply_integers(const IntegerRows& w, long first, const IntegerPanel& x, float* __restrict c, bool add) {
+inline void multiply_int8(const WeightRows& w, long first, const Int8Panel& x, float* __restrict c, bool add) {
   constexpr long T = V * W;
   vec total[R][V];
 #pragma GCC unroll 16
@@ -196,31 +196,31 @@ inline void multiply_integers(const IntegerRows& w, long first, const IntegerPan
     for (int j = 0; j < V; j++) store(c + i * T + j * W, total[i][j]);
 }
 
-template <int V, int R = INTEGER_ROWS<V>>
-inline void multiply_integers_rest(long rows, const IntegerRows& w, long first, const IntegerPanel& x, float* c,
+template <int V, int R = INT8_ROWS<V>>
+inline void multiply_int8_rest(long rows, const WeightRows& w, long first, const Int8Panel& x, float* c,
                                    bool add) {
   if constexpr (R > 0) {
-    if (rows == R) return multiply_integers<R, V>(w, first, x, c, add);
-    multiply_integers_rest<V, R - 1>(rows, w, first, x, c, add);
+    if (rows == R) return multiply_int8<R, V>(w, first, x, c, add);
+    multiply_int8_rest<V, R - 1>(rows, w, first, x, c, add);
   }
 }
 
 // The panels of a round.
-struct IntegerPanels {
-  IntegerPanel first;
+struct Int8Panels {
+  Int8Panel first;
   long inputs, group;
 
   // The panel of V vectors from token t on, from column k on.
   template <int V>
-  IntegerPanel at(long t, long k) const {
+  Int8Panel at(long t, long k) const {
     const long i = t * inputs + k * V * W, g = i / group;
     return {first.integers + i / TOGETHER, first.scales + g, first.sums + g, first.integer_sums + g};
   }
 };
 
 // One block of tokens times one block of outputs.
-inline void integer_block(const Linear& p, const Block& block, const IntegerPanels& panels,
-                          const PackedWeight& weight) {
+inline void int8_block(const Linear& p, const Block& block, const Int8Panels& panels,
+                          const LowBitWeight& weight) {
   static thread_local Arena arena;
   const long K = p.inputs, depth = round_up(TOGETHER * DEPTH, weight.group);
   arena.clear();
@@ -228,22 +228,22 @@ inline void integer_block(const Linear& p, const Block& block, const IntegerPane
   for (long n0 = block.first; n0 < block.last; n0 += OUTPUTS) {
     const long N = least(OUTPUTS, block.last - n0);
     for (long k = 0; k < K; k += depth) {
-      const IntegerRows rows = integer_rows(weight, K, n0, N, k, least(depth, K - k));
+      const WeightRows rows = weight_rows(weight, K, n0, N, k, least(depth, K - k));
       for (long t = block.t0; t < block.t1; t += NR)
         for_panel(block.t1 - t, [&](auto V) {
           float* c = product + (t - block.t0) * N;
-          const IntegerPanel panel = panels.at<V>(t, k);
-          constexpr long R = INTEGER_ROWS<V>;
+          const Int8Panel panel = panels.at<V>(t, k);
+          constexpr long R = INT8_ROWS<V>;
           long n = 0;
-          for (; n + R <= N; n += R) multiply_integers<R, V>(rows, n, panel, c + n * V * W, k > 0);
-          multiply_integers_rest<V>(N - n, rows, n, panel, c + n * V * W, k > 0);
+          for (; n + R <= N; n += R) multiply_int8<R, V>(rows, n, panel, c + n * V * W, k > 0);
+          multiply_int8_rest<V>(N - n, rows, n, panel, c + n * V * W, k > 0);
           if (k + depth >= K) finish<V>(p, block, t, n0, N, c);
         });
     }
   }
 }
 
-inline void integer_layer(Linear p, const PackedWeight& weight) {
+inline void int8_layer(Linear p, const LowBitWeight& weight) {
   if (!p.tokens || !p.outputs) return;
   static thread_local Arena arena;
   arena.clear();
@@ -251,7 +251,7 @@ inline void integer_layer(Linear p, const PackedWeight& weight) {
   const long K = p.inputs, groups = p.round * (K / weight.group);
   auto integers = reinterpret_cast<unsigned*>(arena.take(p.round * K / TOGETHER));
   float *scales = arena.take(groups), *sums = arena.take(groups);
-  const IntegerPanels panels{{integers, scales, sums, reinterpret_cast<int*>(arena.take(groups))}, K, weight.group};
+  const Int8Panels panels{{integers, scales, sums, reinterpret_cast<int*>(arena.take(groups))}, K, weight.group};
   auto pack_panel = [&](const Linear& p, long i) {
     static thread_local Arena arena;
     arena.clear();
@@ -262,12 +262,12 @@ inline void integer_layer(Linear p, const PackedWeight& weight) {
       round_panel<V>(floats, K, weight.group, panels.at<V>(t, 0));
     });
   };
-  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { integer_block(p, block, panels, weight); });
+  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { int8_block(p, block, panels, weight); });
 }
 
-void integer_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                    long tokens, long outputs, long inputs, Activation activation, float scale) {
-  integer_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale}, weight);
+void int8_linear(const float* x, const LowBitWeight& weight, const float* bias, const float* residual, float* y,
+                    long tokens, long outputs, long inputs, Activation activation, float output_scale) {
+  int8_layer({x, bias, residual, y, tokens, outputs, inputs, activation, output_scale}, weight);
 }
 
 }  // namespace

@@ -6,34 +6,34 @@
 namespace mlx_esm {
 namespace {
 
-Number number_of(mx::Dtype dtype) {
-  if (dtype == mx::float32) return Number::float32;
-  if (dtype == mx::float16) return Number::float16;
+Dtype dtype_of(mx::Dtype dtype) {
+  if (dtype == mx::float32) return Dtype::float32;
+  if (dtype == mx::float16) return Dtype::float16;
   require(dtype == mx::bfloat16, "linear: a weight is of float32, float16 or bfloat16");
-  return Number::bfloat16;
+  return Dtype::bfloat16;
 }
 
 }  // namespace
 
 array half_linear(const array& x, const array& weight, const Optional& bias, const Optional& residual,
-                  Activation activation, float scale, mx::StreamOrDevice device) {
+                  Activation activation, float output_scale, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x, bias, residual});
-  const Number type = number_of(weight.dtype());
-  require(type != Number::float32, "half_linear: weight is not of half precision");
+  const Dtype type = dtype_of(weight.dtype());
+  require(type != Dtype::float32, "half_linear: weight is not of half precision");
   require(weight.ndim() == 2 && x.ndim() > 0 && x.shape(-1) == weight.shape(1), "linear: x and weight do not fit");
   auto whole = [s](const Arrays& in) { return mx::astype(in[1], mx::float32, s); };
   auto kernel = [type](const Arrays& in) -> LinearOperation::Work {
-    const PackedWeight weight{in[1].data<void>(), type, nullptr, nullptr, 16, 1};
-    return [weight](const float* x, auto... arguments) { kernels().packed_linear(x, weight, arguments...); };
+    const LowBitWeight weight{in[1].data<void>(), type, nullptr, nullptr, 16, 1};
+    return [weight](const float* x, auto... arguments) { kernels().low_bit_linear(x, weight, arguments...); };
   };
-  return make_linear(x, {weight}, weight.shape(0), bias, residual, activation, scale, whole, kernel, s);
+  return make_linear(x, {weight}, weight.shape(0), bias, residual, activation, output_scale, whole, kernel, s);
 }
 
 array quantized_linear(const array& x, const array& weight, const array& scales, const array& biases,
-                       const Optional& bias, const Optional& residual, Activation activation, float scale,
+                       const Optional& bias, const Optional& residual, Activation activation, float output_scale,
                        int group_size, int bits, bool integers, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x, bias, residual});
-  const Number type = number_of(scales.dtype());
+  const Dtype type = dtype_of(scales.dtype());
   require(bits == 4 || bits == 8 || (!integers && (bits == 2 || bits == 3 || bits == 6)),
           "quantized_linear: there is no kernel for so many bits");
   require(group_size == 32 || group_size == 64 || group_size == 128,
@@ -49,12 +49,12 @@ array quantized_linear(const array& x, const array& weight, const array& scales,
                       mx::float32, s);
   };
   auto kernel = [=](const Arrays& in) -> LinearOperation::Work {
-    const PackedWeight weight{in[1].data<void>(), type, in[2].data<void>(), in[3].data<void>(), bits, group_size};
+    const LowBitWeight weight{in[1].data<void>(), type, in[2].data<void>(), in[3].data<void>(), bits, group_size};
     return [=](const float* x, auto... arguments) {
-      (integers ? kernels().integer_linear : kernels().packed_linear)(x, weight, arguments...);
+      (integers ? kernels().int8_linear : kernels().low_bit_linear)(x, weight, arguments...);
     };
   };
-  return make_linear(x, {weight, scales, biases}, weight.shape(0), bias, residual, activation, scale, whole, kernel, s);
+  return make_linear(x, {weight, scales, biases}, weight.shape(0), bias, residual, activation, output_scale, whole, kernel, s);
 }
 
 }  // namespace mlx_esm
