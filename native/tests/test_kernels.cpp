@@ -18,6 +18,7 @@
 #include <thread>
 
 #include "arena.h"
+#include "faults.h"
 #include "instruction_sets.h"
 #include "references.h"
 #include "threads.h"
@@ -34,11 +35,14 @@ namespace {
 std::atomic<long> checks{0}, failures{0};  // atomic: tasks on other threads check, too
 std::map<std::string, double> largest;     // the largest error, in bounds, of each result
 unsigned long seed = 0;
+Kernels tested;         // the chosen instruction set's, or the same with a fault
+bool quiet = false;     // failures are expected: do not print them
 
 void expect(bool condition, const std::string& what) {
   checks++;
   if (condition) return;
   failures++;
+  if (quiet) return;
   std::printf("FAILED: %s (%s, seed %lu)\n", what.c_str(), kernels().name, seed);
   std::fflush(stdout);
 }
@@ -95,43 +99,72 @@ void test_linear() {
           const LinearEnd end{plain ? nullptr : bias.data(), plain ? nullptr : residual.data(), activation,
                               plain ? 1 : 0.7f};
           Floats y(tokens * outputs);
-          kernels().linear(x.data(), weight.data(), end.bias, end.residual, y.data(), tokens, outputs, inputs,
+          tested.linear(x.data(), weight.data(), end.bias, end.residual, y.data(), tokens, outputs, inputs,
                            activation, end.output_scale);
           compare("linear", y, exact_linear(x, exactly(weight), tokens, outputs, inputs, end));
         }
   Inputs in("linear", {20, 7, 1500});  // deeper than a panel that stays in the cache
   const Floats x = in.numbers(20 * 1500), weight = in.numbers(7 * 1500);
   Floats y(20 * 7);
-  kernels().linear(x.data(), weight.data(), nullptr, nullptr, y.data(), 20, 7, 1500, Activation::none, 1);
+  tested.linear(x.data(), weight.data(), nullptr, nullptr, y.data(), 20, 7, 1500, Activation::none, 1);
   compare("linear, deep", y, exact_linear(x, exactly(weight), 20, 7, 1500, {nullptr, nullptr, Activation::none, 1}));
 }
+
+// A quantized weight of random integers, scales and biases, and what a linear layer needs beside it.
+struct QuantizedLayer {
+  long tokens, outputs, inputs;
+  Floats x, scales, biases, bias, residual, y;
+  std::vector<unsigned> integers;
+  std::vector<unsigned char> bytes;
+  LowBitWeight weight;
+  LinearEnd end;
+
+  QuantizedLayer(const std::string& test, int bits, long group, long tokens, long outputs)
+      : tokens(tokens), outputs(outputs), inputs(3 * group) {
+    Inputs in(test, {bits, group, tokens, outputs});
+    x = in.numbers(tokens * inputs);
+    scales = in.numbers(outputs * 3);
+    biases = in.numbers(outputs * 3);
+    bias = in.numbers(outputs);
+    residual = in.numbers(tokens * outputs);
+    y.resize(tokens * outputs);
+    integers = in.integers(outputs * inputs, bits);
+    bytes = to_bytes(integers, bits);
+    weight = {bytes.data(), Dtype::float32, scales.data(), biases.data(), bits, group};
+    end = {bias.data(), residual.data(), Activation::gelu, 0.7f};
+  }
+
+  template <class Kernel>
+  const Floats& run(Kernel kernel) {
+    kernel(x.data(), weight, end.bias, end.residual, y.data(), tokens, outputs, inputs, end.activation,
+           end.output_scale);
+    return y;
+  }
+};
 
 void test_quantized_linear() {
   for (int bits : {2, 3, 4, 6, 8})
     for (long group : {32, 64, 128})
       for (long tokens : {0, 1, 17, 300})
         for (long outputs : {1, 33, 200}) {
-          const long inputs = 3 * group, groups = outputs * 3;
-          Inputs in("quantized linear", {bits, group, tokens, outputs});
-          const Floats x = in.numbers(tokens * inputs), scales = in.numbers(groups), biases = in.numbers(groups);
-          const Floats bias = in.numbers(outputs), residual = in.numbers(tokens * outputs);
-          const auto integers = in.integers(outputs * inputs, bits);
+          QuantizedLayer layer("quantized linear", bits, group, tokens, outputs);
           Reals weight;
-          for (size_t i = 0; i < integers.size(); i++)
-            weight.push_back(Real(integers[i]) * Real(scales[i / group]) + Real(biases[i / group]));
-          const auto bytes = to_bytes(integers, bits);
-          const LowBitWeight p{bytes.data(), Dtype::float32, scales.data(), biases.data(), bits, group};
-          const LinearEnd end{bias.data(), residual.data(), Activation::gelu, 0.7f};
-          Floats y(tokens * outputs);
-          auto run = [&](auto kernel) {
-            kernel(x.data(), p, end.bias, end.residual, y.data(), tokens, outputs, inputs, end.activation, end.output_scale);
-          };
-          run(kernels().low_bit_linear);
-          compare("quantized linear", y, exact_linear(x, weight, tokens, outputs, inputs, end));
-          if (bits != 4 && bits != 8) continue;
-          run(kernels().int8_linear);
-          compare("linear of integers", y,
-                  exact_int8_linear(x, integers, scales, biases, tokens, outputs, inputs, group, end));
+          for (size_t i = 0; i < layer.integers.size(); i++)
+            weight.push_back(Real(layer.integers[i]) * Real(layer.scales[i / group]) + Real(layer.biases[i / group]));
+          compare("quantized linear", layer.run(tested.low_bit_linear),
+                  exact_linear(layer.x, weight, tokens, outputs, layer.inputs, layer.end));
+        }
+}
+
+void test_int8_linear() {
+  for (int bits : {4, 8})
+    for (long group : {32, 64, 128})
+      for (long tokens : {0, 1, 17, 300})
+        for (long outputs : {1, 33, 200}) {
+          QuantizedLayer layer("int8 linear", bits, group, tokens, outputs);
+          compare("int8 linear", layer.run(tested.int8_linear),
+                  exact_int8_linear(layer.x, layer.integers, layer.scales, layer.biases, tokens, outputs, layer.inputs,
+                                    group, layer.end));
         }
 }
 
@@ -161,7 +194,7 @@ void test_products_of_integers() {
             }
           const auto bytes = to_bytes(integers, bits);
           const LowBitWeight p{bytes.data(), Dtype::float32, scales.data(), biases.data(), bits, group};
-          kernels().int8_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none,
+          tested.int8_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none,
                                    1);
           expect(y == exact, "products of integers of " + std::to_string(bits) + " bits");
         }
@@ -183,7 +216,7 @@ void test_half_linear() {
           std::memcpy(&w, &word, sizeof word);
         }
         const LowBitWeight p{halves.data(), Dtype::bfloat16, nullptr, nullptr, 16, 1};
-        kernels().low_bit_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none, 1);
+        tested.low_bit_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none, 1);
         compare("linear of bfloat16", y,
                 exact_linear(x, exactly(weight), tokens, outputs, inputs, {nullptr, nullptr, Activation::none, 1}));
       }
@@ -200,8 +233,8 @@ void test_gelu() {
         exact.push_back(gelu(x[i]));
         derivative.push_back(Real(dy[i]) * gelu_derivative(x[i]));
       }
-      kernels().gelu(x.data(), y.data(), size);
-      kernels().gelu_gradient(x.data(), dy.data(), dx.data(), size);
+      tested.gelu(x.data(), y.data(), size);
+      tested.gelu_gradient(x.data(), dy.data(), dx.data(), size);
       compare("gelu", y, exact);
       compare("gelu's gradient", dx, derivative);
     }
@@ -219,8 +252,8 @@ void test_swiglu() {
         by_gate.push_back(Real(dy[i]) * Real(up[i]) * silu_derivative(gate[i]));
         by_up.push_back(Real(dy[i]) * silu(gate[i]));
       }
-      kernels().swiglu(gate.data(), up.data(), y.data(), size);
-      kernels().swiglu_gradient(gate.data(), up.data(), dy.data(), dgate.data(), dup.data(), size);
+      tested.swiglu(gate.data(), up.data(), y.data(), size);
+      tested.swiglu_gradient(gate.data(), up.data(), dy.data(), dgate.data(), dup.data(), size);
       compare("swiglu", y, exact);
       compare("swiglu's gradient by gate", dgate, by_gate);
       compare("swiglu's gradient by up", dup, by_up);
@@ -237,8 +270,8 @@ void test_layer_norm() {
         const Floats dy = in.numbers(rows * width);
         const float* b = with_bias ? bias.data() : nullptr;
         Floats y(rows * width), dx(rows * width), dweight(width), dbias(width);
-        kernels().layer_norm(x.data(), weight.data(), b, y.data(), rows, width, eps);
-        kernels().layer_norm_gradient(x.data(), weight.data(), dy.data(), dx.data(), dweight.data(), dbias.data(), rows,
+        tested.layer_norm(x.data(), weight.data(), b, y.data(), rows, width, eps);
+        tested.layer_norm_gradient(x.data(), weight.data(), dy.data(), dx.data(), dweight.data(), dbias.data(), rows,
                                       width, eps);
         const ExactLayerNorm exact(x, weight, b, dy, rows, width, eps);
         compare("layer norm", y, exact.y);
@@ -255,8 +288,8 @@ void test_softmax() {
         Inputs in("softmax", {rows, width, long(scale)});
         const Floats x = in.numbers(rows * width, scale), dy = in.numbers(rows * width);
         Floats y(rows * width), dx(rows * width);
-        kernels().softmax(x.data(), y.data(), rows, width);
-        kernels().softmax_gradient(y.data(), dy.data(), dx.data(), rows, width);
+        tested.softmax(x.data(), y.data(), rows, width);
+        tested.softmax_gradient(y.data(), dy.data(), dx.data(), rows, width);
         compare("softmax", y, exact_softmax(x, rows, width));
         compare("softmax's gradient", dx, exact_softmax_gradient(y, dy, rows, width));
       }
@@ -272,7 +305,7 @@ void test_adamw() {
       AdamW p{weight.data(), gradient.data(), mean.data(), square.data(), weight.data(), mean.data(), square.data(),
               0.5f, 1e-2f, 0.9f, 0.99f, 1e-8f, 0.1f, step};
       const ExactAdamW exact(p, size);
-      kernels().adamw(p, size);  // in place
+      tested.adamw(p, size);  // in place
       compare("AdamW's weight", weight, exact.weight);
       compare("AdamW's mean", mean, exact.mean);
       compare("AdamW's square", square, exact.square);
@@ -289,7 +322,7 @@ void test_sum_of_squares() {
                                       [&](long j) { return Real(x[i + j]) * Real(x[i + j]); });
       exact = {exact.value + piece.value, exact.variance + piece.variance};
     }
-    compare("sum of squares", {float(kernels().sum_of_squares(x.data(), size))}, {rounded(exact.value, exact.variance)});
+    compare("sum of squares", {float(tested.sum_of_squares(x.data(), size))}, {rounded(exact.value, exact.variance)});
   }
 }
 
@@ -348,15 +381,15 @@ void test_attention(long heads, long d, const std::vector<int>& offsets, Options
     p.eps = 1e-5;
   }
   const ExactAttention exact(p, dout);
-  kernels().attention(p);  // without what the gradients need
+  tested.attention(p);  // without what the gradients need
   compare("attention", out, exact.out);
   p.maximum = maximum.data();
   p.total = total.data();
-  kernels().attention(p);
+  tested.attention(p);
   Floats normed_query(tokens * D), normed_key(tokens * D);  // the gradients take query and key after their layer norms
   if (options.norms) {
-    kernels().layer_norm(p.query, p.query_norm, nullptr, normed_query.data(), tokens, D, p.eps);
-    kernels().layer_norm(p.key, p.key_norm, nullptr, normed_key.data(), tokens, D, p.eps);
+    tested.layer_norm(p.query, p.query_norm, nullptr, normed_query.data(), tokens, D, p.eps);
+    tested.layer_norm(p.key, p.key_norm, nullptr, normed_key.data(), tokens, D, p.eps);
     p.query = normed_query.data();
     p.key = normed_key.data();
     p.query_norm = p.key_norm = nullptr;
@@ -372,7 +405,7 @@ void test_attention(long heads, long d, const std::vector<int>& offsets, Options
     g.dbias_v = dbias_v.data();
   }
   if (options.bias) g.dbias = dbias.data();
-  kernels().attention_gradients(g);
+  tested.attention_gradients(g);
   compare("attention's gradient by query", dquery, exact.dquery);
   compare("attention's gradient by key", dkey, exact.dkey);
   compare("attention's gradient by value", dvalue, exact.dvalue);
@@ -424,7 +457,7 @@ void test_gated_linear() {
                               y_first ? nullptr : residual.data(),        y.data(),
                               norm.affine(), x_norm.affine(with_mask), gate.affine(with_mask), layer.affine(),
                               1e-5f, tokens, width, outputs, y_first};
-          kernels().gated_linear(p);
+          tested.gated_linear(p);
           compare("gated linear", y, exact_gated_linear(p));
         }
 }
@@ -440,7 +473,7 @@ void test_transition() {
           Floats y(tokens * width);
           const Transition p{x.data(),     with_residual ? residual.data() : nullptr, y.data(),
                              norm.affine(), 1e-5f, expand.affine(), shrink.affine(with_residual), tokens, width, inner};
-          kernels().transition(p);
+          tested.transition(p);
           compare("transition", y, exact_transition(p));
         }
 }
@@ -474,7 +507,7 @@ void test_triangle_attention() {
                                     width,
                                     heads,
                                     ending};
-          kernels().triangle_attention(p);
+          tested.triangle_attention(p);
           compare("triangle attention", y, exact_triangle_attention(p));
         }
 }
@@ -489,7 +522,7 @@ void test_instruction_sets() {
 }
 
 void test_multiply_adds() {
-  expect(kernels().multiply_adds(1e7) == 0.5f, "sums of multiply-adds converge");
+  expect(tested.multiply_adds(1e7) == 0.5f, "sums of multiply-adds converge");
 }
 
 void test_arena() {
@@ -562,43 +595,81 @@ void test_exceptions() {
   loop(50, "and the next loop runs on all threads again");
 }
 
-void test_kernels() {
-  test_linear();
-  test_quantized_linear();
-  test_products_of_integers();
-  test_half_linear();
-  test_gelu();
-  test_swiglu();
-  test_layer_norm();
-  test_softmax();
-  test_adamw();
-  test_sum_of_squares();
-  test_attentions();
-  test_gated_linear();
-  test_transition();
-  test_triangle_attention();
-  test_multiply_adds();
-}
+struct Test {
+  const char* kernel;
+  void (*run)();
+};
+
+constexpr Test TESTS[] = {
+    {"linear", test_linear},
+    {"quantized linear", test_quantized_linear},
+    {"int8 linear", test_int8_linear},
+    {"int8 linear", test_products_of_integers},
+    {"half linear", test_half_linear},
+    {"gelu", test_gelu},
+    {"swiglu", test_swiglu},
+    {"layer norm", test_layer_norm},
+    {"softmax", test_softmax},
+    {"AdamW", test_adamw},
+    {"sum of squares", test_sum_of_squares},
+    {"attention", test_attentions},
+    {"gated linear", test_gated_linear},
+    {"transition", test_transition},
+    {"triangle attention", test_triangle_attention},
+    {"multiply-adds", test_multiply_adds},
+};
 
 // The checks of one instruction set with these seeds, and the largest errors they have seen.
 void test_instruction_set(const std::string& set, unsigned long first, unsigned long seeds) {
   choose(set);
+  tested = kernels();
   largest.clear();
   const long before = checks;
-  for (seed = first; seed < first + seeds; seed++) test_kernels();
+  for (seed = first; seed < first + seeds; seed++)
+    for (const Test& test : TESTS) test.run();
   for (auto& [what, ratio] : largest) std::printf("  %s: largest error %.2f bounds\n", what.c_str(), ratio);
   std::printf("%s: %ld checks of %lu seeds, %ld failed\n", set.c_str(), checks - before, seeds, failures.load());
   std::fflush(stdout);
+}
+
+// How many faults are not found in the kernels of one instruction set. A fault is found if a test of its kernel fails.
+int test_faults(const std::string& set) {
+  choose(set);
+  quiet = true;
+  int missed = 0;
+  for (const Fault& fault : faults::all()) {
+    tested = kernels();
+    fault.insert(tested);
+    const long checks_before = checks, failures_before = failures;
+    for (const Test& test : TESTS)
+      if (fault.kernel == test.kernel) test.run();
+    const long found = failures - failures_before;
+    std::printf("  %s, %s: %ld of %ld checks fail\n", fault.kernel.c_str(), fault.what.c_str(), found,
+                checks - checks_before);
+    missed += !found;
+  }
+  std::printf("%s: %zu faults, %d not found\n", set.c_str(), faults::all().size(), missed);
+  return missed;
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
   unsigned long first = 0, seeds = 1;
-  for (int i = 1; i + 1 < count; i += 2) {
+  int missed = 0;
+  for (int i = 1; i < count; i++) {
     const std::string option = arguments[i];
-    (option == "--seed" ? first : option == "--seeds" ? seeds : throw std::invalid_argument(option)) =
-        std::strtoul(arguments[i + 1], nullptr, 10);
+    if (option == "--seed" && i + 1 < count) {
+      first = std::strtoul(arguments[++i], nullptr, 10);
+    } else if (option == "--seeds" && i + 1 < count) {
+      seeds = std::strtoul(arguments[++i], nullptr, 10);
+    } else if (option == "--faults" && count == 2) {
+      for (const auto& set : instruction_sets()) missed += test_faults(set);
+      return missed ? 1 : 0;
+    } else {
+      std::fprintf(stderr, "usage: %s [--seed S] [--seeds N] | --faults\n", arguments[0]);
+      return 2;
+    }
   }
   test_arena();
   test_threads();

@@ -69,6 +69,12 @@ def test_kernels_with_many_seeds(program):
     check(program, "--seeds", "100")
 
 
+def test_faults_are_found(program):
+    """The checks fail for kernels with a missing term, a dropped bias, exchanged rows, a wrong scale and the like."""
+    summaries = [line for line in run(program, "--faults").splitlines() if " faults, " in line]
+    assert summaries and all(line.endswith(" faults, 0 not found") for line in summaries)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("sanitizer", ["address", "undefined", "thread"])
 def test_kernels_under_a_sanitizer(tmp_path, sanitizer):
