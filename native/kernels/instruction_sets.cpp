@@ -29,7 +29,7 @@ std::vector<const Kernels*> supported() {
   return tables;
 }
 
-std::atomic<const Kernels*> chosen = supported().front();  // read by the threads of MLX's streams
+std::atomic<const Kernels*> chosen = supported().front();  // atomic: MLX's stream threads read it
 
 }  // namespace
 

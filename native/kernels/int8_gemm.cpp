@@ -1,5 +1,6 @@
-// An instruction set that adds products of bytes to another, whose other kernels it shares. Compiled once for each, with
-//   TABLE, NAME, VECTOR_WIDTH and ROWS as in kernels.cpp, and BASE, the function that returns the other's table.
+// An instruction set that adds int8 dot products to another set and shares the other kernels with it. Compiled once per
+// set, with TABLE, NAME, VECTOR_WIDTH and ROWS as in kernels.cpp, and
+//   BASE           the function that returns the other set's table.
 
 #include "int8_gemm.h"
 

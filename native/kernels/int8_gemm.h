@@ -1,8 +1,7 @@
-// Linear layers whose products are those of integers: the weight's of 4 or 8 bits without a sign, and the tokens',
-// rounded to 8 bits with one, each group of a token with a scale of its own.
+// int8 GEMM: unsigned weights of 4 or 8 bits times activations quantized to int8, with one scale per token and group.
 //
-// A lane is a token, as in gemm.h, but holds several of its integers, one beside the other: four bytes where the
-// machine multiplies and adds up bytes (VNNI, Arm's dot product), else two of 16 bits.
+// A lane is a token, as in gemm.h, but holds several of its integers: four bytes if the machine has a dot product of
+// bytes (VNNI, Arm's dot product), otherwise two integers of 16 bits.
 #pragma once
 
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -13,8 +12,8 @@
 
 namespace {
 
-// sum + the products of the integers in w and in each lane of x. Arm's bytes have a sign on both sides: there the
-// weight's are smaller by OFFSET, and a sum begins with OFFSET times the integers of x, which makes it the same.
+// Return sum + the dot product of the integers in w with those in each lane of x. On Arm both operands are signed:
+// OFFSET is subtracted from the weights, and the sum starts at OFFSET · (the sum of x's integers) to compensate.
 #if defined(__AVX512VNNI__)
 constexpr int TOGETHER = 4, OFFSET = 0;
 inline ivec dot(ivec sum, unsigned w, uvec x) {
@@ -51,16 +50,16 @@ inline ivec dot(ivec sum, unsigned w, uvec x) {
 #endif
 #endif
 
-constexpr int WIDTH = 32 / TOGETHER;  // bits of an integer in a lane
+constexpr int WIDTH = 32 / TOGETHER;  // bits per integer in a lane, which holds TOGETHER of them
 
-// A panel's tokens, T = V * W of them, as integers: x ≈ scale · integer.
+// A panel of T = V * W tokens with K inputs, quantized: x ≈ scale · integer.
 struct Int8Panel {
-  unsigned* integers;   // [K / TOGETHER, T], several in each
-  float *scales, *sums;  // [K / group, T]: the scales, and scale · the sum of a group's integers
-  int* integer_sums;     // [K / group, T]: without the scale
+  unsigned* integers;    // [K / TOGETHER, T], TOGETHER in each element
+  float *scales, *sums;  // [K / group, T]: the scales, and scale · (sum of the group's integers)
+  int* integer_sums;     // [K / group, T]: the sums of the group's integers
 };
 
-// From a panel [K, V * W] of floats.
+// Quantize a panel [K, V * W] of floats.
 template <int V>
 inline void round_panel(const float* panel, long K, long group, Int8Panel out) {
   constexpr long T = V * W;
@@ -72,7 +71,7 @@ inline void round_panel(const float* panel, long K, long group, Int8Panel out) {
       for (long k = 0; k < group; k++) {
         const vec v = load(x + k * T);
         largest = max(max(v, -v), largest);
-        poison += v * 0.0f;  // NaN where a number is infinite or NaN
+        poison += v * 0.0f;  // NaN if an element is infinite or NaN
       }
       const vec to_integer = largest > 1e-30f ? 127.0f / largest : vec{};
       const vec scale = largest / 127.0f + poison;
@@ -81,8 +80,7 @@ inline void round_panel(const float* panel, long K, long group, Int8Panel out) {
         uvec together{};
 #pragma GCC unroll 4
         for (int i = 0; i < TOGETHER; i++) {
-          // The maximum changes nothing. It keeps the product from being rounded together with the sum, which not every
-          // machine does.
+          // The maximum changes no value. It prevents a fused multiply-add, so that all machines round alike.
           const vec shifted = max(load(x + (k + i) * T) * to_integer, splat(-127.0f)) + round;
           sum += shifted - round;
           together |= ((uvec)shifted & ((1u << WIDTH) - 1)) << WIDTH * i;
@@ -96,7 +94,7 @@ inline void round_panel(const float* panel, long K, long group, Int8Panel out) {
     }
 }
 
-// N rows of a weight, as what a lane of tokens is multiplied with.
+// Rows of a weight in the layout that `dot` takes.
 struct WeightRows {
   const Byte* integers;
   long stride;                    // bytes
@@ -104,6 +102,7 @@ struct WeightRows {
   long groups, group;
 };
 
+// Expand `depth` integers of a row, from column k on, to the layout that `dot` takes.
 template <int BITS>
 inline void spread(const Byte* row, long k, long depth, Byte* out) {
   if (BITS == 8 && TOGETHER == 4) {
@@ -122,7 +121,7 @@ inline void spread(const Byte* row, long k, long depth, Byte* out) {
   }
 }
 
-// N rows from column k on, which is where a group begins; they last until the same thread takes others.
+// Return N rows from column k on, where a group starts. They stay valid until the same thread calls this again.
 inline WeightRows weight_rows(const LowBitWeight& w, long inputs, long n, long N, long k, long depth) {
   static thread_local Arena arena;
   arena.clear();
@@ -135,7 +134,7 @@ inline WeightRows weight_rows(const LowBitWeight& w, long inputs, long n, long N
       biases[i * groups + g] = element_at(w.biases, w.dtype, place);
     }
   const Byte* rows = static_cast<const Byte*>(w.data) + n * inputs * w.bits / 8;
-  if (w.bits == 8 && TOGETHER == 4 && !OFFSET)  // they are multiplied as they lie
+  if (w.bits == 8 && TOGETHER == 4 && !OFFSET)  // the stored layout is what `dot` takes
     return {rows + k, inputs, scales, biases, groups, w.group};
   Byte* integers = reinterpret_cast<Byte*>(arena.take(N * depth / TOGETHER));
   for (long i = 0; i < N; i++) {
@@ -146,11 +145,11 @@ inline WeightRows weight_rows(const LowBitWeight& w, long inputs, long n, long N
   return {integers, stride, scales, biases, groups, w.group};
 }
 
-// Rows whose sums, of integers and of what they stand for, fill the registers together with V vectors of tokens.
+// Tile height: int32 accumulators plus float totals for V vectors of tokens fill the register file.
 template <int V>
 constexpr int INT8_ROWS = MR * NV / (2 * V);
 
-// c[R, V * W] (+)= the rows from the i-th on times the panel.
+// c[R, V * W] = R rows from row `first` on, times the panel; += if `add`.
 template <int R, int V>
 inline void multiply_int8(const WeightRows& w, long first, const Int8Panel& x, float* __restrict c, bool add) {
   constexpr long T = V * W;
@@ -185,7 +184,7 @@ inline void multiply_int8(const WeightRows& w, long first, const Int8Panel& x, f
 #pragma GCC unroll 4
       for (int j = 0; j < V; j++) {
         const vec scale = load(x.scales + g * T + j * W) * scales[i * w.groups];
-        // The two may cancel, and so are added to each other first.
+        // Combine the scale and bias terms before accumulating: they are large and may cancel.
         const vec bias = load(x.sums + g * T + j * W) * biases[i * w.groups];
         total[i][j] += __builtin_convertvector(acc[i][j], vec) * scale + bias;
       }
@@ -205,12 +204,12 @@ inline void multiply_int8_rest(long rows, const WeightRows& w, long first, const
   }
 }
 
-// The panels of a round.
+// The quantized panels of a round of tokens.
 struct Int8Panels {
   Int8Panel first;
   long inputs, group;
 
-  // The panel of V vectors from token t on, from column k on.
+  // The panel of V vectors of tokens from token t on, from column k on.
   template <int V>
   Int8Panel at(long t, long k) const {
     const long i = t * inputs + k * V * W, g = i / group;
@@ -218,7 +217,7 @@ struct Int8Panels {
   }
 };
 
-// One block of tokens times one block of outputs.
+// Multiply a block of tokens by a block of outputs.
 inline void int8_block(const Linear& p, const Block& block, const Int8Panels& panels,
                           const LowBitWeight& weight) {
   static thread_local Arena arena;
@@ -243,6 +242,18 @@ inline void int8_block(const Linear& p, const Block& block, const Int8Panels& pa
   }
 }
 
+// Pack and quantize the panel of NR tokens from t on.
+inline void quantize_tokens(const Linear& p, long t, const Int8Panels& panels) {
+  static thread_local Arena arena;
+  arena.clear();
+  const long K = p.inputs;
+  float* floats = arena.take(K * NR);
+  for_panel(p.tokens - t, [&](auto V) {
+    pack<V>(p.x + t * K, K, least(NR, p.tokens - t), K, floats);
+    round_panel<V>(floats, K, panels.group, panels.at<V>(t, 0));
+  });
+}
+
 inline void int8_layer(Linear p, const LowBitWeight& weight) {
   if (!p.tokens || !p.outputs) return;
   static thread_local Arena arena;
@@ -252,16 +263,7 @@ inline void int8_layer(Linear p, const LowBitWeight& weight) {
   auto integers = reinterpret_cast<unsigned*>(arena.take(p.round * K / TOGETHER));
   float *scales = arena.take(groups), *sums = arena.take(groups);
   const Int8Panels panels{{integers, scales, sums, reinterpret_cast<int*>(arena.take(groups))}, K, weight.group};
-  auto pack_panel = [&](const Linear& p, long i) {
-    static thread_local Arena arena;
-    arena.clear();
-    float* floats = arena.take(K * NR);
-    const long t = i * NR;
-    for_panel(p.tokens - t, [&](auto V) {
-      pack<V>(p.x + t * K, K, least(NR, p.tokens - t), K, floats);
-      round_panel<V>(floats, K, weight.group, panels.at<V>(t, 0));
-    });
-  };
+  auto pack_panel = [&](const Linear& p, long panel) { quantize_tokens(p, panel * NR, panels); };
   in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { int8_block(p, block, panels, weight); });
 }
 

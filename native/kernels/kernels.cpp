@@ -1,6 +1,8 @@
-// The kernels of one instruction set. Compiled once for each, with
-//   TABLE          the function that returns the table, NAME what the set is called,
-//   VECTOR_WIDTH   floats in a vector, and ROWS, with which accumulators fill the registers (gemm.h).
+// The kernels of one instruction set. Compiled once per set, with
+//   TABLE          the function that returns the table,
+//   NAME           the name of the set,
+//   VECTOR_WIDTH   the number of floats in a vector,
+//   ROWS           the rows of a tile of accumulators that fills the registers (MR in gemm.h).
 
 #include "kernels.h"
 
@@ -32,13 +34,13 @@ void low_bit_linear(const float* x, const LowBitWeight& weight, const float* bia
   linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, output_scale, true}, rows);
 }
 
-// Elements or rows in pieces that are worth a thread's while.
+// Call body(begin, end) for pieces of [0, size), each large enough to be worth a task.
 template <class F>
 void pieces(long size, long piece, F body) {
   parallel_for(ceil_div(size, piece), [&](long i) { body(i * piece, least((i + 1) * piece, size)); });
 }
 
-// The moments of queries or keys that have a layer norm.
+// The moments of each token of x, if there is a layer norm to apply.
 std::vector<Moments> moments_of(const Attention& p, const float* x, const float* norm) {
   const long features = p.heads * p.head_dim;
   std::vector<Moments> all(norm ? p.offsets[p.sequences] : 0);
@@ -60,7 +62,7 @@ void attention_gradients(const AttentionGradients& g) {
   const Attention& p = g.forward;
   const long features = p.heads * p.head_dim;
   if (p.bias && p.biases == 1) {
-    // All sequences add to one gradient of the bias, each head to its own part and in the same order every time.
+    // All sequences add to one gradient of the bias. Heads are independent, and each adds in a fixed order.
     parallel_for(p.heads, [&](long head) {
       for (long s = 0; s < p.sequences; s++) attention_gradients_task(g, s, head, s > 0);
     });
@@ -70,7 +72,7 @@ void attention_gradients(const AttentionGradients& g) {
     if (p.offsets[s] == p.offsets[s + 1])  // an empty sequence has no task
       for (float* gradient : {g.dbias_k, g.dbias_v})
         __builtin_memset(gradient + s * features, 0, features * sizeof(float));
-  const auto all = tasks(p, 1L << 40);  // all queries of a head are one task
+  const auto all = tasks(p, 1L << 40);  // one task per head
   parallel_for(all.size(), [&](long i) { attention_gradients_task(g, all[i].sequence, all[i].head, false); });
 }
 
@@ -96,7 +98,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float* y
   });
 }
 
-// Rows are added up in blocks of 64, then the blocks: deterministic, and exact to more digits than one long sum.
+// Rows are summed in blocks of 64, then the blocks: deterministic, and with less rounding than one long sum.
 void layer_norm_gradient(const float* x, const float* weight, const float* dy, float* dx, float* dweight, float* dbias,
                          long rows, long width, float eps) {
   constexpr long block = 64;
@@ -132,7 +134,7 @@ void softmax_gradient(const float* y, const float* dy, float* dx, long rows, lon
   });
 }
 
-// Pieces are added up in their order, whichever thread is done first.
+// Pieces are summed in a fixed order, so the result does not depend on the threads.
 double sum_of_squares(const float* x, long size) {
   constexpr long piece = 1 << 14;
   Arena arena;

@@ -1,5 +1,5 @@
-// Weights of fewer bits than float32, unpacked block by block: what is multiplied lies in the second-level cache, and
-// nowhere is there a float32 copy of the matrix.
+// Low-bit weights, converted to float32 block by block: a block fits in the L2 cache, and there is never a float32 copy
+// of the whole matrix.
 #pragma once
 
 #if defined(__SSE2__)
@@ -28,17 +28,17 @@ inline V load_as(const void* p) {
   return v;
 }
 
-// The float32 of a number of half precision in the low bits of each lane.
-inline vec float_of(uvec half, Dtype type) {
-  if (type == Dtype::bfloat16) return (vec)(half << 16);
+// Convert the float16 or bfloat16 in the low half of each lane to float32.
+inline vec float_of(uvec half, Dtype dtype) {
+  if (dtype == Dtype::bfloat16) return (vec)(half << 16);
 #if defined(__AVX512F__)
-  // All lanes of the form that zeroes some: GCC 12 warns of the other's own header.
+  // The masked form with all lanes enabled: GCC 12 warns about its own header in the other form.
   return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)__builtin_convertvector(half, halves));
 #elif defined(__F16C__)
   return (vec)_mm256_cvtph_ps((__m128i)__builtin_convertvector(half, halves));
 #else
-  // The exponent, whose bias is 15, gets float32's, 127. A denormal number is made with the smallest exponent and a
-  // leading one too many, infinity and NaN have the largest exponent in either.
+  // Change the exponent's bias from 15 to 127. A denormal number gets the smallest exponent, and the implicit leading 1
+  // is subtracted. Infinity and NaN have the largest exponent in both formats.
   constexpr unsigned one = 1 << 23;
   const uvec size = (half & 0x7fff) << 13, exponent = size & (31 << 23);
   const uvec moved = size + 112 * one;
@@ -48,14 +48,14 @@ inline vec float_of(uvec half, Dtype type) {
 #endif
 }
 
-// The i-th of an array of numbers.
-inline float element_at(const void* numbers, Dtype type, long i) {
-  if (type == Dtype::float32) return static_cast<const float*>(numbers)[i];
-  return float_of(uvec{} + static_cast<const unsigned short*>(numbers)[i], type)[0];
+// Element i of an array, as float32.
+inline float element_at(const void* array, Dtype dtype, long i) {
+  if (dtype == Dtype::float32) return static_cast<const float*>(array)[i];
+  return float_of(uvec{} + static_cast<const unsigned short*>(array)[i], dtype)[0];
 }
 
-inline void convert_halves(const unsigned short* row, Dtype type, long depth, float* out) {
-  auto floats = [=](const halves& v) { return float_of(__builtin_convertvector(v, uvec), type); };
+inline void convert_halves(const unsigned short* row, Dtype dtype, long depth, float* out) {
+  auto floats = [=](const halves& v) { return float_of(__builtin_convertvector(v, uvec), dtype); };
   long k = 0;
 #pragma GCC unroll 4
   for (; k + W <= depth; k += W) store(out + k, floats(load_as<halves>(row + k)));
@@ -70,20 +70,20 @@ inline uvec lane_numbers(std::integer_sequence<int, L...>) {
   return uvec{L...};
 }
 
-// The W integers of BITS bits from the i-th of a row on, i being a multiple of W.
+// W integers of BITS bits, from element i of a row on, where i is a multiple of W.
 template <int BITS>
 inline uvec integers_at(const Byte* row, unsigned long i) {
   if constexpr (BITS == 8) {
-    // In two steps, each of which is an instruction: GCC 12 makes many of one.
+    // Two conversions, one instruction each: GCC 12 compiles a single conversion to many.
     return __builtin_convertvector(__builtin_convertvector(load_as<bytes>(row + i), halves), uvec);
 #if defined(__AVX512F__)
   } else if constexpr (BITS == 4) {
     const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + i / 2));
-    const uvec both = (uvec)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpacklo_epi8(v, v));  // each byte in two lanes
+    const uvec both = (uvec)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpacklo_epi8(v, v));  // each byte twice
     return both >> lane_numbers(std::make_integer_sequence<int, W>()) % 2 * 4 & 15;
 #endif
   } else {
-    constexpr int WORD = BITS > 4 ? 4 : 8, SIZE = WORD * BITS / 8;  // integers in at most 32 bits, and their bytes
+    constexpr int WORD = BITS > 4 ? 4 : 8, SIZE = WORD * BITS / 8;  // integers that fit in 32 bits, and their bytes
     const uvec lane = lane_numbers(std::make_integer_sequence<int, W>());
     uvec v{};
 #pragma GCC unroll 16
@@ -97,11 +97,11 @@ inline uvec integers_at(const Byte* row, unsigned long i) {
   }
 }
 
-// Column k on of row n, k and depth being multiples of 32, where groups may end.
+// Dequantize `depth` elements of row n from column k on. Both are multiples of 32, the smallest group.
 template <int BITS>
 inline void dequantize(const LowBitWeight& w, long inputs, long n, long k, long depth, float* out) {
   const Byte* row = static_cast<const Byte*>(w.data) + n * inputs * BITS / 8;
-  const int shift = __builtin_ctzl(w.group);  // a division for each group would take as long as the rest
+  const int shift = __builtin_ctzl(w.group);  // instead of a division per group, which would take as long as the rest
   for (long i = k, end; i < k + depth; i = end) {
     const long group = i >> shift, place = n * (inputs >> shift) + group;
     const float scale = element_at(w.scales, w.dtype, place), bias = element_at(w.biases, w.dtype, place);
@@ -130,13 +130,12 @@ inline void convert_row(const LowBitWeight& w, long inputs, long n, long k, long
   }
 }
 
-// Let memory begin to bring so many bytes into the second-level cache: pieces of rows are too short for the processor to
-// see what comes next.
+// Prefetch `size` bytes into the L2 cache: pieces of rows are too short for the processor's own prefetcher.
 inline void prefetch(const Byte* p, long size) {
   for (long b = 0; b < size; b += 64) __builtin_prefetch(p + b, 0, 2);
 }
 
-// N rows from column k on, which last until the same thread converts others.
+// Convert N rows from column k on to float32. They stay valid until the same thread calls this again.
 inline Rows float_rows(const LowBitWeight& w, long inputs, long n, long N, long k, long depth) {
   static thread_local Arena arena;
   arena.clear();

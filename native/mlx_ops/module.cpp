@@ -16,13 +16,13 @@ using namespace nb::literals;
 using mlx::core::array;
 using Optional = std::optional<array>;
 using Affine = std::tuple<array, Optional>;       // weight, bias
-using Norm = std::tuple<array, Optional, float>;  // the same of a layer norm, and its eps
+using Norm = std::tuple<array, Optional, float>;  // weight, bias, eps of a layer norm
 
 static mlx_esm::Activation activation_called(const std::optional<std::string>& name) {
   if (!name) return mlx_esm::Activation::none;
   if (*name == "gelu") return mlx_esm::Activation::gelu;
   if (*name == "relu") return mlx_esm::Activation::relu;
-  throw std::invalid_argument("linear: the activation '" + *name + "' is neither 'gelu' nor 'relu'");
+  throw std::invalid_argument("linear: activation must be 'gelu' or 'relu', got '" + *name + "'");
 }
 
 template <class Parameters>
@@ -33,8 +33,8 @@ static mlx_esm::AffineArrays affine(const Parameters& p) {
 static float eps_of(const Norm& norm) { return std::get<2>(norm); }
 
 NB_MODULE(_native, m) {
-  m.doc() = "The CPU kernels of mlx-esm-hf as operations on float32 mx.arrays; mlx_esm_hf.ops.kernels is their face.";
-  nb::module_::import_("mlx.core");  // which registers the type of arrays
+  m.doc() = "The CPU kernels of mlx-esm-hf as operations on float32 mx.arrays. Use them through mlx_esm_hf.ops.kernels.";
+  nb::module_::import_("mlx.core");  // registers the type mx.array
 
   const auto none = nb::none();
   m.def(

@@ -10,7 +10,7 @@
 namespace mlx_esm {
 namespace {
 
-// Its gradient is that of the same in MLX's own operations, which `ops` in Python has anyway and takes instead.
+// Has no vjp: Python differentiates its version of plain MLX operations.
 class PairOperation : public Operation {
  public:
   using Work = std::function<void()>;

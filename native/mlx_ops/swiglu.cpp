@@ -9,7 +9,7 @@ Arrays plain_swiglu(const Arrays& in, mx::Stream s) {
   return {mx::multiply(mx::multiply(in[0], mx::sigmoid(in[0], s), s), in[1], s)};
 }
 
-// From gate, up and dy to the gradients of gate and up.
+// Inputs: gate, up and dy. Outputs: the gradients by gate and up.
 class SwigluGradient : public Operation {
  public:
   explicit SwigluGradient(mx::Stream s)

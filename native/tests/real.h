@@ -79,15 +79,16 @@ Real sum_in_lanes(long n, long lanes, Term term) {
   return total;
 }
 
-// f(x) from the error of f alone and its derivative at x.
-inline Real with_error_of(Real x, double derivative, Real f) {
-  return {f.value, f.variance + square(derivative) * x.variance};
+// f(x), from f at the exact x, the derivative there and an upper bound of |f''|. The second order counts where the
+// derivative vanishes.
+inline Real with_error_of(Real x, double derivative, double curvature, Real f) {
+  return {f.value, f.variance + square(derivative) * x.variance + square(curvature / 2 * BOUND * x.variance)};
 }
 
 // e^x for x <= 0. The kernel's own error is 1 ulp, and UNIT · |x| without fused multiply-adds.
 inline Real exponential(Real x) {
   const double value = std::exp(x.value), own = variance_of(2 * UNIT) + variance_of(UNIT * x.value);
-  return {value, value == 0 ? 0 : square(value) * (x.variance + own)};
+  return value == 0 ? Real() : with_error_of(x, value, value, {value, square(value) * own});
 }
 
 inline Real relu(Real x) {
@@ -98,12 +99,12 @@ inline Real relu(Real x) {
 inline Real sigmoid(Real x) {
   const Real e = exponential(-std::abs(x.value)), larger = Real(1) / (Real(1) + e);
   const Real y = x.value < 0 ? e * larger : larger;
-  return with_error_of(x, y.value * (1 - y.value), y);
+  return with_error_of(x, y.value * (1 - y.value), 0.1, y);
 }
 
 inline Real silu(Real x) {
   const Real s = sigmoid(x.value);
-  return with_error_of(x, s.value * (1 + x.value * (1 - s.value)), Real(x.value) * s);
+  return with_error_of(x, s.value * (1 + x.value * (1 - s.value)), 0.5, Real(x.value) * s);
 }
 
 inline Real silu_derivative(double x) {
@@ -134,5 +135,5 @@ inline Real gelu_derivative(double x) {
 inline Real gelu(Real x) {
   const double a = std::abs(x.value);
   const Real y = Real(std::max(x.value, 0.0)) - Real(a) * NormalTail(a).tail;
-  return x.variance ? with_error_of(x, gelu_derivative(x.value).value, y) : y;
+  return x.variance ? with_error_of(x, gelu_derivative(x.value).value, 0.8, y) : y;
 }

@@ -103,7 +103,7 @@ void test_linear() {
                            activation, end.output_scale);
           compare("linear", y, exact_linear(x, exactly(weight), tokens, outputs, inputs, end));
         }
-  Inputs in("linear", {20, 7, 1500});  // deeper than a panel that stays in the cache
+  Inputs in("linear", {20, 7, 1500});  // more inputs than a panel in the L1 cache holds
   const Floats x = in.numbers(20 * 1500), weight = in.numbers(7 * 1500);
   Floats y(20 * 7);
   tested.linear(x.data(), weight.data(), nullptr, nullptr, y.data(), 20, 7, 1500, Activation::none, 1);
@@ -168,8 +168,8 @@ void test_int8_linear() {
         }
 }
 
-// To the last bit: x are whole numbers, each group's largest is 127, and so all scales are 1. The first token's are all
-// as large as they can be, and so are the first output's.
+// Exact equality: x holds integers and the largest of each group is 127, so all scales are 1. All elements of the first
+// token and of the first output are as large as possible, to test for overflow.
 void test_products_of_integers() {
   for (int bits : {4, 8})
     for (long group : {32, 64, 128})
@@ -328,7 +328,7 @@ void test_sum_of_squares() {
 
 struct Options {
   bool mask, rotary, learned;
-  int bias;  // 0, none; 1, one for all sequences; 2, one for each
+  int bias;  // 0: none, 1: one for all sequences, 2: one per sequence
   bool norms = false;
 };
 
@@ -425,14 +425,14 @@ void test_attentions() {
   for (long d : {1, 7, 20, 40})
     for (bool mask : {false, true}) test_attention(3, d, {0, 1, 1, 18, 150}, {mask, d % 2 == 0, false, 0, true});
   test_attention(2, 8, {0, 700}, {false, true, false, 0, true});
-  test_attention(1, 8, {0, 700}, {true, true, false, 1});  // more than the keys, and the queries, of a task
+  test_attention(1, 8, {0, 700}, {true, true, false, 1});  // more keys and queries than one task takes
   for (int bias : {0, 1, 2}) {
     test_attention(2, 8, {0}, {true, true, false, bias});
     test_attention(2, 8, {0, 0, 0}, {true, true, false, bias});
   }
 }
 
-// Weights and a bias, which keep numbers at their size.
+// A weight and a bias that keep activations at their size.
 struct Parameters {
   Floats weight, bias;
 
@@ -489,7 +489,7 @@ void test_triangle_attention() {
           const Parameters value(in, width, width), gate(in, width, width), output(in, width, width);
           const Floats z = in.numbers(size), residual = in.numbers(size);
           Floats mask(proteins * length, 1.0f), y(size);
-          for (long i = length / 2 + 1; i < length; i++) mask[length + i] = 0;  // of the second protein
+          for (long i = length / 2 + 1; i < length; i++) mask[length + i] = 0;  // in the second protein
           const TriangleAttention p{z.data(),
                                     mask.data(),
                                     with_residual ? residual.data() : nullptr,
@@ -515,14 +515,14 @@ void test_triangle_attention() {
 void test_instruction_sets() {
   try {
     choose("nonsense");
-    expect(false, "nonsense is no instruction set");
+    expect(false, "choose refuses an unknown instruction set");
   } catch (const std::invalid_argument&) {
     expect(true, "");
   }
 }
 
 void test_multiply_adds() {
-  expect(tested.multiply_adds(1e7) == 0.5f, "sums of multiply-adds converge");
+  expect(tested.multiply_adds(1e7) == 0.5f, "multiply_adds converges to 1/2");
 }
 
 void test_arena() {
@@ -541,13 +541,13 @@ void test_arena() {
   }
   try {
     arena.take(1L << 58);
-    expect(false, "there is not that much memory");
+    expect(false, "take throws if there is not enough memory");
   } catch (const std::bad_alloc&) {
-    expect(arena.take(10) != nullptr, "the arena goes on");
+    expect(arena.take(10) != nullptr, "the arena still works after a failure");
   }
 }
 
-// Each task of `tasks` once.
+// Run a loop and check that it does each task once.
 void loop(long tasks, const std::string& what) {
   std::vector<std::atomic<int>> times(tasks);
   parallel_for(tasks, [&](long i) { times[i]++; });
@@ -556,7 +556,7 @@ void loop(long tasks, const std::string& what) {
 
 void test_threads() {
   use_threads(3);
-  expect(threads() == 3, "as many threads as are asked for");
+  expect(threads() == 3, "there are as many threads as requested");
   for (int round = 0; round < 200; round++)
     for (long tasks : {0, 1, 2, 3, 50}) loop(tasks, "a loop does each task once");
   parallel_for(20, [&](long) { loop(30, "a loop inside a loop does each task once"); });
@@ -582,8 +582,8 @@ void test_exceptions() {
     } catch (const std::runtime_error& error) {
       caught = error.what() == "task " + std::to_string(round % 50);
     }
-    expect(caught && done < 50, "a task's exception reaches whoever started the loop");
-    loop(50, "and the next loop is not disturbed");
+    expect(caught && done < 50, "the exception of a task reaches the caller of the loop");
+    loop(50, "a loop after an exception does each task once");
   }
   bool caught = false;
   try {
@@ -591,8 +591,8 @@ void test_exceptions() {
   } catch (int) {
     caught = true;
   }
-  expect(caught, "an exception leaves a loop inside a loop");
-  loop(50, "and the next loop runs on all threads again");
+  expect(caught, "an exception leaves nested loops");
+  loop(50, "a loop after nested loops does each task once");
 }
 
 struct Test {
