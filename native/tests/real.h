@@ -9,6 +9,7 @@
 // summed, never with the result, which may happen to cancel.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -52,20 +53,25 @@ inline Real square_root(Real a) {
   return rounded(root, root ? a.variance / (4 * a.value) : 0);
 }
 
-// A sum of n terms in an order that is not known. In a random order the squares of the n partial sums add up to
-// (n + 1) (terms² / 6 + total² / 3) on average, where terms² is the sum of the terms' squares.
+// A sum of n terms. Each addition rounds a partial sum, so the squares of the partial sums add up to the variance. The
+// kernel may add in another order: in a random one that is (n + 1) (squares / 6 + total² / 3) on average, where `squares`
+// is the sum of the terms' squares. The larger of the two counts.
 struct Sum {
   long n = 0;
-  double total = 0, squares = 0, variance = 0;
+  double total = 0, squares = 0, partial_squares = 0, variance = 0;
 
   void operator+=(Real term) {
     n++;
     total += term.value;
     squares += square(term.value);
+    partial_squares += square(total);
     variance += term.variance;
   }
 
-  operator Real() const { return {total, variance + variance_of(UNIT) * (n + 1) * (squares / 6 + square(total) / 3)}; }
+  operator Real() const {
+    const double random_order = (n + 1) * (squares / 6 + square(total) / 3);
+    return {total, variance + variance_of(UNIT) * std::max(partial_squares, random_order)};
+  }
 };
 
 // The sum of term(i) for i < n, which the kernel keeps in this many accumulators.

@@ -41,14 +41,15 @@ inline Reals exact_linear(const Floats& x, const Reals& weight, long tokens, lon
   for (long t = 0; t < tokens; t++)
     for (long n = 0; n < outputs; n++) {
       // The sum of Real(x[k]) * weight[k], with the variances of its terms gathered first: it is the largest loop here.
-      double total = 0, squares = 0, of_weight = 0;
+      double total = 0, squares = 0, partial_squares = 0, of_weight = 0;
       for (long k = 0; k < inputs; k++) {
         const double a = x[t * inputs + k], term = a * weight[n * inputs + k].value;
         total += term;
         squares += term * term;
+        partial_squares += total * total;
         of_weight += a * a * weight[n * inputs + k].variance;
       }
-      const Sum sum{inputs, total, squares, of_weight + variance_of(UNIT) * squares};
+      const Sum sum{inputs, total, squares, partial_squares, of_weight + variance_of(UNIT) * squares};
       y[t * outputs + n] = end(sum, t, n, outputs);
     }
   return y;

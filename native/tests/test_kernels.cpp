@@ -35,8 +35,8 @@ namespace {
 std::atomic<long> checks{0}, failures{0};  // atomic: tasks on other threads check, too
 std::map<std::string, double> largest;     // the largest error, in bounds, of each result
 unsigned long seed = 0;
-Kernels tested;         // the chosen instruction set's, or the same with a fault
-bool quiet = false;     // failures are expected: do not print them
+Kernels tested;      // the chosen instruction set's, or the same with a fault
+bool quiet = false;  // failures are expected: do not print them
 
 void expect(bool condition, const std::string& what) {
   checks++;
@@ -624,11 +624,12 @@ void test_instruction_set(const std::string& set, unsigned long first, unsigned 
   choose(set);
   tested = kernels();
   largest.clear();
-  const long before = checks;
+  const long checks_before = checks, failures_before = failures;
   for (seed = first; seed < first + seeds; seed++)
     for (const Test& test : TESTS) test.run();
   for (auto& [what, ratio] : largest) std::printf("  %s: largest error %.2f bounds\n", what.c_str(), ratio);
-  std::printf("%s: %ld checks of %lu seeds, %ld failed\n", set.c_str(), checks - before, seeds, failures.load());
+  std::printf("%s: %ld checks of %lu seeds, %ld failed\n", set.c_str(), checks - checks_before, seeds,
+              failures - failures_before);
   std::fflush(stdout);
 }
 
