@@ -90,7 +90,8 @@ class HeadGradients {
   void load_statistics(long q, long count) {
     float maxima[NR], totals[NR];
     for (long i = 0; i < NR; i++) {
-      maxima[i] = i < count ? p.maximum[head.statistics_at(q + i)] : -HIDDEN;  // the probabilities of a missing query become 0
+      // -HIDDEN is large, so the probabilities of a missing query become 0.
+      maxima[i] = i < count ? p.maximum[head.statistics_at(q + i)] : -HIDDEN;
       totals[i] = i < count ? p.total[head.statistics_at(q + i)] : 1.0f;
     }
     for (int j = 0; j < NV; j++) {

@@ -81,7 +81,8 @@ inline void layer_norm_row(const float* x, const float* weight, const float* bia
   if (i < width) normalise(i, width - i);
 }
 
-// dx = (g - mean(g) - h · mean(g · h)) · scale, where h is the normalised row and g = dy · weight. Add to dweight, dbias.
+// dx = (g - mean(g) - h · mean(g · h)) · scale, where h is the normalised row and g = dy · weight. The gradients of the
+// parameters are added to dweight and dbias.
 inline void layer_norm_gradient_row(const float* x, const float* weight, const float* dy, float* dx, float* dweight,
                                     float* dbias, long width, float eps) {
   const Moments m = moments(x, width, eps);

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int MR = ROWS, NV = 2, NR = NV * W;  // MR x NV accumulators fill the register file
 
-// c[R, V * W] = a · panel, or += if `add`. With ALONG_K, a[row, k] is a[row * stride + k], otherwise a[k * stride + row].
+// c[R, V * W] = a · panel, or += if `add`. Element (row, k) of `a` is at row * stride + k if ALONG_K, else at
+// k * stride + row.
 template <int R, bool ALONG_K, int V>
 __attribute__((always_inline)) inline void multiply_rows(const float* __restrict a, long stride,
                                                          const float* __restrict panel, long depth,
