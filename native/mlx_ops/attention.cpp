@@ -202,7 +202,8 @@ class AttentionOperation : public Operation {
 
   Arrays vjp(const Arrays& in, const Arrays& dout, const std::vector<int>& argnums, const Arrays& out) override {
     for (int i : argnums)
-      if (i == at_.cos || i == at_.sin) return Operation::vjp(in, dout, argnums, out);  // angles are not trained: the slow way will do
+      // Angles are not trained: the slow way is good enough.
+      if (i == at_.cos || i == at_.sin) return Operation::vjp(in, dout, argnums, out);
     auto s = stream();
     const auto gradients = all_gradients(in, dout[0], out);
     Arrays asked;

@@ -50,7 +50,8 @@ class LayerNorm : public Operation {
   const char* name() const override { return "LayerNorm"; }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
-    if (mx::is_donatable(in[0], out[0])) out[0].copy_shared_buffer(in[0]);  // safe in place: a row is read before it is written
+    // In place if possible: a row is read before it is written.
+    if (mx::is_donatable(in[0], out[0])) out[0].copy_shared_buffer(in[0]);
     run(out, [&] {
       return [x = data(in, 0), weight = data(in, 1), bias = data(in, in.size() > 2 ? 2 : -1),
               y = out[0].data<float>(), width = long(in[1].size()), rows = long(in[0].size() / in[1].size()),
