@@ -19,7 +19,7 @@ using mlx_esm::Attention;
 using mlx_esm::HIDDEN;
 
 constexpr long KEYS = 3840 / NR / MR * MR;  // scores at a time: KEYS x NR floats take half of the L1 cache
-constexpr long QUERIES = 512;                // per task, which gathers the keys of its head once
+constexpr long QUERIES = 512;               // per task, which gathers the keys of its head once
 
 // One head of one sequence: where it is in memory, and how its queries, keys and values are gathered.
 struct Head {
@@ -42,9 +42,9 @@ struct Head {
         query_moments(query_moments),
         key_moments(key_moments) {}
 
-  long features() const { return p.heads * p.head_dim; }                                // per token
-  long at(long token) const { return (start + token) * features() + offset; }           // index of the token's first feature
-  long statistics_at(long token) const { return (start + token) * p.heads + head; }     // index of its maximum and total
+  long features() const { return p.heads * p.head_dim; }                       // per token
+  long at(long token) const { return (start + token) * features() + offset; }  // index of the token's first feature
+  long statistics_at(long token) const { return (start + token) * p.heads + head; }  // index of its maximum and total
   bool hidden(long key) const { return p.mask && key < length && !p.mask[start + key]; }
 
   long bias_at(long query, long key) const {
@@ -84,8 +84,8 @@ struct Head {
     if (p.bias_v) __builtin_memcpy(out, p.bias_v + offset, d * sizeof(float));
   }
 
-  // Pack the queries from `first` on into a panel [head_dim, NR]; normalise, scale and rotate it. `angles` is scratch of
-  // the size of a panel.
+  // Pack the queries from `first` on into a panel [head_dim, NR]; normalise, scale and rotate it. `angles` is scratch
+  // of the size of a panel.
   void pack_queries(long first, float* panel, float* angles) const {
     const long d = p.head_dim;
     pack(p.query + at(first), features(), least(NR, length - first), d, panel);
@@ -123,8 +123,8 @@ struct Head {
     }
   }
 
-  // Compute the scores [n, NR] of the keys [k, k + n), whose rows are in `gathered`, and the queries from `first` on, whose
-  // panel is `queries`. The tile of the bias is packed like the queries, and the product is added to it.
+  // Compute the scores [n, NR] of the keys [k, k + n), whose rows are in `gathered`, and the queries from `first` on,
+  // whose panel is `queries`. The tile of the bias is packed like the queries, and the product is added to it.
   void score(const float* gathered, long k, long n, const float* queries, long first, float* scores) const {
     const long d = p.head_dim;
     if (p.bias) pack(p.bias + bias_at(first, k), length, least(NR, length - first), n, scores);
@@ -188,8 +188,8 @@ inline std::vector<Task> tasks(const Attention& p, long queries) {
   return all;
 }
 
-// Divide the context [head_dim, NR] of the queries from `first` on by the softmax's denominator and write it to out. Write
-// maximum and total, if the gradients need them.
+// Divide the context [head_dim, NR] of the queries from `first` on by the softmax's denominator and write it to out.
+// Write maximum and total, if the gradients need them.
 inline void write_context(const Head& head, long first, float* context, const Softmax (&softmax)[NV]) {
   const Attention& p = head.p;
   const long count = least(NR, head.length - first);

@@ -7,8 +7,8 @@ namespace {
 
 using mlx_esm::AttentionGradients;
 
-// The gradients of one head of one sequence. Each panel of NR queries completes the gradients of its queries and adds to
-// those of the keys and values.
+// The gradients of one head of one sequence. Each panel of NR queries completes the gradients of its queries and adds
+// to those of the keys and values.
 class HeadGradients {
  public:
   HeadGradients(const AttentionGradients& g, const Head& head, Arena& arena)
@@ -30,8 +30,8 @@ class HeadGradients {
     head.gather_values(values);
   }
 
-  // Process the panel of queries from q on. With add_bias, add to the bias gradient of earlier sequences, which share the
-  // bias.
+  // Process the panel of queries from q on. With add_bias, add to the bias gradient of earlier sequences, which share
+  // the bias.
   void add_queries(long q, bool add_bias) {
     const long count = least(NR, head.length - q);
     head.pack_queries(q, queries, angles);
@@ -136,12 +136,12 @@ class HeadGradients {
   const AttentionGradients& g;
   const Attention& p;
   const Head& head;
-  const long d, lanes, K;                             // head_dim; panels of NR that it takes; number of keys
-  float *keys, *values;                               // [K, head_dim]
-  float *dkeys, *dvalues;                             // [lanes, K, NR]; dkeys by the rotated keys
-  float *queries, *dqueries, *angles, *dout, *out;    // panels [head_dim, NR]
-  float *query_rows, *dout_rows;                      // [lanes, NR tokens, NR]
-  float *scores, *dscores;                            // [KEYS, NR]
+  const long d, lanes, K;                           // head_dim; panels of NR that it takes; number of keys
+  float *keys, *values;                             // [K, head_dim]
+  float *dkeys, *dvalues;                           // [lanes, K, NR]; dkeys by the rotated keys
+  float *queries, *dqueries, *angles, *dout, *out;  // panels [head_dim, NR]
+  float *query_rows, *dout_rows;                    // [lanes, NR tokens, NR]
+  float *scores, *dscores;                          // [KEYS, NR]
   vec maximum[NV], inverse[NV], delta[NV];
 };
 

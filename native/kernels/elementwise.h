@@ -61,10 +61,12 @@ struct Moments {
 
 inline Moments moments(const float* x, long width, float eps) {
   const float mean = sum_row(width, [&](long i, long n) { return load_columns(x + i, n); }) / width;
-  const float variance = sum_row(width, [&](long i, long n) {
-                           vec d = load_columns(x + i, n) - mean;
-                           return n == W ? d * d : first(d * d, n);
-                         }) / width;
+  const float variance = sum_row(width,
+                                 [&](long i, long n) {
+                                   vec d = load_columns(x + i, n) - mean;
+                                   return n == W ? d * d : first(d * d, n);
+                                 }) /
+                         width;
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
@@ -86,13 +88,14 @@ inline void layer_norm_row(const float* x, const float* weight, const float* bia
 inline void layer_norm_gradient_row(const float* x, const float* weight, const float* dy, float* dx, float* dweight,
                                     float* dbias, long width, float eps) {
   const Moments m = moments(x, width, eps);
-  const float mean = sum_row(width, [&](long i, long n) {
-                       return load_columns(dy + i, n) * load_columns(weight + i, n);
-                     }) / width;
-  const float along = sum_row(width, [&](long i, long n) {
-                        const vec g = load_columns(dy + i, n) * load_columns(weight + i, n);
-                        return g * (load_columns(x + i, n) - m.mean);
-                      }) * m.scale / width;
+  const float mean =
+      sum_row(width, [&](long i, long n) { return load_columns(dy + i, n) * load_columns(weight + i, n); }) / width;
+  const float along = sum_row(width,
+                              [&](long i, long n) {
+                                const vec g = load_columns(dy + i, n) * load_columns(weight + i, n);
+                                return g * (load_columns(x + i, n) - m.mean);
+                              }) *
+                      m.scale / width;
   for (long i = 0; i < width; i++) {
     const float h = (x[i] - m.mean) * m.scale;
     dx[i] = (dy[i] * weight[i] - mean - h * along) * m.scale;

@@ -1,10 +1,10 @@
 // Matrix products.
 //
-// The lanes of a vector are tokens. A panel holds NR tokens, packed feature by feature: [K, NR]. With few tokens it has V
-// vectors instead of NV. `multiply` multiplies a panel by a few rows of the other operand and broadcasts their elements
-// straight from memory: weights are neither copied nor packed, and are read once for a batch of any size. The same code
-// computes linear layers, attention scores (keys times a panel of queries) and contexts (values times a panel of
-// probabilities), so softmax needs no sums across lanes.
+// The lanes of a vector are tokens. A panel holds NR tokens, packed feature by feature: [K, NR]. With few tokens it has
+// V vectors instead of NV. `multiply` multiplies a panel by a few rows of the other operand and broadcasts their
+// elements straight from memory: weights are neither copied nor packed, and are read once for a batch of any size. The
+// same code computes linear layers, attention scores (keys times a panel of queries) and contexts (values times a panel
+// of probabilities), so softmax needs no sums across lanes.
 //
 // Loop nest: Goto and van de Geijn 2008 (doi:10.1145/1356052.1356053).
 #pragma once
@@ -19,8 +19,8 @@ constexpr int MR = ROWS, NV = 2, NR = NV * W;  // MR x NV accumulators fill the 
 // k * stride + row.
 template <int R, bool ALONG_K, int V>
 __attribute__((always_inline)) inline void multiply_rows(const float* __restrict a, long stride,
-                                                         const float* __restrict panel, long depth,
-                                                         float* __restrict c, bool add) {
+                                                         const float* __restrict panel, long depth, float* __restrict c,
+                                                         bool add) {
   vec acc[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++)
@@ -62,8 +62,7 @@ __attribute__((noinline)) void multiply(long rows, const float* a, long stride, 
                                         float* c, bool add) {
   long step = ALONG_K ? stride : 1;
   long i = 0;
-  for (; i + MR <= rows; i += MR)
-    multiply_rows<MR, ALONG_K, V>(a + i * step, stride, panel, depth, c + i * V * W, add);
+  for (; i + MR <= rows; i += MR) multiply_rows<MR, ALONG_K, V>(a + i * step, stride, panel, depth, c + i * V * W, add);
   multiply_rest<ALONG_K, V>(rows - i, a + i * step, stride, panel, depth, c + i * V * W, add);
 }
 

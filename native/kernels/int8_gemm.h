@@ -40,9 +40,7 @@ inline ivec dot(ivec sum, unsigned w, uvec x) {
   return sum + (ivec)_mm256_madd_epi16(_mm256_set1_epi32(w), (__m256i)x);
 }
 #elif defined(__SSE2__)
-inline ivec dot(ivec sum, unsigned w, uvec x) {
-  return sum + (ivec)_mm_madd_epi16(_mm_set1_epi32(w), (__m128i)x);
-}
+inline ivec dot(ivec sum, unsigned w, uvec x) { return sum + (ivec)_mm_madd_epi16(_mm_set1_epi32(w), (__m128i)x); }
 #else
 inline ivec dot(ivec sum, unsigned w, uvec x) {
   return sum + (int)(w & 0xffff) * ((ivec)(x << 16) >> 16) + (int)(w >> 16) * ((ivec)x >> 16);
@@ -97,7 +95,7 @@ inline void round_panel(const float* panel, long K, long group, Int8Panel out) {
 // Rows of a weight in the layout that `dot` takes.
 struct WeightRows {
   const Byte* integers;
-  long stride;                    // bytes
+  long stride;                   // bytes
   const float *scales, *biases;  // [N, groups]
   long groups, group;
 };
@@ -196,8 +194,7 @@ inline void multiply_int8(const WeightRows& w, long first, const Int8Panel& x, f
 }
 
 template <int V, int R = INT8_ROWS<V>>
-inline void multiply_int8_rest(long rows, const WeightRows& w, long first, const Int8Panel& x, float* c,
-                                   bool add) {
+inline void multiply_int8_rest(long rows, const WeightRows& w, long first, const Int8Panel& x, float* c, bool add) {
   if constexpr (R > 0) {
     if (rows == R) return multiply_int8<R, V>(w, first, x, c, add);
     multiply_int8_rest<V, R - 1>(rows, w, first, x, c, add);
@@ -218,8 +215,7 @@ struct Int8Panels {
 };
 
 // Multiply a block of tokens by a block of outputs.
-inline void int8_block(const Linear& p, const Block& block, const Int8Panels& panels,
-                          const LowBitWeight& weight) {
+inline void int8_block(const Linear& p, const Block& block, const Int8Panels& panels, const LowBitWeight& weight) {
   static thread_local Arena arena;
   const long K = p.inputs, depth = round_up(TOGETHER * DEPTH, weight.group);
   arena.clear();
@@ -268,7 +264,7 @@ inline void int8_layer(Linear p, const LowBitWeight& weight) {
 }
 
 void int8_linear(const float* x, const LowBitWeight& weight, const float* bias, const float* residual, float* y,
-                    long tokens, long outputs, long inputs, Activation activation, float output_scale) {
+                 long tokens, long outputs, long inputs, Activation activation, float output_scale) {
   int8_layer({x, bias, residual, y, tokens, outputs, inputs, activation, output_scale}, weight);
 }
 

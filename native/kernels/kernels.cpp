@@ -11,8 +11,8 @@
 #include "elementwise.h"
 #include "int8_gemm.h"
 #include "linear.h"
-#include "optimizer.h"
 #include "low_bit.h"
+#include "optimizer.h"
 #include "pairs.h"
 #include "peak.h"
 #include "threads.h"
@@ -29,7 +29,7 @@ void linear(const float* x, const float* weight, const float* bias, const float*
 }
 
 void low_bit_linear(const float* x, const LowBitWeight& weight, const float* bias, const float* residual, float* y,
-                   long tokens, long outputs, long inputs, Activation activation, float output_scale) {
+                    long tokens, long outputs, long inputs, Activation activation, float output_scale) {
   auto rows = [&](long n, long N, long k, long depth) { return float_rows(weight, inputs, n, N, k, depth); };
   linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, output_scale, true}, rows);
 }
@@ -172,25 +172,10 @@ void triangle_attention(const TriangleAttention& p) {
 }  // namespace
 
 const mlx_esm::Kernels* mlx_esm::TABLE() {
-  static const Kernels table{NAME,
-                             linear,
-                             low_bit_linear,
-                             int8_linear,
-                             gelu_of,
-                             gelu_gradient,
-                             swiglu,
-                             swiglu_gradient,
-                             layer_norm,
-                             layer_norm_gradient,
-                             softmax,
-                             softmax_gradient,
-                             sum_of_squares,
-                             adamw,
-                             attention,
-                             attention_gradients,
-                             gated_linear,
-                             triangle_attention,
-                             transition,
-                             multiply_adds};
+  static const Kernels table{
+      NAME,           linear,          low_bit_linear, int8_linear,         gelu_of,      gelu_gradient,
+      swiglu,         swiglu_gradient, layer_norm,     layer_norm_gradient, softmax,      softmax_gradient,
+      sum_of_squares, adamw,           attention,      attention_gradients, gated_linear, triangle_attention,
+      transition,     multiply_adds};
   return &table;
 }

@@ -48,8 +48,8 @@ struct AdamW {
   long step;  // starts at 1
 };
 
-// The parameters of a linear layer (weight [outputs, width], bias [outputs]) or of a layer norm (both [width]). The bias
-// may be null.
+// The parameters of a linear layer (weight [outputs, width], bias [outputs]) or of a layer norm (both [width]). The
+// bias may be null.
 struct Affine {
   const float *weight, *bias;
 };
@@ -96,9 +96,9 @@ struct Transition {
 
 enum class Dtype { float32, float16, bfloat16 };
 
-// A weight [outputs, inputs] with fewer bits than float32. Without scales: float16 or bfloat16. With scales: MLX's affine
-// quantization q · scale + bias, where q has 2, 3, 4, 6 or 8 bits, stored without gaps from the lowest bit of a row on,
-// and each `group` of a row has a scale and a bias.
+// A weight [outputs, inputs] with fewer bits than float32. Without scales: float16 or bfloat16. With scales: MLX's
+// affine quantization q · scale + bias, where q has 2, 3, 4, 6 or 8 bits, stored without gaps from the lowest bit of a
+// row on, and each `group` of a row has a scale and a bias.
 struct LowBitWeight {
   const void* data;
   Dtype dtype;                  // of the data, or of scales and biases
@@ -132,7 +132,8 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, float* y, long size);
   void (*swiglu_gradient)(const float* gate, const float* up, const float* dy, float* dgate, float* dup, long size);
 
-  // Normalize rows of `width` elements to mean 0 and variance 1, then multiply by weight and add bias, which may be null.
+  // Normalize rows of `width` elements to mean 0 and variance 1, then multiply by weight and add bias, which may be
+  // null.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float* y, long rows, long width,
                      float eps);
   void (*layer_norm_gradient)(const float* x, const float* weight, const float* dy, float* dx, float* dweight,

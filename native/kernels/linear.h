@@ -23,7 +23,7 @@ struct Linear {
   long tokens, outputs, inputs;
   Activation activation;
   float output_scale;
-  bool converts = false;  // low-bit weight rows to float32, in a buffer
+  bool converts = false;                   // low-bit weight rows to float32, in a buffer
   long token_block = 0, output_block = 0;  // the size of a task
   long round = 0;                          // tokens that all threads together work on at a time
 
@@ -32,8 +32,8 @@ struct Linear {
   long output_blocks() const { return ceil_div(outputs, output_block); }
 };
 
-// Choose the size of tasks: equal blocks of tokens, a multiple of the number of threads, cut along the outputs into about
-// four tasks per thread, so that no thread waits long for the last task.
+// Choose the size of tasks: equal blocks of tokens, a multiple of the number of threads, cut along the outputs into
+// about four tasks per thread, so that no thread waits long for the last task.
 inline void cut(Linear& p) {
   const long threads = mlx_esm::threads();
   const long blocks = ceil_div(p.tokens, TOKENS) > 1 ? threads * ceil_div(p.tokens, threads * TOKENS) : 1;
@@ -101,8 +101,8 @@ inline void linear_block(const Linear& p, const Block& block, const float* packe
   const long K = p.inputs, t0 = block.t0, t1 = block.t1;
   arena.clear();
   float* product = arena.take(p.token_block * OUTPUTS);
-  // With few tokens, converted rows should fit in the L1 cache. K-blocking (hence rounding) is independent of the batch:
-  // a token's result does not depend on the other tokens.
+  // With few tokens, converted rows should fit in the L1 cache. K-blocking (hence rounding) is independent of the
+  // batch: a token's result does not depend on the other tokens.
   const long together = p.converts && t1 - t0 <= 3 * NR ? MR : OUTPUTS, most = p.converts ? 2 * DEPTH : DEPTH;
   const long depth = round_up(ceil_div(K, ceil_div(K, most)), 32);  // a multiple of the smallest group
   for (long n = block.first; n < block.last; n += together) {

@@ -33,9 +33,9 @@ inline vec float_of(uvec half, Dtype dtype) {
   if (dtype == Dtype::bfloat16) return (vec)(half << 16);
 #if defined(__AVX512F__)
   // The masked form with all lanes enabled: GCC 12 warns about its own header in the other form.
-  return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)__builtin_convertvector(half, halves));
+  return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i) __builtin_convertvector(half, halves));
 #elif defined(__F16C__)
-  return (vec)_mm256_cvtph_ps((__m128i)__builtin_convertvector(half, halves));
+  return (vec)_mm256_cvtph_ps((__m128i) __builtin_convertvector(half, halves));
 #else
   // Change the exponent's bias from 15 to 127. A denormal number gets the smallest exponent, and the implicit leading 1
   // is subtracted. Infinity and NaN have the largest exponent in both formats.

@@ -1,8 +1,8 @@
 // Operations on the pair states of a folding trunk: gated linear layers, transitions and triangle attention.
 //
 // A pair has only 128 features, so the weights of a few layers fit in the L2 cache. A panel of NR pairs (gemm.h) is
-// packed once and goes through layer norm, products, gates and the residual while it is in the L1 cache. No intermediate
-// is as large as the pair tensor.
+// packed once and goes through layer norm, products, gates and the residual while it is in the L1 cache. No
+// intermediate is as large as the pair tensor.
 #pragma once
 
 #include "arena.h"
@@ -56,8 +56,8 @@ inline void apply_gate(float* y, const float* bias, const float* gate, const flo
 
 // Write a panel [width, NR] to y, after adding bias and residual. Token i starts at place(i) of y and of residual.
 template <class Place>
-inline void write_tokens(const float* panel, const float* bias, const float* residual, float* y, long count,
-                         long width, Place place) {
+inline void write_tokens(const float* panel, const float* bias, const float* residual, float* y, long count, long width,
+                         Place place) {
   unpack(panel, count, width, [&](long token, long column, vec v, long columns) {
     const long i = place(token) + column;
     if (bias) v += load_columns(bias + column, columns);
@@ -141,7 +141,8 @@ struct Triangle {
     normalize(panel, p.width, p.norm, p.eps);
   }
 
-  // Compute the bias [heads, keys, queries] of one key; HIDDEN if the key is hidden. Queries are contiguous, as in panels.
+  // Compute the bias [heads, keys, queries] of one key; HIDDEN if the key is hidden. Queries are contiguous, as in
+  // panels.
   void bias_of(long key, float* bias) const {
     static thread_local Arena arena;
     arena.clear();

@@ -15,7 +15,7 @@ inline float multiply_adds_on_a_thread(long rounds) {
   vec sums[SUMS], x = splat(0.5f), y = splat(0.25f);
 #pragma GCC unroll 32
   for (int i = 0; i < SUMS; i++) sums[i] = splat(i);  // all different, or the compiler would compute only one
-  asm volatile("" : "+m"(x), "+m"(y));  // hides their values from the compiler
+  asm volatile("" : "+m"(x), "+m"(y));                // hides their values from the compiler
   for (long r = 0; r < rounds; r++)
 #pragma GCC unroll 32
     for (int i = 0; i < SUMS; i++) sums[i] = sums[i] * x + y;

@@ -89,7 +89,10 @@ class Pool {
         }
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1);
-        wake_.wait(lock, [&] { loop = loop_.load(); return (loop & 1) && loop != seen; });
+        wake_.wait(lock, [&] {
+          loop = loop_.load();
+          return (loop & 1) && loop != seen;
+        });
         sleepers_.fetch_sub(1);
       }
       seen = loop;

@@ -82,10 +82,11 @@ inline void transpose(vec (&r)[W]) {
 }
 
 // 2^f for |f| <= 1/2: minimax polynomial of degree 6 with float32 coefficients, relative error 1.6e-8.
-constexpr float EXP2[] = {1.0f,           0.69314718246f,  0.24022646248f, 0.055503286421f,
-                          0.0096184890717f, 0.0013399930904f, 0.00015345812426f};
+constexpr float EXP2[] = {
+    1.0f, 0.69314718246f, 0.24022646248f, 0.055503286421f, 0.0096184890717f, 0.0013399930904f, 0.00015345812426f};
 
-// e^x for x <= 0, within 1 ulp if the machine has fused multiply-adds. Below x = -87 it stays at 1.6e-38. NaN stays NaN.
+// e^x for x <= 0, within 1 ulp if the machine has fused multiply-adds. Below x = -87 it stays at 1.6e-38. NaN stays
+// NaN.
 inline vec exp_nonpositive(vec x) {
   constexpr float log2e = 1.4426950216293335f, log2e_rest = 1.925963033500011e-08f;
   constexpr float round = 1.5f * (1 << 23);  // adding it leaves the nearest integer in the low bits

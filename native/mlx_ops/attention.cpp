@@ -290,9 +290,8 @@ array attention(const array& query, const array& key, const array& value, int he
   at.bias = append(inputs, bias, s);
   at.query_norm = append(inputs, query_norm, s);
   at.key_norm = append(inputs, key_norm, s);
-  return array::make_arrays({query.shape(), {tokens, heads}, {tokens, heads}},
-                            {mx::float32, mx::float32, mx::float32}, std::make_shared<AttentionOperation>(s, at),
-                            inputs)[0];
+  return array::make_arrays({query.shape(), {tokens, heads}, {tokens, heads}}, {mx::float32, mx::float32, mx::float32},
+                            std::make_shared<AttentionOperation>(s, at), inputs)[0];
 }
 
 }  // namespace mlx_esm

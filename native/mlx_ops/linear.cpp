@@ -73,8 +73,8 @@ array LinearOperation::before_activation(const Arrays& in, const array& weight, 
 }
 
 array make_linear(const array& x, const Arrays& weight, int outputs, const Optional& bias, const Optional& residual,
-                  Activation activation, float output_scale, LinearOperation::FloatWeight float_weight, LinearOperation::Kernel kernel,
-                  mx::Stream s) {
+                  Activation activation, float output_scale, LinearOperation::FloatWeight float_weight,
+                  LinearOperation::Kernel kernel, mx::Stream s) {
   require(outputs > 0 && x.shape(-1) > 0, "linear: weight is empty");
   require(!bias || bias->shape() == mx::Shape{outputs}, "linear: bias does not fit");
   auto shape = x.shape();
@@ -92,8 +92,8 @@ array make_linear(const array& x, const Arrays& weight, int outputs, const Optio
                inputs);
 }
 
-array linear(const array& x, const array& weight, const Optional& bias, const Optional& residual,
-             Activation activation, float output_scale, mx::StreamOrDevice device) {
+array linear(const array& x, const array& weight, const Optional& bias, const Optional& residual, Activation activation,
+             float output_scale, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x, weight, bias, residual});
   require(weight.ndim() == 2 && x.ndim() > 0 && x.shape(-1) == weight.shape(1), "linear: x and weight do not fit");
   auto float_weight = [](const Arrays& in) { return in[1]; };

@@ -32,8 +32,8 @@ class LinearOperation : public Operation {
   Arrays vjp(const Arrays& in, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override;
 
  private:
-  // The gradient by the activation's input, from that by its output [tokens, outputs]. The input is recomputed: nothing of
-  // the size of the output is kept.
+  // The gradient by the activation's input, from that by its output [tokens, outputs]. The input is recomputed: nothing
+  // of the size of the output is kept.
   array before_activation(const Arrays& in, const array& weight, const array& dy);
 
   LinearInputs at_;
@@ -43,7 +43,7 @@ class LinearOperation : public Operation {
 
 // Returns the output of the layer. Throws std::invalid_argument if shapes do not match.
 array make_linear(const array& x, const Arrays& weight, int outputs, const Optional& bias, const Optional& residual,
-                  Activation activation, float output_scale, LinearOperation::FloatWeight float_weight, LinearOperation::Kernel kernel,
-                  mx::Stream s);
+                  Activation activation, float output_scale, LinearOperation::FloatWeight float_weight,
+                  LinearOperation::Kernel kernel, mx::Stream s);
 
 }  // namespace mlx_esm

@@ -33,7 +33,8 @@ static mlx_esm::AffineArrays affine(const Parameters& p) {
 static float eps_of(const Norm& norm) { return std::get<2>(norm); }
 
 NB_MODULE(_native, m) {
-  m.doc() = "The CPU kernels of mlx-esm-hf as operations on float32 mx.arrays. Use them through mlx_esm_hf.ops.kernels.";
+  m.doc() =
+      "The CPU kernels of mlx-esm-hf as operations on float32 mx.arrays. Use them through mlx_esm_hf.ops.kernels.";
   nb::module_::import_("mlx.core");  // registers the type mx.array
 
   const auto none = nb::none();
@@ -54,8 +55,8 @@ NB_MODULE(_native, m) {
   m.def(
       "quantized_linear",
       [](const array& x, const array& weight, const array& scales, const array& biases, const Optional& bias,
-         const Optional& residual, const std::optional<std::string>& activation, float output_scale,
-         int group_size, int bits, bool integers) {
+         const Optional& residual, const std::optional<std::string>& activation, float output_scale, int group_size,
+         int bits, bool integers) {
         return mlx_esm::quantized_linear(x, weight, scales, biases, bias, residual, activation_called(activation),
                                          output_scale, group_size, bits, integers);
       },
@@ -75,17 +76,15 @@ NB_MODULE(_native, m) {
       "adamw",
       [](const array& weight, const array& gradient, const array& mean, const array& square, const array& scale,
          const array& learning_rate, const array& step, float beta1, float beta2, float epsilon, float decay) {
-        return mlx_esm::adamw(weight, gradient, mean, square, scale, learning_rate, step, beta1, beta2, epsilon,
-                              decay);
+        return mlx_esm::adamw(weight, gradient, mean, square, scale, learning_rate, step, beta1, beta2, epsilon, decay);
       },
       "weight"_a, "gradient"_a, "mean"_a, "square"_a, "scale"_a, "learning_rate"_a, "step"_a, "beta1"_a, "beta2"_a,
       "epsilon"_a, "decay"_a);
   m.def(
       "attention",
       [](const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,
-         const Optional& mask, const Optional& cos, const Optional& sin, const Optional& bias_k,
-         const Optional& bias_v, const Optional& bias, const Optional& query_norm, const Optional& key_norm,
-         float eps) {
+         const Optional& mask, const Optional& cos, const Optional& sin, const Optional& bias_k, const Optional& bias_v,
+         const Optional& bias, const Optional& query_norm, const Optional& key_norm, float eps) {
         return mlx_esm::attention(query, key, value, heads, offsets, mask, cos, sin, bias_k, bias_v, bias, query_norm,
                                   key_norm, eps);
       },
@@ -108,8 +107,8 @@ NB_MODULE(_native, m) {
       "triangle_attention",
       [](const array& z, const array& mask, const Norm& norm, const array& bias, const array& query, const array& key,
          const array& value, const Affine& gate, const Affine& output, const Optional& residual, bool ending) {
-        return mlx_esm::triangle_attention(z, mask, affine(norm), eps_of(norm), bias, query, key, value,
-                                           affine(gate), affine(output), residual, ending);
+        return mlx_esm::triangle_attention(z, mask, affine(norm), eps_of(norm), bias, query, key, value, affine(gate),
+                                           affine(output), residual, ending);
       },
       "z"_a, "mask"_a, "norm"_a, "bias"_a, "query"_a, "key"_a, "value"_a, "gate"_a, "output"_a, "residual"_a = none,
       "ending"_a = false);
@@ -121,7 +120,8 @@ NB_MODULE(_native, m) {
       "x"_a, "norm"_a, "expand"_a, "shrink"_a, "residual"_a = none);
   m.def("mapped", &mlx_esm::mapped, "path"_a, "offset"_a, "shape"_a, "dtype"_a);
 
-  m.def("multiply_adds", [](double operations) { return mlx_esm::kernels().multiply_adds(operations); }, "operations"_a);
+  m.def(
+      "multiply_adds", [](double operations) { return mlx_esm::kernels().multiply_adds(operations); }, "operations"_a);
   m.def("use_threads", &mlx_esm::use_threads, "n"_a);
   m.def("threads", &mlx_esm::threads);
   m.def("instruction_sets", &mlx_esm::instruction_sets);

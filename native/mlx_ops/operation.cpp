@@ -68,8 +68,7 @@ Arrays Operation::jvp(const Arrays& primals, const Arrays& tangents, const std::
   return mx::jvp(of(primals, argnums), pick(primals, argnums), tangents).second;
 }
 
-Arrays Operation::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
-                      const Arrays&) {
+Arrays Operation::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
   return mx::vjp(of(primals, argnums), pick(primals, argnums), cotangents).second;
 }
 

@@ -20,11 +20,12 @@ using Optional = std::optional<array>;
 // Throws std::invalid_argument with the message unless the condition holds.
 void require(bool condition, const char* message);
 
-// Returns the stream of an operation. Throws std::invalid_argument unless it is a CPU stream and all arrays are float32.
+// Returns the stream of an operation. Throws std::invalid_argument unless it is a CPU stream and all arrays are
+// float32.
 mx::Stream checked_stream(mx::StreamOrDevice s, const std::vector<Optional>& arrays);
 
-// Returns x in contiguous row-major layout. An evaluated array that already has it, such as a weight, adds no node to the
-// graph.
+// Returns x in contiguous row-major layout. An evaluated array that already has it, such as a weight, adds no node to
+// the graph.
 array contiguous(const array& x, mx::Stream s);
 
 // Append x, made contiguous, to the inputs. Returns its index, or -1 if there is no x.

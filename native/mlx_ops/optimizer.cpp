@@ -6,9 +6,8 @@ namespace mlx_esm {
 namespace {
 
 Operation::Function no_plain(const char* name) {
-  return [name](const Arrays&) -> Arrays {
-    throw std::invalid_argument(std::string(name) + " has no transformations");
-  };
+  return
+      [name](const Arrays&) -> Arrays { throw std::invalid_argument(std::string(name) + " has no transformations"); };
 }
 
 class SumOfSquares : public Operation {
@@ -19,9 +18,8 @@ class SumOfSquares : public Operation {
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     run(out, [&] {
-      return [x = data(in, 0), y = out[0].data<float>(), n = long(in[0].size())] {
-        *y = kernels().sum_of_squares(x, n);
-      };
+      return
+          [x = data(in, 0), y = out[0].data<float>(), n = long(in[0].size())] { *y = kernels().sum_of_squares(x, n); };
     });
   }
 };

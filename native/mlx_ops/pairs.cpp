@@ -43,8 +43,8 @@ bool is_vector(const Optional& x, int size) { return !x || x->shape() == mx::Sha
 array gated_linear(const array& z, const AffineArrays& norm, float eps, const AffineArrays& gate,
                    const AffineArrays& layer, const Optional& x, const std::optional<AffineArrays>& x_norm,
                    const Optional& mask, const Optional& residual, bool y_first, mx::StreamOrDevice device) {
-  auto s = checked_stream(device, {z, norm.weight, norm.bias, gate.weight, gate.bias, layer.weight, layer.bias, x, mask,
-                                   residual});
+  auto s = checked_stream(
+      device, {z, norm.weight, norm.bias, gate.weight, gate.bias, layer.weight, layer.bias, x, mask, residual});
   require(layer.weight.ndim() == 2 && layer.weight.size() > 0 && z.ndim() > 1 && z.shape(-1) == layer.weight.shape(1),
           "gated_linear: z and layer do not fit");
   const int outputs = layer.weight.shape(0), width = layer.weight.shape(1), tokens = z.size() / width;
@@ -162,8 +162,8 @@ array triangle_attention(const array& z, const array& mask, const AffineArrays& 
 
 array transition(const array& x, const AffineArrays& norm, float eps, const AffineArrays& expand,
                  const AffineArrays& shrink, const Optional& residual, mx::StreamOrDevice device) {
-  auto s = checked_stream(device, {x, norm.weight, norm.bias, expand.weight, expand.bias, shrink.weight, shrink.bias,
-                                   residual});
+  auto s = checked_stream(
+      device, {x, norm.weight, norm.bias, expand.weight, expand.bias, shrink.weight, shrink.bias, residual});
   require(x.ndim() > 1 && x.shape(-1) > 0 && expand.weight.ndim() == 2, "transition: no matrix");
   const int width = x.shape(-1), inner = expand.weight.shape(0);
   require(is_matrix(expand.weight, inner, width) && is_matrix(shrink.weight, width, inner) && inner > 0,

@@ -38,7 +38,8 @@ array quantized_linear(const array& x, const array& weight, const array& scales,
           "quantized_linear: there is no kernel for so many bits");
   require(group_size == 32 || group_size == 64 || group_size == 128,
           "quantized_linear: group_size must be 32, 64 or 128");
-  require(weight.dtype() == mx::uint32 && weight.ndim() == 2, "quantized_linear: the weight must be a matrix of uint32");
+  require(weight.dtype() == mx::uint32 && weight.ndim() == 2,
+          "quantized_linear: the weight must be a matrix of uint32");
   require(x.ndim() > 0 && x.shape(-1) % group_size == 0 && long(x.shape(-1)) * bits == 32L * weight.shape(1),
           "linear: x and weight do not fit");
   require(scales.shape() == mx::Shape{weight.shape(0), x.shape(-1) / group_size} && biases.shape() == scales.shape() &&
@@ -54,7 +55,8 @@ array quantized_linear(const array& x, const array& weight, const array& scales,
       (integers ? kernels().int8_linear : kernels().low_bit_linear)(x, weight, arguments...);
     };
   };
-  return make_linear(x, {weight, scales, biases}, weight.shape(0), bias, residual, activation, output_scale, float_weight, kernel, s);
+  return make_linear(x, {weight, scales, biases}, weight.shape(0), bias, residual, activation, output_scale,
+                     float_weight, kernel, s);
 }
 
 }  // namespace mlx_esm

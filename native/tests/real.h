@@ -54,8 +54,8 @@ inline Real square_root(Real a) {
 }
 
 // A sum of n terms. Each addition rounds a partial sum, so the squares of the partial sums add up to the variance. The
-// kernel may add in another order: in a random one that is (n + 1) (squares / 6 + total² / 3) on average, where `squares`
-// is the sum of the terms' squares. The larger of the two counts.
+// kernel may add in another order: in a random one that is (n + 1) (squares / 6 + total² / 3) on average, where
+// `squares` is the sum of the terms' squares. The larger of the two counts.
 struct Sum {
   long n = 0;
   double total = 0, squares = 0, partial_squares = 0, variance = 0;

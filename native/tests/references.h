@@ -67,8 +67,8 @@ inline std::vector<unsigned char> to_bytes(const std::vector<unsigned>& integers
 // A linear layer that rounds each group of a token to integers in [-127, 127] with a scale. The kernel adds two large
 // terms for each group, which may cancel: integers · q, times both scales, and integers · 1, times scale and bias.
 inline Reals exact_int8_linear(const Floats& x, const std::vector<unsigned>& q, const Floats& scales,
-                                  const Floats& biases, long tokens, long outputs, long inputs, long group,
-                                  LinearEnd end) {
+                               const Floats& biases, long tokens, long outputs, long inputs, long group,
+                               LinearEnd end) {
   const long groups = inputs / group;
   std::vector<int> integers(x.size());
   Floats steps(tokens * groups);
@@ -218,9 +218,7 @@ class ExactAttention {
     auto value_at = [&](long i, long e) {
       return Real(i == length ? p.bias_v[h * d + e] : p.value[feature(start + i) + e]);
     };
-    auto bias_at = [&](long i) {
-      return (((p.biases == 1 ? 0 : s) * p.heads + h) * length + t - start) * length + i;
-    };
+    auto bias_at = [&](long i) { return (((p.biases == 1 ? 0 : s) * p.heads + h) * length + t - start) * length + i; };
     auto hidden = [&](long i) { return p.mask && i < length && !p.mask[start + i]; };
     const Real* q = &query[feature(t)];
     const float* dy = &dout[feature(t)];
@@ -354,8 +352,7 @@ inline Reals exact_triangle_attention(const mlx_esm::TriangleAttention& p) {
     };
     std::vector<std::vector<Reals>> z(L, std::vector<Reals>(L));
     for (long i = 0; i < L; i++)
-      for (long j = 0; j < L; j++)
-        z[i][j] = exact_norm([&](long k) { return p.z[place(i, j) + k]; }, p.norm, p.eps, C);
+      for (long j = 0; j < L; j++) z[i][j] = exact_norm([&](long k) { return p.z[place(i, j) + k]; }, p.norm, p.eps, C);
     std::vector<std::vector<Reals>> bias(L, std::vector<Reals>(L, Reals(p.heads)));
     for (long j = 0; j < L; j++)
       for (long k = 0; k < L; k++)

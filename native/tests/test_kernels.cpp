@@ -99,8 +99,8 @@ void test_linear() {
           const LinearEnd end{plain ? nullptr : bias.data(), plain ? nullptr : residual.data(), activation,
                               plain ? 1 : 0.7f};
           Floats y(tokens * outputs);
-          tested.linear(x.data(), weight.data(), end.bias, end.residual, y.data(), tokens, outputs, inputs,
-                           activation, end.output_scale);
+          tested.linear(x.data(), weight.data(), end.bias, end.residual, y.data(), tokens, outputs, inputs, activation,
+                        end.output_scale);
           compare("linear", y, exact_linear(x, exactly(weight), tokens, outputs, inputs, end));
         }
   Inputs in("linear", {20, 7, 1500});  // more inputs than a panel in the L1 cache holds
@@ -194,8 +194,7 @@ void test_products_of_integers() {
             }
           const auto bytes = to_bytes(integers, bits);
           const LowBitWeight p{bytes.data(), Dtype::float32, scales.data(), biases.data(), bits, group};
-          tested.int8_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none,
-                                   1);
+          tested.int8_linear(x.data(), p, nullptr, nullptr, y.data(), tokens, outputs, inputs, Activation::none, 1);
           expect(y == exact, "products of integers of " + std::to_string(bits) + " bits");
         }
 }
@@ -272,7 +271,7 @@ void test_layer_norm() {
         Floats y(rows * width), dx(rows * width), dweight(width), dbias(width);
         tested.layer_norm(x.data(), weight.data(), b, y.data(), rows, width, eps);
         tested.layer_norm_gradient(x.data(), weight.data(), dy.data(), dx.data(), dweight.data(), dbias.data(), rows,
-                                      width, eps);
+                                   width, eps);
         const ExactLayerNorm exact(x, weight, b, dy, rows, width, eps);
         compare("layer norm", y, exact.y);
         compare("layer norm's gradient by x", dx, exact.dx);
@@ -303,7 +302,7 @@ void test_adamw() {
       Floats weight = in.numbers(size), mean = in.numbers(size), square = in.numbers(size);
       for (float& x : square) x = std::abs(x);
       AdamW p{weight.data(), gradient.data(), mean.data(), square.data(), weight.data(), mean.data(), square.data(),
-              0.5f, 1e-2f, 0.9f, 0.99f, 1e-8f, 0.1f, step};
+              0.5f,          1e-2f,           0.9f,        0.99f,         1e-8f,         0.1f,        step};
       const ExactAdamW exact(p, size);
       tested.adamw(p, size);  // in place
       compare("AdamW's weight", weight, exact.weight);
@@ -318,8 +317,8 @@ void test_sum_of_squares() {
     const Floats x = Inputs("sum of squares", {size}).numbers(size);
     Real exact;
     for (long i = 0; i < size; i += PIECE) {
-      const Real piece = sum_in_lanes(std::min(PIECE, size - i), ROW_LANES,
-                                      [&](long j) { return Real(x[i + j]) * Real(x[i + j]); });
+      const Real piece =
+          sum_in_lanes(std::min(PIECE, size - i), ROW_LANES, [&](long j) { return Real(x[i + j]) * Real(x[i + j]); });
       exact = {exact.value + piece.value, exact.variance + piece.variance};
     }
     compare("sum of squares", {float(tested.sum_of_squares(x.data(), size))}, {rounded(exact.value, exact.variance)});
@@ -335,8 +334,8 @@ struct Options {
 void test_attention(long heads, long d, const std::vector<int>& offsets, Options options) {
   const long sequences = offsets.size() - 1, tokens = offsets.back(), D = heads * d;
   const long length = options.bias && sequences ? offsets[1] : 0, biases = options.bias == 1 ? 1 : sequences;
-  Inputs in("attention", {heads, d, sequences, tokens, options.mask, options.rotary, options.learned, options.bias,
-                          options.norms});
+  Inputs in("attention",
+            {heads, d, sequences, tokens, options.mask, options.rotary, options.learned, options.bias, options.norms});
   const Floats query = in.numbers(tokens * D), key = in.numbers(tokens * D), value = in.numbers(tokens * D);
   const Floats bias_k = in.numbers(D), bias_v = in.numbers(D), bias = in.numbers(biases * heads * length * length);
   const Floats dout = in.numbers(tokens * D), angles = in.numbers(tokens * (d / 2), 3), seen = in.numbers(tokens);
@@ -448,15 +447,26 @@ void test_gated_linear() {
       for (long outputs : {1, 20, 128})
         for (int options = 0; options < 8; options++) {
           Inputs in("gated linear", {tokens, width, outputs, options});
-          const Parameters norm(in, width, 1), x_norm(in, width, 1), gate(in, outputs, width), layer(in, outputs, width);
+          const Parameters norm(in, width, 1), x_norm(in, width, 1), gate(in, outputs, width),
+              layer(in, outputs, width);
           const Floats z = in.numbers(tokens * width), x = in.numbers(tokens * width), mask = in.numbers(tokens);
           const Floats residual = in.numbers(tokens * outputs);
           const bool with_x = options & 1, with_mask = options & 2, y_first = options & 4;
           Floats y(tokens * outputs);
-          const GatedLinear p{z.data(),      with_x ? x.data() : nullptr, with_mask ? mask.data() : nullptr,
-                              y_first ? nullptr : residual.data(),        y.data(),
-                              norm.affine(), x_norm.affine(with_mask), gate.affine(with_mask), layer.affine(),
-                              1e-5f, tokens, width, outputs, y_first};
+          const GatedLinear p{z.data(),
+                              with_x ? x.data() : nullptr,
+                              with_mask ? mask.data() : nullptr,
+                              y_first ? nullptr : residual.data(),
+                              y.data(),
+                              norm.affine(),
+                              x_norm.affine(with_mask),
+                              gate.affine(with_mask),
+                              layer.affine(),
+                              1e-5f,
+                              tokens,
+                              width,
+                              outputs,
+                              y_first};
           tested.gated_linear(p);
           compare("gated linear", y, exact_gated_linear(p));
         }
@@ -471,8 +481,16 @@ void test_transition() {
           const Parameters norm(in, width, 1), expand(in, inner, width), shrink(in, width, inner);
           const Floats x = in.numbers(tokens * width), residual = in.numbers(tokens * width);
           Floats y(tokens * width);
-          const Transition p{x.data(),     with_residual ? residual.data() : nullptr, y.data(),
-                             norm.affine(), 1e-5f, expand.affine(), shrink.affine(with_residual), tokens, width, inner};
+          const Transition p{x.data(),
+                             with_residual ? residual.data() : nullptr,
+                             y.data(),
+                             norm.affine(),
+                             1e-5f,
+                             expand.affine(),
+                             shrink.affine(with_residual),
+                             tokens,
+                             width,
+                             inner};
           tested.transition(p);
           compare("transition", y, exact_transition(p));
         }
@@ -521,9 +539,7 @@ void test_instruction_sets() {
   }
 }
 
-void test_multiply_adds() {
-  expect(tested.multiply_adds(1e7) == 0.5f, "multiply_adds converges to 1/2");
-}
+void test_multiply_adds() { expect(tested.multiply_adds(1e7) == 0.5f, "multiply_adds converges to 1/2"); }
 
 void test_arena() {
   Arena arena;
