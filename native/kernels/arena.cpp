@@ -4,7 +4,7 @@
 #include <new>
 
 #if __has_include(<sanitizer/asan_interface.h>)
-#include <sanitizer/asan_interface.h>  // without the sanitizer these do nothing
+#include <sanitizer/asan_interface.h>  // its macros do nothing without the sanitizer
 #else
 #define ASAN_POISON_MEMORY_REGION(address, bytes)
 #define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
@@ -13,7 +13,7 @@
 namespace mlx_esm {
 namespace {
 
-constexpr long LINE = 64 / sizeof(float);  // floats in a cache line, and in the longest vector
+constexpr long LINE = 64 / sizeof(float);  // floats in a cache line, which is also the longest vector
 
 }  // namespace
 
@@ -31,7 +31,7 @@ void Arena::clear() {
 }
 
 float* Arena::take(long n) {
-  const long size = (n + LINE - 1) / LINE * LINE + LINE;  // with a line of poison behind it, for the address sanitizer
+  const long size = (n + LINE - 1) / LINE * LINE + LINE;  // plus a poisoned line, for the address sanitizer
   if (blocks_.empty() || used_ + size > blocks_.back().size) {
     allocate(size);
     used_ = 0;
@@ -43,7 +43,7 @@ float* Arena::take(long n) {
 }
 
 void Arena::allocate(long size) {
-  blocks_.reserve(blocks_.size() + 1);  // so that nothing throws between the allocation and its entry
+  blocks_.reserve(blocks_.size() + 1);  // so that push_back cannot throw and leak the block
   auto data = static_cast<float*>(std::aligned_alloc(LINE * sizeof(float), size * sizeof(float)));
   if (!data) throw std::bad_alloc();
   blocks_.push_back({data, size});

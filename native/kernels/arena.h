@@ -1,14 +1,14 @@
-// Memory for the intermediate results of a task.
+// Scratch memory for a task.
 //
-// It is compiled once, for every machine, and not with the instruction sets of the kernels that use it (vec.h).
+// Compiled once, for all machines, not per instruction set like the kernels that use it (vec.h).
 #pragma once
 
 #include <vector>
 
 namespace mlx_esm {
 
-// Pieces are taken one after another and given back all at once. The memory stays with the arena: one that has been
-// through a task has a single block of the size that such a task needs, and allocates no more.
+// A bump allocator: pieces are taken one after another and released all at once. The arena keeps its memory. After the
+// first task it has a single block of the size that the task needs, and allocates no more.
 class Arena {
  public:
   Arena() = default;
@@ -16,10 +16,10 @@ class Arena {
   Arena& operator=(const Arena&) = delete;
   ~Arena();
 
-  // Give back every piece.
+  // Release all pieces.
   void clear();
 
-  // n floats, aligned for any vector, with whatever was in them. Throws std::bad_alloc.
+  // Return n uninitialised floats, aligned to a cache line. Throws std::bad_alloc.
   float* take(long n);
 
  private:
@@ -31,8 +31,8 @@ class Arena {
   void allocate(long size);
   void release();
 
-  std::vector<Block> blocks_;  // pieces come from the last one
-  long used_ = 0;              // floats of it
+  std::vector<Block> blocks_;  // pieces are taken from the last one
+  long used_ = 0;              // floats of the last block
 };
 
 }  // namespace mlx_esm

@@ -1,8 +1,8 @@
-// Attention over sequences that lie one behind the other, without padding and without a matrix of scores in memory.
+// Attention over concatenated sequences, without padding and without a score matrix in memory.
 //
-// For a panel of NR queries, keys are taken KEYS at a time: scores, their maximum, e^(score - maximum), and their
-// product with the values are added up under a running maximum, which gives the exact softmax (Milakov and Gimelshein
-// 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+// For each panel of NR queries, keys are processed KEYS at a time. Scores, e^(score - maximum) and its product with the
+// values are accumulated under a running maximum, which gives the exact softmax (Milakov and Gimelshein 2018,
+// arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
 #pragma once
 
 #include <vector>
@@ -18,16 +18,16 @@ using mlx_esm::Arena;
 using mlx_esm::Attention;
 using mlx_esm::HIDDEN;
 
-constexpr long KEYS = 3840 / NR / MR * MR;  // scores held at a time: KEYS x NR floats, half of a first-level cache
-constexpr long QUERIES = 512;                // of one task; the keys of its head are gathered once for all of them
+constexpr long KEYS = 3840 / NR / MR * MR;  // scores at a time: KEYS x NR floats take half of the L1 cache
+constexpr long QUERIES = 512;               // per task, which gathers the keys of its head once
 
-// A head of a sequence: where it lies, and how its queries, keys and values are brought together.
+// One head of one sequence: where it is in memory, and how its queries, keys and values are gathered.
 struct Head {
   const Attention& p;
   long sequence, head;
-  long start, length, keys;  // tokens [start, start + length), and one key more if there is a learned one
-  long offset;               // of the head within a token's features
-  // [tokens] of queries and keys that are to be normalised; or null
+  long start, length, keys;  // tokens [start, start + length); keys = length, plus 1 with bias_k
+  long offset;               // of the head's first feature within a token
+  // [tokens]: the moments for the layer norms of queries and keys; or null
   const Moments *query_moments, *key_moments;
 
   Head(const Attention& p, long sequence, long head, const Moments* query_moments = nullptr,
@@ -42,9 +42,9 @@ struct Head {
         query_moments(query_moments),
         key_moments(key_moments) {}
 
-  long features() const { return p.heads * p.head_dim; }                                // of a token
-  long at(long token) const { return (start + token) * features() + offset; }           // its features
-  long statistics_at(long token) const { return (start + token) * p.heads + head; }     // its maximum and total
+  long features() const { return p.heads * p.head_dim; }                       // per token
+  long at(long token) const { return (start + token) * features() + offset; }  // index of the token's first feature
+  long statistics_at(long token) const { return (start + token) * p.heads + head; }  // index of its maximum and total
   bool hidden(long key) const { return p.mask && key < length && !p.mask[start + key]; }
 
   long bias_at(long query, long key) const {
@@ -52,7 +52,7 @@ struct Head {
     return (matrix * length + query) * length + key;
   }
 
-  // Rows [keys, head_dim], normalised and rotated. `normed` is memory for head_dim numbers.
+  // Gather the keys, normalised and rotated, as rows [keys, head_dim]. `normed` is scratch for head_dim floats.
   void gather_keys(float* out, float* normed) const {
     const long d = p.head_dim, half = d / 2;
     for (long i = 0; i < length; i++, out += d) {
@@ -69,6 +69,7 @@ struct Head {
     if (p.bias_k) __builtin_memcpy(out, p.bias_k + offset, d * sizeof(float));
   }
 
+  // The normalised key of a token, written to `out`.
   const float* normalised(long token, float* out) const {
     const Moments m = key_moments[start + token];
     const float *k = p.key + at(token), *weight = p.key_norm + offset;
@@ -76,15 +77,15 @@ struct Head {
     return out;
   }
 
-  // Rows [keys, head_dim].
+  // Gather the values as rows [keys, head_dim].
   void gather_values(float* out) const {
     const long d = p.head_dim;
     for (long i = 0; i < length; i++, out += d) __builtin_memcpy(out, p.value + at(i), d * sizeof(float));
     if (p.bias_v) __builtin_memcpy(out, p.bias_v + offset, d * sizeof(float));
   }
 
-  // The panel [head_dim, NR] of queries from `first` on, normalised, scaled, then rotated. `angles` is memory for such a
-  // panel.
+  // Pack the queries from `first` on into a panel [head_dim, NR]; normalise, scale and rotate it. `angles` is scratch
+  // of the size of a panel.
   void pack_queries(long first, float* panel, float* angles) const {
     const long d = p.head_dim;
     pack(p.query + at(first), features(), least(NR, length - first), d, panel);
@@ -95,7 +96,7 @@ struct Head {
     if (p.cos) rotate(first, panel, angles, 1.0f);
   }
 
-  // And scale them.
+  // Normalise and scale a panel of queries.
   void normalise_queries(long first, float* panel) const {
     float means[NR] = {}, scales[NR] = {};
     for (long i = 0; i < least(NR, length - first); i++) {
@@ -109,7 +110,7 @@ struct Head {
       }
   }
 
-  // Rotate a panel by its tokens' angles, or (direction -1) back.
+  // Rotate a panel by its tokens' angles, forward (direction 1) or back (-1).
   void rotate(long first, float* panel, float* angles, float direction) const {
     const long half = p.head_dim / 2, count = least(NR, length - first);
     float *cosines = angles, *sines = angles + half * NR;
@@ -122,8 +123,8 @@ struct Head {
     }
   }
 
-  // The scores [n, NR] of the keys [k, k + n), of which `gathered` has the rows, and the queries from `first` on, whose
-  // panel is `queries`. The product is added to the bias, a tile of which is packed like the queries.
+  // Compute the scores [n, NR] of the keys [k, k + n), whose rows are in `gathered`, and the queries from `first` on,
+  // whose panel is `queries`. The tile of the bias is packed like the queries, and the product is added to it.
   void score(const float* gathered, long k, long n, const float* queries, long first, float* scores) const {
     const long d = p.head_dim;
     if (p.bias) pack(p.bias + bias_at(first, k), length, least(NR, length - first), n, scores);
@@ -134,12 +135,12 @@ struct Head {
   }
 };
 
-// Softmax over the keys so far, for a vector of queries.
+// The running softmax over the keys so far, for a vector of queries.
 struct Softmax {
   vec maximum = splat(HIDDEN), total{};
 
-  // Take in n scores, NR apart, and leave e^(score - maximum) in their places. Returns the factor by which whatever was
-  // added up under the old maximum has to shrink.
+  // Add n scores, which are NR apart, and replace them with e^(score - maximum). Return the factor that converts sums
+  // under the old maximum to the new one.
   vec add(float* scores, long n) {
     vec high = maximum;
     for (long i = 0; i < n; i++) high = max(high, load(scores + i * NR));
@@ -156,9 +157,9 @@ struct Softmax {
   }
 };
 
-// The panel `context` [d, NR] of a panel of queries, before it is divided by softmax's denominator: softmax is left in
-// `softmax`. score(k, n, scores) makes the scores [n, NR] of the keys [k, k + n); value rows are `stride` apart.
-// `scores` is memory for KEYS of them.
+// Compute the context [d, NR] of a panel of queries, not yet divided by the softmax's denominator, which is left in
+// `softmax`. score(k, n, scores) computes the scores [n, NR] of the keys [k, k + n). Rows of values are `stride` apart.
+// `scores` is scratch for KEYS rows.
 template <class Score>
 inline void attend(long keys, const float* values, long stride, long d, float* scores, float* context,
                    Softmax (&softmax)[NV], Score score) {
@@ -174,7 +175,7 @@ inline void attend(long keys, const float* values, long stride, long d, float* s
   }
 }
 
-// Tasks are (sequence, head, block of queries), the blocks of one head side by side.
+// A task is a block of queries of one head of one sequence. The blocks of a head are consecutive tasks.
 struct Task {
   long sequence, head, first;
 };
@@ -187,8 +188,8 @@ inline std::vector<Task> tasks(const Attention& p, long queries) {
   return all;
 }
 
-// The panel `context` [head_dim, NR] of the queries from `first` on, divided by softmax's denominator, into `out`; and
-// what the gradients need.
+// Divide the context [head_dim, NR] of the queries from `first` on by the softmax's denominator and write it to out.
+// Write maximum and total, if the gradients need them.
 inline void write_context(const Head& head, long first, float* context, const Softmax (&softmax)[NV]) {
   const Attention& p = head.p;
   const long count = least(NR, head.length - first);

@@ -1,4 +1,4 @@
-// The gradients of attention, with the probabilities computed once more (Dao et al. 2022, algorithm 4).
+// The gradients of attention. Probabilities are recomputed, not stored (Dao et al. 2022, algorithm 4).
 #pragma once
 
 #include "attention.h"
@@ -7,8 +7,8 @@ namespace {
 
 using mlx_esm::AttentionGradients;
 
-// Those of one head of one sequence. The queries are gone through, a panel of NR at a time; the gradient of each is
-// then done, while those of the keys and values grow.
+// The gradients of one head of one sequence. Each panel of NR queries completes the gradients of its queries and adds
+// to those of the keys and values.
 class HeadGradients {
  public:
   HeadGradients(const AttentionGradients& g, const Head& head, Arena& arena)
@@ -30,7 +30,8 @@ class HeadGradients {
     head.gather_values(values);
   }
 
-  // `add_bias`: this head of an earlier sequence has left its gradient of the bias, to which this one is added.
+  // Process the panel of queries from q on. With add_bias, add to the bias gradient of earlier sequences, which share
+  // the bias.
   void add_queries(long q, bool add_bias) {
     const long count = least(NR, head.length - q);
     head.pack_queries(q, queries, angles);
@@ -54,7 +55,7 @@ class HeadGradients {
     write_queries(q, count);
   }
 
-  // When all queries have been added.
+  // Write the gradients of keys and values, after all queries.
   void write_keys_and_values() const {
     const long half = d / 2;
     for (long t = 0; t < head.length; t++)
@@ -75,7 +76,7 @@ class HeadGradients {
   }
 
  private:
-  // From a panel [head_dim, NR] to [lanes, NR tokens, NR], the rows of its tokens; zero where there is none.
+  // Transpose a panel [head_dim, NR] to rows [lanes, NR tokens, NR]. Missing tokens and features become zero.
   void rows_of(const float* panel, long count, float* rows) const {
     for (long i = 0; i < lanes * NR * NR; i += W) store(rows + i, vec{});
     unpack(panel, count, d, [&](long token, long column, vec v, long columns) {
@@ -85,11 +86,12 @@ class HeadGradients {
     });
   }
 
-  // Softmax's maximum and denominator of each query, and delta, the sum of the products of out and its gradient.
+  // Load maximum and 1 / denominator of the softmax of each query, and compute delta = sum(out · dout).
   void load_statistics(long q, long count) {
     float maxima[NR], totals[NR];
     for (long i = 0; i < NR; i++) {
-      maxima[i] = i < count ? p.maximum[head.statistics_at(q + i)] : -HIDDEN;  // a missing query's probabilities vanish
+      // -HIDDEN is large, so the probabilities of a missing query become 0.
+      maxima[i] = i < count ? p.maximum[head.statistics_at(q + i)] : -HIDDEN;
       totals[i] = i < count ? p.total[head.statistics_at(q + i)] : 1.0f;
     }
     for (int j = 0; j < NV; j++) {
@@ -100,7 +102,7 @@ class HeadGradients {
     }
   }
 
-  // Put the probabilities [n, NR] in the place of the scores, and the scores' gradients in that of the probabilities'.
+  // Replace the scores [n, NR] with probabilities, and the gradients of the probabilities with those of the scores.
   void differentiate_softmax(long k, long n) {
     for (int j = 0; j < NV; j++) {
       const vec high = maximum[j], scale = inverse[j], mean = delta[j];
@@ -108,7 +110,7 @@ class HeadGradients {
         float *s = scores + i * NR + j * W, *ds = dscores + i * NR + j * W;
         const vec probability = exp_nonpositive(load(s) - high) * scale;
         store(s, probability);
-        // In a sequence with no key to see all keys count alike, as in the forward pass, but none has a gradient.
+        // If all keys of a sequence are hidden, they have equal probabilities, as in the forward pass, but no gradient.
         store(ds, head.hidden(k + i) ? vec{} : probability * (load(ds) - mean));
       }
     }
@@ -134,12 +136,12 @@ class HeadGradients {
   const AttentionGradients& g;
   const Attention& p;
   const Head& head;
-  const long d, lanes, K;                             // head_dim, in panels of NR; keys
-  float *keys, *values;                               // [K, head_dim]
-  float *dkeys, *dvalues;                             // [lanes, K, NR], of the rotated keys
-  float *queries, *dqueries, *angles, *dout, *out;    // panels [head_dim, NR]
-  float *query_rows, *dout_rows;                      // [lanes, NR tokens, NR]
-  float *scores, *dscores;                            // [KEYS, NR]
+  const long d, lanes, K;                           // head_dim; panels of NR that it takes; number of keys
+  float *keys, *values;                             // [K, head_dim]
+  float *dkeys, *dvalues;                           // [lanes, K, NR]; dkeys by the rotated keys
+  float *queries, *dqueries, *angles, *dout, *out;  // panels [head_dim, NR]
+  float *query_rows, *dout_rows;                    // [lanes, NR tokens, NR]
+  float *scores, *dscores;                          // [KEYS, NR]
   vec maximum[NV], inverse[NV], delta[NV];
 };
 

@@ -1,4 +1,4 @@
-// GELU, SwiGLU, layer norm and softmax, and their gradients.
+// GELU, SwiGLU, layer norm and softmax, with their gradients.
 #pragma once
 
 #include "vec.h"
@@ -36,8 +36,8 @@ inline void swiglu_gradient_range(const float* gate, const float* up, const floa
   }
 }
 
-// The sum over a row of f(i, n), a vector of the row's elements from i on of which n count; the others must be zero.
-// Four sums, which is faster than one, and exact to more digits.
+// Sum a row: f(i, n) returns a vector whose first n lanes are terms i to i + n - 1; the other lanes must be zero. Four
+// accumulators are faster than one and round less.
 template <class F>
 inline float sum_row(long width, F f) {
   vec s[4] = {};
@@ -48,6 +48,7 @@ inline float sum_row(long width, F f) {
   return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
+// Keep the first n lanes and clear the others.
 inline vec first(vec v, long n) {
   float kept[W] = {};
   __builtin_memcpy(kept, &v, n * sizeof(float));
@@ -60,10 +61,12 @@ struct Moments {
 
 inline Moments moments(const float* x, long width, float eps) {
   const float mean = sum_row(width, [&](long i, long n) { return load_columns(x + i, n); }) / width;
-  const float variance = sum_row(width, [&](long i, long n) {
-                           vec d = load_columns(x + i, n) - mean;
-                           return n == W ? d * d : first(d * d, n);
-                         }) / width;
+  const float variance = sum_row(width,
+                                 [&](long i, long n) {
+                                   vec d = load_columns(x + i, n) - mean;
+                                   return n == W ? d * d : first(d * d, n);
+                                 }) /
+                         width;
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
@@ -80,17 +83,19 @@ inline void layer_norm_row(const float* x, const float* weight, const float* bia
   if (i < width) normalise(i, width - i);
 }
 
-// With h the normalised row and g = dy · weight: dx = (g - mean(g) - h · mean(g · h)) · scale.
+// dx = (g - mean(g) - h · mean(g · h)) · scale, where h is the normalised row and g = dy · weight. The gradients of the
+// parameters are added to dweight and dbias.
 inline void layer_norm_gradient_row(const float* x, const float* weight, const float* dy, float* dx, float* dweight,
                                     float* dbias, long width, float eps) {
   const Moments m = moments(x, width, eps);
-  const float mean = sum_row(width, [&](long i, long n) {
-                       return load_columns(dy + i, n) * load_columns(weight + i, n);
-                     }) / width;
-  const float along = sum_row(width, [&](long i, long n) {
-                        const vec g = load_columns(dy + i, n) * load_columns(weight + i, n);
-                        return g * (load_columns(x + i, n) - m.mean);
-                      }) * m.scale / width;
+  const float mean =
+      sum_row(width, [&](long i, long n) { return load_columns(dy + i, n) * load_columns(weight + i, n); }) / width;
+  const float along = sum_row(width,
+                              [&](long i, long n) {
+                                const vec g = load_columns(dy + i, n) * load_columns(weight + i, n);
+                                return g * (load_columns(x + i, n) - m.mean);
+                              }) *
+                      m.scale / width;
   for (long i = 0; i < width; i++) {
     const float h = (x[i] - m.mean) * m.scale;
     dx[i] = (dy[i] * weight[i] - mean - h * along) * m.scale;
@@ -118,7 +123,7 @@ inline void softmax_row(const float* x, float* y, long width) {
   for (i = 0; i < width; i++) y[i] *= scale;
 }
 
-// From y = softmax(x): dx = y · (dy - sum(dy · y)).
+// dx = y · (dy - sum(dy · y)), where y = softmax(x).
 inline void softmax_gradient_row(const float* y, const float* dy, float* dx, long width) {
   const float along = sum_row(width, [&](long i, long n) { return load_columns(y + i, n) * load_columns(dy + i, n); });
   for (long i = 0; i < width; i++) dx[i] = y[i] * (dy[i] - along);

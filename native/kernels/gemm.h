@@ -1,26 +1,26 @@
 // Matrix products.
 //
-// The lanes of a vector are tokens. A panel is NR tokens, packed feature by feature: [K, NR], or of V vectors instead of
-// NV where there are so few tokens. `multiply` takes a panel and a few rows of the other operand, broadcasting their
-// elements from where they lie: weights are neither copied nor packed, and a batch of any size, one sequence or two
-// thousand tokens, streams them once. The same few lines compute linear layers, attention scores (keys times a panel of
-// queries) and contexts (values times a panel of probabilities), in which softmax then needs no sums across lanes.
+// The lanes of a vector are tokens. A panel holds NR tokens, packed feature by feature: [K, NR]. With few tokens it has
+// V vectors instead of NV. `multiply` multiplies a panel by a few rows of the other operand and broadcasts their
+// elements straight from memory: weights are neither copied nor packed, and are read once for a batch of any size. The
+// same code computes linear layers, attention scores (keys times a panel of queries) and contexts (values times a panel
+// of probabilities), so softmax needs no sums across lanes.
 //
-// The loop nest is that of Goto and van de Geijn 2008 (doi:10.1145/1356052.1356053).
+// Loop nest: Goto and van de Geijn 2008 (doi:10.1145/1356052.1356053).
 #pragma once
 
 #include "vec.h"
 
 namespace {
 
-constexpr int MR = ROWS, NV = 2, NR = NV * W;  // the accumulators, MR x NV vectors, fill the register file
+constexpr int MR = ROWS, NV = 2, NR = NV * W;  // MR x NV accumulators fill the register file
 
-// c[R, NR] (+)= sum over k of a(row, k) · panel[k, :]. Rows of `a` are contiguous in k and `stride` apart; if not
-// ALONG_K, contiguous are the rows, and `stride` lies between one k and the next.
+// c[R, V * W] = a · panel, or += if `add`. Element (row, k) of `a` is at row * stride + k if ALONG_K, else at
+// k * stride + row.
 template <int R, bool ALONG_K, int V>
 __attribute__((always_inline)) inline void multiply_rows(const float* __restrict a, long stride,
-                                                         const float* __restrict panel, long depth,
-                                                         float* __restrict c, bool add) {
+                                                         const float* __restrict panel, long depth, float* __restrict c,
+                                                         bool add) {
   vec acc[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++)
@@ -56,18 +56,17 @@ inline void multiply_rest(long rows, const float* a, long stride, const float* p
   }
 }
 
-// c[rows, NR] for any number of rows.
+// The same for any number of rows.
 template <bool ALONG_K, int V = NV>
 __attribute__((noinline)) void multiply(long rows, const float* a, long stride, const float* panel, long depth,
                                         float* c, bool add) {
   long step = ALONG_K ? stride : 1;
   long i = 0;
-  for (; i + MR <= rows; i += MR)
-    multiply_rows<MR, ALONG_K, V>(a + i * step, stride, panel, depth, c + i * V * W, add);
+  for (; i + MR <= rows; i += MR) multiply_rows<MR, ALONG_K, V>(a + i * step, stride, panel, depth, c + i * V * W, add);
   multiply_rest<ALONG_K, V>(rows - i, a + i * step, stride, panel, depth, c + i * V * W, add);
 }
 
-// The panel [width, NR] of `count` <= NR rows, of which row(i) is the address; missing rows are zero.
+// Pack `count` <= V * W rows of `width` elements, which start at row(i), into a panel. Missing rows become zero.
 template <int V = NV, class Row>
 inline void pack_rows(Row row, long count, long width, float* panel) {
   for (int j = 0; j < V; j++) {
@@ -91,13 +90,13 @@ inline void pack_rows(Row row, long count, long width, float* panel) {
   }
 }
 
-// The panel of `count` rows of x, which are `stride` apart.
+// Pack `count` rows of x, which are `stride` apart.
 template <int V = NV>
 inline void pack(const float* x, long stride, long count, long width, float* panel) {
   pack_rows<V>([=](long i) { return x + i * stride; }, count, width, panel);
 }
 
-// The reverse: hand out, for each of `count` rows, pieces of up to W columns: write(row, column, values, columns).
+// Unpack a panel: call write(row, column, values, columns) for pieces of up to W columns of each of `count` rows.
 template <int V = NV, class Write>
 inline void unpack(const float* panel, long count, long width, Write write) {
   for (int j = 0; j < V && j * W < count; j++) {

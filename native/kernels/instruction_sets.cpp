@@ -16,8 +16,7 @@ std::vector<const Kernels*> supported() {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx512 && __builtin_cpu_supports("avx512vnni")) tables.push_back(avx512vnni_kernels());
   if (avx512) tables.push_back(avx512_kernels());
   if (avx2 && __builtin_cpu_supports("avxvnni")) tables.push_back(avxvnni_kernels());
@@ -29,7 +28,7 @@ std::vector<const Kernels*> supported() {
   return tables;
 }
 
-std::atomic<const Kernels*> chosen = supported().front();  // read by the threads of MLX's streams
+std::atomic<const Kernels*> chosen = supported().front();  // atomic: MLX's stream threads read it
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// Which instruction sets this machine has, and the one whose kernels are used.
+// The instruction sets of this machine, and the one in use.
 #pragma once
 
 #include <string>
@@ -8,9 +8,9 @@
 
 namespace mlx_esm {
 
-// The table of this machine's best instruction set, until another is chosen by its name.
+// The table in use: that of the machine's best instruction set, unless another was chosen.
 const Kernels& kernels();
-std::vector<std::string> instruction_sets();  // that this machine has, the best one first
+std::vector<std::string> instruction_sets();  // of this machine, the best one first
 void choose(const std::string& name);         // throws std::invalid_argument
 
 }  // namespace mlx_esm

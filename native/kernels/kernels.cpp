@@ -1,16 +1,18 @@
-// The kernels of one instruction set. Compiled once for each, with
-//   TABLE          the function that returns the table, NAME what the set is called,
-//   VECTOR_WIDTH   floats in a vector, and ROWS, with which accumulators fill the registers (gemm.h).
+// The kernels of one instruction set. Compiled once per set, with
+//   TABLE          the function that returns the table,
+//   NAME           the name of the set,
+//   VECTOR_WIDTH   the number of floats in a vector,
+//   ROWS           the rows of a tile of accumulators that fills the registers (MR in gemm.h).
 
 #include "kernels.h"
 
 #include "attention.h"
 #include "attention_gradients.h"
 #include "elementwise.h"
-#include "integers.h"
+#include "int8_gemm.h"
 #include "linear.h"
+#include "low_bit.h"
 #include "optimizer.h"
-#include "packed.h"
 #include "pairs.h"
 #include "peak.h"
 #include "threads.h"
@@ -21,24 +23,24 @@ using mlx_esm::parallel_for;
 using mlx_esm::threads;
 
 void linear(const float* x, const float* weight, const float* bias, const float* residual, float* y, long tokens,
-            long outputs, long inputs, Activation activation, float scale) {
+            long outputs, long inputs, Activation activation, float output_scale) {
   auto rows = [=](long n, long, long k, long) { return Rows{weight + n * inputs + k, inputs}; };
-  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale}, rows);
+  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, output_scale}, rows);
 }
 
-void packed_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                   long tokens, long outputs, long inputs, Activation activation, float scale) {
-  auto rows = [&](long n, long N, long k, long depth) { return unpacked_rows(weight, inputs, n, N, k, depth); };
-  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale, true}, rows);
+void low_bit_linear(const float* x, const LowBitWeight& weight, const float* bias, const float* residual, float* y,
+                    long tokens, long outputs, long inputs, Activation activation, float output_scale) {
+  auto rows = [&](long n, long N, long k, long depth) { return float_rows(weight, inputs, n, N, k, depth); };
+  linear_layer({x, bias, residual, y, tokens, outputs, inputs, activation, output_scale, true}, rows);
 }
 
-// Elements or rows in pieces that are worth a thread's while.
+// Call body(begin, end) for pieces of [0, size), each large enough to be worth a task.
 template <class F>
 void pieces(long size, long piece, F body) {
   parallel_for(ceil_div(size, piece), [&](long i) { body(i * piece, least((i + 1) * piece, size)); });
 }
 
-// The moments of queries or keys that have a layer norm.
+// The moments of each token of x, if there is a layer norm to apply.
 std::vector<Moments> moments_of(const Attention& p, const float* x, const float* norm) {
   const long features = p.heads * p.head_dim;
   std::vector<Moments> all(norm ? p.offsets[p.sequences] : 0);
@@ -60,7 +62,7 @@ void attention_gradients(const AttentionGradients& g) {
   const Attention& p = g.forward;
   const long features = p.heads * p.head_dim;
   if (p.bias && p.biases == 1) {
-    // All sequences add to one gradient of the bias, each head to its own part and in the same order every time.
+    // All sequences add to one gradient of the bias. Heads are independent, and each adds in a fixed order.
     parallel_for(p.heads, [&](long head) {
       for (long s = 0; s < p.sequences; s++) attention_gradients_task(g, s, head, s > 0);
     });
@@ -70,7 +72,7 @@ void attention_gradients(const AttentionGradients& g) {
     if (p.offsets[s] == p.offsets[s + 1])  // an empty sequence has no task
       for (float* gradient : {g.dbias_k, g.dbias_v})
         __builtin_memset(gradient + s * features, 0, features * sizeof(float));
-  const auto all = tasks(p, 1L << 40);  // all queries of a head are one task
+  const auto all = tasks(p, 1L << 40);  // one task per head
   parallel_for(all.size(), [&](long i) { attention_gradients_task(g, all[i].sequence, all[i].head, false); });
 }
 
@@ -96,7 +98,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float* y
   });
 }
 
-// Rows are added up in blocks of 64, then the blocks: deterministic, and exact to more digits than one long sum.
+// Rows are summed in blocks of 64, then the blocks: deterministic, and with less rounding than one long sum.
 void layer_norm_gradient(const float* x, const float* weight, const float* dy, float* dx, float* dweight, float* dbias,
                          long rows, long width, float eps) {
   constexpr long block = 64;
@@ -132,7 +134,7 @@ void softmax_gradient(const float* y, const float* dy, float* dx, long rows, lon
   });
 }
 
-// Pieces are added up in their order, whichever thread is done first.
+// Pieces are summed in a fixed order, so the result does not depend on the threads.
 double sum_of_squares(const float* x, long size) {
   constexpr long piece = 1 << 14;
   Arena arena;
@@ -170,25 +172,10 @@ void triangle_attention(const TriangleAttention& p) {
 }  // namespace
 
 const mlx_esm::Kernels* mlx_esm::TABLE() {
-  static const Kernels table{NAME,
-                             linear,
-                             packed_linear,
-                             integer_linear,
-                             gelu_of,
-                             gelu_gradient,
-                             swiglu,
-                             swiglu_gradient,
-                             layer_norm,
-                             layer_norm_gradient,
-                             softmax,
-                             softmax_gradient,
-                             sum_of_squares,
-                             adamw,
-                             attention,
-                             attention_gradients,
-                             gated_linear,
-                             triangle_attention,
-                             transition,
-                             multiply_adds};
+  static const Kernels table{
+      NAME,           linear,          low_bit_linear, int8_linear,         gelu_of,      gelu_gradient,
+      swiglu,         swiglu_gradient, layer_norm,     layer_norm_gradient, softmax,      softmax_gradient,
+      sum_of_squares, adamw,           attention,      attention_gradients, gated_linear, triangle_attention,
+      transition,     multiply_adds};
   return &table;
 }

@@ -1,4 +1,4 @@
-// The linear layer: all threads pack tokens into panels, which are then multiplied by block after block of the weight.
+// Linear layers: all threads pack tokens into panels, then multiply the panels by blocks of the weight.
 #pragma once
 
 #include <type_traits>
@@ -13,26 +13,27 @@ namespace {
 using mlx_esm::Activation;
 using mlx_esm::Arena;
 
-// Tokens of a block, weight rows whose products with them stay in the second-level cache, and the depth at which a
-// panel of tokens stays in the first: it takes 40 KB with AVX-512 and 20 with AVX2.
-constexpr long TOKENS = 256, OUTPUTS = 16 * MR, DEPTH = 320;
+constexpr long TOKENS = 256;       // in a block
+constexpr long OUTPUTS = 16 * MR;  // weight rows whose products with a block of tokens fit in the L2 cache
+constexpr long DEPTH = 320;        // inputs of a panel that fits in the L1 cache: 40 KB with AVX-512, 20 KB with AVX2
 
 struct Linear {
   const float *x, *bias, *residual;
   float* y;
   long tokens, outputs, inputs;
   Activation activation;
-  float scale;
-  bool unpacks = false;  // the weight's rows, which then lie in a buffer of their own
-  // The size of a task, and of a round: as many tokens as all threads have at work at a time.
-  long token_block = 0, output_block = 0, round = 0;
+  float output_scale;
+  bool converts = false;                   // low-bit weight rows to float32, in a buffer
+  long token_block = 0, output_block = 0;  // the size of a task
+  long round = 0;                          // tokens that all threads together work on at a time
 
   long panels() const { return ceil_div(tokens, NR); }
   long token_blocks() const { return ceil_div(tokens, token_block); }
   long output_blocks() const { return ceil_div(outputs, output_block); }
 };
 
-// Blocks of equal size, a multiple of the threads, then cut along the outputs so that nobody waits long for the last.
+// Choose the size of tasks: equal blocks of tokens, a multiple of the number of threads, cut along the outputs into
+// about four tasks per thread, so that no thread waits long for the last task.
 inline void cut(Linear& p) {
   const long threads = mlx_esm::threads();
   const long blocks = ceil_div(p.tokens, TOKENS) > 1 ? threads * ceil_div(p.tokens, threads * TOKENS) : 1;
@@ -53,7 +54,7 @@ inline vec activated(vec v, Activation activation) {
   }
 }
 
-// The tokens and outputs of a task.
+// The tokens [t0, t1) and outputs [first, last) of a task.
 struct Block {
   long t0, t1, first, last;
 
@@ -64,26 +65,26 @@ struct Block {
         last(least(first + p.output_block, p.outputs)) {}
 };
 
-// Rows of a weight, `stride` numbers apart.
+// Rows of a float32 weight, `stride` elements apart.
 struct Rows {
   const float* first;
   long stride;
 };
 
-// The products [N, V * W] of the panel from token t on and the outputs from n0 on, then bias, activation, scale and
-// residual.
+// Finish a tile of V * W tokens from t on and N outputs from n0 on: add the bias to the products [N, V * W], apply
+// activation, output_scale and residual, and store y.
 template <int V = NV>
 inline void finish(const Linear& p, const Block& block, long t, long n0, long N, const float* product) {
   unpack<V>(product, least(V * W, block.t1 - t), N, [=](long token, long column, vec v, long columns) {
     const long n = n0 + column, at = (t + token) * p.outputs + n;
     if (p.bias) v += load_columns(p.bias + n, columns);
-    v = activated(v, p.activation) * p.scale;
+    v = activated(v, p.activation) * p.output_scale;
     if (p.residual) v += load_columns(p.residual + at, columns);
     store_columns(p.y + at, v, columns);
   });
 }
 
-// Calls f with how many vectors the panel of the next tokens has: one where no more are left, else NV.
+// Call f with the number of vectors in the next panel: 1 if the remaining tokens fit in one vector, else NV.
 template <class F>
 inline void for_panel(long tokens, F f) {
   if (tokens <= W)
@@ -92,18 +93,18 @@ inline void for_panel(long tokens, F f) {
     f(std::integral_constant<int, NV>());
 }
 
-// One block of tokens, whose panels lie in `packed`, times one block of outputs. `rows(n, N, k, depth)` are N rows of
-// the weight from row n and column k on.
+// Multiply a block of tokens, whose panels are in `packed`, by a block of outputs. rows(n, N, k, depth) returns N rows
+// of the weight, from row n and column k on.
 template <class Weight>
 inline void linear_block(const Linear& p, const Block& block, const float* packed, Weight rows) {
   static thread_local Arena arena;
   const long K = p.inputs, t0 = block.t0, t1 = block.t1;
   arena.clear();
   float* product = arena.take(p.token_block * OUTPUTS);
-  // Rows that are unpacked for few tokens stay in the first-level cache. The depth, by which sums are rounded, does not
-  // depend on the tokens: what becomes of one is the same, whichever others come with it.
-  const long together = p.unpacks && t1 - t0 <= 3 * NR ? MR : OUTPUTS, most = p.unpacks ? 2 * DEPTH : DEPTH;
-  const long depth = round_up(ceil_div(K, ceil_div(K, most)), 32);  // which is a group of a quantized row
+  // With few tokens, converted rows should fit in the L1 cache. K-blocking (hence rounding) is independent of the
+  // batch: a token's result does not depend on the other tokens.
+  const long together = p.converts && t1 - t0 <= 3 * NR ? MR : OUTPUTS, most = p.converts ? 2 * DEPTH : DEPTH;
+  const long depth = round_up(ceil_div(K, ceil_div(K, most)), 32);  // a multiple of the smallest group
   for (long n = block.first; n < block.last; n += together) {
     const long N = least(together, block.last - n);
     for (long k = 0; k < K; k += depth) {
@@ -119,8 +120,8 @@ inline void linear_block(const Linear& p, const Block& block, const float* packe
   }
 }
 
-// For each panel of a round pack(p, panel), then for each block of its tokens and outputs body(p, block), where p is
-// the layer of these tokens.
+// For each round of tokens: call pack(p, panel) for each panel, then body(p, block) for each block. p is the layer
+// restricted to these tokens.
 template <class Pack, class Body>
 void in_rounds(Linear p, Pack pack, Body body) {
   const long all = p.tokens;
@@ -134,7 +135,7 @@ void in_rounds(Linear p, Pack pack, Body body) {
   }
 }
 
-// The layer, whose weight is as linear_block takes it.
+// Compute the layer. `rows` gives the weight as in linear_block.
 template <class Weight>
 void linear_layer(Linear p, Weight rows) {
   if (!p.tokens || !p.outputs) return;

@@ -1,4 +1,4 @@
-// What a step of training does with each parameter.
+// The parameter updates of a training step.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@ using mlx_esm::AdamW;
 
 inline vec square_root(vec x) {
   vec y;
-  for (int i = 0; i < W; i++) y[i] = __builtin_sqrtf(x[i]);  // one instruction of vectors
+  for (int i = 0; i < W; i++) y[i] = __builtin_sqrtf(x[i]);  // compiled to one vector instruction
   return y;
 }
 
@@ -23,11 +23,11 @@ inline float sum_of_squares_range(const float* x, long begin, long end) {
   });
 }
 
-// What does not depend on the element.
+// The factors that are the same for all elements.
 struct AdamWRates {
-  float kept;      // of a weight, after its decay
-  float step;      // learning rate over mean's correction
-  float unbiased;  // one over the root of square's correction
+  float kept;      // 1 - learning rate · decay
+  float step;      // learning rate / bias correction of the mean
+  float unbiased;  // 1 / sqrt(bias correction of the square)
 };
 
 inline AdamWRates rates_of(const AdamW& p) {

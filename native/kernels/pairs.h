@@ -1,8 +1,8 @@
-// What the trunk of a folding network does to the states of pairs of residues.
+// Operations on the pair states of a folding trunk: gated linear layers, transitions and triangle attention.
 //
-// A state is narrow, 128 numbers, so that the weights of a few layers stay in the second-level cache: a panel of NR
-// pairs (gemm.h) is packed once and goes through layer norm, products, gates and the residual while it is in the first.
-// Nothing between has the size of all pairs.
+// A pair has only 128 features, so the weights of a few layers fit in the L2 cache. A panel of NR pairs (gemm.h) is
+// packed once and goes through layer norm, products, gates and the residual while it is in the L1 cache. No
+// intermediate is as large as the pair tensor.
 #pragma once
 
 #include "arena.h"
@@ -12,17 +12,16 @@
 
 namespace {
 
+using mlx_esm::Affine;
 using mlx_esm::GatedLinear;
-using mlx_esm::Layer;
-using mlx_esm::Norm;
 using mlx_esm::Transition;
 using mlx_esm::TriangleAttention;
 
-// Layer norm of a panel [width, NR], in place.
-inline void normalize(float* panel, long width, const Norm& norm) {
+// Apply a layer norm to a panel [width, NR], in place.
+inline void normalize(float* panel, long width, const Affine& norm, float eps) {
   for (int j = 0; j < NV; j++) {
     float* x = panel + j * W;
-    // Four sums, which are exact to more digits than one.
+    // Four accumulators round less than one.
     auto mean_of = [&](auto f) {
       vec s[4] = {};
       for (long k = 0; k < width; k++) s[k % 4] += f(load(x + k * NR));
@@ -31,7 +30,7 @@ inline void normalize(float* panel, long width, const Norm& norm) {
     const vec mean = mean_of([](vec v) { return v; });
     const vec variance = mean_of([&](vec v) { return (v - mean) * (v - mean); });
     float scales[W];
-    store(scales, variance + norm.eps);
+    store(scales, variance + eps);
     for (float& s : scales) s = 1.0f / __builtin_sqrtf(s);
     const vec scale = load(scales);
     for (long k = 0; k < width; k++)
@@ -46,7 +45,7 @@ inline void product(const float* weight, const float* panel, long outputs, long 
 
 inline float at(const float* bias, long i) { return bias ? bias[i] : 0.0f; }
 
-// y = (y + bias) · sigmoid(gate + gate_bias), of panels.
+// y = (y + bias) · sigmoid(gate + gate_bias), for panels [outputs, NR].
 inline void apply_gate(float* y, const float* bias, const float* gate, const float* gate_bias, long outputs) {
   for (long n = 0; n < outputs; n++)
     for (int j = 0; j < NV; j++) {
@@ -55,10 +54,10 @@ inline void apply_gate(float* y, const float* bias, const float* gate, const flo
     }
 }
 
-// A panel [width, NR] to tokens, + bias + residual: `place(i)` is where the i-th token's numbers are, in both.
+// Write a panel [width, NR] to y, after adding bias and residual. Token i starts at place(i) of y and of residual.
 template <class Place>
-inline void write_tokens(const float* panel, const float* bias, const float* residual, float* y, long count,
-                         long width, Place place) {
+inline void write_tokens(const float* panel, const float* bias, const float* residual, float* y, long count, long width,
+                         Place place) {
   unpack(panel, count, width, [&](long token, long column, vec v, long columns) {
     const long i = place(token) + column;
     if (bias) v += load_columns(bias + column, columns);
@@ -67,7 +66,7 @@ inline void write_tokens(const float* panel, const float* bias, const float* res
   });
 }
 
-// The NR tokens from t on.
+// Compute the NR tokens from t on.
 inline void gated_linear_panel(const GatedLinear& p, long t) {
   static thread_local Arena arena;
   const long count = least(NR, p.tokens - t), K = p.width, N = p.outputs;
@@ -75,13 +74,13 @@ inline void gated_linear_panel(const GatedLinear& p, long t) {
   float *x = arena.take(K * NR), *gate = arena.take(N * NR), *y = arena.take(N * NR);
 
   pack(p.z + t * K, K, count, K, x);
-  normalize(x, K, p.norm);
+  normalize(x, K, p.norm, p.eps);
   product(p.gate.weight, x, N, K, gate);
   if (p.x) {
     for (long k = 0; k < K; k++)
       for (int j = 0; j < NV; j++)
         store(x + k * NR + j * W, load_columns(p.x + k * p.tokens + t + j * W, clamp(count - j * W)));
-    normalize(x, K, p.x_norm);
+    normalize(x, K, p.x_norm, p.eps);
   }
   product(p.layer.weight, x, N, K, y);
   apply_gate(y, p.layer.bias, gate, p.gate.bias, N);
@@ -99,7 +98,7 @@ inline void gated_linear_panel(const GatedLinear& p, long t) {
     write_tokens(y, nullptr, p.residual, p.y, count, N, [&](long token) { return (t + token) * N; });
 }
 
-// The NR tokens from t on. The inside is made of some numbers of the inner width at a time.
+// Compute the NR tokens from t on, INNER elements of the inner layer at a time.
 inline void transition_panel(const Transition& p, long t) {
   static thread_local Arena arena;
   constexpr long INNER = 8 * MR;
@@ -107,7 +106,7 @@ inline void transition_panel(const Transition& p, long t) {
   arena.clear();
   float *x = arena.take(K * NR), *inner = arena.take(INNER * NR), *y = arena.take(K * NR);
   pack(p.x + t * K, K, count, K, x);
-  normalize(x, K, p.norm);
+  normalize(x, K, p.norm, p.eps);
   for (long n = 0; n < p.inner; n += INNER) {
     const long N = least(INNER, p.inner - n);
     product(p.expand.weight + n * K, x, N, K, inner);
@@ -121,27 +120,29 @@ inline void transition_panel(const Transition& p, long t) {
   write_tokens(y, p.shrink.bias, p.residual, p.y, count, K, [&](long token) { return (t + token) * K; });
 }
 
-// One protein's pairs. A row is those that begin at a residue, or that end there.
+// The pairs of one protein. A row holds the pairs that start at a residue or, if `ending`, that end there.
 struct Triangle {
   const TriangleAttention& p;
   long protein;
 
-  long stride() const { return round_up(p.length, NR); }  // of the bias
+  long stride() const { return round_up(p.length, NR); }  // of rows of the bias
   long bias_size() const { return p.heads * p.length * stride(); }
 
-  // Where the numbers of a pair are.
+  // The index in z of the first feature of a pair.
   long place(long row, long column) const {
     const long first = p.ending ? column : row, second = p.ending ? row : column;
     return ((protein * p.length + first) * p.length + second) * p.width;
   }
 
+  // Pack and normalize the panel of NR pairs of a row, from a column on.
   void pack_row(long row, long column, float* panel) const {
     auto address = [&](long i) { return p.z + place(row, column + i); };
     pack_rows(address, least(NR, p.length - column), p.width, panel);
-    normalize(panel, p.width, p.norm);
+    normalize(panel, p.width, p.norm, p.eps);
   }
 
-  // The bias [heads, keys, queries] of one key, that of hidden ones included: queries are side by side, as in a panel.
+  // Compute the bias [heads, keys, queries] of one key; HIDDEN if the key is hidden. Queries are contiguous, as in
+  // panels.
   void bias_of(long key, float* bias) const {
     static thread_local Arena arena;
     arena.clear();
@@ -149,7 +150,7 @@ struct Triangle {
     for (long q = 0; q < p.length; q += NR) {
       auto address = [&](long i) { return p.z + place(q + i, key); };
       pack_rows(address, least(NR, p.length - q), p.width, x);
-      normalize(x, p.width, p.norm);
+      normalize(x, p.width, p.norm, p.eps);
       product(p.bias, x, p.heads, p.width, y);
       for (long h = 0; h < p.heads; h++)
         for (int j = 0; j < NV; j++) {
@@ -159,6 +160,7 @@ struct Triangle {
     }
   }
 
+  // Compute y for one row: its keys and values first, then its queries in panels of NR.
   void attend_row(long row, const float* bias) const {
     static thread_local Arena arena;
     const long L = p.length, C = p.width, d = C / p.heads;
@@ -180,7 +182,7 @@ struct Triangle {
       product(p.query, x, C, C, queries);
       for (long i = 0; i < C * NR; i += W) store(queries + i, load(queries + i) * scale);
       product(p.gate.weight, x, C, C, gate);
-      float* context = x;  // which is not needed any more
+      float* context = x;  // reuse: x is no longer needed
       for (long h = 0; h < p.heads; h++) {
         Softmax softmax[NV];
         attend(L, values + h * d, C, d, scores, context + h * d * NR, softmax, [&](long k, long n, float* scores) {

@@ -1,4 +1,4 @@
-// Multiply-adds on registers alone: as fast as this machine computes, and what a matrix product may hope for.
+// Multiply-adds in registers: the peak speed of this machine, and so the upper bound of a matrix product.
 #pragma once
 
 #include <vector>
@@ -8,14 +8,14 @@
 
 namespace {
 
-// Each thread adds to this many vectors, so that no sum waits for its own last one.
+// Enough independent accumulators per thread to hide the latency of multiply-adds.
 constexpr int SUMS = 2 * ROWS;
 
 inline float multiply_adds_on_a_thread(long rounds) {
   vec sums[SUMS], x = splat(0.5f), y = splat(0.25f);
 #pragma GCC unroll 32
-  for (int i = 0; i < SUMS; i++) sums[i] = splat(i);  // different ones, or the compiler would compute one alone
-  asm volatile("" : "+m"(x), "+m"(y));  // which it does not know
+  for (int i = 0; i < SUMS; i++) sums[i] = splat(i);  // all different, or the compiler would compute only one
+  asm volatile("" : "+m"(x), "+m"(y));                // hides their values from the compiler
   for (long r = 0; r < rounds; r++)
 #pragma GCC unroll 32
     for (int i = 0; i < SUMS; i++) sums[i] = sums[i] * x + y;
@@ -25,7 +25,7 @@ inline float multiply_adds_on_a_thread(long rounds) {
   return sum(total);
 }
 
-// Returns the mean of the sums, which all converge to 1/2.
+// Returns the mean of the accumulators, all of which converge to 1/2.
 float multiply_adds(double operations) {
   const int n = mlx_esm::threads();
   const long rounds = operations / (2.0 * W * SUMS * n) + 1;

@@ -23,13 +23,13 @@ inline void pause() {
 #endif
 }
 
-// A worker that finds nothing to do looks again this often, about 50 µs, before it sleeps: longer than MLX takes from
-// one operation of a model to the next, and too short to disturb anyone else.
+// An idle worker checks for work this many times, about 50 µs, before it sleeps: longer than MLX takes between two
+// operations of a model, and too short to slow down other programs.
 constexpr int SPINS = 2000;
 
 std::atomic<int> wanted = std::max(1u, std::thread::hardware_concurrency());
 
-thread_local bool inside_loop = false;  // this thread is at work on a loop's tasks
+thread_local bool inside_loop = false;  // this thread is running tasks of a loop
 
 class Pool {
  public:
@@ -37,7 +37,7 @@ class Pool {
     try {
       for (int i = 1, n = wanted; i < n; i++) workers_.emplace_back([this] { work(); });
     } catch (const std::system_error&) {
-      // No more threads are allowed, so it is done with those there are.
+      // The system allows no more threads: use those that started.
     }
   }
 
@@ -54,13 +54,13 @@ class Pool {
     tasks_ = tasks;
     next_.store(0, std::memory_order_relaxed);
     {
-      // Odd while a loop is open. Under the lock, so that a worker about to sleep does not miss it.
+      // Odd while a loop is open. Changed under the lock, so that a worker about to sleep cannot miss it.
       std::lock_guard<std::mutex> lock(sleep_);
       loop_.fetch_add(1);
     }
     if (sleepers_.load()) wake_.notify_all();
     take();
-    loop_.fetch_add(1);  // closed: no worker enters any more; those that did are at their last task
+    loop_.fetch_add(1);  // closed: no worker can enter; workers inside finish their current task
     for (int spin = 0; inside_.load(); spin++) spin < SPINS ? pause() : std::this_thread::yield();
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
@@ -71,7 +71,7 @@ class Pool {
     try {
       for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, i);
     } catch (...) {
-      next_.store(tasks_, std::memory_order_relaxed);  // nobody begins another
+      next_.store(tasks_, std::memory_order_relaxed);  // no thread starts another task
       std::lock_guard<std::mutex> lock(failing_);
       if (!error_) error_ = std::current_exception();
     }
@@ -89,12 +89,15 @@ class Pool {
         }
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1);
-        wake_.wait(lock, [&] { loop = loop_.load(); return (loop & 1) && loop != seen; });
+        wake_.wait(lock, [&] {
+          loop = loop_.load();
+          return (loop & 1) && loop != seen;
+        });
         sleepers_.fetch_sub(1);
       }
       seen = loop;
       inside_.fetch_add(1);
-      // The loop is entered only if it is still open; once inside_ counts this worker, `run` waits for it.
+      // Enter only if the loop is still open. As soon as inside_ counts this worker, `run` waits for it.
       if (loop_.load() == loop) take();
       inside_.fetch_sub(1);
     }
@@ -108,14 +111,14 @@ class Pool {
   void (*body_)(void*, long) = nullptr;
   void* context_ = nullptr;
   long tasks_ = 0;
-  std::exception_ptr error_;  // of the loop that is running, the first
+  std::exception_ptr error_;  // the first exception of the running loop
   std::vector<std::thread> workers_;
 };
 
 std::atomic<Pool*> pool_of_process{nullptr};
 
-// Made at the first loop and never destroyed: MLX's own threads may still be at work when the process ends. A forked
-// child has none of the workers, so it gets a new pool.
+// Created at the first loop and never destroyed: MLX's threads may still run when the process exits. A forked child
+// does not inherit the workers, so it creates a new pool.
 Pool& pool() {
   Pool* pool = pool_of_process.load();
   if (!pool) {
@@ -142,7 +145,7 @@ void parallel_for(long tasks, void (*body)(void*, long), void* context) {
   if (tasks > 1)
     pool().run(tasks, body, context);
   else if (tasks == 1)
-    body(context, 0);  // which needs no threads, so none are started
+    body(context, 0);  // without starting threads
 }
 
 }  // namespace mlx_esm

@@ -1,17 +1,16 @@
-// A loop over tasks on several threads.
+// Parallel loops.
 #pragma once
 
 namespace mlx_esm {
 
-// Take n threads, at least one, from the first loop on; by default, one for each core. Once a loop has run it has no
-// effect.
+// Set the number of threads, at least 1. The default is one per core. Has no effect after the first loop.
 void use_threads(int n);
 
-int threads();  // that take part in a loop; fewer than were asked for if the system did not allow so many
+int threads();  // the number that take part in a loop; less than requested if the system allowed fewer
 
 // Call body(context, i) for each i in [0, tasks), in any order, and return when all are done. The calling thread takes
-// part. A call while another thread's loop is running, or from inside one, runs on the calling thread alone. When a
-// task throws, those not yet begun are left out, and the first exception is thrown again here.
+// part. A nested call, or a call while another thread runs a loop, uses the calling thread alone. If a task throws,
+// tasks that have not started are skipped, and the first exception is rethrown here.
 void parallel_for(long tasks, void (*body)(void*, long), void* context);
 
 template <class F>

@@ -1,7 +1,7 @@
-// Vectors of W floats, in GCC's and Clang's vector extensions: one source for every instruction set.
+// Vectors of W floats, in the vector extensions of GCC and Clang: one source for every instruction set.
 //
-// Each instruction set is a translation unit of its own (kernels.cpp, compiled with its flags and its W), so
-// everything here has internal linkage: an inline function of AVX-512 code must never stand in for a portable one.
+// Each instruction set is its own translation unit (kernels.cpp, compiled with its flags and its W). Everything here
+// has internal linkage, so that the linker never replaces a portable inline function with its AVX-512 version.
 #pragma once
 
 #include <utility>
@@ -23,7 +23,7 @@ inline vec load(const float* p) {
 
 inline void store(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// The first `columns` <= W floats; the other lanes are zero.
+// Load the first `columns` <= W floats; the other lanes are zero.
 inline vec load_columns(const float* p, long columns) {
   if (columns == W) return load(p);
   vec v{};
@@ -38,7 +38,7 @@ inline void store_columns(float* p, vec v, long columns) {
     __builtin_memcpy(p, &v, columns * sizeof(float));
 }
 
-inline vec max(vec a, vec b) { return a > b ? a : b; }  // b if one is NaN: an instruction of x86
+inline vec max(vec a, vec b) { return a > b ? a : b; }  // b if either is NaN: one x86 instruction
 
 inline float sum(vec v) {
   float total[W];
@@ -49,11 +49,11 @@ inline float sum(vec v) {
 }
 
 inline long least(long a, long b) { return a < b ? a : b; }
-inline long clamp(long columns) { return columns < 0 ? 0 : least(columns, W); }  // of a vector
+inline long clamp(long columns) { return columns < 0 ? 0 : least(columns, W); }  // to the size of a vector
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 inline long round_up(long a, long b) { return ceil_div(a, b) * b; }
 
-// The lanes L of a and, counted from W on, of b.
+// Select lanes: L < W is lane L of a, L >= W is lane L - W of b.
 template <int... L>
 inline vec lanes(vec a, vec b) {
 #if __has_builtin(__builtin_shufflevector)
@@ -63,7 +63,7 @@ inline vec lanes(vec a, vec b) {
 #endif
 }
 
-// Exchange the off-diagonal blocks of size S in a 2S x 2S block: a stage of transposing.
+// Exchange the off-diagonal S x S blocks of a 2S x 2S block: one stage of a transpose.
 template <int S, int... L>
 inline void exchange(vec& a, vec& b, std::integer_sequence<int, L...>) {
   const vec low = lanes<((L & S) ? W + L - S : L)...>(a, b);
@@ -81,11 +81,12 @@ inline void transpose(vec (&r)[W]) {
   }
 }
 
-// 2^f for |f| <= 1/2: a minimax fit of degree 6, relative error 1.6e-8 in float32 coefficients.
-constexpr float EXP2[] = {1.0f,           0.69314718246f,  0.24022646248f, 0.055503286421f,
-                          0.0096184890717f, 0.0013399930904f, 0.00015345812426f};
+// 2^f for |f| <= 1/2: minimax polynomial of degree 6 with float32 coefficients, relative error 1.6e-8.
+constexpr float EXP2[] = {
+    1.0f, 0.69314718246f, 0.24022646248f, 0.055503286421f, 0.0096184890717f, 0.0013399930904f, 0.00015345812426f};
 
-// e^x for x <= 0, within 1 ulp where there are fused multiply-adds; 1.6e-38 for whatever is smaller. NaN stays NaN.
+// e^x for x <= 0, within 1 ulp if the machine has fused multiply-adds. Below x = -87 it stays at 1.6e-38. NaN stays
+// NaN.
 inline vec exp_nonpositive(vec x) {
   constexpr float log2e = 1.4426950216293335f, log2e_rest = 1.925963033500011e-08f;
   constexpr float round = 1.5f * (1 << 23);  // adding it leaves the nearest integer in the low bits
@@ -96,25 +97,25 @@ inline vec exp_nonpositive(vec x) {
   vec p = splat(EXP2[6]);
 #pragma GCC unroll 6
   for (int i = 5; i >= 0; i--) p = p * f + EXP2[i];
-  // Unsigned, since a lane that nobody reads may hold any number, and its sum may then run over.
+  // Unsigned: in an unused lane, which may hold anything, the addition may overflow.
   return (vec)((uvec)p + ((uvec)shifted << 23));
 }
 
-// The upper tail of the normal distribution at a >= 0, over e^(-a²/2): P(a) / Q(a). Weighted least squares on [0, 6];
-// the error of a times the tail is at most 6.9e-9 (the coefficients of mlx_esm_hf/ops/cpu.py).
+// The upper tail of the normal distribution at a >= 0, divided by e^(-a²/2), as P(a) / Q(a). Fitted by weighted least
+// squares on [0, 6]: the error of a · tail is at most 6.9e-9 (same coefficients as mlx_esm_hf/ops/cpu.py).
 inline vec normal_tail_ratio(vec a) {
   vec p = ((a * -0.00010750251376181039f + 0.03707046742248422f) * a + 0.19536151675441155f) * a + 0.5000004313331821f;
   vec q = ((a * 0.088594318123727f + 0.5224212044247064f) * a + 1.1886239477562983f) * a + 1.0f;
   return p / q;
 }
 
-// |x|, or 12, where the tail is 2e-33: beyond, there would be denormal numbers, which are slow, and an overflow.
+// min(|x|, 12). The tail at 12 is 2e-33. Beyond it come denormal numbers, which are slow, and an overflow.
 inline vec size(vec x) {
   vec a = max(x, -x);
   return a < 12.0f ? a : splat(12.0f);
 }
 
-// x Φ(x) as max(x, 0) - |x| Φ(-|x|), in which nothing cancels.
+// x Φ(x), computed as max(x, 0) - |x| Φ(-|x|), which has no cancellation.
 inline vec gelu(vec x) {
   vec a = size(x);
   vec tail = exp_nonpositive(a * a * -0.5f) * normal_tail_ratio(a);
@@ -127,7 +128,7 @@ inline vec sigmoid(vec x) {
   return x < 0.0f ? e * larger : larger;
 }
 
-// x / (1 + e^-x). At -88 it is -5e-37, and sigmoid falls no further.
+// x / (1 + e^-x). x is clamped at -88 because exp_nonpositive stops at -87; the result there is about -1e-36.
 inline vec silu(vec x) { return max(splat(-88.0f), x) * sigmoid(x); }
 
 inline vec silu_derivative(vec x) {
@@ -135,7 +136,7 @@ inline vec silu_derivative(vec x) {
   return s + silu(x) * (1.0f - s);
 }
 
-// The derivative Φ(x) + x φ(x).
+// The derivative Φ(x) + x φ(x), where φ is the normal density.
 inline vec gelu_derivative(vec x) {
   vec a = size(x);
   vec bell = exp_nonpositive(a * a * -0.5f);

@@ -12,7 +12,7 @@ struct AttentionInputs {
   int heads;
   std::vector<int> offsets;
   float eps;
-  // Their places behind query, key and value.
+  // Indices among the inputs, after query, key and value; -1 if absent.
   int mask = -1, cos = -1, sin = -1, bias_k = -1, bias_v = -1, bias = -1, query_norm = -1, key_norm = -1;
 
   Attention fill(const Arrays& in) const {
@@ -41,12 +41,12 @@ struct AttentionInputs {
 
   float scale(int features) const { return std::pow(double(features / heads), -0.5); }
 
-  // The same without layer norms, and its inputs: query and key have been normalised.
-  std::pair<AttentionInputs, Arrays> behind_norms(const Arrays& in, mx::Stream s) const {
+  // Apply the layer norms to query and key. Returns the attention without norms that is left, and its inputs.
+  std::pair<AttentionInputs, Arrays> after_norms(const Arrays& in, mx::Stream s) const {
     if (query_norm < 0) return {*this, in};
     AttentionInputs rest = *this;
     rest.query_norm = rest.key_norm = -1;
-    Arrays inputs(in.begin(), in.end() - 2);  // they are the last
+    Arrays inputs(in.begin(), in.end() - 2);  // query_norm and key_norm are the last inputs
     inputs[0] = layer_norm(in[0], in[query_norm], std::nullopt, eps, s);
     inputs[1] = layer_norm(in[1], in[key_norm], std::nullopt, eps, s);
     return {rest, inputs};
@@ -61,7 +61,7 @@ array rotate(const array& x, const array& cos, const array& sin, mx::Stream s) {
                          -1, s);
 }
 
-// Attention in MLX's operations, of one sequence that is not empty.
+// The attention of one non-empty sequence in MLX's own operations.
 class PlainSequence {
  public:
   PlainSequence(const Arrays& in, const AttentionInputs& at, int sequence, mx::Stream s)
@@ -73,7 +73,7 @@ class PlainSequence {
         features(in[0].shape(-1)),
         s(s) {}
 
-  // Context [length, features], and softmax's maximum and denominator [length, heads].
+  // Returns context [length, features], and maximum and denominator of the softmax [length, heads].
   Arrays attend() const {
     array query = mx::multiply(heads(tokens(0)), array(at.scale(features)), s);
     array key = heads(and_learned(tokens(1), at.bias_k)), value = heads(and_learned(tokens(2), at.bias_v));
@@ -90,7 +90,7 @@ class PlainSequence {
   }
 
  private:
-  // The sequence's part of an input, [length, n].
+  // The rows of an input that belong to the sequence, [length, n].
   array tokens(int input) const {
     const array x = input < 3 ? rows_of(in[input], s) : in[input];
     return mx::slice(x, {start, 0}, {end, x.shape(1)}, s);
@@ -122,9 +122,9 @@ class PlainSequence {
   mx::Stream s;
 };
 
-// What the kernel computes: context, and softmax's maximum and denominator.
+// Returns what the kernel returns: context, and maximum and denominator of the softmax.
 Arrays plain_attention(const Arrays& inputs, const AttentionInputs& with_norms, mx::Stream s) {
-  const auto [at, in] = with_norms.behind_norms(inputs, s);
+  const auto [at, in] = with_norms.after_norms(inputs, s);
   Arrays contexts, maxima, totals;
   for (size_t i = 0; i + 1 < at.offsets.size(); i++) {
     if (at.offsets[i] == at.offsets[i + 1]) continue;
@@ -137,8 +137,8 @@ Arrays plain_attention(const Arrays& inputs, const AttentionInputs& with_norms, 
           mx::concatenate(totals, 0, s)};
 }
 
-// Behind the inputs of attention, without layer norms, come its outputs and dout. The gradients are those of query, key and value, then those
-// of bias_k and bias_v for each sequence, or that of the bias.
+// Inputs: those of attention without layer norms, then its outputs and dout. Outputs: the gradients by query, key and
+// value, then those by bias_k and bias_v for each sequence, or that by the bias.
 class AttentionGradient : public Operation {
  public:
   AttentionGradient(mx::Stream s, AttentionInputs at)
@@ -202,7 +202,8 @@ class AttentionOperation : public Operation {
 
   Arrays vjp(const Arrays& in, const Arrays& dout, const std::vector<int>& argnums, const Arrays& out) override {
     for (int i : argnums)
-      if (i == at_.cos || i == at_.sin) return Operation::vjp(in, dout, argnums, out);  // nobody trains the angles
+      // Angles are not trained: the slow way is good enough.
+      if (i == at_.cos || i == at_.sin) return Operation::vjp(in, dout, argnums, out);
     auto s = stream();
     const auto gradients = all_gradients(in, dout[0], out);
     Arrays asked;
@@ -211,7 +212,7 @@ class AttentionOperation : public Operation {
         asked.push_back(gradients[i]);
       else if (i == at_.query_norm || i == at_.key_norm)
         asked.push_back(gradients[gradients.size() - (i == at_.query_norm ? 2 : 1)]);
-      else if (i == at_.mask)  // under mx.checkpoint every argument is asked for
+      else if (i == at_.mask)  // mx.checkpoint asks for the gradients of all arguments
         asked.push_back(mx::zeros_like(in[i], s));
       else if (i == at_.bias)
         asked.push_back(gradients[3]);
@@ -222,9 +223,9 @@ class AttentionOperation : public Operation {
   }
 
  private:
-  // As those of `AttentionGradient`; with layer norms, those of their weights come last.
+  // The outputs of AttentionGradient, followed by the gradients of the weights of the layer norms, if any.
   Arrays all_gradients(const Arrays& in, const array& dout, const Arrays& out) {
-    auto [at, inputs] = at_.behind_norms(in, stream());
+    auto [at, inputs] = at_.after_norms(in, stream());
     std::vector<mx::Shape> shapes(3, in[0].shape());
     if (at_.bias_k >= 0) shapes.resize(5, {int(at_.offsets.size()) - 1, in[0].shape(-1)});
     if (at_.bias >= 0) shapes.push_back(in[at_.bias].shape());
@@ -247,7 +248,7 @@ class AttentionOperation : public Operation {
 void check_bias(const array& bias, const std::vector<int>& offsets, int heads) {
   const int sequences = offsets.size() - 1, length = sequences ? offsets[1] : 0;
   for (int i = 0; i < sequences; i++)
-    require(offsets[i + 1] - offsets[i] == length, "attention: with a bias all sequences are of one length");
+    require(offsets[i + 1] - offsets[i] == length, "attention: with a bias, all sequences must have the same length");
   require(bias.ndim() == 4 && (bias.shape(0) == 1 || bias.shape(0) == sequences) &&
               bias.shape() == mx::Shape{bias.shape(0), heads, length, length},
           "attention: bias does not fit");
@@ -289,9 +290,8 @@ array attention(const array& query, const array& key, const array& value, int he
   at.bias = append(inputs, bias, s);
   at.query_norm = append(inputs, query_norm, s);
   at.key_norm = append(inputs, key_norm, s);
-  return array::make_arrays({query.shape(), {tokens, heads}, {tokens, heads}},
-                            {mx::float32, mx::float32, mx::float32}, std::make_shared<AttentionOperation>(s, at),
-                            inputs)[0];
+  return array::make_arrays({query.shape(), {tokens, heads}, {tokens, heads}}, {mx::float32, mx::float32, mx::float32},
+                            std::make_shared<AttentionOperation>(s, at), inputs)[0];
 }
 
 }  // namespace mlx_esm

@@ -1,11 +1,11 @@
-// GELU's pieces that the linear layer needs as well.
+// The parts of GELU that the linear layer also uses.
 #pragma once
 
 #include "operation.h"
 
 namespace mlx_esm {
 
-array plain_gelu(const array& x, mx::Stream s);                         // in MLX's own operations
-array gelu_gradient(const array& x, const array& dy, mx::Stream s);  // dy times the derivative at x
+array plain_gelu(const array& x, mx::Stream s);                      // in MLX's own operations
+array gelu_gradient(const array& x, const array& dy, mx::Stream s);  // dy · the derivative at x
 
 }  // namespace mlx_esm

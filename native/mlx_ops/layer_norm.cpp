@@ -7,7 +7,7 @@
 namespace mlx_esm {
 namespace {
 
-// From x, weight and dy.
+// Inputs: x, weight and dy.
 class LayerNormGradient : public Operation {
  public:
   LayerNormGradient(mx::Stream s, float eps)
@@ -26,9 +26,8 @@ class LayerNormGradient : public Operation {
     run(out, [&] {
       return [x = data(in, 0), weight = data(in, 1), dy = data(in, 2), dx = out[0].data<float>(),
               dweight = out[1].data<float>(), dbias = out[2].data<float>(), width = long(in[1].size()),
-              rows = long(in[0].size() / in[1].size()), eps = eps_] {
-        kernels().layer_norm_gradient(x, weight, dy, dx, dweight, dbias, rows, width, eps);
-      };
+              rows = long(in[0].size() / in[1].size()),
+              eps = eps_] { kernels().layer_norm_gradient(x, weight, dy, dx, dweight, dbias, rows, width, eps); };
     });
   }
 
@@ -36,7 +35,7 @@ class LayerNormGradient : public Operation {
   float eps_;
 };
 
-// Of x, weight and perhaps a bias.
+// Inputs: x, weight and optionally a bias.
 class LayerNorm : public Operation {
  public:
   LayerNorm(mx::Stream s, float eps)
@@ -50,10 +49,11 @@ class LayerNorm : public Operation {
   const char* name() const override { return "LayerNorm"; }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
-    if (mx::is_donatable(in[0], out[0])) out[0].copy_shared_buffer(in[0]);  // a row is read before it is written
+    // In place if possible: a row is read before it is written.
+    if (mx::is_donatable(in[0], out[0])) out[0].copy_shared_buffer(in[0]);
     run(out, [&] {
-      return [x = data(in, 0), weight = data(in, 1), bias = data(in, in.size() > 2 ? 2 : -1),
-              y = out[0].data<float>(), width = long(in[1].size()), rows = long(in[0].size() / in[1].size()),
+      return [x = data(in, 0), weight = data(in, 1), bias = data(in, in.size() > 2 ? 2 : -1), y = out[0].data<float>(),
+              width = long(in[1].size()), rows = long(in[0].size() / in[1].size()),
               eps = eps_] { kernels().layer_norm(x, weight, bias, y, rows, width, eps); };
     });
   }

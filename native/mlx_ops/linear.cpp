@@ -9,7 +9,7 @@
 namespace mlx_esm {
 namespace {
 
-// The sum over the rows of x [rows, n] as a product with ones: a BLAS adds in blocks, mx::sum one by one.
+// Sum the rows of x [rows, n] by a product with ones: BLAS sums in blocks, which rounds less than mx::sum.
 array column_sums(const array& x, mx::Stream s) {
   return mx::reshape(mx::matmul(mx::ones({1, x.shape(0)}, x.dtype(), s), x, s), {x.shape(1)}, s);
 }
@@ -19,25 +19,25 @@ Arrays plain_linear(const Arrays& in, const array& weight, LinearInputs at, mx::
   if (at.bias >= 0) y = mx::add(y, in[at.bias], s);
   if (at.activation == Activation::gelu) y = plain_gelu(y, s);
   if (at.activation == Activation::relu) y = mx::maximum(y, array(0.0f), s);
-  if (at.scale != 1) y = mx::multiply(y, array(at.scale), s);
+  if (at.output_scale != 1) y = mx::multiply(y, array(at.output_scale), s);
   if (at.residual >= 0) y = mx::add(y, in[at.residual], s);
   return {y};
 }
 
 }  // namespace
 
-LinearOperation::LinearOperation(mx::Stream s, LinearInputs at, Whole whole, Kernel kernel)
-    : Operation(s, [=](const Arrays& in) { return plain_linear(in, whole(in), at, s); }),
+LinearOperation::LinearOperation(mx::Stream s, LinearInputs at, FloatWeight float_weight, Kernel kernel)
+    : Operation(s, [=](const Arrays& in) { return plain_linear(in, float_weight(in), at, s); }),
       at_(at),
-      whole_(std::move(whole)),
+      float_weight_(std::move(float_weight)),
       kernel_(std::move(kernel)) {}
 
 void LinearOperation::eval_cpu(const Arrays& in, Arrays& out) {
   run(out, [&] {
     const long inputs = in[0].shape(-1), outputs = out[0].shape(-1), tokens = out[0].size() / outputs;
     return [=, work = kernel_(in), x = data(in, 0), bias = data(in, at_.bias), residual = data(in, at_.residual),
-            y = out[0].data<float>(), activation = at_.activation, scale = at_.scale] {
-      work(x, bias, residual, y, tokens, outputs, inputs, activation, scale);
+            y = out[0].data<float>(), activation = at_.activation, output_scale = at_.output_scale] {
+      work(x, bias, residual, y, tokens, outputs, inputs, activation, output_scale);
     };
   });
 }
@@ -45,8 +45,8 @@ void LinearOperation::eval_cpu(const Arrays& in, Arrays& out) {
 Arrays LinearOperation::vjp(const Arrays& in, const Arrays& cotangents, const std::vector<int>& argnums,
                             const Arrays&) {
   auto s = stream();
-  const array scaled = at_.scale == 1 ? cotangents[0] : mx::multiply(cotangents[0], array(at_.scale), s);
-  const array weight = whole_(in), dy = before_activation(in, weight, rows_of(scaled, s));
+  const array scaled = at_.output_scale == 1 ? cotangents[0] : mx::multiply(cotangents[0], array(at_.output_scale), s);
+  const array weight = float_weight_(in), dy = before_activation(in, weight, rows_of(scaled, s));
   Arrays gradients;
   for (int i : argnums) {
     if (i == 0)
@@ -73,8 +73,8 @@ array LinearOperation::before_activation(const Arrays& in, const array& weight, 
 }
 
 array make_linear(const array& x, const Arrays& weight, int outputs, const Optional& bias, const Optional& residual,
-                  Activation activation, float scale, LinearOperation::Whole whole, LinearOperation::Kernel kernel,
-                  mx::Stream s) {
+                  Activation activation, float output_scale, LinearOperation::FloatWeight float_weight,
+                  LinearOperation::Kernel kernel, mx::Stream s) {
   require(outputs > 0 && x.shape(-1) > 0, "linear: weight is empty");
   require(!bias || bias->shape() == mx::Shape{outputs}, "linear: bias does not fit");
   auto shape = x.shape();
@@ -85,22 +85,22 @@ array make_linear(const array& x, const Arrays& weight, int outputs, const Optio
   for (auto& part : weight) inputs.push_back(contiguous(part, s));
   LinearInputs at;
   at.activation = activation;
-  at.scale = scale;
+  at.output_scale = output_scale;
   at.bias = append(inputs, bias, s);
   at.residual = append(inputs, residual, s);
-  return array(shape, mx::float32, std::make_shared<LinearOperation>(s, at, std::move(whole), std::move(kernel)),
+  return array(shape, mx::float32, std::make_shared<LinearOperation>(s, at, std::move(float_weight), std::move(kernel)),
                inputs);
 }
 
-array linear(const array& x, const array& weight, const Optional& bias, const Optional& residual,
-             Activation activation, float scale, mx::StreamOrDevice device) {
+array linear(const array& x, const array& weight, const Optional& bias, const Optional& residual, Activation activation,
+             float output_scale, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x, weight, bias, residual});
   require(weight.ndim() == 2 && x.ndim() > 0 && x.shape(-1) == weight.shape(1), "linear: x and weight do not fit");
-  auto whole = [](const Arrays& in) { return in[1]; };
+  auto float_weight = [](const Arrays& in) { return in[1]; };
   auto kernel = [](const Arrays& in) -> LinearOperation::Work {
     return [w = data(in, 1)](const float* x, auto... arguments) { kernels().linear(x, w, arguments...); };
   };
-  return make_linear(x, {weight}, weight.shape(0), bias, residual, activation, scale, whole, kernel, s);
+  return make_linear(x, {weight}, weight.shape(0), bias, residual, activation, output_scale, float_weight, kernel, s);
 }
 
 }  // namespace mlx_esm

@@ -1,4 +1,4 @@
-// Arrays in a file: its pages are read when they are used, and belong to the system's cache of files.
+// Memory-mapped arrays: the system reads a page of the file when it is used, and can drop it again.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -38,8 +38,8 @@ class File {
 }  // namespace
 
 array mapped(const std::string& path, long offset, const std::vector<int>& shape, mx::Dtype dtype) {
-  // A buffer of MLX on a CPU begins with its size, right before the numbers. Here whatever the file has stands there;
-  // MLX reads the size of buffers of its own alone.
+  // MLX keeps the size of a CPU buffer in the word before the data. Here that word is whatever the file has there. This
+  // is safe because MLX reads the size only of buffers that it allocated.
   constexpr long before = sizeof(std::size_t);
   long bytes = mx::size_of(dtype);
   for (const int n : shape) bytes *= n;
@@ -50,14 +50,16 @@ array mapped(const std::string& path, long offset, const std::vector<int>& shape
   const long page = ::sysconf(_SC_PAGESIZE);
   const long first = (offset - before) / page * page;
   const std::size_t length = offset + bytes - first;
-  // Who writes into such an array, through NumPy, gets pages of its own (MAP_PRIVATE). The system would count all as
-  // written and refuse a file larger than memory (MAP_NORESERVE).
-  void* address = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file.descriptor(), first);
+  // MAP_PRIVATE: a write, for example through NumPy, goes to a copy of the page. MAP_NORESERVE: the system would
+  // otherwise reserve memory for all pages and refuse a file larger than memory.
+  void* address =
+      ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file.descriptor(), first);
   if (address == MAP_FAILED) throw std::system_error(errno, std::generic_category(), path);
 
   mx::allocator::Buffer buffer(static_cast<char*>(address) + (offset - before - first));
   mx::allocator::Data data(buffer, [address, length](mx::allocator::Buffer) { ::munmap(address, length); });
-  require(buffer.raw_ptr() == static_cast<char*>(address) + (offset - first), "mapped: MLX lays buffers out in another way");
+  require(buffer.raw_ptr() == static_cast<char*>(address) + (offset - first),
+          "mapped: this version of MLX has another buffer layout");
   return array(std::move(data), mx::Shape(shape.begin(), shape.end()), dtype);
 }
 

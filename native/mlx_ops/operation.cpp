@@ -8,14 +8,14 @@
 namespace mlx_esm {
 namespace {
 
-constexpr int PLACES = 4;  // a few suffice for the work never to wait
+constexpr int SLOTS = 4;  // enough that the kernels never wait for the next operation
 std::atomic<int> taken{0};
 
 }  // namespace
 
-Place::Place() {
+Slot::Slot() {
   for (int n = taken.load();;) {
-    if (n >= PLACES) {
+    if (n >= SLOTS) {
       taken.wait(n);
       n = taken.load();
     } else if (taken.compare_exchange_weak(n, n + 1)) {
@@ -24,7 +24,7 @@ Place::Place() {
   }
 }
 
-Place::~Place() {
+Slot::~Slot() {
   taken.fetch_sub(1);
   taken.notify_one();
 }
@@ -50,7 +50,7 @@ int append(Arrays& inputs, const Optional& x, mx::Stream s) {
   return inputs.size() - 1;
 }
 
-const float* data(const Arrays& inputs, int place) { return place < 0 ? nullptr : inputs[place].data<float>(); }
+const float* data(const Arrays& inputs, int index) { return index < 0 ? nullptr : inputs[index].data<float>(); }
 
 Arrays pick(const Arrays& arrays, const std::vector<int>& indices) {
   Arrays picked;
@@ -68,8 +68,7 @@ Arrays Operation::jvp(const Arrays& primals, const Arrays& tangents, const std::
   return mx::jvp(of(primals, argnums), pick(primals, argnums), tangents).second;
 }
 
-Arrays Operation::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
-                      const Arrays&) {
+Arrays Operation::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
   return mx::vjp(of(primals, argnums), pick(primals, argnums), cotangents).second;
 }
 

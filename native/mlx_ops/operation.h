@@ -1,4 +1,4 @@
-// What the operations have in common.
+// The base of all operations, and helpers.
 #pragma once
 
 #include <functional>
@@ -17,38 +17,40 @@ using mx::array;
 using Arrays = std::vector<array>;
 using Optional = std::optional<array>;
 
-// Throws std::invalid_argument.
+// Throws std::invalid_argument with the message unless the condition holds.
 void require(bool condition, const char* message);
 
-// The stream of an operation, which is one of the CPU, on arrays of float32. Throws std::invalid_argument.
+// Returns the stream of an operation. Throws std::invalid_argument unless it is a CPU stream and all arrays are
+// float32.
 mx::Stream checked_stream(mx::StreamOrDevice s, const std::vector<Optional>& arrays);
 
-// Row-major without gaps. A weight that is so already does not become a node of the graph.
+// Returns x in contiguous row-major layout. An evaluated array that already has it, such as a weight, adds no node to
+// the graph.
 array contiguous(const array& x, mx::Stream s);
 
-// Put x, contiguous, behind the inputs. Returns its place there, or -1 where there is no x.
+// Append x, made contiguous, to the inputs. Returns its index, or -1 if there is no x.
 int append(Arrays& inputs, const Optional& x, mx::Stream s);
 
-// The values of an input, or null where its place is -1.
-const float* data(const Arrays& inputs, int place);
+// The data of an input, or null if its index is -1.
+const float* data(const Arrays& inputs, int index);
 
 Arrays pick(const Arrays& arrays, const std::vector<int>& indices);
 
 array rows_of(const array& x, mx::Stream s);  // [..., n] to [rows, n]
 
-// One of the few places in MLX's queue that our operations may take, with their outputs allocated, before they have
-// run. MLX itself allocates for a hundred operations ahead of the one at work, which are several layers of a large
-// model. Whoever comes when all are taken waits; the end of this object's life gives the place back.
-class Place {
+// A slot for an operation that is queued with its outputs allocated. Few slots exist: MLX would otherwise allocate the
+// outputs of a hundred operations ahead of the running one, which are several layers of a large model. The constructor
+// waits for a free slot, and the destructor releases it.
+class Slot {
  public:
-  Place();
-  ~Place();
-  Place(const Place&) = delete;
-  Place& operator=(const Place&) = delete;
+  Slot();
+  ~Slot();
+  Slot(const Slot&) = delete;
+  Slot& operator=(const Slot&) = delete;
 };
 
-// An operation with a kernel, and the same in MLX's own operations for the transformations that have no rule here:
-// jvp, vmap, and gradients of gradients.
+// An operation with a kernel. `plain` computes the same with MLX's own operations; it serves the transformations that
+// have no rule of their own: jvp, vmap and second derivatives.
 class Operation : public mx::Primitive {
  public:
   using Function = std::function<Arrays(const Arrays&)>;
@@ -61,23 +63,23 @@ class Operation : public mx::Primitive {
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override;
 
  protected:
-  // Allocate the outputs, then let `make` read the arrays' addresses and return what is to be done when it is time.
+  // Allocate the outputs, then queue the work that `make` returns. `make` reads the addresses of the arrays.
   template <class Make>
   void run(Arrays& outputs, Make make) {
-    auto place = std::make_shared<Place>();
+    auto slot = std::make_shared<Slot>();
     for (auto& output : outputs)
-      if (!output.data_shared_ptr()) allocate(output);  // else it took over an input's
-    mx::cpu::get_command_encoder(stream()).dispatch([work = make(), place = std::move(place)]() mutable {
-      const auto until_done = std::move(place);  // also when the work throws; MLX may keep the task for a while
+      if (!output.data_shared_ptr()) allocate(output);  // else it reuses the memory of an input
+    mx::cpu::get_command_encoder(stream()).dispatch([work = make(), slot = std::move(slot)]() mutable {
+      const auto until_done = std::move(slot);  // releases the slot even if the work throws or MLX keeps the task
       work();
     });
   }
 
  private:
-  // Throws std::runtime_error where there is no memory, which MLX itself does not notice.
+  // Throws std::runtime_error if there is not enough memory, which MLX does not check.
   void allocate(array& output) const;
 
-  // The plain function of the arguments `argnums` alone.
+  // The plain function, restricted to the arguments `argnums`; the others are fixed.
   Function of(const Arrays& primals, const std::vector<int>& argnums) const;
 
   Function plain_;

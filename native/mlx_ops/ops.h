@@ -1,4 +1,4 @@
-// The kernels as operations of MLX: lazy, on a CPU stream, and differentiable.
+// The kernels as MLX operations: lazy, on a CPU stream, and differentiable.
 #pragma once
 
 #include <optional>
@@ -12,20 +12,20 @@ namespace mlx_esm {
 
 namespace mx = mlx::core;
 
-// All arrays but the mask and weights of fewer bits are float32; see kernels.h for what is computed. The leading axes of x are tokens. What does
-// not fit together throws std::invalid_argument.
+// kernels.h says what is computed. All arrays are float32, except masks and low-bit weights. The leading axes of x are
+// tokens. Throws std::invalid_argument if shapes or dtypes do not match.
 mx::array linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
-                 const std::optional<mx::array>& residual, Activation activation, float scale,
+                 const std::optional<mx::array>& residual, Activation activation, float output_scale,
                  mx::StreamOrDevice s = {});
-// A weight of float16 or bfloat16.
+// weight is float16 or bfloat16.
 mx::array half_linear(const mx::array& x, const mx::array& weight, const std::optional<mx::array>& bias,
-                      const std::optional<mx::array>& residual, Activation activation, float scale,
+                      const std::optional<mx::array>& residual, Activation activation, float output_scale,
                       mx::StreamOrDevice s = {});
-// A weight of mx::quantize's mode "affine", whose scales and biases may be of half precision. `integers`: x is rounded
-// to 8 bits. The gradients, jvp and vmap are those of a linear layer that does not round x.
+// weight, scales and biases are those of mx::quantize with mode "affine"; scales and biases may be in half precision.
+// With `integers`, x is rounded to int8. Gradients, jvp and vmap are those of a layer that does not round x.
 mx::array quantized_linear(const mx::array& x, const mx::array& weight, const mx::array& scales,
                            const mx::array& biases, const std::optional<mx::array>& bias,
-                           const std::optional<mx::array>& residual, Activation activation, float scale,
+                           const std::optional<mx::array>& residual, Activation activation, float output_scale,
                            int group_size, int bits, bool integers, mx::StreamOrDevice s = {});
 mx::array gelu(const mx::array& x, mx::StreamOrDevice s = {});
 mx::array swiglu(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s = {});
@@ -33,7 +33,7 @@ mx::array layer_norm(const mx::array& x, const mx::array& weight, const std::opt
                      mx::StreamOrDevice s = {});
 mx::array softmax(const mx::array& x, mx::StreamOrDevice s = {});
 mx::array sum_of_squares(const mx::array& x, mx::StreamOrDevice s = {});
-// The new weight, mean and square.
+// Returns the new weight, mean and square.
 std::vector<mx::array> adamw(const mx::array& weight, const mx::array& gradient, const mx::array& mean,
                              const mx::array& square, const mx::array& scale, const mx::array& learning_rate,
                              const mx::array& step, float beta1, float beta2, float epsilon, float decay,
@@ -45,31 +45,25 @@ mx::array attention(const mx::array& query, const mx::array& key, const mx::arra
                     const std::optional<mx::array>& bias, const std::optional<mx::array>& query_norm,
                     const std::optional<mx::array>& key_norm, float eps, mx::StreamOrDevice s = {});
 
-// The parameters of a layer norm, and of a linear layer.
-struct PairNorm {
-  mx::array weight;
-  std::optional<mx::array> bias;
-  float eps;
-};
-
-struct PairLayer {
+// The parameters of a linear layer or of a layer norm, as in kernels.h.
+struct AffineArrays {
   mx::array weight;
   std::optional<mx::array> bias;
 };
 
-mx::array gated_linear(const mx::array& z, const PairNorm& norm, const PairLayer& gate, const PairLayer& layer,
-                       const std::optional<mx::array>& x, const std::optional<PairNorm>& x_norm,
-                       const std::optional<mx::array>& mask, const std::optional<mx::array>& residual, bool y_first,
-                       mx::StreamOrDevice s = {});
-mx::array triangle_attention(const mx::array& z, const mx::array& mask, const PairNorm& norm, const mx::array& bias,
-                             const mx::array& query, const mx::array& key, const mx::array& value,
-                             const PairLayer& gate, const PairLayer& output, const std::optional<mx::array>& residual,
-                             bool ending, mx::StreamOrDevice s = {});
-mx::array transition(const mx::array& x, const PairNorm& norm, const PairLayer& expand, const PairLayer& shrink,
-                     const std::optional<mx::array>& residual, mx::StreamOrDevice s = {});
+mx::array gated_linear(const mx::array& z, const AffineArrays& norm, float eps, const AffineArrays& gate,
+                       const AffineArrays& layer, const std::optional<mx::array>& x,
+                       const std::optional<AffineArrays>& x_norm, const std::optional<mx::array>& mask,
+                       const std::optional<mx::array>& residual, bool y_first, mx::StreamOrDevice s = {});
+mx::array triangle_attention(const mx::array& z, const mx::array& mask, const AffineArrays& norm, float eps,
+                             const mx::array& bias, const mx::array& query, const mx::array& key,
+                             const mx::array& value, const AffineArrays& gate, const AffineArrays& output,
+                             const std::optional<mx::array>& residual, bool ending, mx::StreamOrDevice s = {});
+mx::array transition(const mx::array& x, const AffineArrays& norm, float eps, const AffineArrays& expand,
+                     const AffineArrays& shrink, const std::optional<mx::array>& residual, mx::StreamOrDevice s = {});
 
-// The numbers from `offset` on, in bytes, of a file, which are read when they are used. The file has to stay as it is.
-// Throws std::system_error where it cannot be mapped.
+// Returns the array that starts at byte `offset` of a file. Its pages are read when they are used, so the file must not
+// change. Throws std::system_error if the file cannot be mapped.
 mx::array mapped(const std::string& path, long offset, const std::vector<int>& shape, mx::Dtype dtype);
 
 }  // namespace mlx_esm

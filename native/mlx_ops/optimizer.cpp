@@ -6,9 +6,8 @@ namespace mlx_esm {
 namespace {
 
 Operation::Function no_plain(const char* name) {
-  return [name](const Arrays&) -> Arrays {
-    throw std::invalid_argument(std::string(name) + " has no transformations");
-  };
+  return
+      [name](const Arrays&) -> Arrays { throw std::invalid_argument(std::string(name) + " has no transformations"); };
 }
 
 class SumOfSquares : public Operation {
@@ -19,14 +18,13 @@ class SumOfSquares : public Operation {
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     run(out, [&] {
-      return [x = data(in, 0), y = out[0].data<float>(), n = long(in[0].size())] {
-        *y = kernels().sum_of_squares(x, n);
-      };
+      return
+          [x = data(in, 0), y = out[0].data<float>(), n = long(in[0].size())] { *y = kernels().sum_of_squares(x, n); };
     });
   }
 };
 
-// Of weight, gradient, mean and square, and the numbers scale, learning rate and step.
+// Inputs: weight, gradient, mean, square, and the scalars scale, learning rate and step.
 class AdamWStep : public Operation {
  public:
   AdamWStep(mx::Stream s, AdamW settings) : Operation(s, no_plain("AdamW")), settings_(settings) {}
@@ -35,7 +33,7 @@ class AdamWStep : public Operation {
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
     const int sources[] = {0, 2, 3};
-    for (int i = 0; i < 3; i++)  // in the place of what nobody else holds
+    for (int i = 0; i < 3; i++)  // in place if nothing else uses the input
       if (in[sources[i]].is_donatable()) out[i].copy_shared_buffer(in[sources[i]]);
     run(out, [&] {
       AdamW p = settings_;
@@ -67,7 +65,7 @@ std::vector<array> adamw(const array& weight, const array& gradient, const array
   require(gradient.shape() == weight.shape() && mean.shape() == weight.shape() && square.shape() == weight.shape(),
           "adamw: weight, gradient and moments do not fit");
   require(scale.size() == 1 && learning_rate.size() == 1 && step.size() == 1 && step.dtype() == mx::uint64,
-          "adamw: scale, learning rate and step are single numbers, and the step is of uint64");
+          "adamw: scale, learning rate and step must be scalars, and step must be uint64");
   AdamW settings{};
   settings.beta1 = beta1, settings.beta2 = beta2, settings.epsilon = epsilon, settings.decay = decay;
   Arrays inputs;

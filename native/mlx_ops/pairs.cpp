@@ -10,7 +10,7 @@
 namespace mlx_esm {
 namespace {
 
-// Its gradient is that of the same in MLX's own operations, which `ops` in Python has anyway and takes instead.
+// Has no vjp: Python differentiates its version of plain MLX operations.
 class PairOperation : public Operation {
  public:
   using Work = std::function<void()>;
@@ -40,11 +40,11 @@ bool is_vector(const Optional& x, int size) { return !x || x->shape() == mx::Sha
 
 }  // namespace
 
-array gated_linear(const array& z, const PairNorm& norm, const PairLayer& gate, const PairLayer& layer,
-                   const Optional& x, const std::optional<PairNorm>& x_norm, const Optional& mask,
-                   const Optional& residual, bool y_first, mx::StreamOrDevice device) {
-  auto s = checked_stream(device, {z, norm.weight, norm.bias, gate.weight, gate.bias, layer.weight, layer.bias, x, mask,
-                                   residual});
+array gated_linear(const array& z, const AffineArrays& norm, float eps, const AffineArrays& gate,
+                   const AffineArrays& layer, const Optional& x, const std::optional<AffineArrays>& x_norm,
+                   const Optional& mask, const Optional& residual, bool y_first, mx::StreamOrDevice device) {
+  auto s = checked_stream(
+      device, {z, norm.weight, norm.bias, gate.weight, gate.bias, layer.weight, layer.bias, x, mask, residual});
   require(layer.weight.ndim() == 2 && layer.weight.size() > 0 && z.ndim() > 1 && z.shape(-1) == layer.weight.shape(1),
           "gated_linear: z and layer do not fit");
   const int outputs = layer.weight.shape(0), width = layer.weight.shape(1), tokens = z.size() / width;
@@ -83,16 +83,17 @@ array gated_linear(const array& z, const PairNorm& norm, const PairLayer& gate, 
   at.gate_bias = append(inputs, gate.bias, s);
   at.layer = append(inputs, layer.weight, s);
   at.layer_bias = append(inputs, layer.bias, s);
-  auto prepare = [=, eps = norm.eps, x_eps = x_norm ? x_norm->eps : 0](const Arrays& in, float* out) {
+  auto prepare = [=](const Arrays& in, float* out) {
     GatedLinear p{data(in, at.z),
                   data(in, at.x),
                   data(in, at.mask),
                   data(in, at.residual),
                   out,
-                  {data(in, at.norm), data(in, at.norm_bias), eps},
-                  {data(in, at.x_norm), data(in, at.x_norm_bias), x_eps},
+                  {data(in, at.norm), data(in, at.norm_bias)},
+                  {data(in, at.x_norm), data(in, at.x_norm_bias)},
                   {data(in, at.gate), data(in, at.gate_bias)},
                   {data(in, at.layer), data(in, at.layer_bias)},
+                  eps,
                   tokens,
                   width,
                   outputs,
@@ -102,9 +103,9 @@ array gated_linear(const array& z, const PairNorm& norm, const PairLayer& gate, 
   return array(shape, mx::float32, std::make_shared<PairOperation>(s, "GatedLinear", prepare), inputs);
 }
 
-array triangle_attention(const array& z, const array& mask, const PairNorm& norm, const array& bias,
-                         const array& query, const array& key, const array& value, const PairLayer& gate,
-                         const PairLayer& output, const Optional& residual, bool ending, mx::StreamOrDevice device) {
+array triangle_attention(const array& z, const array& mask, const AffineArrays& norm, float eps, const array& bias,
+                         const array& query, const array& key, const array& value, const AffineArrays& gate,
+                         const AffineArrays& output, const Optional& residual, bool ending, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {z, mask, norm.weight, norm.bias, bias, query, key, value, gate.weight, gate.bias,
                                    output.weight, output.bias, residual});
   require(z.ndim() == 4 && z.shape(1) == z.shape(2) && z.shape(3) > 0, "triangle_attention: z is not [B, L, L, C]");
@@ -136,12 +137,13 @@ array triangle_attention(const array& z, const array& mask, const PairNorm& norm
   at.output = append(inputs, output.weight, s);
   at.output_bias = append(inputs, output.bias, s);
   at.residual = append(inputs, residual, s);
-  auto prepare = [=, heads = bias.shape(0), eps = norm.eps](const Arrays& in, float* out) {
+  auto prepare = [=, heads = bias.shape(0)](const Arrays& in, float* out) {
     TriangleAttention p{data(in, at.z),
                         data(in, at.mask),
                         data(in, at.residual),
                         out,
-                        {data(in, at.norm), data(in, at.norm_bias), eps},
+                        {data(in, at.norm), data(in, at.norm_bias)},
+                        eps,
                         data(in, at.bias),
                         data(in, at.query),
                         data(in, at.key),
@@ -158,10 +160,10 @@ array triangle_attention(const array& z, const array& mask, const PairNorm& norm
   return array(z.shape(), mx::float32, std::make_shared<PairOperation>(s, "TriangleAttention", prepare), inputs);
 }
 
-array transition(const array& x, const PairNorm& norm, const PairLayer& expand, const PairLayer& shrink,
-                 const Optional& residual, mx::StreamOrDevice device) {
-  auto s = checked_stream(device, {x, norm.weight, norm.bias, expand.weight, expand.bias, shrink.weight, shrink.bias,
-                                   residual});
+array transition(const array& x, const AffineArrays& norm, float eps, const AffineArrays& expand,
+                 const AffineArrays& shrink, const Optional& residual, mx::StreamOrDevice device) {
+  auto s = checked_stream(
+      device, {x, norm.weight, norm.bias, expand.weight, expand.bias, shrink.weight, shrink.bias, residual});
   require(x.ndim() > 1 && x.shape(-1) > 0 && expand.weight.ndim() == 2, "transition: no matrix");
   const int width = x.shape(-1), inner = expand.weight.shape(0);
   require(is_matrix(expand.weight, inner, width) && is_matrix(shrink.weight, width, inner) && inner > 0,
@@ -183,11 +185,12 @@ array transition(const array& x, const PairNorm& norm, const PairLayer& expand, 
   at.shrink = append(inputs, shrink.weight, s);
   at.shrink_bias = append(inputs, shrink.bias, s);
   at.residual = append(inputs, residual, s);
-  auto prepare = [=, tokens = long(x.size() / width), eps = norm.eps](const Arrays& in, float* out) {
+  auto prepare = [=, tokens = long(x.size() / width)](const Arrays& in, float* out) {
     Transition p{data(in, at.x),
                  data(in, at.residual),
                  out,
-                 {data(in, at.norm), data(in, at.norm_bias), eps},
+                 {data(in, at.norm), data(in, at.norm_bias)},
+                 eps,
                  {data(in, at.expand), data(in, at.expand_bias)},
                  {data(in, at.shrink), data(in, at.shrink_bias)},
                  tokens,

@@ -47,7 +47,7 @@ class Softmax : public Operation {
 
 array softmax(const array& x, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {x});
-  require(x.ndim() > 0 && x.shape(-1) > 0, "softmax: there is nothing to add up");
+  require(x.ndim() > 0 && x.shape(-1) > 0, "softmax: the last axis must not be empty");
   return array(x.shape(), mx::float32, std::make_shared<Softmax>(s), {contiguous(x, s)});
 }
 

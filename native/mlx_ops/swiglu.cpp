@@ -9,7 +9,7 @@ Arrays plain_swiglu(const Arrays& in, mx::Stream s) {
   return {mx::multiply(mx::multiply(in[0], mx::sigmoid(in[0], s), s), in[1], s)};
 }
 
-// From gate, up and dy to the gradients of gate and up.
+// Inputs: gate, up and dy. Outputs: the gradients by gate and up.
 class SwigluGradient : public Operation {
  public:
   explicit SwigluGradient(mx::Stream s)
@@ -23,9 +23,8 @@ class SwigluGradient : public Operation {
   void eval_cpu(const Arrays& in, Arrays& out) override {
     run(out, [&] {
       return [gate = data(in, 0), up = data(in, 1), dy = data(in, 2), dgate = out[0].data<float>(),
-              dup = out[1].data<float>(), n = long(in[0].size())] {
-        kernels().swiglu_gradient(gate, up, dy, dgate, dup, n);
-      };
+              dup = out[1].data<float>(),
+              n = long(in[0].size())] { kernels().swiglu_gradient(gate, up, dy, dgate, dup, n); };
     });
   }
 };
@@ -45,9 +44,9 @@ class Swiglu : public Operation {
   }
 
   Arrays vjp(const Arrays& in, const Arrays& dout, const std::vector<int>& argnums, const Arrays&) override {
-    auto gradients = array::make_arrays({in[0].shape(), in[0].shape()}, {mx::float32, mx::float32},
-                                        std::make_shared<SwigluGradient>(stream()),
-                                        {in[0], in[1], contiguous(dout[0], stream())});
+    auto gradients =
+        array::make_arrays({in[0].shape(), in[0].shape()}, {mx::float32, mx::float32},
+                           std::make_shared<SwigluGradient>(stream()), {in[0], in[1], contiguous(dout[0], stream())});
     return pick(gradients, argnums);
   }
 };

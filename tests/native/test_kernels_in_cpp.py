@@ -46,16 +46,33 @@ def build(folder: Path, *options: str) -> Path:
 
 
 def check(*command: str | Path) -> list[str]:
-    """The instruction sets that the test program has tested."""
+    """Run the test program and return the instruction sets that it has tested."""
     output = run(*command)
     print(output)
-    lines = output.splitlines()
-    assert ", 0 failed" in lines[-1]
-    return [line.partition(":")[0] for line in lines]
+    assert output.endswith(", 0 failed\n")
+    return [line.partition(":")[0] for line in output.splitlines() if " checks of " in line]
 
 
-def test_kernels(tmp_path):
-    check(build(tmp_path))
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The test program without sanitizers."""
+    return build(tmp_path_factory.mktemp("native"))
+
+
+def test_kernels(program):
+    check(program, "--seeds", "2")
+
+
+@pytest.mark.long
+def test_kernels_with_many_seeds(program):
+    """The error bounds hold whatever numbers are drawn."""
+    check(program, "--seeds", "100")
+
+
+def test_faults_are_found(program):
+    """The checks fail for kernels with a missing term, a dropped bias, exchanged rows, a wrong scale and the like."""
+    summaries = [line for line in run(program, "--faults").splitlines() if " faults, " in line]
+    assert summaries and all(line.endswith(" faults, 0 not found") for line in summaries)
 
 
 @pytest.mark.long

@@ -1,20 +1,19 @@
-// Linear layers whose products are those of integers: the weight's of 4 or 8 bits without a sign, and the tokens',
-// rounded to 8 bits with one, each group of a token with a scale of its own.
+// int8 GEMM: unsigned weights of 4 or 8 bits times activations quantized to int8, with one scale per token and group.
 //
-// A lane is a token, as in gemm.h, but holds several of its integers, one beside the other: four bytes where the
-// machine multiplies and adds up bytes (VNNI, Arm's dot product), else two of 16 bits.
+// A lane is a token, as in gemm.h, but holds several of its integers: four bytes if the machine has a dot product of
+// bytes (VNNI, Arm's dot product), otherwise two integers of 16 bits.
 #pragma once
 
 #if defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
 
-#include "packed.h"
+#include "low_bit.h"
 
 namespace {
 
-// sum + the products of the integers in w and in each lane of x. Arm's bytes have a sign on both sides: there the
-// weight's are smaller by OFFSET, and a sum begins with OFFSET times the integers of x, which makes it the same.
+// Return sum + the dot product of the integers in w with those in each lane of x. On Arm both operands are signed:
+// OFFSET is subtracted from the weights, and the sum starts at OFFSET · (the sum of x's integers) to compensate.
 #if defined(__AVX512VNNI__)
 constexpr int TOGETHER = 4, OFFSET = 0;
 inline ivec dot(ivec sum, unsigned w, uvec x) {
@@ -41,9 +40,7 @@ inline ivec dot(ivec sum, unsigned w, uvec x) {
   return sum + (ivec)_mm256_madd_epi16(_mm256_set1_epi32(w), (__m256i)x);
 }
 #elif defined(__SSE2__)
-inline ivec dot(ivec sum, unsigned w, uvec x) {
-  return sum + (ivec)_mm_madd_epi16(_mm_set1_epi32(w), (__m128i)x);
-}
+inline ivec dot(ivec sum, unsigned w, uvec x) { return sum + (ivec)_mm_madd_epi16(_mm_set1_epi32(w), (__m128i)x); }
 #else
 inline ivec dot(ivec sum, unsigned w, uvec x) {
   return sum + (int)(w & 0xffff) * ((ivec)(x << 16) >> 16) + (int)(w >> 16) * ((ivec)x >> 16);
@@ -51,18 +48,18 @@ inline ivec dot(ivec sum, unsigned w, uvec x) {
 #endif
 #endif
 
-constexpr int WIDTH = 32 / TOGETHER;  // bits of an integer in a lane
+constexpr int WIDTH = 32 / TOGETHER;  // bits per integer in a lane, which holds TOGETHER of them
 
-// A panel's tokens, T = V * W of them, as integers: x ≈ scale · integer.
-struct IntegerPanel {
-  unsigned* integers;   // [K / TOGETHER, T], several in each
-  float *scales, *sums;  // [K / group, T]: the scales, and scale · the sum of a group's integers
-  int* integer_sums;     // [K / group, T]: without the scale
+// A panel of T = V * W tokens with K inputs, quantized: x ≈ scale · integer.
+struct Int8Panel {
+  unsigned* integers;    // [K / TOGETHER, T], TOGETHER in each element
+  float *scales, *sums;  // [K / group, T]: the scales, and scale · (sum of the group's integers)
+  int* integer_sums;     // [K / group, T]: the sums of the group's integers
 };
 
-// From a panel [K, V * W] of floats.
+// Quantize a panel [K, V * W] of floats.
 template <int V>
-inline void round_panel(const float* panel, long K, long group, IntegerPanel out) {
+inline void round_panel(const float* panel, long K, long group, Int8Panel out) {
   constexpr long T = V * W;
   constexpr float round = 1.5f * (1 << 23);  // adding it leaves the nearest integer in the low bits
   for (long g = 0; g < K / group; g++)
@@ -72,7 +69,7 @@ inline void round_panel(const float* panel, long K, long group, IntegerPanel out
       for (long k = 0; k < group; k++) {
         const vec v = load(x + k * T);
         largest = max(max(v, -v), largest);
-        poison += v * 0.0f;  // NaN where a number is infinite or NaN
+        poison += v * 0.0f;  // NaN if an element is infinite or NaN
       }
       const vec to_integer = largest > 1e-30f ? 127.0f / largest : vec{};
       const vec scale = largest / 127.0f + poison;
@@ -81,8 +78,7 @@ inline void round_panel(const float* panel, long K, long group, IntegerPanel out
         uvec together{};
 #pragma GCC unroll 4
         for (int i = 0; i < TOGETHER; i++) {
-          // The maximum changes nothing. It keeps the product from being rounded together with the sum, which not every
-          // machine does.
+          // The maximum changes no value. It prevents a fused multiply-add, so that all machines round alike.
           const vec shifted = max(load(x + (k + i) * T) * to_integer, splat(-127.0f)) + round;
           sum += shifted - round;
           together |= ((uvec)shifted & ((1u << WIDTH) - 1)) << WIDTH * i;
@@ -96,14 +92,15 @@ inline void round_panel(const float* panel, long K, long group, IntegerPanel out
     }
 }
 
-// N rows of a weight, as what a lane of tokens is multiplied with.
-struct IntegerRows {
+// Rows of a weight in the layout that `dot` takes.
+struct WeightRows {
   const Byte* integers;
-  long stride;                    // bytes
+  long stride;                   // bytes
   const float *scales, *biases;  // [N, groups]
   long groups, group;
 };
 
+// Expand `depth` integers of a row, from column k on, to the layout that `dot` takes.
 template <int BITS>
 inline void spread(const Byte* row, long k, long depth, Byte* out) {
   if (BITS == 8 && TOGETHER == 4) {
@@ -122,8 +119,8 @@ inline void spread(const Byte* row, long k, long depth, Byte* out) {
   }
 }
 
-// N rows from column k on, which is where a group begins; they last until the same thread takes others.
-inline IntegerRows integer_rows(const PackedWeight& w, long inputs, long n, long N, long k, long depth) {
+// Return N rows from column k on, where a group starts. They stay valid until the same thread calls this again.
+inline WeightRows weight_rows(const LowBitWeight& w, long inputs, long n, long N, long k, long depth) {
   static thread_local Arena arena;
   arena.clear();
   const long groups = depth / w.group, stride = depth * 4 / TOGETHER;
@@ -131,11 +128,11 @@ inline IntegerRows integer_rows(const PackedWeight& w, long inputs, long n, long
   for (long i = 0; i < N; i++)
     for (long g = 0; g < groups; g++) {
       const long place = ((n + i) * inputs + k) / w.group + g;
-      scales[i * groups + g] = number_at(w.scales, w.type, place);
-      biases[i * groups + g] = number_at(w.biases, w.type, place);
+      scales[i * groups + g] = element_at(w.scales, w.dtype, place);
+      biases[i * groups + g] = element_at(w.biases, w.dtype, place);
     }
-  const Byte* rows = static_cast<const Byte*>(w.numbers) + n * inputs * w.bits / 8;
-  if (w.bits == 8 && TOGETHER == 4 && !OFFSET)  // they are multiplied as they lie
+  const Byte* rows = static_cast<const Byte*>(w.data) + n * inputs * w.bits / 8;
+  if (w.bits == 8 && TOGETHER == 4 && !OFFSET)  // the stored layout is what `dot` takes
     return {rows + k, inputs, scales, biases, groups, w.group};
   Byte* integers = reinterpret_cast<Byte*>(arena.take(N * depth / TOGETHER));
   for (long i = 0; i < N; i++) {
@@ -146,13 +143,13 @@ inline IntegerRows integer_rows(const PackedWeight& w, long inputs, long n, long
   return {integers, stride, scales, biases, groups, w.group};
 }
 
-// Rows whose sums, of integers and of what they stand for, fill the registers together with V vectors of tokens.
+// Tile height: int32 accumulators plus float totals for V vectors of tokens fill the register file.
 template <int V>
-constexpr int INTEGER_ROWS = MR * NV / (2 * V);
+constexpr int INT8_ROWS = MR * NV / (2 * V);
 
-// c[R, V * W] (+)= the rows from the i-th on times the panel.
+// c[R, V * W] = R rows from row `first` on, times the panel; += if `add`.
 template <int R, int V>
-inline void multiply_integers(const IntegerRows& w, long first, const IntegerPanel& x, float* __restrict c, bool add) {
+inline void multiply_int8(const WeightRows& w, long first, const Int8Panel& x, float* __restrict c, bool add) {
   constexpr long T = V * W;
   vec total[R][V];
 #pragma GCC unroll 16
@@ -185,7 +182,7 @@ inline void multiply_integers(const IntegerRows& w, long first, const IntegerPan
 #pragma GCC unroll 4
       for (int j = 0; j < V; j++) {
         const vec scale = load(x.scales + g * T + j * W) * scales[i * w.groups];
-        // The two may cancel, and so are added to each other first.
+        // Combine the scale and bias terms before accumulating: they are large and may cancel.
         const vec bias = load(x.sums + g * T + j * W) * biases[i * w.groups];
         total[i][j] += __builtin_convertvector(acc[i][j], vec) * scale + bias;
       }
@@ -196,31 +193,29 @@ inline void multiply_integers(const IntegerRows& w, long first, const IntegerPan
     for (int j = 0; j < V; j++) store(c + i * T + j * W, total[i][j]);
 }
 
-template <int V, int R = INTEGER_ROWS<V>>
-inline void multiply_integers_rest(long rows, const IntegerRows& w, long first, const IntegerPanel& x, float* c,
-                                   bool add) {
+template <int V, int R = INT8_ROWS<V>>
+inline void multiply_int8_rest(long rows, const WeightRows& w, long first, const Int8Panel& x, float* c, bool add) {
   if constexpr (R > 0) {
-    if (rows == R) return multiply_integers<R, V>(w, first, x, c, add);
-    multiply_integers_rest<V, R - 1>(rows, w, first, x, c, add);
+    if (rows == R) return multiply_int8<R, V>(w, first, x, c, add);
+    multiply_int8_rest<V, R - 1>(rows, w, first, x, c, add);
   }
 }
 
-// The panels of a round.
-struct IntegerPanels {
-  IntegerPanel first;
+// The quantized panels of a round of tokens.
+struct Int8Panels {
+  Int8Panel first;
   long inputs, group;
 
-  // The panel of V vectors from token t on, from column k on.
+  // The panel of V vectors of tokens from token t on, from column k on.
   template <int V>
-  IntegerPanel at(long t, long k) const {
+  Int8Panel at(long t, long k) const {
     const long i = t * inputs + k * V * W, g = i / group;
     return {first.integers + i / TOGETHER, first.scales + g, first.sums + g, first.integer_sums + g};
   }
 };
 
-// One block of tokens times one block of outputs.
-inline void integer_block(const Linear& p, const Block& block, const IntegerPanels& panels,
-                          const PackedWeight& weight) {
+// Multiply a block of tokens by a block of outputs.
+inline void int8_block(const Linear& p, const Block& block, const Int8Panels& panels, const LowBitWeight& weight) {
   static thread_local Arena arena;
   const long K = p.inputs, depth = round_up(TOGETHER * DEPTH, weight.group);
   arena.clear();
@@ -228,22 +223,34 @@ inline void integer_block(const Linear& p, const Block& block, const IntegerPane
   for (long n0 = block.first; n0 < block.last; n0 += OUTPUTS) {
     const long N = least(OUTPUTS, block.last - n0);
     for (long k = 0; k < K; k += depth) {
-      const IntegerRows rows = integer_rows(weight, K, n0, N, k, least(depth, K - k));
+      const WeightRows rows = weight_rows(weight, K, n0, N, k, least(depth, K - k));
       for (long t = block.t0; t < block.t1; t += NR)
         for_panel(block.t1 - t, [&](auto V) {
           float* c = product + (t - block.t0) * N;
-          const IntegerPanel panel = panels.at<V>(t, k);
-          constexpr long R = INTEGER_ROWS<V>;
+          const Int8Panel panel = panels.at<V>(t, k);
+          constexpr long R = INT8_ROWS<V>;
           long n = 0;
-          for (; n + R <= N; n += R) multiply_integers<R, V>(rows, n, panel, c + n * V * W, k > 0);
-          multiply_integers_rest<V>(N - n, rows, n, panel, c + n * V * W, k > 0);
+          for (; n + R <= N; n += R) multiply_int8<R, V>(rows, n, panel, c + n * V * W, k > 0);
+          multiply_int8_rest<V>(N - n, rows, n, panel, c + n * V * W, k > 0);
           if (k + depth >= K) finish<V>(p, block, t, n0, N, c);
         });
     }
   }
 }
 
-inline void integer_layer(Linear p, const PackedWeight& weight) {
+// Pack and quantize the panel of NR tokens from t on.
+inline void quantize_tokens(const Linear& p, long t, const Int8Panels& panels) {
+  static thread_local Arena arena;
+  arena.clear();
+  const long K = p.inputs;
+  float* floats = arena.take(K * NR);
+  for_panel(p.tokens - t, [&](auto V) {
+    pack<V>(p.x + t * K, K, least(NR, p.tokens - t), K, floats);
+    round_panel<V>(floats, K, panels.group, panels.at<V>(t, 0));
+  });
+}
+
+inline void int8_layer(Linear p, const LowBitWeight& weight) {
   if (!p.tokens || !p.outputs) return;
   static thread_local Arena arena;
   arena.clear();
@@ -251,23 +258,14 @@ inline void integer_layer(Linear p, const PackedWeight& weight) {
   const long K = p.inputs, groups = p.round * (K / weight.group);
   auto integers = reinterpret_cast<unsigned*>(arena.take(p.round * K / TOGETHER));
   float *scales = arena.take(groups), *sums = arena.take(groups);
-  const IntegerPanels panels{{integers, scales, sums, reinterpret_cast<int*>(arena.take(groups))}, K, weight.group};
-  auto pack_panel = [&](const Linear& p, long i) {
-    static thread_local Arena arena;
-    arena.clear();
-    float* floats = arena.take(K * NR);
-    const long t = i * NR;
-    for_panel(p.tokens - t, [&](auto V) {
-      pack<V>(p.x + t * K, K, least(NR, p.tokens - t), K, floats);
-      round_panel<V>(floats, K, weight.group, panels.at<V>(t, 0));
-    });
-  };
-  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { integer_block(p, block, panels, weight); });
+  const Int8Panels panels{{integers, scales, sums, reinterpret_cast<int*>(arena.take(groups))}, K, weight.group};
+  auto pack_panel = [&](const Linear& p, long panel) { quantize_tokens(p, panel * NR, panels); };
+  in_rounds(p, pack_panel, [&](const Linear& p, const Block& block) { int8_block(p, block, panels, weight); });
 }
 
-void integer_linear(const float* x, const PackedWeight& weight, const float* bias, const float* residual, float* y,
-                    long tokens, long outputs, long inputs, Activation activation, float scale) {
-  integer_layer({x, bias, residual, y, tokens, outputs, inputs, activation, scale}, weight);
+void int8_linear(const float* x, const LowBitWeight& weight, const float* bias, const float* residual, float* y,
+                 long tokens, long outputs, long inputs, Activation activation, float output_scale) {
+  int8_layer({x, bias, residual, y, tokens, outputs, inputs, activation, output_scale}, weight);
 }
 
 }  // namespace
