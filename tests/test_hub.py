@@ -217,7 +217,7 @@ def test_private(hub, made):
     push(made, private=True)
     push(made, "me/open")
     commit = hub.commit("me/open", "main")
-    with pytest.raises(ValueError, match="me/open is there already, and it is public: nothing was sent"):
+    with pytest.raises(ValueError, match="me/open already exists and is public. Nothing was sent"):
         push(made, "me/open", private=True)
     assert hub.commit("me/open", "main") == commit
 
@@ -274,17 +274,17 @@ def test_variants(hub, made, tmp_path):
 @pytest.mark.parametrize(
     ("request_", "kind", "times", "message"),
     [
-        ("POST .*/preupload/", 401, 1, "answered 401 .*there is no token, or it is not valid: log in"),
+        ("POST .*/preupload/", 401, 1, "answered 401 .*the token is missing or not valid: log in"),
         ("POST .*/preupload/", 403, 1, "answered 403 .*the token may not do that"),
-        ("POST .*/preupload/", 429, 9, "answered 429 .*too many requests: wait some minutes"),
-        ("POST .*objects/batch", 500, 9, "answered 500 .*it is in trouble: do it again later"),
-        ("PUT /cdn/", 500, 99, "answered 500 .*it is in trouble: do it again later"),
-        ("PUT /cdn/", "cut", 99, "the connection to .* failed .*Try again: what is whole is kept"),
+        ("POST .*/preupload/", 429, 9, "answered 429 .*too many requests: wait a few minutes"),
+        ("POST .*objects/batch", 500, 9, "answered 500 .*the server has a problem: try again later"),
+        ("PUT /cdn/", 500, 99, "answered 500 .*the server has a problem: try again later"),
+        ("PUT /cdn/", "cut", 99, "the connection to .* failed .*Try again: complete files are kept"),
         ("PUT /cdn/", "corrupt", 99, "answered 400 .The uploaded file is not the one that was announced"),
         ("POST /lfs/verify", 500, 99, "answered 500"),
-        ("POST .*/commit/", 500, 1, "answered 500 .*it is in trouble: do it again later"),
+        ("POST .*/commit/", 500, 1, "answered 500 .*the server has a problem: try again later"),
         ("POST .*/commit/", "cut", 1, "the connection to .* failed"),
-        ("POST .*/commit/", 412, 1, "answered 412 .*the repository has changed meanwhile: do it again"),
+        ("POST .*/commit/", 412, 1, "answered 412 .*the repository has changed in the meantime: try again"),
     ],
 )
 def test_faults_leave_what_was_there(hub, made, sharded, tmp_path, request_, kind, times, message):
@@ -347,7 +347,7 @@ def test_someone_else_pushes_meanwhile(hub, made, sharded):
         return answer(request)
 
     hub.answer = push_before_commit
-    with pytest.raises(OSError, match="412 .*has changed meanwhile"):
+    with pytest.raises(OSError, match="412 .*has changed in the meantime"):
         push(sharded)
     hub.answer = answer
     push(sharded)
@@ -420,8 +420,8 @@ def test_only_what_belongs_to_a_checkpoint(hub, folder):
     done = push(folder)
     assert set(done.left_out) == {*stray, ".git", "checkpoint-500"}
     assert done.left_out[".env"] == "hidden" and done.left_out["checkpoint-500"] == "a folder"
-    assert "no part of a checkpoint" in done.left_out["notes.txt"] == done.left_out["optimizer.safetensors"]
-    assert "weights that are not read" in done.left_out["pytorch_model.bin"]
+    assert "not part of a checkpoint" in done.left_out["notes.txt"] == done.left_out["optimizer.safetensors"]
+    assert "weights that are not loaded" in done.left_out["pytorch_model.bin"]
     assert not {*stray, ".git/model.safetensors"} & set(hub.repos[ID].files())
     assert hub.repos[ID].files()["LICENSE"] == b"MIT"
 
@@ -455,14 +455,14 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 
 
 def spoilers():
-    yield "no config", spoil("config.json", lambda x: None), "holds no config.json: it is not a checkpoint"
+    yield "no config", spoil("config.json", lambda x: None), "contains no config.json: it is not a checkpoint"
     yield "no JSON", spoil("config.json", lambda x: x[:20]), "config.json is not JSON"
-    yield "no model_type", spoil("config.json", lambda x: b"{}"), "names no model_type"
-    yield "no shard", spoil(SHARD, lambda x: None), f"lacks {SHARD}, which model.safetensors.index.json names"
-    yield "cut shard", spoil(SHARD, lambda x: x[:-7]), f"{SHARD} is not a whole safetensors file"
+    yield "no model_type", spoil("config.json", lambda x: b"{}"), "has no model_type"
+    yield "no shard", spoil(SHARD, lambda x: None), f"lacks {SHARD}, which model.safetensors.index.json lists"
+    yield "cut shard", spoil(SHARD, lambda x: x[:-7]), f"{SHARD} is not a complete safetensors file"
     yield "pointer", spoil(SHARD, lambda x: POINTER), "It is a Git LFS pointer, not the weights"
     yield "index", spoil("model.safetensors.index.json", lambda x: x[:-9]), "is not the index of a sharded checkpoint"
-    yield "no index", spoil("model.safetensors.index.json", lambda x: None), "holds no weights"
+    yield "no index", spoil("model.safetensors.index.json", lambda x: None), "contains no weights"
 
 
 @pytest.mark.parametrize(("spoiler", "message"), [pytest.param(s, m, id=name) for name, s, m in spoilers()])
@@ -480,7 +480,7 @@ def test_no_whole_checkpoint(hub, made, tmp_path, spoiler, message):
 def test_shards_that_were_mixed_up(hub, made, tmp_path):
     load(str(made)).save_pretrained(tmp_path / "three", max_shard_size="40KB")
     shutil.copy(tmp_path / "three" / "model-00001-of-00003.safetensors", tmp_path / "three" / SHARD)
-    with pytest.raises(CheckpointError, match=f"{SHARD} lacks 'esm.* which the index says it holds"):
+    with pytest.raises(CheckpointError, match=f"{SHARD} lacks 'esm.* which the index lists"):
         push(tmp_path / "three")
     assert not hub.requests
 
@@ -548,13 +548,16 @@ def test_card_of_a_model_from_the_hub(hub, made):
 def test_card_of_what_transformers_cannot_load(hub, folder, tmp_path):
     MLXEsmForMaskedLM(MLXEsm1Config(**SIZE)).push_to_hub("me/esm1", token=TOKEN)
     data, text = card(hub, "me/esm1").data, card(hub, "me/esm1").text
-    assert data.library_name == "mlx" and "transformers cannot load it: it has no model_type 'esm1'" in text
+    assert (
+        data.library_name == "mlx"
+        and "transformers cannot load this model: it does not know the model_type 'esm1'" in text
+    )
     assert len(code_blocks(text)) == 1
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization": {"bits": 4, "group_size": 32}}))
     push(folder)
     assert "quantized to 4 bits in groups of 32" in card(hub).text
-    assert "transformers cannot load it: it is quantized for MLX" in card(hub).text
+    assert "transformers cannot load this model: it is quantized for MLX" in card(hub).text
     assert "parameters" not in card(hub).text
 
 
@@ -573,7 +576,7 @@ def test_our_own_card_is_written_anew(hub, made, sharded, folder):
     assert {"mlx", "tiny", "small"} <= set(data.tags) and data.datasets == ["me/proteins"]
     push(folder, base_model="facebook/other")
     assert card(hub).data.base_model == "facebook/other" and "(https://huggingface.co/facebook/other)" in card(hub).text
-    mine = "".join(line for line in str(card(hub)).splitlines(keepends=True) if "writes this card anew" not in line)
+    mine = "".join(line for line in str(card(hub)).splitlines(keepends=True) if "overwrites this card" not in line)
     hub.repos[ID].commit(hub.repos[ID].files() | {"README.md": mine.encode()}, "Mine now")
     assert push(made, license="gpl-3.0").kept_card
     assert str(card(hub)) == mine

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mlx_esm_hf.checkpoint.mapped import MAPPED_FROM
+from mlx_esm_hf.checkpoint.mapped import MIN_MAPPED_BYTES
 from mlx_esm_hf.checkpoint.read import load_file, load_files
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.ops import kernels
@@ -52,7 +52,7 @@ def test_cut_off_anywhere(path):
     raw = path.read_bytes()
     for length in (0, 1, 7, 8, 9, header_length(raw) - 1, header_length(raw), header_length(raw) + 1, len(raw) - 1):
         path.write_bytes(raw[:length])
-        with pytest.raises(CheckpointError, match=f"{path} is not a whole safetensors file .* Download it again"):
+        with pytest.raises(CheckpointError, match=f"{path} is not a complete safetensors file .* Download it again"):
             load_file(path)
 
 
@@ -68,7 +68,7 @@ def test_cut_off_anywhere(path):
 )
 def test_garbage(raw, path):
     path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=f"{path} is not a whole safetensors file .* Download it again"):
+    with pytest.raises(CheckpointError, match=f"{path} is not a complete safetensors file .* Download it again"):
         load_file(path)
 
 
@@ -81,7 +81,7 @@ def test_git_lfs_pointer(path):
 def test_dtype_that_mlx_has_not(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"x": np.ones(3, np.float64)}, path)
-    with pytest.raises(CheckpointError, match=f"{path}: MLX cannot read it .*F64.* Convert it to float32"):
+    with pytest.raises(CheckpointError, match=f"{path} cannot be read by MLX .*F64.* Convert it to float32"):
         load_file(path)
 
 
@@ -94,13 +94,15 @@ def test_files_together(path, tmp_path):
     save_file({"other": np.ones(2, np.float32)}, tmp_path / "2.safetensors")
     assert load_files([str(path), str(tmp_path / "2.safetensors")]).keys() == STATE.keys() | {"other"}
     save_file({"weight": np.ones(2, np.float32)}, tmp_path / "2.safetensors")
-    with pytest.raises(CheckpointError, match="2.safetensors holds 'weight' again"):
+    with pytest.raises(
+        CheckpointError, match="2.safetensors contains 'weight', which an earlier shard already contains"
+    ):
         load_files([str(path), str(tmp_path / "2.safetensors")])
 
 
 # Large arrays, which are mapped where there are kernels
 
-NUMBERS = np.arange(MAPPED_FROM // 4, dtype=np.float32).reshape(4, -1)
+NUMBERS = np.arange(MIN_MAPPED_BYTES // 4, dtype=np.float32).reshape(4, -1)
 
 
 def mappings(path):
@@ -140,7 +142,7 @@ def test_large_arrays_of_each_dtype(dtype, tmp_path):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    tensor = (100 * torch.rand(MAPPED_FROM)).to(getattr(torch, dtype))
+    tensor = (100 * torch.rand(MIN_MAPPED_BYTES)).to(getattr(torch, dtype))
     save_file({"x": tensor}, tmp_path / "model.safetensors")
     array = load_file(tmp_path / "model.safetensors")["x"]
     assert str(array.dtype) == f"mlx.core.{dtype}"

@@ -51,7 +51,7 @@ def test_order(variant, tmp_path):
             assert names(checkpoint_files(str(tmp_path), variant, True)) == found
             assert "bin" in names(checkpoint_files(str(tmp_path), variant, False))[0]
         (tmp_path / with_variant(name, variant)).unlink()
-    with pytest.raises(OSError, match=f"{tmp_path} holds none of .*pytorch_model.* no weights to load.$"):
+    with pytest.raises(OSError, match=f"{tmp_path} contains no weights: none of .*pytorch_model.* was found.$"):
         checkpoint_files(str(tmp_path), variant)
 
 
@@ -79,14 +79,14 @@ def test_broken_index(text, tmp_path):
 def test_shards_stay_in_their_folder(shard, tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "good.safetensors", "b": shard}}))
-    with pytest.raises(CheckpointError, match="names the shard .* which is not a file beside it. It was not read"):
+    with pytest.raises(CheckpointError, match="lists the shard .* which is not in its folder. It was not read"):
         shard_names(str(path))
 
 
 def test_index_without_shards_or_metadata(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text('{"weight_map": {}}')
-    with pytest.raises(CheckpointError, match="names no shards"):
+    with pytest.raises(CheckpointError, match="lists no shards"):
         shard_names(str(path))
     path.write_text('{"weight_map": {"a": "2", "b": "1", "c": "2"}}')
     assert shard_names(str(path)) == ["1", "2"]
@@ -242,7 +242,9 @@ def test_absent_on_the_hub(server, tmp_path):
         MLXEsmForMaskedLM.from_pretrained("someone/absent", **options)
     with pytest.raises(OSError, match="v9 is not a valid git identifier"):
         MLXEsmForMaskedLM.from_pretrained(ID, revision="v9", **options)
-    with pytest.raises(OSError, match=f"{ID} holds none of model.fp16.safetensors, .*no weights to load. Offline"):
+    with pytest.raises(
+        OSError, match=f"{ID} contains no weights: none of model.fp16.safetensors, .* was found. Offline"
+    ):
         MLXEsmForMaskedLM.from_pretrained(ID, variant="fp16", **options)
 
 
@@ -278,17 +280,21 @@ def assert_whole(cache):
 
 
 TROUBLE = [
-    ("HEAD .*model", 401, "there is no token, or it is not valid: log in"),
+    ("HEAD .*model", 401, "the token is missing or not valid: log in"),
     ("HEAD .*model", 403, "answered 403 .*the token may not do that"),
-    ("HEAD .*model", 429, "answered 429 .*too many requests: wait some minutes"),
-    ("HEAD .*model", 500, "answered 500 .*it is in trouble: do it again later"),
+    ("HEAD .*model", 429, "answered 429 .*too many requests: wait a few minutes"),
+    ("HEAD .*model", 500, "answered 500 .*the server has a problem: try again later"),
     ("GET /cdn/", 403, "answered 403"),
     ("GET /cdn/", 404, "answered 404"),
-    ("GET /cdn/", 416, "answered 416 .*do it again, the download begins anew"),
+    ("GET /cdn/", 416, "answered 416 .*try again; the download starts over"),
     ("GET /cdn/", 429, "answered 429 .*too many requests"),
     ("GET /cdn/", 500, "answered 500 .*do it again later"),
     ("GET /cdn/", "cut", None),
-    ("GET /cdn/", "corrupt", "arrived damaged: its checksum is not [0-9a-f]{64}. It was removed from the cache"),
+    (
+        "GET /cdn/",
+        "corrupt",
+        "was damaged in the download: its checksum is not [0-9a-f]{64}. It was removed from the cache",
+    ),
 ]
 
 
@@ -333,7 +339,7 @@ def test_cut_download_goes_on_where_it_ended(server, patient, tmp_path, monkeypa
 
 def test_connection_that_stays_cut(server, patient, tmp_path):
     server.fail("GET /cdn/", "cut", 999)
-    with pytest.raises(OSError, match="the connection to .* failed .*Try again: what is whole is kept"):
+    with pytest.raises(OSError, match="the connection to .* failed .*Try again: complete files are kept"):
         MLXEsmForMaskedLM.from_pretrained(ID, cache_dir=tmp_path / "cache")
     assert_whole(tmp_path / "cache")
     server.faults.clear()
@@ -344,9 +350,9 @@ def test_connection_that_stays_cut(server, patient, tmp_path):
 @pytest.mark.parametrize(
     ("request_", "kind", "message"),
     [
-        ("GET .*config.json", "corrupt", "config.json arrived damaged: its checksum is not [0-9a-f]{40}"),
+        ("GET .*config.json", "corrupt", "config.json was damaged in the download: its checksum is not [0-9a-f]{40}"),
         ("HEAD .*config.json", 403, "answered 403 .*the token may not do that"),
-        ("HEAD .*config.json", 429, "answered 429 .*too many requests: wait some minutes"),
+        ("HEAD .*config.json", 429, "answered 429 .*too many requests: wait a few minutes"),
         ("GET .*config.json", 500, "answered 500 .*do it again later"),
         ("GET .*config.json", "cut", "the connection to .* failed .*Try again"),
     ],
@@ -365,14 +371,14 @@ def test_damaged_shard(server, patient, tmp_path):
     """It alone goes, and it alone is fetched again; so does a damaged index."""
     options = {"revision": "save_shards", "cache_dir": tmp_path / "cache"}
     server.fail("GET /cdn/.*/model-00002", "corrupt")
-    with pytest.raises(OSError, match="model-00002.* arrived damaged"):
+    with pytest.raises(OSError, match="model-00002.* was damaged in the download"):
         MLXEsmForMaskedLM.from_pretrained(ID, **options)
     del server.requests[:]
     MLXEsmForMaskedLM.from_pretrained(ID, **options)
     assert [name[:11] for name in downloads(server)] == ["model-00002"]
     options["cache_dir"] = tmp_path / "other"
     server.fail("GET .*index.json", "corrupt")
-    with pytest.raises(OSError, match="index.json arrived damaged: its checksum is not [0-9a-f]{40}"):
+    with pytest.raises(OSError, match="index.json was damaged in the download: its checksum is not [0-9a-f]{40}"):
         MLXEsmForMaskedLM.from_pretrained(ID, **options)
     MLXEsmForMaskedLM.from_pretrained(ID, **options)
 

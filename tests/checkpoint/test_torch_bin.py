@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_esm_hf
-from mlx_esm_hf.checkpoint.mapped import MAPPED_FROM
+from mlx_esm_hf.checkpoint.mapped import MIN_MAPPED_BYTES
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin, load_torch_checkpoint
 from mlx_esm_hf.errors import CheckpointError
 from tests.marks import needs_kernels
@@ -237,7 +237,7 @@ def test_result_outlives_the_file(tmp_path, format):
     assert_same(arrays, example())
 
 
-LARGE = MAPPED_FROM // 2  # numbers of half precision
+LARGE = MIN_MAPPED_BYTES // 2  # numbers of half precision
 
 
 @needs_kernels
@@ -371,18 +371,18 @@ NAMESPACE = b"cargparse\nNamespace\n"
 @pytest.mark.parametrize(
     ("opcodes", "message"),
     [
-        (b"ccollections\nOrderedDict\n)\x81", "makes an object of what is no settings"),
-        (b"ctorch\nFloatStorage\n)\x81", "makes an object of what is no settings"),
-        (NAMESPACE + b"X\x01\x00\x00\x00a\x85\x81", "makes an object of what is no settings"),
-        (NAMESPACE + b")" + b"\x85" * 100_000 + b"\x81", "makes an object of what is no settings"),
-        (b"])\x81", "makes an object of what is no settings"),
+        (b"ccollections\nOrderedDict\n)\x81", "makes an object of a class that is not one of settings"),
+        (b"ctorch\nFloatStorage\n)\x81", "makes an object of a class that is not one of settings"),
+        (NAMESPACE + b"X\x01\x00\x00\x00a\x85\x81", "makes an object of a class that is not one of settings"),
+        (NAMESPACE + b")" + b"\x85" * 100_000 + b"\x81", "makes an object of a class that is not one of settings"),
+        (b"])\x81", "makes an object of a class that is not one of settings"),
         (NAMESPACE + b")}\x92", "opcode NEWOBJ_EX"),
         (NAMESPACE + b")\x81Nb", "the attributes of an object are a pickled NoneType"),
         (NAMESPACE + b")\x81N}\x86b", "the attributes of an object are a pickled tuple"),  # state and slots
         (NAMESPACE + b")\x81])" + b"\x85" * 100_000 + b"N\x86ab", "the attributes of an object are a pickled list"),
         (NAMESPACE + b"}b", "sets attributes of what is not a dict"),  # of the class
         (NAMESPACE + b")\x81}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsb", "global 'os.system'"),
-        (b"\x81", "makes an object of what is no settings"),
+        (b"\x81", "makes an object of a class that is not one of settings"),
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
@@ -536,11 +536,11 @@ def test_handmade_tensor(tmp_path, format):
         ({"size": (2, 4)}, "beyond the 6 elements"),
         ({"size": (1 << 62, 1 << 62)}, "beyond the 6 elements"),
         ({"offset": 1 << 80}, "beyond the 6 elements"),
-        ({"offset": -1}, "of no tensor"),
-        ({"offset": 5, "stride": (-3, 1)}, "of no tensor"),
-        ({"size": (-2, 3)}, "of no tensor"),
-        ({"size": (6,)}, "of no tensor"),
-        ({"size": (1,) * 99, "stride": (1,) * 99}, "of no tensor"),
+        ({"offset": -1}, "are not valid"),
+        ({"offset": 5, "stride": (-3, 1)}, "are not valid"),
+        ({"size": (-2, 3)}, "are not valid"),
+        ({"size": (6,)}, "are not valid"),
+        ({"size": (1,) * 99, "stride": (1,) * 99}, "are not valid"),
         ({"size": (2.0, 3)}, "plain tensor"),
         ({"size": [2, 3]}, None),
         ({"offset": True}, "plain tensor"),
@@ -661,7 +661,7 @@ def test_flipped_bit_of_the_data(tmp_path):
 
 
 def test_missing_records(tmp_path):
-    for missing, message in (("data.pkl", "'data.pkl' is missing"), ("data/1", "data of 'half' are missing")):
+    for missing, message in (("data.pkl", "'data.pkl' is missing"), ("data/1", "data of 'half' is missing")):
         path = save(example(), tmp_path / "x.bin")
         edit(path, lambda name, data: None if name.endswith(missing) else (name, data))  # noqa: B023
         with pytest.raises(CheckpointError, match=message):

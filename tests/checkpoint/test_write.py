@@ -112,7 +112,7 @@ def test_lazy_arrays_are_in_memory_one_at_a_time(tmp_path):
 
 @needs_cpu  # which alone has float64
 def test_dtype_that_is_not_read(tmp_path):
-    with pytest.raises(ValueError, match="'x' is of mlx.core.float64, .* cast it first"):
+    with pytest.raises(ValueError, match="'x' has dtype mlx.core.float64, .* Cast it first"):
         save_safetensors({"x": mx.array([1.0], mx.float64)}, tmp_path, "1GB")
     assert not content(tmp_path)
 

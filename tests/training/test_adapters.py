@@ -627,7 +627,7 @@ def test_weights_that_are_refused(saved):
     save_file({name: array for name, array in arrays.items() if name != first}, saved / "adapter_model.safetensors")
     assert_refused(saved, "lacks 1 of the adapter's arrays")
     (saved / "adapter_model.safetensors").write_bytes(b"cut off")
-    assert_refused(saved, "not a whole safetensors file")
+    assert_refused(saved, "not a complete safetensors file")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000])
