@@ -275,7 +275,7 @@ def test_variants(hub, made, tmp_path):
     ("request_", "kind", "times", "message"),
     [
         ("POST .*/preupload/", 401, 1, "answered 401 .*the token is missing or not valid: log in"),
-        ("POST .*/preupload/", 403, 1, "answered 403 .*the token may not do that"),
+        ("POST .*/preupload/", 403, 1, "answered 403 .*the token does not allow this"),
         ("POST .*/preupload/", 429, 9, "answered 429 .*too many requests: wait a few minutes"),
         ("POST .*objects/batch", 500, 9, "answered 500 .*the server has a problem: try again later"),
         ("PUT /cdn/", 500, 99, "answered 500 .*the server has a problem: try again later"),
@@ -618,8 +618,8 @@ def test_own_card(hub, folder):
     assert push(folder).kept_card
     commit = hub.commit(ID, "main")
     for metadata, message in (
-        ("license: [1", "README.md: the lines between the two --- are not YAML"),
-        ("mit", "README.md: the lines between the two --- are not YAML"),
+        ("license: [1", "README.md: the metadata between the --- lines is not valid YAML"),
+        ("mit", "README.md: the metadata between the --- lines is not valid YAML"),
         ("license: [1]", "Invalid metadata in README.md"),  # says the Hub
     ):
         (folder / "README.md").write_text(f"---\n{metadata}\n---\n")

@@ -281,7 +281,7 @@ def assert_whole(cache):
 
 TROUBLE = [
     ("HEAD .*model", 401, "the token is missing or not valid: log in"),
-    ("HEAD .*model", 403, "answered 403 .*the token may not do that"),
+    ("HEAD .*model", 403, "answered 403 .*the token does not allow this"),
     ("HEAD .*model", 429, "answered 429 .*too many requests: wait a few minutes"),
     ("HEAD .*model", 500, "answered 500 .*the server has a problem: try again later"),
     ("GET /cdn/", 403, "answered 403"),
@@ -351,7 +351,7 @@ def test_connection_that_stays_cut(server, patient, tmp_path):
     ("request_", "kind", "message"),
     [
         ("GET .*config.json", "corrupt", "config.json was damaged in the download: its checksum is not [0-9a-f]{40}"),
-        ("HEAD .*config.json", 403, "answered 403 .*the token may not do that"),
+        ("HEAD .*config.json", 403, "answered 403 .*the token does not allow this"),
         ("HEAD .*config.json", 429, "answered 429 .*too many requests: wait a few minutes"),
         ("GET .*config.json", 500, "answered 500 .*do it again later"),
         ("GET .*config.json", "cut", "the connection to .* failed .*Try again"),

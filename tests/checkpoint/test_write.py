@@ -1,4 +1,4 @@
-"""Weights to files: all of them, or what was there before."""
+"""Writing weights to safetensors files."""
 
 import json
 
@@ -10,7 +10,6 @@ from safetensors import safe_open
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import shard_names
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, save_safetensors, write_safetensors
-from mlx_esm_hf.runtime.files import replace_files
 from tests.marks import needs_cpu
 
 STATE = {f"layer.{i}": mx.full((256,), i, dtype=mx.float32) for i in range(5)}  # 1 KiB each
@@ -18,24 +17,6 @@ STATE = {f"layer.{i}": mx.full((256,), i, dtype=mx.float32) for i in range(5)}  
 
 def content(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_files_appear_together(tmp_path):
-    target = tmp_path / "new" / "folder"
-    with replace_files(target) as folder:
-        for name in ("a", "b"):
-            (folder / name).write_text(name)
-        assert not (target / "a").exists() and folder.parent == target
-    assert content(target) == {"a": b"a", "b": b"b"}
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_nothing_is_half_written(error, tmp_path):
-    (tmp_path / "a").write_text("old")
-    with pytest.raises(error), replace_files(tmp_path) as folder:
-        (folder / "a").write_text("new")
-        raise error
-    assert content(tmp_path) == {"a": b"old"}
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

@@ -1,5 +1,4 @@
-"""Operations on pairs of residues and their gradients, by each instruction set's kernels and without them, against
-float64 and held to torch's float32."""
+"""Operations on pairs and their gradients, with each instruction set and without kernels, against torch."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ SETS = kernels.native.instruction_sets() if kernels.native else []
 
 @pytest.fixture(params=[*SETS, "plain"], autouse=True)
 def backend(request: pytest.FixtureRequest, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The kernels of an instruction set, or none."""
+    """Use the kernels of an instruction set, or none."""
     if request.param == "plain":
         monkeypatch.setattr(kernels, "native", None)
         yield
@@ -50,7 +49,7 @@ def normed(x: Any, weight: Any, bias: Any) -> Any:
 
 
 def check(ours: Callable[..., mx.array], theirs: Callable[..., torch.Tensor], inputs: list[np.ndarray]) -> None:
-    """The output, and the gradient of each input."""
+    """Compare the output and the gradient of each input."""
     expected = []
     for dtype in (torch.float32, torch.float64):
         tensors = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in inputs]
@@ -137,7 +136,7 @@ def test_transition(length, rows):
 
 
 def test_few_rows_at_a_time(monkeypatch):
-    """What does not fit is cut into rows, which changes nothing."""
+    """Computing a few rows at a time gives the same result."""
     z = mx.array(numbers(B, 9, 9, C))
     layers = [Affine(*map(mx.array, x)) for x in (norm(1), layer(C, C, 3), layer(C, C, 5))]
     whole = pairs.gated_linear(z, *layers)
@@ -146,7 +145,7 @@ def test_few_rows_at_a_time(monkeypatch):
 
 
 def test_half_precision_through_float32():
-    """By kernels it is rounded once, in the end."""
+    """The kernels round once, at the end."""
     kernels.native or pytest.skip("without kernels")
     z = mx.array(numbers(B, 9, 9, C)).astype(mx.bfloat16)
     layers = [Affine(*(mx.array(x).astype(mx.bfloat16) for x in y)) for y in (norm(1), layer(C, C, 3), layer(C, C, 5))]
@@ -156,7 +155,7 @@ def test_half_precision_through_float32():
     assert mx.allclose(found.astype(mx.float32), wanted, rtol=2**-8, atol=1e-6)
 
 
-def test_what_does_not_fit_is_refused():
+def test_wrong_shapes_are_rejected():
     z, (w, b), (p, pb) = mx.zeros((1, 3, 3, C)), map(mx.array, norm(1)), map(mx.array, layer(C, C, 3))
     native = kernels.native or pytest.skip("without kernels")
     n, a = (w, b, pairs.EPS), (p, pb)
