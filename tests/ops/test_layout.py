@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from mlx_esm_hf import MLXEsmConfig, MLXEsmModel
 from mlx_esm_hf.ops.layout import Layout
 from tests.marks import needs_kernels
-from tests.ops.reference import (
-    numbers,
-)
+from tests.ops.reference import numbers
 from tests.tiny import tiny
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("on_cpu")]

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from tests.marks import needs_kernels
-from tests.ops.reference import (
-    native,
-)
+from tests.ops.reference import native
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("on_cpu")]
 
