@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# This checkout comes first, and then what the tests' own Python was told of.
+# This checkout comes first, then the PYTHONPATH of the tests.
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
-# `mlx.launch`, whose script need not be beside Python.
+# `mlx.launch`. Its script may not be in the same folder as Python.
 LAUNCH = """
 from importlib.metadata import entry_points
 (launch,) = entry_points(group="console_scripts", name="mlx.launch")
