@@ -1,4 +1,4 @@
-"""What `import mlx_esm_hf` needs, and what it does not."""
+"""Imports: what the package needs, and which modules may import which."""
 
 import ast
 import importlib
@@ -18,7 +18,7 @@ ARCHITECTURE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding=
 
 
 def python(script, *without):
-    """Run a script in a process in which these modules can't be imported; what it prints, or its traceback."""
+    """Run a script in a process without these modules. Return its output, or its traceback."""
     hide = f"import sys\nfor name in {without!r}: sys.modules[name] = None\n"
     done = subprocess.run([sys.executable, "-c", hide + script], cwd=PACKAGE.parent, capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else done.stderr
@@ -34,26 +34,26 @@ tokens = dict(vocab_size=35, pad_token_id=1, mask_token_id=33, position_embeddin
 model = mlx_esm_hf.MLXEsmForMaskedLM(mlx_esm_hf.MLXEsmConfig(**shape, **tokens)).eval()
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
-    again = mlx_esm_hf.MLXEsmForMaskedLM.from_pretrained(folder)
+    loaded = mlx_esm_hf.MLXEsmForMaskedLM.from_pretrained(folder)
 tokenizer = mlx_esm_hf.Esm1Tokenizer()
 ids = tokenizer(["MKT", "MK<mask>"], return_tensors="mlx")["input_ids"]
-assert mx.array_equal(model(ids).logits, again(ids).logits)
+assert mx.array_equal(model(ids).logits, loaded(ids).logits)
 print(json.dumps(sorted(name.partition(".")[0] for name, module in sys.modules.items() if module)))
 """
 
 
 def test_without_torch():
-    """Import, tokenize, run, save and load; and nothing heavy is imported that only some functions need."""
+    """Tokenizing, running, saving and loading work without torch, and import no heavy optional module."""
     imported = json.loads(python(USE, "torch"))
     assert {"mlx", "mlx_esm_hf", "transformers"} <= set(imported)
     assert not {"torch", "matplotlib", "h5py", "pyarrow", "Bio", "pandas", "scipy", "typer", "rich"} & set(imported)
 
 
 def test_without_a_backend():
-    """On Linux, `pip install mlx` brings no library to compute with: then `mlx.core` does not import."""
-    said = python("import mlx_esm_hf", "mlx.core")
+    """On Linux, `pip install mlx` alone installs no backend, and `mlx.core` cannot be imported."""
+    output = python("import mlx_esm_hf", "mlx.core")
     for part in ("ImportError: MLX finds no backend", "pip install 'mlx-esm-hf[cpu]'", "cuda12", "cuda13", "On a Mac"):
-        assert part in said
+        assert part in output
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=[str(path.relative_to(PACKAGE)) for path in SOURCES])
@@ -134,7 +134,7 @@ def test_public_names():
 HEAVY = "print(sorted({'transformers', 'torch', 'numpy'} & {name for name, module in sys.modules.items() if module}))"
 
 
-def test_import_leaves_what_is_heavy_for_later():
+def test_import_does_not_import_heavy_modules():
     assert python(f"import mlx_esm_hf\n{HEAVY}") == "[]\n"
 
 
@@ -145,5 +145,5 @@ from mlx_esm_hf.cli import app
 app({arguments!r}, standalone_mode=False)
 {HEAVY}
 """
-    said = python(script)
-    assert "proteins" in said and said.endswith("[]\n"), said
+    output = python(script)
+    assert "proteins" in output and output.endswith("[]\n"), output

@@ -92,7 +92,7 @@ def test_formats_in_half_precision(format, dtype, tmp_path):
 def test_variant(format, tmp_path):
     format(torch_model(kind="esm1b"), tmp_path, variant="other")
     assert_loads_as_transformers(tmp_path, "ForMaskedLM", variant="other")
-    with pytest.raises(OSError, match="holds none of model.safetensors"):
+    with pytest.raises(OSError, match="contains no weights: none of model.safetensors"):
         MLXEsmForMaskedLM.from_pretrained(tmp_path)
 
 
@@ -366,7 +366,7 @@ def test_transformers_refuses_esm1(tmp_path):
 def test_truncated(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"model.safetensors is not a whole safetensors file .* Download it"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not a complete safetensors file .* Download it"):
         MLXEsmForMaskedLM.from_pretrained(folder)
 
 
@@ -414,7 +414,7 @@ def test_index_that_leaves_its_folder(place, tmp_path):
     moved = place.format(shard, folder=folder)
     index["weight_map"] = {k: moved if v == shard else v for k, v in index["weight_map"].items()}
     path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="index.json names the shard .*, which is not a file beside it") as error:
+    with pytest.raises(CheckpointError, match="index.json lists the shard .*, which is not in its folder") as error:
         MLXEsmForMaskedLM.from_pretrained(folder)
     assert repr(moved) in str(error.value)
 

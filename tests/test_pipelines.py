@@ -180,7 +180,7 @@ def test_jobs_load_both_of_one_commit(folder, tmp_path, monkeypatch):
             return result
 
         hub.answer = push_after_weights
-        with pytest.raises(OSError, match="vocab.txt arrived damaged"):
+        with pytest.raises(OSError, match="vocab.txt was damaged in the download"):
             load_protein_model(MLXAutoModelForMaskedLM, "me/esm", **options)
         hub.push("me/esm", folder, "v1")
         options["cache_dir"] = tmp_path / "other"

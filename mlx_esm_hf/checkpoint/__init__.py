@@ -1,1 +1,1 @@
-"""Bytes on disk <-> {canonical parameter name: `mx.array`}. This room knows files and names, not layers."""
+"""Reading and writing checkpoints: files to and from {parameter name: `mx.array`}, without knowing about layers."""

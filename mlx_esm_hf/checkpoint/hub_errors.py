@@ -1,4 +1,4 @@
-"""What went wrong between here and the Hub, in a sentence."""
+"""Errors of the Hub, explained in one sentence."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-# What to do about a status that the Hub answers with.
+# What to do about an HTTP status of the Hub.
 ADVICE = {
-    401: "there is no token, or it is not valid: log in (`hf auth login`) or pass one",
-    403: "the token may not do that: it was made for less (for reading only, say), or the place is someone else's",
-    412: "the repository has changed meanwhile: do it again",
-    416: "do it again, the download begins anew",
-    429: "too many requests: wait some minutes, then do it again",
+    401: "the token is missing or not valid: log in (`hf auth login`) or pass a token",
+    403: "the token does not allow this: it may be read-only, or the repository belongs to another user",
+    412: "the repository has changed in the meantime: try again",
+    416: "try again; the download starts over",
+    429: "too many requests: wait a few minutes, then try again",
 }
 
 
 def hub_error(error: Exception, what: str, repo_id: str, revision: str | None = None) -> OSError:
-    """What went wrong with the Hub, and what to do about it.
+    """Return an OSError that says what failed on the Hub and what to do about it.
 
     Args:
-        error: what huggingface_hub raised; the reason may be what it was raised from.
-        what: was asked for or sent, to begin the sentence with.
+        error: what huggingface_hub raised. The reason may be in the errors that caused it.
+        what: what was requested or sent; begins the message.
+        repo_id: the repository.
+        revision: the branch, tag or commit that was requested.
     """
     place = constants.ENDPOINT
     reasons = causes(error)
@@ -42,9 +44,9 @@ def hub_error(error: Exception, what: str, repo_id: str, revision: str | None = 
     elif answer is not None:
         advice = f"{place} answered {status_of(answer)}"
     elif any(isinstance(e, HTTPError) for e in reasons):
-        broken = next(e for e in reasons if isinstance(e, HTTPError))
+        failed = next(e for e in reasons if isinstance(e, HTTPError))
         advice = (
-            f"the connection to {place} failed ({broken or type(broken).__name__}). Try again: what is whole is kept"
+            f"the connection to {place} failed ({failed or type(failed).__name__}). Try again: complete files are kept"
         )
     else:
         advice = " ".join(str(error).split())
@@ -52,7 +54,7 @@ def hub_error(error: Exception, what: str, repo_id: str, revision: str | None = 
 
 
 def causes(error: BaseException | None) -> list[BaseException]:
-    """An error, and those that it was raised from."""
+    """Return an error and its chain of causes."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)
@@ -61,8 +63,8 @@ def causes(error: BaseException | None) -> list[BaseException]:
 
 
 def status_of(error: HfHubHTTPError) -> str:
-    """The status that the Hub answered with, its own words and what to do, in one line."""
+    """Return the HTTP status of the Hub's response, its message and what to do about it, in one line."""
     status = error.response.status_code
-    said = error.server_message or error.response.reason_phrase
-    advice = ADVICE.get(status, "it is in trouble: do it again later" if status >= 500 else "")
-    return f"{status} ({' '.join(said.split())})" + (f": {advice}" if advice else "")
+    message = error.server_message or error.response.reason_phrase
+    advice = ADVICE.get(status, "the server has a problem: try again later" if status >= 500 else "")
+    return f"{status} ({' '.join(message.split())})" + (f": {advice}" if advice else "")

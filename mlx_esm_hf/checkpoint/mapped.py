@@ -1,7 +1,7 @@
-"""Arrays in a file, without reading it: the system reads their numbers when they are used, and may forget them again.
+"""Memory-mapped arrays: the system reads their pages from the file on first use and may drop them again.
 
-The file has to stay as it is while somebody has such an array. Who writes it anew puts another file into its
-place, as is done here.
+The file must not change while such an array exists. To replace it, write a new file and rename it over the old one, as
+`save_pretrained` does.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ import mlx.core as mx
 
 from mlx_esm_hf.ops import kernels
 
-# Bytes of an array from which on it is mapped: each takes up to two pages more than it fills, and calls of the system.
-MAPPED_FROM = 1 << 18
+# Smaller arrays are read: a mapping costs system calls and up to two extra pages of memory.
+MIN_MAPPED_BYTES = 1 << 18
 
 
 def mapped(path: str | os.PathLike[str], offset: int, shape: Sequence[int], dtype: mx.Dtype) -> mx.array | None:
-    """The little-endian numbers from `offset` on, in bytes, row by row; None where they have to be read: without
-    kernels, on a file system that cannot do it, of numbers that are not aligned, and of few."""
-    if kernels.native is None or sys.byteorder != "little" or math.prod(shape) * dtype.size < MAPPED_FROM:
+    """Return an array that is mapped from a file, or None if it has to be read.
+
+    It has to be read without our kernels, on a file system that cannot map files, if it is not aligned, or if it is
+    smaller than `MIN_MAPPED_BYTES`.
+
+    Args:
+        path: the file.
+        offset: byte at which the array begins, as little-endian elements in row-major order.
+        shape: shape of the array.
+        dtype: dtype of the array.
+    """
+    if kernels.native is None or sys.byteorder != "little" or math.prod(shape) * dtype.size < MIN_MAPPED_BYTES:
         return None
     with contextlib.suppress(RuntimeError, ValueError):
         return kernels.native.mapped(os.fspath(path), offset, shape, dtype)

@@ -1,7 +1,7 @@
-"""Key dialects: how other programs name the parameters of a model, as tables of renames that are read both ways.
+"""Key dialects: the names that other programs have for a model's parameters, as rename tables that work both ways.
 
-The canonical names are the parameter names of the models here. The tables of a family stand in its own folder,
-`models/<family>/names.py`; this file knows how to read them.
+The canonical names are the parameter names of the models in this package. The tables of a family are in
+`models/<family>/names.py`; this module applies them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# What a placeholder of a template stands for. The number of a layer is an asterisk in files of transformers 5.
+# What the placeholders match. Files of transformers 5 can have an asterisk for the number of a layer.
 PLACEHOLDERS = {"layer": r"\d+|\*", "module": r"(?:.*\.)?"}
 
 
@@ -22,13 +22,14 @@ PLACEHOLDERS = {"layer": r"\d+|\*", "module": r"(?:.*\.)?"}
 class Dialect:
     """The names that another program has for a model's parameters.
 
+    Names are those of the base model, without the prefix that a model with a head adds.
+
     Args:
-        renames: pairs (theirs, ours) of names, such as ("layers.{layer}.fc1.{rest}", "layer.{layer}.dense.{rest}").
-            `{layer}` stands for a number, `{module}` for the beginning of a name up to a dot, any other placeholder for
-            whatever there is. Where only their name has a `{layer}`, each of the layers has the same array. Names are
-            those of the base model, without the prefix that a model with a head gives them.
-        ignored: their names that nothing here reads, unless the model has a parameter of this name.
-        prefixed: whether they, too, put a prefix before the names of the base model.
+        renames: pairs (theirs, ours), such as ("layers.{layer}.fc1.{rest}", "layer.{layer}.dense.{rest}"). `{layer}`
+            matches a number, `{module}` a prefix that ends in a dot or is empty, any other placeholder any text. If
+            only their name has a `{layer}`, all layers share one array.
+        ignored: their names that are not read, unless the model has a parameter of that name.
+        prefixed: whether they also add a prefix to the names of the base model.
     """
 
     renames: tuple[tuple[str, str], ...]
@@ -36,14 +37,14 @@ class Dialect:
     prefixed: bool = True
 
     def ours(self, key: str) -> str | None:
-        """Our name for their key, neither with a prefix; None if the table does not have it."""
+        """Return our name for their key, both without prefix; None if the table does not contain the key."""
         for theirs, ours in self.renames:
             if match := _pattern(theirs).fullmatch(key):
                 return ours.format(**match.groupdict())
         return None
 
     def theirs(self, name: str, num_layers: int) -> list[str]:
-        """Their keys for our name, neither with a prefix: one, or one for each layer."""
+        """Return their keys for our name, both without prefix: one key, or one per layer."""
         for theirs, ours in self.renames:
             if match := _pattern(ours).fullmatch(name):
                 found = match.groupdict()
@@ -55,7 +56,8 @@ class Dialect:
 
 @functools.cache
 def _pattern(template: str) -> re.Pattern[str]:
-    pieces = re.split(r"\{(\w+)\}", template)  # text and placeholders by turns
+    """Return a regular expression with a named group for each placeholder."""
+    pieces = re.split(r"\{(\w+)\}", template)  # text and placeholders alternate
     for i, piece in enumerate(pieces):
         pieces[i] = f"(?P<{piece}>{PLACEHOLDERS.get(piece, '.*')})" if i % 2 else re.escape(piece)
     return re.compile("".join(pieces))
@@ -68,15 +70,17 @@ def canonical_names(
     dialects: Iterable[Dialect],
     tied: Mapping[str, str],
 ) -> dict[str, str]:
-    """{key of a checkpoint: canonical name} for a model whose parameters are `expected`.
+    """Return {key of a checkpoint: canonical name} for a model.
 
-    Keys that nothing reads are left out; a key that the model does not know keeps its name. Of several keys for one
-    parameter the first counts, in the order of the alphabet.
+    Ignored keys are left out. A key that the model does not know keeps its name. If several keys mean one parameter,
+    the alphabetically first is used.
 
     Args:
-        prefix: what a model with a head puts before the names of its base model, such as "model".
-        dialects: those to understand.
-        tied: {parameter: the one it is where they are tied}; a tied parameter's key stands for the other's.
+        keys: the keys of the checkpoint.
+        expected: the names of the model's parameters.
+        prefix: what a model with a head adds before the names of its base model, such as "model".
+        dialects: the dialects to understand.
+        tied: {name of a tied parameter: name of the parameter that holds its array}.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -91,7 +95,7 @@ def canonical_names(
 
 
 def _canonical_name(key: str, expected: Collection[str], prefix: str, dialects: Iterable[Dialect]) -> str | None:
-    """The parameter that a key is for, with the prefix or without it, as the model has it; None, nothing reads it."""
+    """Return the model's name for a key, with or without prefix as the model has it; None if the key is ignored."""
     bare, ignored = key.removeprefix(f"{prefix}."), False
     for dialect in dialects:
         ignored = ignored or bare in dialect.ignored
@@ -107,7 +111,14 @@ def _canonical_name(key: str, expected: Collection[str], prefix: str, dialects: 
 
 
 def names_in(dialect: Dialect, state: Mapping[str, T], num_layers: int, prefix: str) -> dict[str, T]:
-    """A canonical state dict under the names of a dialect."""
+    """Return a canonical state dict with the names of a dialect.
+
+    Args:
+        dialect: the dialect to write.
+        state: {canonical name: value}.
+        num_layers: number of layers of the model.
+        prefix: what a model with a head adds before the names of its base model.
+    """
     named: dict[str, T] = {}
     for name, value in state.items():
         bare = name.removeprefix(f"{prefix}.")

@@ -1,4 +1,4 @@
-"""Which files hold a checkpoint, on disk, in the cache that is shared with torch users, or on the Hub."""
+"""Locating the files of a checkpoint: in a folder, in the cache shared with transformers, or on the Hub."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mlx_esm_hf.version import __version__
 
 SAFETENSORS = "model.safetensors"
 TORCH_BIN = "pytorch_model.bin"
-DOWNLOADS = 8  # at once, of a sharded checkpoint
+DOWNLOADS = 8  # simultaneous downloads of a sharded checkpoint
 
 
 def with_variant(name: str, variant: str | None) -> str:
-    """`model.fp16.safetensors` for the variant "fp16" of `model.safetensors`."""
+    """Return a file name with its variant, such as `model.fp16.safetensors` for the variant "fp16"."""
     stem, _, ending = name.rpartition(".")
     return f"{stem}.{variant}.{ending}" if variant else name
 
@@ -29,14 +29,17 @@ def with_variant(name: str, variant: str | None) -> str:
 def checkpoint_files(
     repo_id_or_dir: str, variant: str | None = None, use_safetensors: bool | None = None, **hub: Any
 ) -> list[str]:
-    """Paths of the weights files: safetensors before `.bin`, whole before sharded.
+    """Return the paths of the weights files, preferring safetensors to `.bin` and one file to shards.
 
     Args:
-        hub: the arguments of `find_file`, such as `revision` and `cache_dir`.
+        repo_id_or_dir: a repository on the Hub, or a folder.
+        variant: read `model.<variant>.safetensors`.
+        use_safetensors: True to read only safetensors, False to read only `.bin`.
+        **hub: arguments of `find_file`, such as `revision` and `cache_dir`.
 
     Raises:
-        OSError: there are no weights, or what `find_file` raises.
-        CheckpointError: the index of a sharded checkpoint is not one, or names a file outside its folder.
+        OSError: no weights were found; or see `find_file`.
+        CheckpointError: the index of a sharded checkpoint is malformed, or names a file outside its folder.
     """
     names = [SAFETENSORS] if use_safetensors else [TORCH_BIN] if use_safetensors is False else [SAFETENSORS, TORCH_BIN]
     names = [with_variant(n, variant) for name in names for n in (name, f"{name}.index.json")]
@@ -47,16 +50,21 @@ def checkpoint_files(
         if not name.endswith(".json"):
             return [path]
         return find_shards(repo_id_or_dir, path, **hub)
-    hint = "" if os.path.isdir(repo_id_or_dir) else " Offline, only what is in the cache counts."
-    raise OSError(f"{repo_id_or_dir} holds none of {', '.join(names)}: there are no weights to load.{hint}")
+    hint = "" if os.path.isdir(repo_id_or_dir) else " Offline, only files in the cache are found."
+    raise OSError(f"{repo_id_or_dir} contains no weights: none of {', '.join(names)} was found.{hint}")
 
 
 def find_shards(repo_id_or_dir: str, index: str, **hub: Any) -> list[str]:
-    """The paths of the files that an index names, several being downloaded at once.
+    """Return the paths of the files that an index names, downloading several at a time.
+
+    Args:
+        repo_id_or_dir: a repository on the Hub, or a folder.
+        index: path of the index.
+        **hub: arguments of `find_file`.
 
     Raises:
-        OSError: one of them is not there, or what `find_file` raises.
-        CheckpointError: as `shard_names`.
+        OSError: a shard was not found; or see `find_file`.
+        CheckpointError: see `shard_names`.
     """
     names = shard_names(index)
     with ThreadPoolExecutor(DOWNLOADS) as pool:
@@ -64,13 +72,17 @@ def find_shards(repo_id_or_dir: str, index: str, **hub: Any) -> list[str]:
     if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
         raise OSError(
             f"{repo_id_or_dir} does not appear to have a file named {' or '.join(missing)}, but its index "
-            f"{os.path.basename(index)} says that weights are in it. It is not a whole checkpoint."
+            f"{os.path.basename(index)} lists it. The checkpoint is incomplete."
         )
     return [path for path in paths if path is not None]
 
 
 def shard_names(path: str | os.PathLike[str]) -> list[str]:
-    """The files that an index of shards names; refused if it is damaged, or would read outside its folder."""
+    """Return the file names that an index of shards lists.
+
+    Raises:
+        CheckpointError: the index is damaged, or names a file outside its folder.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             shards = set(json.load(file)["weight_map"].values())
@@ -79,10 +91,10 @@ def shard_names(path: str | os.PathLike[str]) -> list[str]:
             f"{path} is not the index of a sharded checkpoint ({error!r}). Download it again."
         ) from error
     if not shards:
-        raise CheckpointError(f"{path} names no shards. Download it again.")
+        raise CheckpointError(f"{path} lists no shards. Download it again.")
     for shard in shards:
         if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{path} names the shard {shard!r}, which is not a file beside it. It was not read.")
+            raise CheckpointError(f"{path} lists the shard {shard!r}, which is not in its folder. It was not read.")
     return sorted(shards)
 
 
@@ -97,15 +109,21 @@ def find_file(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> str | None:
-    """The path of a file in a folder, in the cache, or downloaded into it; None if there is no such file.
+    """Return the path of a file in a folder, or in the cache after downloading it; None if it does not exist.
 
     Args:
-        revision: a branch, a tag, a commit, or what `resolve_revision` made of it: then the cache alone is asked for
-            what is known of that commit.
-        local_files_only: look into the cache only, where a file that is not there counts as one that does not exist.
+        repo_id_or_dir: a repository on the Hub, or a folder.
+        name: name of the file.
+        revision: a branch, tag or commit, or the result of `resolve_revision`. With the latter, files of
+            that commit that the cache knows need no request.
+        subfolder: folder of the file inside the repository.
+        cache_dir: the cache; by default that of huggingface_hub.
+        token: access token; by default the one of `hf auth login`.
+        local_files_only: look only in the cache. A file that is not there counts as one that does not exist.
+        force_download: download the file even if it is in the cache.
 
     Raises:
-        OSError: the Hub did not answer, or refused; or the file arrived damaged. Nothing of it is kept.
+        OSError: the Hub refused or did not respond, or the download was damaged and therefore removed.
     """
     path = os.path.join(subfolder, name)
     if os.path.isdir(repo_id_or_dir):
@@ -145,18 +163,21 @@ def find_file(
 
 
 def check_download(path: str) -> None:
-    """Compare what has just arrived with the checksum that the Hub calls it by; huggingface_hub counts its bytes.
+    """Compare a download with its checksum. huggingface_hub only compares the size.
+
+    Args:
+        path: the file in the cache, a link to a file that is named after its checksum.
 
     Raises:
-        OSError: it is damaged. It is removed from the cache.
+        OSError: the file is damaged. It is removed from the cache.
     """
     blob = os.path.realpath(path)
     name = os.path.basename(blob)
-    if not os.path.islink(path) or len(name) not in (40, 64):  # without links the cache does not keep the checksum
+    if not os.path.islink(path) or len(name) not in (40, 64):  # without links the cache does not store the checksum
         return
-    if len(name) == 64:  # large files are called by their sha256
+    if len(name) == 64:  # large files are named after their SHA-256
         sums = [hashlib.sha256()]
-    else:  # others by git's sha1, with a length before the content; by a plain one on some mirrors
+    else:  # others after git's SHA-1, which includes the size; on some mirrors after the plain SHA-1
         sums = [hashlib.sha1(b"blob %d\0" % os.path.getsize(blob)), hashlib.sha1()]
     with open(blob, "rb") as file:
         while piece := file.read(1 << 20):
@@ -165,9 +186,9 @@ def check_download(path: str) -> None:
     if name in [checksum.hexdigest() for checksum in sums]:
         return
     for broken in (path, blob):
-        if os.path.lexists(broken):  # another process may have found it, too
+        if os.path.lexists(broken):  # another process may have removed it already
             os.unlink(broken)
     raise OSError(
-        f"{os.path.basename(path)} arrived damaged: its checksum is not {name}. It was removed from the cache; load it "
-        "again."
+        f"{os.path.basename(path)} was damaged in the download: its checksum is not {name}. It was removed from the "
+        "cache. Try again."
     )

@@ -1,16 +1,16 @@
-"""Read what torch.save writes, a state dict or a whole training checkpoint, without torch and without running it.
+"""Reading files of torch.save, state dicts or training checkpoints, without torch and without executing anything.
 
 The formats are those of torch.serialization (torch/serialization.py). Since torch 1.6 the file is a zip of
-uncompressed records: `data.pkl` is the pickled dict, `data/<key>` the bytes of a storage. Before, it was a
-row of pickles (magic number, protocol, machine, dict, list of storage keys), then, storage by storage, the
-number of elements as int64 and the bytes. In both, a tensor is pickled as a call of `_rebuild_tensor_v2` with
-a persistent id that names its storage.
+uncompressed records: `data.pkl` is the pickled dict, and `data/<key>` holds the bytes of a storage. Earlier files are a
+series of pickles (magic number, protocol, machine, dict, list of storage keys), followed by the storages, each as its
+number of elements (int64) and its bytes. In both formats, a tensor is pickled as a call of `_rebuild_tensor_v2` with a
+persistent id that names its storage.
 
-pickle.Unpickler is not used: whatever its find_class refuses, a file can still make it call and alter what is
-allowed, or crash Python (by the hash of deeply nested tuples). Here pickletools splits the pickle into
-opcodes, and a machine that knows only those of a state dict turns them into inert data. Of a training checkpoint it
-reads settings, too, which are an `argparse.Namespace` in those of fairseq, and an omegaconf in that of ESMFold: each of
-their objects becomes a dict of its attributes.
+pickle.Unpickler is not used. Whatever its find_class refuses, a file can still make it call and modify the globals that
+are allowed, or crash Python (by hashing deeply nested tuples). Instead, pickletools splits the pickle into opcodes, and
+an interpreter that only knows the opcodes of a state dict turns them into inert data. In training checkpoints it also
+reads settings: an `argparse.Namespace` in those of fairseq, and omegaconf objects in that of ESMFold. Each of these
+objects becomes a dict of its attributes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mlx_esm_hf.checkpoint.mapped import mapped
 from mlx_esm_hf.errors import CheckpointError
 
 _DTYPES = {
-    "torch.BFloat16Storage": "u2",  # NumPy has no bfloat16: the bits travel as uint16
+    "torch.BFloat16Storage": "u2",  # NumPy has no bfloat16: the bits are read as uint16
     "torch.HalfStorage": "f2",
     "torch.FloatStorage": "f4",
     "torch.DoubleStorage": "f8",
@@ -53,7 +53,7 @@ _DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _ALLOWED_GLOBALS = frozenset({_DICT, _TENSOR, *_PARAMETERS, *_DTYPES})
-# Objects of settings, and what omegaconf's metadata name besides; Python 2 called builtins `__builtin__`.
+# Objects of settings, and other types in omegaconf's metadata. Python 2 calls builtins `__builtin__`.
 _OBJECTS = frozenset(
     {"argparse.Namespace", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata"}
     | {"omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"}
@@ -67,26 +67,26 @@ _SETTINGS = (
 )
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_PIECE = 1 << 20  # bytes that are read at a time, to check them
-_MAX_DIMENSIONS = 32  # of an array in NumPy 1
-_MAX_EXPANSION = 1 << 30  # bytes by which tensors that repeat elements may outgrow the file
+_CHUNK = 1 << 20  # bytes read at a time to check them
+_MAX_DIMENSIONS = 32  # limit of NumPy 1
+_MAX_EXPANSION = 1 << 30  # bytes by which tensors with repeated elements may exceed the file size
 
 _ADVICE = "Nothing in the file was executed. Download it again, or use the safetensors version of the model."
 
-StateOf = Callable[[Any], Any]  # finds the state dict in what was pickled
-Loaded = tuple[Any, dict[str, mx.array]]  # what was pickled, as data, and the arrays of the state dict
+StateOf = Callable[[Any], Any]  # finds the state dict in the unpickled data
+Loaded = tuple[Any, dict[str, mx.array]]  # the unpickled data, the arrays of the state dict
 
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A global that the pickle names: the name, never the thing itself."""
+    """The name of a global that the pickle refers to, never the global itself."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call that the pickle asks for, or a persistent id: kept as data, never made."""
+    """A call that the pickle requests, or a persistent id: kept as data, never executed."""
 
     function: str
     arguments: Any
@@ -94,7 +94,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """Where a tensor lies in its storage, counted in elements."""
+    """The location of a tensor in its storage, in elements."""
 
     storage: str
     storage_type: str
@@ -113,26 +113,27 @@ class _Object(dict[str, Any]):
 
 
 def load_torch_bin(path: str | os.PathLike[str]) -> dict[str, mx.array]:
-    """Return the tensors of the state dict in the file, in its order; evaluated, or of a zip mapped (see `mapped`).
+    """Return the tensors of a state dict, in the order of the file.
 
-    Dtypes stay as they are, but float64 becomes float32. Tied tensors are one and the same array.
+    Arrays are evaluated, or memory-mapped if the file is a zip (see `mapped`). Dtypes are kept, except that float64
+    becomes float32. Tied tensors are the same array.
 
     Raises:
-        CheckpointError: the file is damaged, or holds anything but a state dict of plain tensors.
+        CheckpointError: the file is damaged, or contains anything but a state dict of plain tensors.
         OSError: the file cannot be opened.
     """
     return _load_path(path, _ALLOWED_GLOBALS, lambda data: data)[1]
 
 
 def load_torch_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Return the state dict under "model" of a training checkpoint, as `load_torch_bin` does, and what is beside it.
+    """Return the state dict under "model" of a training checkpoint, see `load_torch_bin`, and its other entries.
 
-    Those are dicts, lists, tuples, strings and numbers. An `argparse.Namespace` has become a dict of its attributes,
-    and so have the objects of omegaconf, from which `omegaconf_values` takes the values.
-    Tensors outside "model", such as an optimizer's, are not read: in their place is what the pickle says of them.
+    The other entries are dicts, lists, tuples, strings and numbers. An `argparse.Namespace` becomes a dict of its
+    attributes, and so do omegaconf objects, whose values `omegaconf_values` extracts. Tensors outside "model", such as
+    those of an optimizer, are not read; the unpickled description stays in their place.
 
     Raises:
-        CheckpointError: the file is damaged, has no "model", or has anything but these.
+        CheckpointError: the file is damaged, has no "model", or contains anything else.
         OSError: the file cannot be opened.
     """
     data, arrays = _load_path(path, _ALLOWED_GLOBALS | _SETTINGS, _model_of)
@@ -140,10 +141,10 @@ def load_torch_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, mx.ar
 
 
 def omegaconf_values(node: Any) -> Any:
-    """The dicts, lists and plain values of a config of omegaconf that `load_torch_checkpoint` has read.
+    """Return the dicts, lists and plain values of an omegaconf config from `load_torch_checkpoint`.
 
     Raises:
-        RecursionError: it is a part of itself, or nested without end.
+        RecursionError: the config contains itself, or is nested too deeply.
     """
     match node:
         case {"_val": value}:
@@ -164,10 +165,12 @@ def _model_of(data: Any) -> Any:
 
 
 def _load_path(path: str | os.PathLike[str], allowed: frozenset[str], state_of: StateOf) -> Loaded:
-    """What was pickled, as data, and the arrays of the state dict that `state_of` finds there.
+    """Return the unpickled data and the arrays of its state dict.
 
     Args:
-        allowed: the globals that the pickle may name.
+        path: the file.
+        allowed: the globals that the pickle may refer to.
+        state_of: returns the state dict in the unpickled data.
     """
     with open(path, "rb") as file:
         try:
@@ -188,7 +191,7 @@ def _load(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of: Sta
     if not head:
         raise CheckpointError("the file is empty")
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError("this is a Git LFS pointer, not the weights: `git lfs pull` fetches them")
+        raise CheckpointError("this is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
     if head[257:262] == b"ustar":
         raise CheckpointError("the tar format of the first torch releases is not supported")
     raise CheckpointError(f"torch.save did not write this file: it starts with {head[:16]!r}")
@@ -196,7 +199,7 @@ def _load(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of: Sta
 
 def _load_zip(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of: StateOf) -> Loaded:
     with zipfile.ZipFile(file) as archive:
-        # All lie in one top folder, named after the file that torch.save wrote, or "archive".
+        # All records are in one top folder, called "archive" or like the file that torch.save wrote.
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
 
         def read(name: str) -> bytes:
@@ -224,7 +227,7 @@ def _load_zip(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of:
             array = _map(file, record.header_offset + 30 + name + extra, tensor)
             if array is not None:
                 with archive.open(record) as stream:
-                    while stream.read(_PIECE):  # at the end of which the CRC is checked
+                    while stream.read(_CHUNK):  # zipfile checks the CRC at the end
                         pass
             return array
 
@@ -234,43 +237,43 @@ def _load_zip(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of:
 def _load_legacy(file: BinaryIO, file_size: int, allowed: frozenset[str], state_of: StateOf) -> Loaded:
     if _unpickle(file)[0] != _LEGACY_MAGIC or _unpickle(file)[0] != _LEGACY_PROTOCOL:
         raise CheckpointError("this is a pickle, but not one that torch.save wrote")
-    _unpickle(file)  # tells of the machine that wrote the file; every machine wrote storages little-endian
+    _unpickle(file)  # describes the machine that wrote the file; storages are little-endian on every machine
     data, identities = _unpickle(file, allowed)
     tensors = _tensors(state_of(data))
-    # Also of the tensors that are not read, such as an optimizer's: their storages lie between the others.
+    # This includes tensors that are not read, such as those of an optimizer, whose storages lie between the others.
     itemsizes = dict(map(_storage_itemsize, identities))
-    places: dict[str, int] = {}
+    starts: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for key in _unpickle(file)[0]:
         if not isinstance(key, str) or key not in itemsizes:
             raise CheckpointError("the file lists a storage that no tensor uses")
         (numel,) = struct.unpack("<q", file.read(8))
-        places[key], sizes[key] = file.tell(), numel * itemsizes[key]
-        if not 0 <= sizes[key] <= file_size - places[key]:
+        starts[key], sizes[key] = file.tell(), numel * itemsizes[key]
+        if not 0 <= sizes[key] <= file_size - starts[key]:
             raise CheckpointError(f"the storage {key!r} of {numel} elements does not fit in the file")
         file.seek(sizes[key], os.SEEK_CUR)
     _check(tensors, sizes, file_size)
 
     def read(key: str) -> bytes:
-        file.seek(places[key])
+        file.seek(starts[key])
         return file.read(sizes[key])
 
-    return data, _arrays(tensors, read, "<", lambda _: None)  # numbers begin anywhere, seldom aligned
+    return data, _arrays(tensors, read, "<", lambda _: None)  # storages are rarely aligned in this format
 
 
 def _storage_itemsize(identity: Any) -> tuple[str, int]:
-    """The key of the storage that a persistent id names, and the bytes of an element."""
+    """Return the key of the storage that a persistent id names, and the bytes of an element."""
     match identity:
         case ("storage", _Global(kind), str(key), *_) if kind in _DTYPES:
             return key, np.dtype(_DTYPES[kind]).itemsize
-    raise CheckpointError(f"it holds a persistent id of a {_kind(identity)} that is no storage")
+    raise CheckpointError(f"it contains a persistent id of a {_kind(identity)} that is not a storage")
 
 
 def _unpickle(file: BinaryIO, allowed: frozenset[str] = _ALLOWED_GLOBALS) -> tuple[Any, list[Any]]:
     """Read one pickle as data: strings, numbers, lists, tuples, dicts, `_Object`, `_Global` and `_Call`.
 
     Returns:
-        What was pickled, and all of its persistent ids.
+        The unpickled data, and all persistent ids in it.
     """
     stack: list[Any] = []
     identities: list[Any] = []
@@ -282,7 +285,7 @@ def _unpickle(file: BinaryIO, allowed: frozenset[str] = _ALLOWED_GLOBALS) -> tup
         del stack[start:]
         return items
 
-    # An error that Python raises here, as of an index or a type, comes from a malformed pickle and says so.
+    # An IndexError, TypeError or similar here means a malformed pickle, which the caller reports.
     for opcode, argument, _ in pickletools.genops(file):
         match opcode.name:
             case "PROTO" | "FRAME" | "STOP":
@@ -334,8 +337,8 @@ def _unpickle(file: BinaryIO, allowed: frozenset[str] = _ALLOWED_GLOBALS) -> tup
                     case [_Global(name), ()] if name in _OBJECTS:
                         stack.append(_Object())
                     case _:
-                        raise CheckpointError("the pickle makes an object of what is no settings")
-            case "BUILD":  # sets attributes: an OrderedDict has _metadata, the versions of the modules
+                        raise CheckpointError("the pickle makes an object of a class that is not one of settings")
+            case "BUILD":  # sets attributes: an OrderedDict has _metadata with module versions
                 attributes = stack.pop()
                 if not isinstance(stack[-1], dict):
                     raise CheckpointError("the pickle sets attributes of what is not a dict")
@@ -361,10 +364,10 @@ def _tensor(key: Any, value: Any) -> _Tensor:
         case _Call(function, (data, *_)) if function in _PARAMETERS:
             value = data
     match value:
-        # The last two, requires_grad and hooks, do not matter. A seventh would tell to conjugate or negate.
+        # The last two, requires_grad and hooks, do not matter. A seventh would mean a conjugated or negated tensor.
         case _Call(function, (_Call("persistent id", storage), offset, tuple(size), tuple(stride), _, _)):
             match storage:
-                # The fourth is the device. The legacy format has a sixth, for long None: a view of a storage.
+                # The fourth is the device. The legacy format has a sixth, a view of a storage; it is None in practice.
                 case ("storage", _Global(kind), str(name), _, numel, *view) if view in ([], [None]):
                     integers = all(type(number) is int for number in (numel, offset, *size, *stride))
                     if function == _TENSOR and kind in _DTYPES and integers:
@@ -379,27 +382,27 @@ def _kind(value: Any) -> str:
 def _check(tensors: Mapping[str, _Tensor], sizes: Mapping[str, int], file_size: int) -> None:
     """Check the tensors against the `sizes` of the storages, in bytes, before any of these is read."""
     total = 0
-    for tensor, key in {tensor: key for key, tensor in tensors.items()}.items():  # once for all that are tied
+    for tensor, key in {tensor: key for key, tensor in tensors.items()}.items():  # tied tensors are counted once
         if tensor.storage not in sizes:
-            raise CheckpointError(f"the data of {key!r} are missing")
+            raise CheckpointError(f"the data of {key!r} is missing")
         held = sizes[tensor.storage] // tensor.itemsize
         if tensor.storage_numel != held:
-            raise CheckpointError(f"{key!r} lies in {tensor.storage_numel} elements; the file has {held}")
+            raise CheckpointError(f"{key!r} expects a storage of {tensor.storage_numel} elements, the file has {held}")
         size, stride = tensor.size, tensor.stride
         if not len(size) == len(stride) <= _MAX_DIMENSIONS or min(tensor.offset, *size, *stride, 0) < 0:
-            raise CheckpointError(f"the offset, size and stride of {key!r} are those of no tensor")
+            raise CheckpointError(f"the offset, size and stride of {key!r} are not valid")
         last = tensor.offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if 0 not in size and last >= held:
             raise CheckpointError(f"{key!r} reaches beyond the {held} elements of its storage")
         total += math.prod(size) * tensor.itemsize
-        if total > file_size + _MAX_EXPANSION:  # by strides of 0, a few bytes can claim to be terabytes
+        if total > file_size + _MAX_EXPANSION:  # with strides of 0, a few bytes can claim to be terabytes
             raise CheckpointError(f"{key!r} makes the tensors much larger than the file")
 
 
 def _map(file: BinaryIO, start: int, tensor: _Tensor) -> mx.array | None:
-    """A tensor whose storage starts there, in the file itself; None where it has to be read."""
-    row_by_row = tuple(math.prod(tensor.size[i + 1 :]) for i in range(len(tensor.size)))
-    if tensor.storage_type not in _MAPPED or tensor.stride != row_by_row:
+    """Return a tensor mapped from the file, whose storage begins at byte `start`; None if it has to be read."""
+    row_major = tuple(math.prod(tensor.size[i + 1 :]) for i in range(len(tensor.size)))
+    if tensor.storage_type not in _MAPPED or tensor.stride != row_major:
         return None
     return mapped(file.name, start + tensor.offset * tensor.itemsize, tensor.size, _MAPPED[tensor.storage_type])
 
@@ -410,8 +413,16 @@ def _arrays(
     byteorder: str,
     in_file: Callable[[_Tensor], mx.array | None],
 ) -> dict[str, mx.array]:
-    """Read every storage once and make its tensors, holding one storage at a time; none where all can stay in the
-    file."""
+    """Return the arrays of the tensors.
+
+    Each storage is read at most once, and one at a time. It is not read if all of its tensors can be mapped.
+
+    Args:
+        tensors: the tensors.
+        read: returns the bytes of a storage.
+        byteorder: "<" or ">".
+        in_file: maps a tensor, or returns None if it has to be read.
+    """
     views: defaultdict[str, set[_Tensor]] = defaultdict(set)
     for tensor in tensors.values():
         views[tensor.storage].add(tensor)
@@ -421,7 +432,7 @@ def _arrays(
         if found.keys() != views[storage]:
             buffer = read(storage)
             found = {tensor: _array(tensor, buffer, byteorder) for tensor in views[storage]}
-            del buffer  # before the next is read
+            del buffer  # before the next one is read
         arrays |= found
     return {key: arrays[tensor] for key, tensor in tensors.items()}
 
@@ -431,7 +442,7 @@ def _array(tensor: _Tensor, buffer: bytes, byteorder: str) -> mx.array:
     elements = np.frombuffer(buffer, dtype, tensor.storage_numel)[tensor.offset :]
     strides = [step * tensor.itemsize for step in tensor.stride]
     values = np.lib.stride_tricks.as_strided(elements, tensor.size, strides)
-    array = mx.array(values.astype(dtype.newbyteorder("="), copy=False))  # copies; float64 becomes float32
+    array = mx.array(values.astype(dtype.newbyteorder("="), copy=False))  # this copies, and float64 becomes float32
     if tensor.storage_type == "torch.BFloat16Storage":
         array = array.view(mx.bfloat16)
     mx.eval(array)

@@ -1,4 +1,4 @@
-"""Weights to files, so that there is either the whole checkpoint or what was there before."""
+"""Writing weights to safetensors files."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 def write_safetensors(path: Path, arrays: dict[str, mx.array]) -> None:
-    """Write one file. Its metadata says "pt", without which transformers 4.x refuses it.
+    """Write one file, with the metadata "pt" that transformers 4.x requires.
 
     Args:
-        arrays: emptied on the way. Each is computed when its turn comes and forgotten when it is written, so that of
-            lazy arrays that nobody else holds one at a time is in memory.
+        path: the file.
+        arrays: {key: array}. Emptied: each array is evaluated, written and dropped in turn, so only one lazy array that
+            the caller does not hold is in memory at a time.
 
     Raises:
-        OSError: it cannot be written.
-        ValueError: a dtype that no reader of ours knows.
+        OSError: the file cannot be written.
+        ValueError: an array has a dtype that MLX does not read from safetensors.
     """
-    # Where their bytes are multiples of eight the others' numbers are aligned, and behind those a smaller kind's.
+    # Arrays of 8n bytes first, then by decreasing item size: this keeps every array aligned.
     names = sorted(arrays, key=lambda name: 9 - arrays[name].itemsize if arrays[name].nbytes % 8 else 0)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -50,7 +51,7 @@ def write_safetensors(path: Path, arrays: dict[str, mx.array]) -> None:
         begin, end = end, end + arrays[name].nbytes
         dtype = arrays[name].dtype
         if dtype not in SAFETENSORS_DTYPES:
-            raise UserError(f"{name!r} is of {dtype}, which MLX does not read from safetensors: cast it first.")
+            raise UserError(f"{name!r} has dtype {dtype}, which MLX does not read from safetensors. Cast it first.")
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": arrays[name].shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -59,7 +60,7 @@ def write_safetensors(path: Path, arrays: dict[str, mx.array]) -> None:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 array: Any = mx.contiguous(arrays.pop(name))
-                file.write(array.view(UNSIGNED[array.itemsize]))  # bfloat16 is none of Python's formats
+                file.write(array.view(UNSIGNED[array.itemsize]))  # Python's buffers have no bfloat16
     except (OSError, RuntimeError) as error:
         raise OSError(f"{path.name} cannot be written to {path.parent} ({error}). Is the disk full?") from error
 
@@ -67,8 +68,14 @@ def write_safetensors(path: Path, arrays: dict[str, mx.array]) -> None:
 def save_safetensors(
     state: dict[str, mx.array], folder: Path, max_shard_size: int | str, variant: str | None = None
 ) -> list[str]:
-    """Write `model.safetensors`, or shards and their index, into `folder`; returns the names of the files. `state` is
-    emptied on the way, see `write_safetensors`."""
+    """Write `model.safetensors`, or shards and their index, and return the names of the files.
+
+    Args:
+        state: {key: array}. Emptied, see `write_safetensors`.
+        folder: where to write.
+        max_shard_size: most bytes in a file, or a string such as "5GB".
+        variant: write `model.<variant>.safetensors`.
+    """
     name = with_variant(SAFETENSORS, variant)
     split = split_state_dict_into_shards_factory(
         state,
@@ -87,7 +94,7 @@ def save_safetensors(
 
 
 def remove_stale_shards(folder: str | os.PathLike[str], files: list[str], variant: str | None = None) -> None:
-    """Remove the weights of an earlier save that would be read instead of, or beside, `files`."""
+    """Remove weights of an earlier save that would be read instead of `files` or together with them."""
     stem = re.escape(with_variant(SAFETENSORS, variant).removesuffix(".safetensors"))
     index = re.escape(with_variant(f"{SAFETENSORS}.index.json", variant))
     stale = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors|{index}")

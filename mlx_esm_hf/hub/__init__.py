@@ -1,4 +1,4 @@
-"""A folder with a checkpoint becomes a repository on the Hub."""
+"""Publishing the checkpoint in a folder as a repository on the Hub."""
 
 from mlx_esm_hf.hub.publish import Publication, publish
 

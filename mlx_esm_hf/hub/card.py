@@ -1,4 +1,4 @@
-"""The model card of what is published, from the checkpoint itself."""
+"""Model cards, written from the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.hub.files import REPORT, Checkpoint, is_quantized
 from mlx_esm_hf.version import __version__
 
-# The Hub's name of a task, by the ending of the architecture; the auto classes have the same endings.
+# The Hub's name of a task, by the suffix of the architecture. The auto classes have the same suffixes.
 TASKS = {
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "": "feature-extraction",
 }
-# A card with this line is written anew.
-OURS = "<!-- mlx-esm writes this card anew with each push. Delete this line to keep what you write here. -->"
-# What transformers says in the card that it makes of a template when a tokenizer or a config is pushed first.
+# A card with this line is overwritten by the next push.
+OURS = "<!-- mlx-esm overwrites this card with each push. Delete this line to keep your edits. -->"
+# The text in transformers' template, which it writes if a tokenizer or a config is pushed first.
 THEIRS = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated."
@@ -39,43 +39,45 @@ def write_card(
     tags: list[str] | None = None,
     earlier: ModelCard | None = None,
 ) -> ModelCard:
-    """A card that says what the model is and how to load it.
+    """Return a card that says what the model is and how to load it.
 
     Args:
-        tokenizer: whether the repository has one.
-        base_model: the id of the model that this one was made from.
-        license: the Hub's name of it, such as "mit".
-        tags: further ones.
-        earlier: the card in whose place this one comes; what its metadata say besides is kept.
+        checkpoint: the checkpoint.
+        repo_id: id of the repository.
+        tokenizer: whether the repository has a tokenizer.
+        base_model: id of the model that this one was made from.
+        license: the Hub's name of the license, such as "mit".
+        tags: additional tags.
+        earlier: the card that this one replaces. Its other metadata is kept.
     """
     config, head = checkpoint.config, task_head(checkpoint.config)
-    known = earlier.data.to_dict() if earlier else {}
-    base_model = base_model or known.get("base_model")
-    every_tag = ["mlx", "protein", config["model_type"], *(tags or []), *(known.get("tags") or [])]
+    metadata = earlier.data.to_dict() if earlier else {}
+    base_model = base_model or metadata.get("base_model")
+    all_tags = ["mlx", "protein", config["model_type"], *(tags or []), *(metadata.get("tags") or [])]
     ours = {
         "library_name": "transformers" if loads_in_transformers(config) else "mlx",
         "pipeline_tag": TASKS[head],
         "base_model": base_model,
-        "license": license or known.get("license"),
-        "tags": list(dict.fromkeys(every_tag)),
+        "license": license or metadata.get("license"),
+        "tags": list(dict.fromkeys(all_tags)),
     }
-    data = ModelCardData(**(known | ours))
+    data = ModelCardData(**(metadata | ours))
     made_from = ""
-    if isinstance(base_model, str):  # it may be a list in metadata that somebody wrote
+    if isinstance(base_model, str):  # metadata written by hand may contain a list
         made_from = f" Made from [{base_model}](https://huggingface.co/{base_model})."
     parts = [
         OURS,
         f"# {repo_id.rpartition('/')[2]}",
         f"A protein language model: {describe(checkpoint)}.{made_from}",
-        "## How to load it",
-        "On [MLX](https://github.com/ml-explore/mlx), with `pip install mlx-esm-hf` (on Linux `mlx-esm-hf[cpu]` or "
-        "`mlx-esm-hf[cuda13]`):",
+        "## Usage",
+        "With [MLX](https://github.com/ml-explore/mlx): `pip install mlx-esm-hf` (on Linux `mlx-esm-hf[cpu]` or "
+        "`mlx-esm-hf[cuda13]`), then",
         code("mlx_esm_hf", f"MLXAutoModel{head}", repo_id, tokenizer),
     ]
     if loads_in_transformers(config):
-        parts += ["On torch, with transformers:", code("transformers", f"AutoModel{head}", repo_id, tokenizer)]
+        parts += ["With transformers, on torch:", code("transformers", f"AutoModel{head}", repo_id, tokenizer)]
     else:
-        parts.append(f"transformers cannot load it: {why_not(config)}.")
+        parts.append(f"transformers cannot load this model: {why_not(config)}.")
     if REPORT in checkpoint.files:
         parts += ["## Conversion", (checkpoint.folder / REPORT).read_text(encoding="utf-8").strip()]
     parts.append(f"Published with mlx-esm-hf {__version__}.")
@@ -83,43 +85,44 @@ def write_card(
 
 
 def load_card(path: str | Path) -> Any:
-    """
+    """Load a card.
+
     Raises:
-        ValueError: the metadata at its beginning are not YAML.
+        ValueError: the metadata at its beginning is not YAML.
     """
     try:
         return ModelCard.load(path)
     except (YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: the lines between the two --- are not YAML of a model card ({reason}).") from error
+        raise UserError(f"{path}: the metadata between the --- lines is not valid YAML ({reason}).") from error
 
 
 def is_generated(card: ModelCard) -> bool:
-    """Whether a card is one of ours, or transformers' template as it is."""
+    """Return whether a card was written by this package, or is transformers' template without edits."""
     template = ModelCard.from_template(ModelCardData(), model_description=THEIRS)
     return OURS in card.text or card.text.strip() == template.text.strip()
 
 
 def task_head(config: dict[str, Any]) -> str:
-    """The ending of the architecture, such as "ForMaskedLM"; "" for a model without a head."""
+    """Return the suffix of the architecture, such as "ForMaskedLM"; "" for a model without a head."""
     architecture = (config.get("architectures") or [""])[0]
-    return next((ending for ending in TASKS if ending and architecture.endswith(ending)), "")
+    return next((suffix for suffix in TASKS if suffix and architecture.endswith(suffix)), "")
 
 
 def loads_in_transformers(config: dict[str, Any]) -> bool:
-    """Whether transformers reads a checkpoint with this config."""
+    """Return whether transformers can load a checkpoint with this config."""
     return config["model_type"] in CONFIG_MAPPING_NAMES and not is_quantized(config)
 
 
 def why_not(config: dict[str, Any]) -> str:
-    """Why transformers does not."""
+    """Return why transformers cannot load a checkpoint with this config."""
     if is_quantized(config):
         return "it is quantized for MLX"
-    return f"it has no model_type {config['model_type']!r}"
+    return f"it does not know the model_type {config['model_type']!r}"
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """Architecture, size and precision, in half a sentence."""
+    """Return the architecture, size and precision as part of a sentence."""
     config = checkpoint.config
     words = [", ".join(config.get("architectures") or [config["model_type"]])]
     if checkpoint.parameters:
@@ -135,7 +138,7 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def code(library: str, auto_class: str, repo_id: str, tokenizer: bool) -> str:
-    """The lines that load a model, and run it where its tokenizer is there."""
+    """Return a Markdown code block that loads a model, and runs it if the repository has a tokenizer."""
     lines = [f"from {library} import {auto_class}", "", f'model = {auto_class}.from_pretrained("{repo_id}")']
     if tokenizer:
         tensors = "mlx" if library == "mlx_esm_hf" else "pt"

@@ -1,4 +1,4 @@
-"""Which files of a folder belong to its checkpoint, and whether that is whole."""
+"""The files of a folder that belong to its checkpoint, and checks that they are complete."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mlx_esm_hf.errors import CheckpointError
 
 CONFIG = "config.json"
 CARD = "README.md"
-REPORT = "CONVERSION.md"  # what a conversion says of itself; it goes into the card
-FIGURES = "CONVERSION.json"  # the numbers of that
+REPORT = "CONVERSION.md"  # the report of a conversion, which becomes part of the card
+FIGURES = "CONVERSION.json"  # the figures of that report
 TOKENIZER = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -46,13 +46,14 @@ INDEX = re.compile(r"(?P<whole>model\.safetensors|pytorch_model\.bin)\.index(?:\
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What of a folder is a checkpoint.
+    """The checkpoint in a folder.
 
     Attributes:
-        config: the fields of its `config.json`.
-        files: names of the files that belong to it.
-        left_out: {name: why it does not}
-        parameters: how many numbers its weights hold; None where they are pickles, or packed.
+        folder: the folder.
+        config: the fields of `config.json`.
+        files: names of the files that belong to the checkpoint.
+        left_out: {name: reason} of the other files.
+        parameters: number of parameters; None if the weights are pickles or quantized.
     """
 
     folder: Path
@@ -63,48 +64,49 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Look through a folder.
+    """Find the checkpoint in a folder and check it.
 
     Raises:
-        OSError: there is no such folder.
-        CheckpointError: it holds no checkpoint, or not a whole one.
+        OSError: the folder does not exist.
+        CheckpointError: the folder contains no checkpoint, or an incomplete one.
     """
     folder = Path(folder)
     names = sorted(entry.name for entry in folder.iterdir())
     config = read_config(folder)
-    weights = [name for name in weights_that_are_read(folder, names) if (folder / name).is_file()]
+    weights = [name for name in loaded_weights(folder, names) if (folder / name).is_file()]
     files = weights + [name for name in OTHERS if name in names and (folder / name).is_file()]
     left_out = {name: why_left_out(folder / name) for name in names if name not in files}
     return Checkpoint(folder, config, files, left_out, count_parameters(folder, weights, config))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """
+    """Read `config.json`.
+
     Raises:
-        CheckpointError: there is none, or it is not that of a model.
+        CheckpointError: the file does not exist, or is not the config of a model.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no {CONFIG}: it is not a checkpoint. Nothing was sent.") from None
+        raise CheckpointError(f"{folder} contains no {CONFIG}: it is not a checkpoint. Nothing was sent.") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} is not JSON ({error}). Nothing was sent.") from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(f"{folder / CONFIG} names no model_type: no one could load it. Nothing was sent.")
+        raise CheckpointError(f"{folder / CONFIG} has no model_type, so it cannot be loaded. Nothing was sent.")
     return config
 
 
 def variant_of(name: str) -> str | None:
-    """The variant of a file of weights, or of their index, "" being the usual one; None for any other file."""
+    """Return the variant of a weights file or an index, "" if it has none; None for other files."""
     match = WEIGHTS.fullmatch(name) or INDEX.fullmatch(name)
     return (match["variant"] or "") if match else None
 
 
-def weights_that_are_read(folder: Path, names: list[str]) -> list[str]:
-    """The weights that `from_pretrained` takes: safetensors before `.bin`, whole before sharded, of each variant.
+def loaded_weights(folder: Path, names: list[str]) -> list[str]:
+    """Return the weights that `from_pretrained` reads: safetensors before `.bin`, one file before shards.
 
     Raises:
-        CheckpointError: there are none, or not all that an index names.
+        CheckpointError: there are no weights, or an index lists a file that does not exist.
     """
     whole = [name for name in names if (match := WEIGHTS.fullmatch(name)) and not match["shard"]]
     indexes = [name for name in names if INDEX.fullmatch(name)]
@@ -117,20 +119,20 @@ def weights_that_are_read(folder: Path, names: list[str]) -> list[str]:
             shards = shard_names(folder / index)
             if missing := [name for name in shards if name not in names]:
                 raise CheckpointError(
-                    f"{folder} lacks {', '.join(missing)}, which {index} names: it is not a whole checkpoint. Nothing "
+                    f"{folder} lacks {', '.join(missing)}, which {index} lists: the checkpoint is incomplete. Nothing "
                     "was sent."
                 )
             files += [index, *shards]
     if not files:
-        raise CheckpointError(f"{folder} holds no weights (model.safetensors, or shards with their index).")
+        raise CheckpointError(f"{folder} contains no weights (model.safetensors, or shards and their index).")
     return files
 
 
 def count_parameters(folder: Path, weights: Iterable[str], config: dict[str, Any]) -> int | None:
-    """How many numbers the weights without a variant hold; each file is opened, its arrays are not read.
+    """Return the number of parameters in the weights without a variant. Files are opened, arrays are not read.
 
     Raises:
-        CheckpointError: a file is cut off, or a shard has not what the index says.
+        CheckpointError: a file is truncated, or a shard lacks an array that the index lists.
     """
     total = 0
     index: dict[str, str] = {}
@@ -142,25 +144,23 @@ def count_parameters(folder: Path, weights: Iterable[str], config: dict[str, Any
             continue
         arrays = load_file(folder / name)
         if lost := [key for key, shard in index.items() if shard == name and key not in arrays]:
-            raise CheckpointError(
-                f"{folder / name} lacks {lost[0]!r}, which the index says it holds. Nothing was sent."
-            )
+            raise CheckpointError(f"{folder / name} lacks {lost[0]!r}, which the index lists. Nothing was sent.")
         if variant_of(name) == "":
             total += sum(array.size for array in arrays.values())
     return total if total and not is_quantized(config) else None
 
 
 def is_quantized(config: dict[str, Any]) -> bool:
-    """Whether the weights of a checkpoint with this config are quantized."""
+    """Return whether the weights of a checkpoint with this config are quantized."""
     return bool(config.get("quantization") or config.get("quantization_config"))
 
 
 def why_left_out(path: Path) -> str:
-    """In a few words."""
+    """Return why a file is not published."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
         return "a folder"
     if variant_of(path.name) is not None:
-        return "weights that are not read: others come first, or no index names them"
-    return "no part of a checkpoint"
+        return "weights that are not loaded: other files take precedence, or no index lists them"
+    return "not part of a checkpoint"

@@ -1,4 +1,4 @@
-"""A checkpoint to the Hub, in one commit: the repository is as it was before, or holds all of it."""
+"""Publishing a checkpoint to the Hub in one commit, so that the repository gets all of it or none."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from mlx_esm_hf.version import __version__
 
 @dataclass(frozen=True)
 class Publication:
-    """What was published, or would be.
+    """What was published, or what would be.
 
     Attributes:
-        repo_id: with its owner.
-        files: {name: bytes} of the files that the repository holds then; those that it holds already are not sent.
-        left_out: {name: why} of the files of the folder that are not published.
-        deleted: weights of an earlier checkpoint, which go in the same commit.
-        kept_card: whether the repository has a card already, which stays.
-        tokenizer: whether the repository has a tokenizer then.
-        commit: None if nothing was sent.
+        repo_id: id of the repository, with its owner.
+        files: {name: bytes} of the published files. Files that the repository already has are not sent.
+        left_out: {name: reason} of the files in the folder that are not published.
+        deleted: weights of an earlier checkpoint, deleted in the same commit.
+        kept_card: whether the repository keeps the card that it has.
+        tokenizer: whether the repository has a tokenizer afterwards.
+        commit: the commit; None if nothing was sent.
     """
 
     repo_id: str
@@ -49,7 +49,7 @@ class Publication:
 
 @dataclass(frozen=True)
 class Head:
-    """A repository as it is now: its last commit and the names of its files; (None, []) if there is none."""
+    """The current state of a repository: its last commit and file names; (None, []) if it does not exist."""
 
     commit: str | None
     files: list[str]
@@ -72,26 +72,32 @@ def publish(
 ) -> Publication:
     """Publish the checkpoint in a folder: weights, config, tokenizer and a card, in one commit.
 
-    Weights of an earlier checkpoint that the new one does not name are deleted in the same commit. If it breaks, it can
-    be done again: large files that have arrived are not sent again. A `README.md` in the folder is the card; else one
-    that somebody wrote in the repository stays; else a card is written.
+    Weights of an earlier checkpoint that are no longer used are deleted in the same commit. After a failure, call it
+    again: large files that were uploaded are not sent again. The card is the `README.md` in the folder; otherwise a
+    card in the repository that was edited by hand is kept; otherwise a card is written.
 
     Args:
-        repo_id: "owner/name", or "name" under the name of the user whose token it is.
-        private: make a new repository private. One that is there stays as it is, and is refused if it is public.
-        token: of the user; by default that of `hf auth login`, or `HF_TOKEN`.
-        revision: the branch to commit to; it is made if it is not there.
+        folder: the folder with the checkpoint.
+        repo_id: "owner/name", or "name" for a repository of the user of the token.
+        commit_message: by default "Upload model".
+        commit_description: body of the commit message.
+        private: make a new repository private. An existing repository is not changed, and refused if it is public.
+        token: access token; by default that of `hf auth login` or `HF_TOKEN`.
+        revision: the branch to commit to. It is created if it does not exist.
         create_pr: open a pull request instead of committing to the branch.
-        tags: further ones for the card.
-        base_model: the id of the model that this one was made from, for the card.
-        license: the Hub's name of it, such as "mit", for the card; by default that of the base model.
-        dry_run: send nothing, and say what would be sent. The repository is looked at.
+        tags: additional tags of the card.
+        base_model: id of the model that this one was made from, for the card.
+        license: the Hub's name of the license for the card, such as "mit"; by default that of the base model.
+        dry_run: return what would be published, and send nothing. The repository is read.
+
+    Returns:
+        What was published.
 
     Raises:
-        CheckpointError: the folder holds no whole checkpoint; nothing was sent.
-        ValueError: an id that none can have, `private` for a repository that is public, or a card whose metadata the
-            Hub refuses.
-        OSError: the Hub refused, or did not answer.
+        CheckpointError: the folder contains no complete checkpoint. Nothing was sent.
+        ValueError: the id is not valid, `private` was passed for a public repository, or the Hub refused the
+            metadata of the card.
+        OSError: the Hub refused or did not respond.
     """
     checkpoint = read_checkpoint(folder)
     api = HfApi(token=token, library_name="mlx-esm-hf", library_version=__version__)
@@ -132,27 +138,31 @@ def publish(
 
 
 def with_owner(api: HfApi, repo_id: str) -> str:
-    """The id that a name without an owner becomes: that under the user's own name."""
+    """Return the id of a repository with its owner, which by default is the user of the token."""
     return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
 
 
 def prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> str:
-    """Let there be a repository with this branch; returns its id with its owner."""
+    """Create the repository and the branch if they do not exist. Return the id with its owner."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
-        raise UserError(f"{repo_id} is there already, and it is public: nothing was sent. Take another name for it.")
+        raise UserError(f"{repo_id} already exists and is public. Nothing was sent; choose another name.")
     if revision is not None and not revision.startswith("refs/pr/"):
         try:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         except HfHubHTTPError as error:
-            # Who may only propose changes cannot make a branch; whether it is there turns out with the commit.
+            # A user who may only open pull requests cannot create a branch. The commit fails if it does not exist.
             if not (create_pr and error.response.status_code == 403):
                 raise
     return repo_id
 
 
 def branch_head(api: HfApi, repo_id: str, revision: str | None, missing_ok: bool) -> Head:
-    """The last commit of a branch. With `missing_ok` a branch that is not there is what it would be made from: main."""
+    """Return the last commit of a branch and its files.
+
+    With `missing_ok`, a branch that does not exist counts as main, from which it would be created, and a repository
+    that does not exist counts as empty.
+    """
     try:
         info = api.model_info(repo_id, revision=revision)
     except RevisionNotFoundError:
@@ -167,7 +177,7 @@ def branch_head(api: HfApi, repo_id: str, revision: str | None, missing_ok: bool
 
 
 def license_of(api: HfApi, base_model: str | None) -> str | None:
-    """What the card of a model on the Hub says; None where it says nothing, or cannot be asked."""
+    """Return the license in the card of a model on the Hub; None if it has none or cannot be read."""
     if base_model is None:
         return None
     try:
@@ -185,9 +195,14 @@ def choose_card(
     tags: list[str] | None,
     facts: dict[str, Any],
 ) -> ModelCard | None:
-    """The card to send; None where the folder's own goes as it is, or the repository's stays as it is.
+    """Return the card to send; None if that of the folder or the repository is used unchanged.
 
     Args:
+        api: the Hub.
+        checkpoint: the checkpoint.
+        repo_id: id of the repository.
+        head: current state of the repository.
+        tags: additional tags.
         facts: arguments of `write_card`.
     """
     if CARD in checkpoint.files:
@@ -205,13 +220,13 @@ def choose_card(
 
 
 def stale(head: Head, checkpoint: Checkpoint) -> list[str]:
-    """Weights in the repository that would be read instead of the checkpoint's, or that nothing names any more."""
+    """Return weights in the repository that would be loaded instead of the checkpoint's, or that are no longer used."""
     variants = {variant_of(name) for name in checkpoint.files} - {None}
     return [name for name in head.files if variant_of(name) in variants and name not in checkpoint.files]
 
 
 def hub_id(name_or_path: str | None) -> str | None:
-    """What a model was loaded from, if that is a repository with an owner and not a folder."""
+    """Return the repository id that a model was loaded from; None if it was a folder or nothing."""
     name = name_or_path or ""
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not os.path.exists(name)
     return name if is_id else None

@@ -1,4 +1,4 @@
-"""Key dialects, read in both directions; what real files hold is tested in test_modeling_utils."""
+"""Key dialects in both directions. Real files are tested in test_modeling_utils."""
 
 import argparse
 
@@ -14,7 +14,7 @@ from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TR
 from tests.tiny import SIZE, tiny
 
 TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
-LAYERS = 11  # so that the number of some has two digits
+LAYERS = 11  # some layers have a number of two digits
 CONFIGS = {
     "esm2": lambda: MLXEsmConfig(**tiny("ESM-2", num_hidden_layers=LAYERS)),
     "esm1b": lambda: MLXEsmConfig(**tiny("ESM-1b", num_hidden_layers=LAYERS)),
@@ -34,7 +34,7 @@ def canonical_names(keys, expected, prefix):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("dialect", DIALECTS, ids=["transformers 4", "transformers 5", "fair-esm", "fair-esm, ESM-1"])
 def test_both_directions(dialect, kind, task):
-    """Every parameter has one key or more in each dialect, each of which is read back as that parameter."""
+    """Every parameter has at least one key in each dialect, and each key is read back as that parameter."""
     model = getattr(mlx_esm_hf, f"MLXEsm{task}")(CONFIGS[kind]())
     parameters = dict(tree_flatten(model.parameters()))
     named = names_in(dialect, model.state_dict(), LAYERS, "esm")
@@ -45,7 +45,7 @@ def test_both_directions(dialect, kind, task):
 
 @pytest.mark.parametrize("kind", ["esm1", "esm1b", "esm2"])
 def test_fair_esm(kind):
-    """Its own models have these keys, all of them, and no others."""
+    """The models of fair-esm have exactly these keys."""
     layers = LAYERS
     if kind == "esm2":
         theirs = esm.ESM2(layers, 8, 2, "ESM-1b")
@@ -82,14 +82,14 @@ WITH_HEAD = {f"esm.{name}" for name in EXPECTED} | {"lm_head.bias"}
     ],
 )
 def test_renames(key, name):
-    """With the prefix of a model with a head and without it, into a model with a head and without one."""
+    """With and without prefix, for a model with a head and one without."""
     for prefix in ("", "esm."):
         assert canonical_names([prefix + key], EXPECTED, "esm") == {prefix + key: name}
         assert canonical_names([prefix + key], WITH_HEAD, "esm") == {prefix + key: f"esm.{name}"}
 
 
 @pytest.mark.parametrize("prefix", ["", "esm."])
-def test_what_nothing_reads(prefix):
+def test_ignored_keys(prefix):
     ignored = [f"{prefix}embeddings.position_ids", f"{prefix}embeddings.position_embeddings.weight"]
     assert canonical_names(ignored, EXPECTED, "esm") == {}
     absolute = EXPECTED | {"embeddings.position_embeddings.weight"}
@@ -101,13 +101,13 @@ def test_unknown_keys_keep_their_names():
     assert canonical_names(keys, EXPECTED, "esm") == {key: key for key in keys}
 
 
-def test_the_first_layer_counts():
+def test_first_layer_is_used():
     keys = [f"encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq" for i in (10, 2, 0, 1)]
     assert canonical_names(keys, EXPECTED, "esm") == {keys[2]: "rotary_embeddings.inv_freq"}
 
 
 def test_tied_head():
-    """Its key stands for the embedding's where that is absent; where both are there, the embedding's counts."""
+    """The key of a tied head replaces a missing one of the embedding. If both exist, that of the embedding is used."""
     head, table = HEAD, TABLE
     assert canonical_names([head], WITH_HEAD, "esm") == {head: table}
     assert canonical_names([head, table], WITH_HEAD, "esm") == {table: table}

@@ -1,4 +1,4 @@
-"""The reader of pytorch_model.bin, against files of torch.save and against hostile ones."""
+"""The reader of pytorch_model.bin, with files of torch.save and with hostile files."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_esm_hf
-from mlx_esm_hf.checkpoint.mapped import MAPPED_FROM
+from mlx_esm_hf.checkpoint.mapped import MIN_MAPPED_BYTES
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin, load_torch_checkpoint
 from mlx_esm_hf.errors import CheckpointError
 from tests.marks import needs_kernels
@@ -38,7 +38,7 @@ def save(state, path, format="zip", **options):
 
 
 def assert_same(arrays, state):
-    """Same keys in the same order; same shapes, dtypes and bits."""
+    """Check that keys, their order, shapes, dtypes and bits are the same."""
     assert list(arrays) == list(state)
     for key, tensor in state.items():
         array, tensor = arrays[key], tensor.detach()
@@ -63,7 +63,7 @@ def example():
 
 
 def edit(path, change):
-    """Write the records of a zip anew, each name and its bytes passed through `change`."""
+    """Rewrite the records of a zip, passing each name and its bytes through `change`."""
     with zipfile.ZipFile(path) as archive:
         records = [change(info.filename, archive.read(info)) for info in archive.infolist()]
     with zipfile.ZipFile(path, "w") as archive:
@@ -74,7 +74,7 @@ def edit(path, change):
 
 
 def write_pickle(path, pickled, data=b"", format="zip"):
-    """A file around a pickle made by hand; `data` is that of the storage "0", of float32."""
+    """Write a file around a handmade pickle. `data` is the float32 storage "0"."""
     if format == "zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", pickled)
@@ -87,7 +87,7 @@ def write_pickle(path, pickled, data=b"", format="zip"):
 
 
 class Reduces:
-    """Is pickled as a call."""
+    """An object that is pickled as a call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -96,11 +96,11 @@ class Reduces:
         return self.call
 
     def __call__(self):
-        """Only for pickle, which wants what is called to be callable."""
+        """Exist for pickle, which requires a callable."""
 
 
 class Storage:
-    """Is pickled as a persistent id."""
+    """An object that is pickled as a persistent id."""
 
     def __init__(self, *identity):
         self.identity = identity
@@ -128,7 +128,7 @@ def tensor_pickle(format="zip", numel=6, offset=0, size=(2, 3), stride=(3, 1), k
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_dtype_bit_for_bit(tmp_path, format, dtype):
-    bits = np.random.default_rng(0).integers(0, 256, 4096, np.uint8)  # NaNs with payloads among them
+    bits = np.random.default_rng(0).integers(0, 256, 4096, np.uint8)  # these include NaNs with payloads
     tensor = torch.from_numpy(bits % 2 if dtype == "bool" else bits).view(getattr(torch, dtype)).view(16, -1)
     state = {"x": tensor}
     assert_same(load_torch_bin(save(state, tmp_path / "pytorch_model.bin", format)), state)
@@ -193,7 +193,7 @@ def test_pickle_protocols(tmp_path, format, protocol):
 
 
 def test_top_folder_of_any_name(tmp_path):
-    buffer = io.BytesIO()  # "archive/" when there is no file name
+    buffer = io.BytesIO()  # the folder is "archive/" if there is no file name
     torch.save(example(), buffer)
     path = tmp_path / "x.bin"
     path.write_bytes(buffer.getvalue())
@@ -201,7 +201,7 @@ def test_top_folder_of_any_name(tmp_path):
 
 
 def test_no_byteorder_record_is_little_endian(tmp_path):
-    path = save(example(), tmp_path / "x.bin")  # the first zip files had none
+    path = save(example(), tmp_path / "x.bin")  # the first zip files had no such record
     edit(path, lambda name, data: None if name.endswith("byteorder") else (name, data))
     assert_same(load_torch_bin(path), example())
 
@@ -229,7 +229,7 @@ def test_big_endian(tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_result_outlives_the_file(tmp_path, format):
+def test_arrays_are_valid_after_the_file_is_deleted(tmp_path, format):
     path = save(example(), tmp_path / "x.bin", format)
     arrays = load_torch_bin(path)
     path.write_bytes(b"\0" * path.stat().st_size)
@@ -237,13 +237,13 @@ def test_result_outlives_the_file(tmp_path, format):
     assert_same(arrays, example())
 
 
-LARGE = MAPPED_FROM // 2  # numbers of half precision
+LARGE = MIN_MAPPED_BYTES // 2  # elements in half precision
 
 
 @needs_kernels
 @pytest.mark.parametrize(("format", "mapped"), [("zip", 4), ("legacy", 0)])
-def test_large_tensors_stay_in_the_file(tmp_path, format, mapped):
-    """Of a zip, those that lie there row by row."""
+def test_large_tensors_are_mapped(tmp_path, format, mapped):
+    """In a zip, row-major tensors are mapped."""
     torch.manual_seed(0)
     rows = torch.randn(3, LARGE)
     state = {
@@ -263,7 +263,7 @@ def test_large_tensors_stay_in_the_file(tmp_path, format, mapped):
 
 
 def test_flipped_bit_of_a_large_tensor(tmp_path):
-    """Mapped or read, it is checked."""
+    """The checksum is compared for mapped tensors as well."""
     path = save({"w": torch.arange(float(LARGE))}, tmp_path / "x.bin")
     content = bytearray(path.read_bytes())
     content[-LARGE] ^= 1
@@ -277,7 +277,7 @@ def test_holds_one_storage_at_a_time(tmp_path, format):
     megabytes = 4
     state = {f"{i}": torch.randn(megabytes << 9, 128).bfloat16().t() for i in range(6)}
     path = save({key: value.float() for key, value in state.items()}, tmp_path / "x.bin", format)
-    tracemalloc.start()  # sees Python and NumPy, not the arrays of MLX
+    tracemalloc.start()  # this traces Python and NumPy, not the arrays of MLX
     try:
         load_torch_bin(path)
         peak = tracemalloc.get_traced_memory()[1]
@@ -303,7 +303,7 @@ def test_needs_no_torch(tmp_path, format):
 
 
 def training_checkpoint():
-    """As fairseq writes it: tensors of an optimizer lie before, between and behind those of the model."""
+    """Make a checkpoint like those of fairseq: tensors of an optimizer before, between and after those of the model."""
     shared = example()
     args = Namespace(arch="net", layers=3, dropout=0.5, lr=[1e-3, 2], best=None, nested=Namespace(seed=1), flag=True)
     moments = {0: {"step": 7, "exp_avg": torch.ones(3).half()}, 1: {"exp_avg": shared["weight"]}}
@@ -336,7 +336,7 @@ def test_only_the_model_is_read(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_namespace_is_no_part_of_a_state_dict(tmp_path, format):
+def test_namespace_in_a_state_dict_is_rejected(tmp_path, format):
     path = save({"w": torch.ones(2), "args": Namespace()}, tmp_path / "x.bin", format)
     with pytest.raises(CheckpointError, match=r"global 'argparse\.Namespace'"):
         load_torch_bin(path)
@@ -371,18 +371,18 @@ NAMESPACE = b"cargparse\nNamespace\n"
 @pytest.mark.parametrize(
     ("opcodes", "message"),
     [
-        (b"ccollections\nOrderedDict\n)\x81", "makes an object of what is no settings"),
-        (b"ctorch\nFloatStorage\n)\x81", "makes an object of what is no settings"),
-        (NAMESPACE + b"X\x01\x00\x00\x00a\x85\x81", "makes an object of what is no settings"),
-        (NAMESPACE + b")" + b"\x85" * 100_000 + b"\x81", "makes an object of what is no settings"),
-        (b"])\x81", "makes an object of what is no settings"),
+        (b"ccollections\nOrderedDict\n)\x81", "makes an object of a class that is not one of settings"),
+        (b"ctorch\nFloatStorage\n)\x81", "makes an object of a class that is not one of settings"),
+        (NAMESPACE + b"X\x01\x00\x00\x00a\x85\x81", "makes an object of a class that is not one of settings"),
+        (NAMESPACE + b")" + b"\x85" * 100_000 + b"\x81", "makes an object of a class that is not one of settings"),
+        (b"])\x81", "makes an object of a class that is not one of settings"),
         (NAMESPACE + b")}\x92", "opcode NEWOBJ_EX"),
         (NAMESPACE + b")\x81Nb", "the attributes of an object are a pickled NoneType"),
         (NAMESPACE + b")\x81N}\x86b", "the attributes of an object are a pickled tuple"),  # state and slots
         (NAMESPACE + b")\x81])" + b"\x85" * 100_000 + b"N\x86ab", "the attributes of an object are a pickled list"),
         (NAMESPACE + b"}b", "sets attributes of what is not a dict"),  # of the class
         (NAMESPACE + b")\x81}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsb", "global 'os.system'"),
-        (b"\x81", "makes an object of what is no settings"),
+        (b"\x81", "makes an object of a class that is not one of settings"),
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
@@ -457,7 +457,7 @@ def test_allowed_type_is_not_called(tmp_path, kind):
         (b"Pname\n", "opcode PERSID"),
         (b"\x8e" + b"\xff" * 7 + b"\x7f", "damaged"),  # BINBYTES8 of nearly 2**63
         (b"X\xff\xff\xff\xff", "damaged"),  # BINUNICODE of 4 GiB
-        (b"}r\xff\xff\xff\xff", None),  # LONG_BINPUT, for which the C unpickler allocates 64 GiB
+        (b"}r\xff\xff\xff\xff", None),  # LONG_BINPUT: the C unpickler would allocate 64 GiB
         (b"})R", "calls what is not a global"),
         (b"X\x01\x00\x00\x00a)R", "calls what is not a global"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n}b", "attributes of what is not a dict"),
@@ -480,7 +480,7 @@ def test_allowed_type_is_not_called(tmp_path, kind):
         (
             b"})" + b"\x85" * 100_000 + b"Ns",
             "neither a string nor an integer",
-        ),  # whose hash would crash Python
+        ),  # hashing it would crash Python
         (b"}X\x01\x00\x00\x00w)" + b"\x85" * 100_000 + b"s", "'w' is a pickled tuple"),
     ],
 )
@@ -536,11 +536,11 @@ def test_handmade_tensor(tmp_path, format):
         ({"size": (2, 4)}, "beyond the 6 elements"),
         ({"size": (1 << 62, 1 << 62)}, "beyond the 6 elements"),
         ({"offset": 1 << 80}, "beyond the 6 elements"),
-        ({"offset": -1}, "of no tensor"),
-        ({"offset": 5, "stride": (-3, 1)}, "of no tensor"),
-        ({"size": (-2, 3)}, "of no tensor"),
-        ({"size": (6,)}, "of no tensor"),
-        ({"size": (1,) * 99, "stride": (1,) * 99}, "of no tensor"),
+        ({"offset": -1}, "are not valid"),
+        ({"offset": 5, "stride": (-3, 1)}, "are not valid"),
+        ({"size": (-2, 3)}, "are not valid"),
+        ({"size": (6,)}, "are not valid"),
+        ({"size": (1,) * 99, "stride": (1,) * 99}, "are not valid"),
         ({"size": (2.0, 3)}, "plain tensor"),
         ({"size": [2, 3]}, None),
         ({"offset": True}, "plain tensor"),
@@ -555,7 +555,7 @@ def test_handmade_tensor(tmp_path, format):
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
-def test_claims_beyond_the_storage(tmp_path, format, claims, message):
+def test_tensors_beyond_their_storage(tmp_path, format, claims, message):
     path = write_pickle(tmp_path / "x.bin", tensor_pickle(format, **claims), bytes(24), format)
     with pytest.raises(CheckpointError, match=message or "plain tensor") as raised:
         load_torch_bin(path)
@@ -661,7 +661,7 @@ def test_flipped_bit_of_the_data(tmp_path):
 
 
 def test_missing_records(tmp_path):
-    for missing, message in (("data.pkl", "'data.pkl' is missing"), ("data/1", "data of 'half' are missing")):
+    for missing, message in (("data.pkl", "'data.pkl' is missing"), ("data/1", "data of 'half' is missing")):
         path = save(example(), tmp_path / "x.bin")
         edit(path, lambda name, data: None if name.endswith(missing) else (name, data))  # noqa: B023
         with pytest.raises(CheckpointError, match=message):
@@ -704,7 +704,7 @@ def test_fuzz(tmp_path_factory, format):
         except CheckpointError as error:
             assert str(path) in str(error)
         else:
-            if format == "zip":  # the legacy format has no checksums: what was flipped may be a weight
+            if format == "zip":  # the legacy format has no checksums, and the flipped bit may be in a weight
                 assert_same(arrays, example())
 
     check()

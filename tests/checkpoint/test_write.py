@@ -1,4 +1,4 @@
-"""Weights to files: all of them, or what was there before."""
+"""Writing weights to safetensors files."""
 
 import json
 
@@ -10,7 +10,6 @@ from safetensors import safe_open
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import shard_names
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, save_safetensors, write_safetensors
-from mlx_esm_hf.runtime.files import replace_files
 from tests.marks import needs_cpu
 
 STATE = {f"layer.{i}": mx.full((256,), i, dtype=mx.float32) for i in range(5)}  # 1 KiB each
@@ -20,28 +19,10 @@ def content(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_files_appear_together(tmp_path):
-    target = tmp_path / "new" / "folder"
-    with replace_files(target) as folder:
-        for name in ("a", "b"):
-            (folder / name).write_text(name)
-        assert not (target / "a").exists() and folder.parent == target
-    assert content(target) == {"a": b"a", "b": b"b"}
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_nothing_is_half_written(error, tmp_path):
-    (tmp_path / "a").write_text("old")
-    with pytest.raises(error), replace_files(tmp_path) as folder:
-        (folder / "a").write_text("new")
-        raise error
-    assert content(tmp_path) == {"a": b"old"}
-
-
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("size", ["50GB", "3KB", 2048, 1024, 1])
 def test_save(size, variant, tmp_path):
-    """One file, or shards of which none is larger than asked, and an index that names every key."""
+    """Write one file, or shards of at most the requested size and an index of all keys."""
     files = save_safetensors(dict(STATE), tmp_path, size, variant)
     assert set(files) == content(tmp_path).keys()
     assert all(variant is None or variant in file for file in files)
@@ -63,7 +44,7 @@ def test_save(size, variant, tmp_path):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_not_contiguous(dtype, tmp_path):
-    """Transposed and broadcast arrays are written as what they look like."""
+    """Transposed and broadcast arrays are written with their visible elements."""
     state = {
         "transposed": mx.arange(6).reshape(2, 3).T.astype(dtype),
         "view": mx.arange(6).reshape(2, 3).T,
@@ -78,8 +59,8 @@ def test_not_contiguous(dtype, tmp_path):
         assert np.array_equal(np.array(loaded[name].astype(mx.float32)), np.array(array.astype(mx.float32))), name
 
 
-def test_numbers_are_aligned(tmp_path):
-    """Whatever lies before them in the file."""
+def test_arrays_are_aligned(tmp_path):
+    """Arrays of all item sizes are aligned in the file."""
     state = {
         "odd": mx.ones(3, mx.uint8),
         "a": mx.array([1.5, 2, 3]),
@@ -99,7 +80,7 @@ def test_numbers_are_aligned(tmp_path):
 
 
 def test_lazy_arrays_are_in_memory_one_at_a_time(tmp_path):
-    """Of three shards together, too."""
+    """This holds for three shards together."""
     size = 4 << 20
     state = {f"layer.{i}": mx.arange(size // 4).astype(mx.float32) + i for i in range(12)}
     before = mx.get_active_memory()
@@ -110,9 +91,9 @@ def test_lazy_arrays_are_in_memory_one_at_a_time(tmp_path):
     assert len(files) == 4 and all(loaded[f"layer.{i}"][5].item() == 5 + i for i in range(12))
 
 
-@needs_cpu  # which alone has float64
+@needs_cpu  # only CPUs have float64
 def test_dtype_that_is_not_read(tmp_path):
-    with pytest.raises(ValueError, match="'x' is of mlx.core.float64, .* cast it first"):
+    with pytest.raises(ValueError, match="'x' has dtype mlx.core.float64, .* Cast it first"):
         save_safetensors({"x": mx.array([1.0], mx.float64)}, tmp_path, "1GB")
     assert not content(tmp_path)
 

@@ -73,8 +73,8 @@ def test_branch_and_pull_request(push, folder):
 def test_errors_have_no_traceback(push, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for done, said in (
-        (push(tmp_path / "empty", "me/esm"), "holds no config.json: it is not a checkpoint. Nothing was sent."),
-        (push(folder, "me/esm", token="hf_wrong"), "401 (Invalid username or password.): there is no token, or it is"),
+        (push(tmp_path / "empty", "me/esm"), "contains no config.json: it is not a checkpoint. Nothing was sent."),
+        (push(folder, "me/esm", token="hf_wrong"), "401 (Invalid username or password.): the token is missing or not"),
         (push(folder, "a/b/c"), "Repo id must"),
     ):
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr

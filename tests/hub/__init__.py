@@ -1,4 +1,4 @@
-"""A Hub on this machine, that answers huggingface_hub's real client, and breaks when a test tells it to."""
+"""A local Hub that serves the real client huggingface_hub, and fails when a test asks for it."""
 
 import os
 
@@ -9,14 +9,14 @@ __all__ = ["Hub", "Repository", "Request", "environment", "serve", "use"]
 
 
 def environment(endpoint, home, **variables):
-    """Of a process whose Hub is at `endpoint` and whose cache is in `home`."""
+    """Return the environment of a process with the Hub at `endpoint` and its cache in `home`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     return clean | ours | variables
 
 
 def use(monkeypatch, endpoint):
-    """Let this process talk to the Hub at `endpoint`."""
+    """Make this process use the Hub at `endpoint`."""
     from huggingface_hub import constants
     from transformers.utils import hub
 

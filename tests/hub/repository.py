@@ -1,4 +1,4 @@
-"""A repository of the Hub: commits, refs, and the large files beside them."""
+"""A repository of the Hub: commits, refs and large files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hashlib import sha1, sha256
 from pathlib import Path
 
-LARGE = (".safetensors", ".bin", ".h5", ".npz")  # what the Hub's .gitattributes sends to LFS
+LARGE = (".safetensors", ".bin", ".h5", ".npz")  # stored in LFS by the .gitattributes of the Hub
 GITATTRIBUTES = "".join(f"*{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in LARGE).encode()
 
 
@@ -15,7 +15,7 @@ def is_large(path: str) -> bool:
 
 
 def etag(path: str, body: bytes) -> str:
-    """What the Hub calls a file's content by: its sha256 in LFS, else git's own name for a blob."""
+    """Return the Hub's name for the content of a file: its SHA-256 in LFS, otherwise git's hash of a blob."""
     return sha256(body).hexdigest() if is_large(path) else git_name(body)
 
 
@@ -24,7 +24,7 @@ def git_name(body: bytes) -> str:
 
 
 def read_folder(folder: str | Path) -> dict[str, bytes]:
-    """{path: content}"""
+    """Return {path: content} of a folder."""
     folder = Path(folder)
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
@@ -38,13 +38,14 @@ class Commit:
 
 @dataclass
 class Repository:
-    """
+    """A repository.
+
     Attributes:
-        token: who may read it, if not everyone may.
-        gated: whether its existence is told to others.
+        token: the only token that may read it; None if everyone may.
+        gated: whether others are told that it exists.
         commits: {id: commit}
         refs: {name of a branch, tag or pull request: id of a commit}
-        objects: {sha256: content} of the large files that were uploaded, committed or not.
+        objects: {SHA-256: content} of uploaded large files, committed or not.
     """
 
     token: str | None = None
@@ -55,7 +56,7 @@ class Repository:
     objects: dict[str, bytes] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], message: str, ref: str = "main", description: str = "") -> str:
-        """The id of a new commit, to which `ref` points from now on."""
+        """Add a commit, make `ref` point to it, and return its id."""
         listing = "".join(f"{git_name(files[path])} {path}\n" for path in sorted(files))
         commit = sha1(f"{len(self.commits)} {self.refs.get(ref)} {message}\n{listing}".encode()).hexdigest()
         self.commits[commit] = Commit(dict(files), message, description)
@@ -64,9 +65,9 @@ class Repository:
         return commit
 
     def find(self, revision: str) -> str | None:
-        """The commit of a branch, a tag, a pull request, or a commit's own id."""
+        """Return the commit of a branch, tag, pull request or commit id."""
         return self.refs.get(revision) or (revision if revision in self.commits else None)
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """What a visitor sees."""
+        """Return {path: content} of a revision."""
         return self.commits[self.refs.get(revision, revision)].files

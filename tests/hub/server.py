@@ -1,4 +1,4 @@
-"""The Hub's side of HTTP, as huggingface_hub 1 and 2 ask it with Xet off: reading, creating, uploading, committing."""
+"""The HTTP server of the local Hub, for huggingface_hub 1 and 2 without Xet."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Request:
 
     @property
     def parts(self) -> list[str]:
-        """The path's, a revision such as `refs%2Fpr%2F1` being one of them."""
+        """The parts of the path. A revision such as `refs%2Fpr%2F1` is one part."""
         return [unquote(part) for part in self.path.strip("/").split("/")]
 
     @property
@@ -54,7 +54,7 @@ class Answer:
 
 
 class Refused(Exception):
-    """A request that is answered with an error."""
+    """The error response to a request."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
         super().__init__(message)
@@ -66,8 +66,11 @@ class Refused(Exception):
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests whose "METHOD /path" matches: a status, "cut" (the connection ends
-    in the middle of the body) or "corrupt" (a byte of the body is another one)."""
+    """A failure of the next `times` requests whose "METHOD /path" matches.
+
+    Its kind is an HTTP status, "cut" (the connection ends in the middle of the body) or "corrupt" (a byte of the body
+    is changed).
+    """
 
     request: str
     kind: int | str
@@ -76,7 +79,7 @@ class Fault:
 
 
 class Hub:
-    """A Hub on this machine.
+    """A local Hub.
 
     Args:
         repos: {(repo id, revision): folder}
@@ -113,18 +116,18 @@ class Hub:
             self.repos[repo_id].token, self.repos[repo_id].gated = token, True
 
     def push(self, repo_id: str, folder: str | Path, revision: str = "main") -> str:
-        """Let a revision be a folder's files; returns the commit."""
+        """Commit the files of a folder as a revision. Return the commit."""
         return self.repos.setdefault(repo_id, Repository()).commit(read_folder(folder), "Push", revision)
 
     def commit(self, repo_id: str, revision: str) -> str:
-        """The id of a revision's commit."""
+        """Return the commit id of a revision."""
         return self.repos[repo_id].refs[revision]
 
     def fail(self, request: str, kind: int | str, times: int = 1, **headers: str) -> None:
         self.faults.append(Fault(request, kind, times, {name.replace("_", "-"): x for name, x in headers.items()}))
 
     def fault(self, method: str, path: str) -> Fault | None:
-        """The first one that this request meets; it is used up."""
+        """Return the first fault that matches this request, and count it as used."""
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.request, f"{method} {path}"):
@@ -132,7 +135,7 @@ class Hub:
                     return fault
         return None
 
-    # Who may do what
+    # Permissions
 
     def known(self, token: str | None) -> bool:
         return token in self.users or any(token == repo.token for repo in self.repos.values() if repo.token)
@@ -155,13 +158,13 @@ class Hub:
         return repo
 
     def at(self, repo: Repository, revision: str) -> str:
-        """The commit of a revision."""
+        """Return the commit of a revision, or raise a 404."""
         commit = repo.find(revision)
         if commit is None:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
-    # Questions
+    # Reading
 
     def answer(self, request: Request) -> Answer:
         try:
@@ -217,7 +220,7 @@ class Hub:
         raise Refused(404, f"Not found: {request.path}")
 
     def tree(self, request: Request, repo: Repository, commit: str, folder: str) -> list[dict[str, Any]]:
-        """The files of a folder, and its folders unless they are opened, too."""
+        """Return the files of a folder, and its folders unless the listing is recursive."""
         prefix = f"{folder}/" if folder else ""
         entries: dict[str, dict[str, Any]] = {}
         for path, body in repo.commits[commit].files.items():
@@ -233,7 +236,7 @@ class Hub:
         return list(entries.values())
 
     def resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Answer:
-        """A file, or where a large one is."""
+        """Return a file, or redirect to a large file."""
         repo = self.readable(repo_id, request.token)
         if repo.gated and request.token != repo.token:
             message = f"Access to model {repo_id} is restricted. You must be authenticated to access it."
@@ -251,7 +254,7 @@ class Hub:
         return Answer(302, b"", headers)
 
     def download(self, request: Request, oid: str) -> Answer:
-        """A large file, or its end. Another host than the Hub's: no token may come here."""
+        """Return a large file or the rest of it. This is another host than the Hub and must not receive a token."""
         if request.token is not None:
             raise Refused(400, "Only one auth mechanism allowed")
         body = next((repo.objects[oid] for repo in self.repos.values() if oid in repo.objects), None)
@@ -271,11 +274,11 @@ class Hub:
         return as_json({"type": "user", "name": self.users[request.token], "orgs": [], "auth": {}})
 
     def offer_login(self, request: Request) -> Answer:
-        """The page that `hf auth login` sends its user to; here the first of the users is there at once, and agrees."""
+        """Return the login page of `hf auth login`. The first user agrees at once."""
         page = f"http://{request.host}/oauth/device"
         return as_json({"device_code": "x", "user_code": "MQIF-VKTL", "verification_uri": page, "interval": 0})
 
-    # Changes
+    # Writing
 
     def create(self, request: Request) -> Answer:
         if request.token not in self.users:
@@ -294,7 +297,7 @@ class Hub:
         return as_json({"url": url, "name": repo_id, "id": repo_id})
 
     def validate(self, request: Request) -> Answer:
-        """The metadata of a card; the Hub checks more than that it is there."""
+        """Validate the metadata of a card. The real Hub checks more."""
         match = METADATA.match(request.json()["content"])
         if match is None:
             return as_json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
@@ -336,7 +339,7 @@ class Hub:
         return {"path": path, "uploadMode": mode, "shouldIgnore": False} | oid
 
     def batch(self, request: Request, repo_id: str) -> Answer:
-        """Where to send those large files that are not here yet."""
+        """Return upload URLs for large files that are not here yet."""
         if "ref" in request.json():
             repo = self.writable(repo_id, request.token)
         else:  # for a pull request
@@ -369,7 +372,7 @@ class Hub:
         return as_json({})
 
     def verify(self, request: Request, repo_id: str) -> Answer:
-        """Take a large file in, if it is the one that was announced."""
+        """Accept a large file if it is the one that was announced."""
         oid, size = request.json()["oid"], request.json()["size"]
         repo = self.readable(repo_id, request.token)
         parts = self.parts.pop(oid, {})
@@ -403,7 +406,7 @@ class Hub:
         return as_json(result)
 
     def apply(self, files: dict[str, bytes], repo: Repository, key: str, value: dict[str, Any]) -> None:
-        """One line of a commit."""
+        """Apply one line of a commit."""
         if key == "file":
             files[value["path"]] = base64.b64decode(value["content"])
         elif key == "lfsFile":
@@ -423,7 +426,7 @@ def as_json(content: Any, status: int = 200, kind: str = "application/json") -> 
 
 
 def describe(path: str, body: bytes) -> dict[str, Any]:
-    """An entry of a listing."""
+    """Return an entry of a listing."""
     entry = {"type": "file", "path": path, "size": len(body), "oid": git_name(body)}
     if is_large(path):
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{etag(path, body)}\nsize {len(body)}\n"
@@ -433,14 +436,14 @@ def describe(path: str, body: bytes) -> dict[str, Any]:
 
 
 def card_data(files: dict[str, bytes]) -> Any:
-    """The metadata of a repository's card."""
+    """Return the metadata in the card of a repository."""
     match = METADATA.match(files.get("README.md", b"").decode())
     return yaml.safe_load(match.group(1)) if match else None
 
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[str]:
-    """The URL under which `hub` answers, until the block ends; then no one listens there."""
+    """Yield the URL of `hub`, which is served until the block ends."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -455,7 +458,7 @@ def serve(hub: Hub) -> Iterator[str]:
             hub.requests.append((self.command, parts.path, request.token))
             if self.command in ("PUT", "POST") and kind == "cut":
                 self.close_connection = True
-                return  # without an answer
+                return  # without a response
             if isinstance(kind, int):
                 answer = Refused(kind, f"Trouble {kind}", **fault.headers).answer
             else:
@@ -498,6 +501,6 @@ def serve(hub: Hub) -> Iterator[str]:
 
 
 def corrupted(body: bytes) -> bytes:
-    """Of the same length, one byte in the middle being another."""
+    """Return the same bytes with one in the middle changed."""
     middle = len(body) // 2
     return body[:middle] + bytes([body[middle] ^ 0xFF]) + body[middle + 1 :]

@@ -1,4 +1,4 @@
-"""What tests of kernels share."""
+"""Fixtures for tests of kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_esm_hf.ops import kernels
 
 @pytest.fixture
 def on_cpu() -> Iterator[None]:
-    """MLX's default device is the CPU."""
+    """Make the CPU MLX's default device."""
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield
@@ -21,7 +21,7 @@ def on_cpu() -> Iterator[None]:
 
 @pytest.fixture(params=kernels.native.instruction_sets() if kernels.native else [])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of this machine, chosen."""
+    """Select each instruction set of this machine."""
     before = kernels.native.instruction_set()
     kernels.native.choose(request.param)
     yield request.param

@@ -1,7 +1,7 @@
-"""`runtime.blas`: MLX's matmul is redirected to OpenBLAS where, and only where, it would use the reference BLAS.
+"""MLX's matmul is redirected to OpenBLAS if it would use the reference BLAS, and only then.
 
-A process is bound once, and importing the package binds it, so what depends on the state before runs in a new
-process with `blas.py` loaded by itself.
+A process is bound once, and importing the package does so. Tests that depend on the state before that run in a new
+process, which loads only `blas.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def library(symbol="cblas_sgemm"):
 
 
 def run(code: str, **environment: str) -> str:
-    """What `code` prints in a new process."""
+    """Return what `code` prints in a new process."""
     process = subprocess.run(
         [sys.executable, "-c", LOAD + code, blas.__file__],
         env={**os.environ, **environment},
@@ -49,14 +49,14 @@ def run(code: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def reference_mlx() -> None:
-    """Skips the test unless this MLX comes with the reference BLAS."""
+    """Skip the test unless MLX comes with the reference BLAS."""
     if sys.platform != "linux" or not blas.is_reference(run("blas = load(); print(library(), end='')")):
-        pytest.skip("needs Linux, and an MLX that links the reference BLAS (its CPU wheel)")
+        pytest.skip("needs Linux and an MLX that links the reference BLAS (its CPU wheel)")
 
 
 @pytest.fixture(scope="module")
 def openblas(reference_mlx: None) -> None:
-    """Skips the test unless this MLX can be bound."""
+    """Skip the test unless MLX can be bound to OpenBLAS."""
     if importlib.util.find_spec("scipy_openblas32") is None:
         pytest.skip("needs scipy-openblas32")
 
@@ -69,7 +69,7 @@ BEFORE = {
 
 
 @pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
-def test_matmul_is_openblas_and_right(openblas: None, before: str) -> None:
+def test_matmul_is_correct_and_uses_openblas(openblas: None, before: str) -> None:
     run(f"""
 {before}
 import mlx.core as mx, numpy as np
@@ -101,7 +101,7 @@ assert {k: v.value for k, v in blas._slots(blas._mappings("libmlx.so")).items()}
 
 
 def test_matmul_goes_through_the_slot(openblas: None) -> None:
-    """MLX calls what `bind` has put there: here, instead of OpenBLAS, a function that notes who called it."""
+    """MLX calls the function that `bind` wrote into the slot: here one that records the call."""
     run("""
 import ctypes
 import mlx.core as mx
@@ -109,18 +109,18 @@ blas, calls = load(), []
 @ctypes.CFUNCTYPE(None)
 def sgemm():
     calls.append("cblas_sgemm")
-blas._openblas = lambda: ("a note", dict.fromkeys(blas.SYMBOLS, ctypes.cast(sgemm, ctypes.c_void_p).value))
+blas._openblas = lambda: ("recorder", dict.fromkeys(blas.SYMBOLS, ctypes.cast(sgemm, ctypes.c_void_p).value))
 x = mx.ones((64, 64))
 mx.eval(x @ x)
 assert calls == []
-assert blas.bind() == "a note"
+assert blas.bind() == "recorder"
 mx.eval(x @ x)
 assert calls == ["cblas_sgemm"]
 """)
 
 
 def test_gflops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 n³ operations in the time of one product; of 256 x 256 ones, which take a second by this clock."""
+    """2 n³ operations in the time of one product. On a slow clock, only products of size 256 are measured."""
     clock = itertools.count()
     monkeypatch.setattr(blas.time, "perf_counter", lambda: next(clock))
     assert blas.gemm_gflops(64) == pytest.approx(2 * 64**3 / 1e9)
@@ -164,9 +164,9 @@ def test_no_warning_with_a_gpu(reference_mlx: None) -> None:
     assert not run(f"sys.modules['scipy_openblas32'] = None; blas = load(); {gpu}" + WARNINGS).strip()
 
 
-def test_nothing_happens_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_changes_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
-        raise AssertionError("touched on macOS")
+        raise AssertionError("called on macOS")
 
     for function in "_mappings", "_slots", "_library", "_openblas":
         monkeypatch.setattr(blas, function, fail)
@@ -175,7 +175,7 @@ def test_nothing_happens_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("paths", [(), ("/a/libmlx.so", "/b/libmlx.so")], ids=["none", "two"])
-def test_no_libmlx_to_be_sure_of(monkeypatch: pytest.MonkeyPatch, paths: tuple[str, ...]) -> None:
+def test_unknown_without_exactly_one_libmlx(monkeypatch: pytest.MonkeyPatch, paths: tuple[str, ...]) -> None:
     mappings = [blas.Mapping(0, 1, "rw-p", 0, path) for path in paths]
     monkeypatch.setattr(blas, "_mappings", lambda name: mappings)
     monkeypatch.setattr(sys, "platform", "linux")
@@ -219,7 +219,7 @@ assert (mx.ones((4, 4)) @ mx.ones((4, 4)))[0, 0].item() == 42
     )
 
 
-def test_each_slot_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_slot_is_checked_separately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     slots = {symbol: ctypes.c_void_p(1) for symbol in blas.SYMBOLS}
     libraries = dict.fromkeys(blas.SYMBOLS, "/x/mlx_cpu.libs/libblas-bd8a282c.so.3.10.0")
@@ -266,8 +266,10 @@ def test_is_reference(library: str, reference: bool) -> None:
 
 
 def elf_file(machine: int, jump_slot: int) -> bytes:
-    """A shared library with slots at offsets 0x40, 0x48, 0x50, in memory 0x1000 higher: cblas_sgemm's, that
-    of a longer name, and cblas_dgemm's with a relocation of another type."""
+    """Return a shared library with three slots, at offsets 0x40, 0x48 and 0x50 (in memory 0x1000 higher).
+
+    They belong to cblas_sgemm, to a longer name, and to cblas_dgemm with another type of relocation.
+    """
     names = b"\0cblas_sgemm\0cblas_sgemm_batch\0cblas_dgemm\0.rela.plt\0"
     start = [names.index(b"\0" + name) + 1 for name in names.split(b"\0")[1:-1]]
     contents = [
@@ -326,10 +328,10 @@ def test_damaged_files_do_not_raise(tmp_path: Path) -> None:
     for length in range(len(content)):
         path.write_bytes(content[:length])
         assert blas.jump_slots(str(path)) == {}
-    chance = random.Random(0)
+    rng = random.Random(0)
     for _ in range(1000):
         damaged = bytearray(content)
-        for _ in range(chance.randrange(1, 6)):
-            damaged[chance.randrange(len(damaged))] = chance.choice((0, 1, 127, 255, chance.randrange(256)))
+        for _ in range(rng.randrange(1, 6)):
+            damaged[rng.randrange(len(damaged))] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
         path.write_bytes(damaged)
         assert set(blas.jump_slots(str(path))) <= set(blas.SYMBOLS)

@@ -1,4 +1,4 @@
-"""How much memory there is to take: of the machine, of a control group, within a limit of the shell."""
+"""Free memory: limits of the machine, of control groups and of the shell."""
 
 import resource
 
@@ -12,7 +12,7 @@ MACHINE = 8000000 * 1024
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A machine that only has what a test writes."""
+    """Write the files of a machine. Nothing else limits its memory."""
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def write(files):
@@ -56,8 +56,8 @@ def test_free_memory(files, free, root):
     assert free_host_memory(root(files)) == free
 
 
-def test_a_limit_of_the_shell(root, monkeypatch):
-    """`ulimit -v`"""
+def test_limit_of_the_shell(root, monkeypatch):
+    """`ulimit -v` limits the address space."""
     folder = root({"proc/self/statm": "10 5 1 1 0 1 0\n"})
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 30, 1 << 30))
     assert free_host_memory(folder) == (1 << 30) - 10 * resource.getpagesize()

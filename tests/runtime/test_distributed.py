@@ -1,4 +1,4 @@
-"""What ranks tell each other."""
+"""Communication between ranks."""
 
 import mlx.core as mx
 import pytest
@@ -6,14 +6,14 @@ import pytest
 from mlx_esm_hf.runtime import distributed
 
 
-def test_what_a_dead_rank_seems_to_send_is_not_taken(monkeypatch):
-    """MLX does not say that a rank is gone: its part of what is gathered is what lay in memory."""
+def test_data_of_a_dead_rank_is_rejected(monkeypatch):
+    """MLX does not report that a rank has ended, and returns uninitialised memory in place of its data."""
     monkeypatch.setattr(distributed, "size", lambda: 2)
     alive = [True]
     kept = {}
 
     def all_gather(x, stream):
-        # The other rank is one that sends the same; of a dead one there is what it sent before.
+        # The other rank sends the same data; after it has ended, its earlier data is still in memory.
         other = x if alive[0] else kept[x.dtype]
         kept[x.dtype] = other
         return mx.concatenate([x, other])

@@ -1,4 +1,4 @@
-"""How much fits, on devices that tests mostly run without."""
+"""Free memory, also on devices that this machine does not have."""
 
 import mlx.core as mx
 import pytest
@@ -6,11 +6,11 @@ import pytest
 from mlx_esm_hf.runtime import memory
 
 GIB = 1 << 30
-# What `mx.device_info` says there, of memory.
+# What `mx.device_info` returns there, and the free memory.
 DEVICES = {
     "Metal": ({"memory_size": 16 * GIB, "max_recommended_working_set_size": 12 * GIB}, 15 * GIB),
     "CUDA": ({"total_memory": 80 * GIB, "free_memory": 10 * GIB}, 10 * GIB),
-    "CUDA that does not say what is free": ({"total_memory": 80 * GIB}, 79 * GIB),
+    "CUDA without free memory": ({"total_memory": 80 * GIB}, 79 * GIB),
 }
 
 

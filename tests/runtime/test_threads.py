@@ -1,4 +1,4 @@
-"""How many threads there should be: cores, a share of their time, and the user's word."""
+"""The number of threads: cores, CPU quota and the user's setting."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from mlx_esm_hf.runtime.threads import cgroup_quota, thread_limits
 
-# Files below a root folder, and the quota that they mean.
+# Files in a root folder, and the quota that they set.
 LAYOUTS = {
     "a container, version 2": (
         {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"},
@@ -18,7 +18,7 @@ LAYOUTS = {
         {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"},
         None,
     ),
-    "a systemd unit in a slice that has less": (
+    "a systemd unit in a slice with a lower quota": (
         {
             "proc/self/cgroup": "0::/user.slice/user-1000.slice/run-1.scope\n",
             "sys/fs/cgroup/user.slice/cpu.max": "max 100000\n",
@@ -27,7 +27,7 @@ LAYOUTS = {
         },
         1.5,
     ),
-    "a container, version 1, whose path is the host's": (
+    "a container, version 1, with its path on the host": (
         {
             "proc/self/cgroup": "3:memory:/docker/4f0c\n2:cpuset:/docker/4f0c\n1:cpu,cpuacct:/docker/4f0c\n",
             "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000\n",
@@ -35,7 +35,7 @@ LAYOUTS = {
         },
         0.5,
     ),
-    "version 1, of a job and its parent": (
+    "version 1, a job and its parent": (
         {
             "proc/self/cgroup": "4:cpuacct,cpu:/slurm/job_7/step_0\n0::/system.slice\n",
             "sys/fs/cgroup/cpu/slurm/job_7/cpu.cfs_quota_us": "400000\n",
@@ -86,7 +86,7 @@ def test_omp_num_threads(tmp_path, monkeypatch, value, threads):
     assert thread_limits(tmp_path).get("OMP_NUM_THREADS") == threads
 
 
-# Threads are counted by the system, before and after a product that is large enough for all of them.
+# Count the threads of the process before and after a product that is large enough to use all of them.
 COUNT = """
 import os, sys
 cores = int(sys.argv[1])
@@ -103,7 +103,7 @@ print(native.threads(), 1 + len(os.listdir("/proc/self/task")) - before, STATE.r
 
 
 def run(*arguments, **environment):
-    """What Python says where OMP_NUM_THREADS is not set, unless in `environment`."""
+    """Return the output of Python without OMP_NUM_THREADS, unless `environment` sets it."""
     without = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=without | environment, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -126,12 +126,12 @@ def test_one_thread(cores, environment):
 
 
 @pytest.mark.usefixtures("native")
-def test_a_thread_for_each_core(monkeypatch):
+def test_one_thread_per_core(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run("-c", COUNT, "0").split() == [str(min(thread_limits().values()))] * 3
 
 
-# In a container with a quota of one core, as its files say.
+# In a container whose files set a quota of one core.
 QUOTA = """
 import ctypes, os, pathlib
 files = {"/proc/self/cgroup": "0::/\\n", "/sys/fs/cgroup/cpu.max": "100000 100000\\n"}
@@ -144,15 +144,14 @@ print(native.threads(), ctypes.CDLL(path).scipy_openblas_get_num_threads(), os.e
 
 
 @pytest.mark.usefixtures("native")
-def test_kernels_and_openblas_keep_to_a_quota(monkeypatch):
+def test_kernels_and_openblas_respect_a_quota(monkeypatch):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     assert run("-c", QUOTA).split() == ["1", "1", "1"]
     assert run("-c", QUOTA, OPENBLAS_NUM_THREADS="2").split()[2] == "2"
 
 
 @pytest.mark.usefixtures("native")
-def test_env_says_the_number_and_why():
-    (row,) = [line for line in run("-m", "mlx_esm_hf", "env", OMP_NUM_THREADS="1").splitlines() if "threads of" in line]
-    assert row.split("  ")[1].strip().startswith("1 (the least of: cores ") and row.rstrip().endswith(
-        "OMP_NUM_THREADS 1)"
-    )
+def test_env_shows_the_number_and_its_limits():
+    lines = run("-m", "mlx_esm_hf", "env", OMP_NUM_THREADS="1").splitlines()
+    (row,) = [line for line in lines if line.startswith("kernel threads")]
+    assert row.split("  ")[1].strip().startswith("1 (minimum of cores ") and row.rstrip().endswith("OMP_NUM_THREADS 1)")

@@ -22,7 +22,7 @@ from mlx_esm_hf import ops
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear
 from mlx_esm_hf.models.esmfold.structure_module import MLXEsmFoldStructureModule
-from mlx_esm_hf.ops.pairs import by_rows, gated_linear, rows_at_a_time, transition, triangle_attention
+from mlx_esm_hf.ops.pairs import Affine, by_rows, gated_linear, rows_at_a_time, transition, triangle_attention
 from mlx_esm_hf.runtime.memory import evaluate
 
 RECYCLE_BINS = 15
@@ -33,14 +33,14 @@ CHANNELS_AT_A_TIME = 32  # channels of edges in memory together
 # Layers of the pair states
 
 
-def parameters_of(layer: Any) -> tuple[mx.array, mx.array | None]:
+def parameters_of(layer: Any) -> Affine:
     """Return the weight and bias of a linear layer or layer norm."""
-    return layer.weight, layer.get("bias")
+    return Affine(layer.weight, layer.get("bias"))
 
 
-def channels_of(layer: Linear, channels: slice) -> tuple[mx.array, mx.array | None]:
+def channels_of(layer: Linear, channels: slice) -> Affine:
     """Return the rows of a linear layer's weight and bias for some output channels."""
-    return layer.weight[channels], layer.bias[channels] if "bias" in layer else None
+    return Affine(layer.weight[channels], layer.bias[channels] if "bias" in layer else None)
 
 
 def triangle_product(a: mx.array, b: mx.array, outgoing: bool) -> mx.array:

@@ -1,7 +1,6 @@
 import pytest
 
-from mlx_esm_hf import ops
-from mlx_esm_hf.ops import cpu
+from mlx_esm_hf.ops import cpu, dispatch
 from mlx_esm_hf.training.adapters import LoraConfig, save_adapter
 from tests.parity import one_thread
 from tests.training.adapters.helpers import our_base_with
@@ -16,7 +15,7 @@ def threads():
 @pytest.fixture(params=["this device", "without kernels"])
 def backend(request, monkeypatch):
     if request.param == "without kernels":
-        monkeypatch.setattr(ops, "backend_of", lambda *arrays: cpu)
+        monkeypatch.setattr(dispatch, "backend_of", lambda *arrays: cpu)
 
 
 @pytest.fixture
