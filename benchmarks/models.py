@@ -16,7 +16,7 @@ PROTEINS = "proteins.json"
 
 
 OURS_BFLOAT16 = "ours, bfloat16"
-INTEGERS: dict[str, Any] = {"quantize": True, "activations": "int8"}
+INTEGERS: dict[str, Any] = {"quantize": True, "activation_dtype": "int8"}
 CONVERTED: dict[str, dict[str, Any]] = {  # arguments of `convert`
     OURS_BFLOAT16: {"dtype": "bfloat16"},
     "ours, 8 bits, int8": INTEGERS | {"bits": 8},
@@ -96,8 +96,8 @@ def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
     import mlx.core as mx
 
     import mlx_esm_hf
+    from mlx_esm_hf import read_proteins
     from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
-    from mlx_esm_hf.pipelines import read_proteins
 
     mx.random.seed(0)
     shape = SHAPES[name]
@@ -111,7 +111,7 @@ def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
 
 
 def write_converted(folder: Path) -> None:
-    from mlx_esm_hf.pipelines import convert
+    from mlx_esm_hf import convert
 
     for name, options in CONVERTED.items():
         convert(folder, folder.with_name(name), **options)

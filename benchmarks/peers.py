@@ -72,8 +72,8 @@ class Ours:
 
         import mlx_esm_hf
         from mlx_esm_hf import ops
-        from mlx_esm_hf.pipelines.embed import embeddings
-        from mlx_esm_hf.pipelines.protein_model import ProteinModel
+        from mlx_esm_hf.jobs.embed import embeddings
+        from mlx_esm_hf.jobs.protein_model import ProteinModel
 
         self.mx, self.library, self.Tokenizer, self.dtype = mx, mlx_esm_hf, AutoTokenizer, dtype
         self.embeddings, self.ProteinModel, self.ops = embeddings, ProteinModel, ops

@@ -110,7 +110,7 @@ def commit() -> str:
         return "unknown"
 
 
-def shown(value: float, unit: str) -> float:
+def quoted(value: float, unit: str) -> float:
     """A value, which is work per second or bytes, in the unit that it is shown in."""
     if unit in ("ms", "s"):
         return (1000 if unit == "ms" else 1) / value
@@ -131,7 +131,7 @@ def entries(results: list[Result]) -> list[dict[str, Any]]:
             if reason := result.absent.get(name):
                 row["reason"] = reason
             else:
-                row["figure"] = spread(shown(value, result.unit) for value in result.values(name))
+                row["figure"] = spread(quoted(value, result.unit) for value in result.values(name))
                 row["ratio"] = spread(result.ratios(name)) if name != OURS else None
                 row["deviation"] = result.deviation.get(name)
             rows.append(row)

@@ -268,13 +268,13 @@ def contacts(s: Session) -> Iterator[Case]:
 
 def masked_batches(lengths: list[int], rows: int) -> list[dict[str, Any]]:
     """Random sequences of these lengths, in batches of `rows` as they arrive, of whose residues 15% are to be told."""
-    dice, batches = np.random.default_rng(1), []
+    rng, batches = np.random.default_rng(1), []
     for start in range(0, len(lengths), rows):
         sizes = np.array(lengths[start : start + rows])
         ids = np.array(token_ids(len(sizes), max(sizes)))
         ids[np.arange(len(sizes)), sizes - 1] = 2
         real = np.arange(ids.shape[1]) < sizes[:, None]
-        masked = real & (ids > 3) & (dice.random(ids.shape) < 0.15)
+        masked = real & (ids > 3) & (rng.random(ids.shape) < 0.15)
         batch = {"input_ids": np.where(real, np.where(masked, 32, ids), 1), "labels": np.where(masked, ids, -100)}
         if not real.all():
             batch["attention_mask"] = real.astype(int)

@@ -14,8 +14,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_esm_hf import EsmcTokenizer, MLXEsmcConfig, MLXEsmcForMaskedLM
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.models.esmc.names import SEPARATED
 
 HEAD_DIM = 64  # in every model that was published; the shapes of weights do not tell

@@ -19,8 +19,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.esm.configuration_esm import get_default_vocab_list
 
 from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_checkpoint
+from mlx_esm_hf.errors import CheckpointError
 
 PAD, MASK = 1, 32  # of the alphabet of ESM-1b, ESM-1v and ESM-2
 

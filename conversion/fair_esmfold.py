@@ -27,9 +27,9 @@ from transformers.models.esm.configuration_esm import (
 
 from conversion import fair_esm
 from mlx_esm_hf import EsmTokenizer, MLXEsmConfig, MLXEsmForProteinFolding
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_checkpoint, omegaconf_values
-from mlx_esm_hf.models.esm.residue_constants import RESTYPES_WITH_X
+from mlx_esm_hf.errors import CheckpointError
+from mlx_esm_hf.models.esmfold.residue_constants import RESTYPES_WITH_X
 
 # Settings of the structure module that have another name in transformers.
 RENAMES = {

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from mlx_esm_hf import Esm1Tokenizer, MLXEsm1Config, MLXEsmForMaskedLM
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.names import Dialect
+from mlx_esm_hf.errors import CheckpointError
 
 # Padding, end, mask, two gaps, unknown, residues, start.
 ALPHABET = "%$*-.?ABCDEFGHIKLMNOPQRSTUVWXYZ^"

@@ -2,8 +2,8 @@
 
 import sys
 
-from mlx_esm_hf.pipelines import contacts
-from mlx_esm_hf.pipelines.contacts import top_contacts
+from mlx_esm_hf import contacts
+from mlx_esm_hf.jobs.contacts import top_contacts
 
 checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
 ubiquitin = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"

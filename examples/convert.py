@@ -3,7 +3,7 @@
 import sys
 import tempfile
 
-from mlx_esm_hf.pipelines import convert
+from mlx_esm_hf import convert
 
 checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
 ubiquitin = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_esm_hf.pipelines import embed
+from mlx_esm_hf import embed
 
 checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
 fasta = Path(__file__).with_name("proteins.fasta")

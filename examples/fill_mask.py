@@ -2,7 +2,7 @@
 
 import sys
 
-from mlx_esm_hf.pipelines import pipeline
+from mlx_esm_hf import pipeline
 
 checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
 

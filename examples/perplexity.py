@@ -3,7 +3,7 @@
 import random
 import sys
 
-from mlx_esm_hf.pipelines import perplexity
+from mlx_esm_hf import perplexity
 
 checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
 ubiquitin = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"

@@ -2,7 +2,7 @@
 
 import sys
 
-from mlx_esm_hf.pipelines import score
+from mlx_esm_hf import score
 
 checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esm2_t6_8M_UR50D"
 ubiquitin = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"

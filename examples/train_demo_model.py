@@ -60,8 +60,8 @@ def split_by_homology(proteins: list[Protein], folder: Path) -> tuple[list[Prote
 
 def masked_places(vocabulary: Vocabulary, sequences: list[np.ndarray]) -> list[np.ndarray]:
     """The places of the residues of each protein that are masked, together: 15%, always the same."""
-    residues, dice = vocabulary.ids_of(STANDARD), np.random.default_rng(0)
-    return [np.flatnonzero(np.isin(ids, residues) & (dice.random(len(ids)) < MASKED)) for ids in sequences]
+    residues, rng = vocabulary.ids_of(STANDARD), np.random.default_rng(0)
+    return [np.flatnonzero(np.isin(ids, residues) & (rng.random(len(ids)) < MASKED)) for ids in sequences]
 
 
 def masked_losses(
@@ -113,8 +113,8 @@ def measure(model: MLXEsmForMaskedLM, training: list[str], checked: list[str]) -
     vocabulary = Vocabulary(esm2_tokenizer())
     known = [vocabulary.encode(sequence) for sequence in training]
     ids = [vocabulary.encode(sequence)[: CONTEXT - 2] for sequence in checked]
-    dice = np.random.default_rng(1)
-    shuffled = [dice.permutation(row) for row in ids]
+    rng = np.random.default_rng(1)
+    shuffled = [rng.permutation(row) for row in ids]
     places, shuffled_places = masked_places(vocabulary, ids), masked_places(vocabulary, shuffled)
     losses = masked_losses(model, vocabulary, ids, places)
     on_shuffled = masked_losses(model, vocabulary, shuffled, shuffled_places)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runtime.process import check_process
 
-IGNORED = -100  # the label of a token that is left out of the loss
+IGNORE_INDEX = -100  # the label of a token that is left out of the loss
 
 
 def as_array(x: Any) -> Any:
@@ -25,13 +26,13 @@ def as_array(x: Any) -> Any:
     try:
         x = np.asarray(x)
     except ValueError as error:
-        raise ValueError("The rows have different lengths: tokenize with padding=True.") from error
+        raise UserError("The rows have different lengths: tokenize with padding=True.") from error
     if x.dtype == object:
-        raise ValueError(f"{x.tolist()!r:.100} is no array of numbers.")
+        raise UserError(f"{x.tolist()!r:.100} is no array of numbers.")
     return mx.array(x)
 
 
-def host(x: mx.array | None) -> np.ndarray | None:
+def to_numpy(x: mx.array | None) -> np.ndarray | None:
     """The values of `x`, or None while it is being traced by `mx.compile` or `mx.vmap`, where it has none yet."""
     try:
         return None if x is None else np.array(x)
@@ -78,7 +79,7 @@ def check_inputs(input_ids: Any, attention_mask: Any, position_ids: Any, inputs_
     """
     check_process()
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        raise UserError("You must specify exactly one of input_ids or inputs_embeds")
     input_ids, inputs_embeds = as_array(input_ids), as_array(inputs_embeds)
     shape = _shape_of(input_ids, inputs_embeds, tables.hidden_size)
     attention_mask, mask_values = _check_mask(as_array(attention_mask), shape)
@@ -92,17 +93,17 @@ def check_inputs(input_ids: Any, attention_mask: Any, position_ids: Any, inputs_
 def _shape_of(input_ids: mx.array | None, inputs_embeds: mx.array | None, hidden_size: int) -> tuple[int, int]:
     if input_ids is not None:
         if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [batch, length], not of shape {input_ids.shape}.")
+            raise UserError(f"input_ids must be [batch, length], not of shape {input_ids.shape}.")
         B, L = input_ids.shape
     else:
         assert inputs_embeds is not None
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != hidden_size:
-            raise ValueError(
+            raise UserError(
                 f"inputs_embeds must be [batch, length, {hidden_size}], not of shape {inputs_embeds.shape}."
             )
         B, L, _ = inputs_embeds.shape
     if B == 0 or L == 0:
-        raise ValueError(f"The batch is empty: its shape is {(B, L)}.")
+        raise UserError(f"The batch is empty: its shape is {(B, L)}.")
     return B, L
 
 
@@ -111,25 +112,25 @@ def _check_mask(attention_mask: mx.array | None, shape: tuple[int, int]) -> tupl
     if attention_mask is None:
         return None, None
     if attention_mask.shape != shape:
-        raise ValueError(f"attention_mask has the shape {attention_mask.shape}, the input {shape}.")
-    values = host(attention_mask)
+        raise UserError(f"attention_mask has the shape {attention_mask.shape}, the input {shape}.")
+    values = to_numpy(attention_mask)
     if values is None:
         return attention_mask, None
     if not np.isin(values, (0, 1)).all():
-        raise ValueError("attention_mask must hold 1 for tokens and 0 for padding, and nothing else.")
+        raise UserError("attention_mask must hold 1 for tokens and 0 for padding, and nothing else.")
     return (None, None) if values.all() else (attention_mask, values)
 
 
 def _check_ids(input_ids: mx.array, tables: Tables, counts_positions: bool) -> None:
     if not mx.issubdtype(input_ids.dtype, mx.integer):
-        raise ValueError(f"input_ids must be whole numbers, not {input_ids.dtype}.")
-    ids = host(input_ids)
+        raise UserError(f"input_ids must be whole numbers, not {input_ids.dtype}.")
+    ids = to_numpy(input_ids)
     if ids is None:
         return
     outside = (ids < 0) | (ids >= tables.vocab_size)
     if outside.any():
         row, column = np.argwhere(outside)[0]
-        raise ValueError(
+        raise UserError(
             f"input_ids[{row}, {column}] is {ids[row, column]}: not a token of the vocabulary, which has "
             f"{tables.vocab_size}. Use the tokenizer that belongs to the checkpoint."
         )
@@ -137,7 +138,7 @@ def _check_ids(input_ids: mx.array, tables: Tables, counts_positions: bool) -> N
         lengths = (ids != tables.padding_idx).sum(axis=1)
         longest = tables.position_rows - tables.padding_idx - 1
         if lengths.max() > longest:
-            raise ValueError(
+            raise UserError(
                 f"Row {lengths.argmax()} has {lengths.max()} tokens, the position table of this model ends at "
                 f"{longest}, special tokens included. Truncate or split the sequence, or use a model that has no "
                 "such table."
@@ -152,12 +153,12 @@ def _check_positions(
     if position_ids.ndim == 1:
         position_ids = position_ids[None]
     if position_ids.shape not in (shape, (1, shape[1])):
-        raise ValueError(f"position_ids have the shape {position_ids.shape}, the input {shape}.")
-    positions = host(position_ids)
+        raise UserError(f"position_ids have the shape {position_ids.shape}, the input {shape}.")
+    positions = to_numpy(position_ids)
     if position_rows is None or positions is None:
         return position_ids
     if positions.min() < 0 or positions.max() >= position_rows:
-        raise ValueError(
+        raise UserError(
             f"position_ids reach from {positions.min()} to {positions.max()}; the position table has the rows 0 to "
             f"{position_rows - 1}."
         )
@@ -172,9 +173,9 @@ def check_sequence_id(sequence_id: Any, shape: tuple[int, int]) -> mx.array:
     """
     sequence_id = as_array(sequence_id)
     if sequence_id.shape != shape:
-        raise ValueError(f"sequence_id has the shape {sequence_id.shape}, the input {shape}.")
+        raise UserError(f"sequence_id has the shape {sequence_id.shape}, the input {shape}.")
     if not mx.issubdtype(sequence_id.dtype, mx.integer):
-        raise ValueError(
+        raise UserError(
             f"sequence_id must be whole numbers, the chain of each token and -1 at padding, not {sequence_id.dtype}."
         )
     return sequence_id
@@ -184,8 +185,8 @@ def labels_at(labels: Any, places: np.ndarray) -> bool:
     """Whether tokens at `places` (bool [B, L]) have a label, or may have one: while labels are traced, nobody knows."""
     if labels is None:
         return False
-    values = host(as_array(labels))
-    return values is None or values.shape != places.shape or bool((values[places] != IGNORED).any())
+    values = to_numpy(as_array(labels))
+    return values is None or values.shape != places.shape or bool((values[places] != IGNORE_INDEX).any())
 
 
 def check_labels(labels: Any, logits: mx.array, ignore_index: int) -> mx.array:
@@ -196,14 +197,14 @@ def check_labels(labels: Any, logits: mx.array, ignore_index: int) -> mx.array:
     """
     labels = as_array(labels)
     if labels.size != logits.size // logits.shape[-1]:
-        raise ValueError(f"labels have the shape {labels.shape}, the logits {logits.shape}: one label a row is needed.")
+        raise UserError(f"labels have the shape {labels.shape}, the logits {logits.shape}: one label a row is needed.")
     if not mx.issubdtype(labels.dtype, mx.integer):
-        raise ValueError(f"labels of classes must be whole numbers, not {labels.dtype}.")
-    values = host(labels)
+        raise UserError(f"labels of classes must be whole numbers, not {labels.dtype}.")
+    values = to_numpy(labels)
     if values is not None:
         outside = (values != ignore_index) & ((values < 0) | (values >= logits.shape[-1]))
         if outside.any():
-            raise ValueError(
+            raise UserError(
                 f"The label {values[outside][0]} is not one of the {logits.shape[-1]} classes (0 to "
                 f"{logits.shape[-1] - 1}) nor {ignore_index}, which is left out of the loss."
             )

@@ -13,15 +13,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_esm_hf import ops
+from mlx_esm_hf.errors import UserError
 
 
 class Linear(nn.Linear):
-    """x · weightᵀ + bias, [..., inputs] to [..., outputs]; see `ops.linear` for activation, residual and scale."""
+    """x · weightᵀ + bias, [..., inputs] to [..., outputs]; see `ops.linear`."""
 
     def __call__(
-        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, scale: float = 1.0
+        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, output_scale: float = 1.0
     ) -> mx.array:
-        return ops.linear(x, self.weight, self.get("bias"), residual, activation, scale)
+        return ops.linear(x, self.weight, self.get("bias"), residual, activation, output_scale)
 
     def to_quantized(
         self,
@@ -29,22 +30,22 @@ class Linear(nn.Linear):
         bits: int | None = None,
         mode: str = "affine",
         quantize_input: bool = False,
-        activations: str | None = None,
+        activation_dtype: str | None = None,
     ) -> QuantizedLinear:
         """What `mlx.nn.quantize` calls.
 
         Args:
-            activations: see `ops.quantized_linear`.
+            activation_dtype: see `ops.quantized_linear`.
 
         Raises:
-            ValueError: activations are to be quantized, too.
+            ValueError: activation_dtype are to be quantized, too.
         """
         if quantize_input:
-            raise ValueError(
-                "quantize_input=True is not supported: only weights are quantized here, unless activations='int8'."
+            raise UserError(
+                "quantize_input=True is not supported: only weights are quantized here, unless activation_dtype='int8'."
             )
         layer: Any = QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type]
-        layer.activations = activations
+        layer.activation_dtype = activation_dtype
         return layer
 
 
@@ -66,19 +67,19 @@ class Embedding(nn.Embedding):
         bits: int | None = None,
         mode: str = "affine",
         quantize_input: bool = False,
-        activations: str | None = None,
+        activation_dtype: str | None = None,
     ) -> QuantizedEmbedding:
         """What `mlx.nn.quantize` calls. Ids are not rounded, nor is what a tied output projection is given, whatever
-        `activations` say.
+        `activation_dtype` say.
 
         Raises:
             ValueError: a mode other than "affine": the others do not keep the dtype, which the whole network has from
                 its embeddings. Or `quantize_input`: ids are no activations.
         """
         if mode != "affine":
-            raise ValueError(f"An embedding table can be quantized in mode 'affine', not in {mode!r}.")
+            raise UserError(f"An embedding table can be quantized in mode 'affine', not in {mode!r}.")
         if quantize_input:
-            raise ValueError("quantize_input=True is not supported: only weights are quantized here.")
+            raise UserError("quantize_input=True is not supported: only weights are quantized here.")
         return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)  # type: ignore[arg-type, return-value]
 
 
@@ -99,10 +100,10 @@ class Packed(nn.Module):
 class QuantizedLinear(Packed, nn.QuantizedLinear):
     """A `Linear` whose weight MLX has quantized (`mlx.nn.quantize`)."""
 
-    activations: str | None = None  # "int8": x is rounded as well
+    activation_dtype: str | None = None  # "int8": x is rounded as well
 
     def __call__(
-        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, scale: float = 1.0
+        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, output_scale: float = 1.0
     ) -> mx.array:
         return ops.quantized_linear(
             x,
@@ -112,11 +113,11 @@ class QuantizedLinear(Packed, nn.QuantizedLinear):
             self.get("bias"),
             residual,
             activation,
-            scale,
+            output_scale,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
-            activations=self.activations,
+            activation_dtype=self.activation_dtype,
         )
 
 
@@ -136,7 +137,7 @@ class QuantizedEmbedding(Packed, nn.QuantizedEmbedding):
         )
 
 
-def whole_weight(layer: nn.Module) -> mx.array:
+def dequantized_weight(layer: nn.Module) -> mx.array:
     """The weight of a linear layer or an embedding as numbers [rows, columns], also where it is packed."""
     if not isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         return layer.weight
@@ -171,7 +172,7 @@ class TiedDecoder:
         return self._model.get_input_embeddings().as_linear(x)
 
 
-def again(
+def checkpointed(
     layer: nn.Module, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
 ) -> Callable[[mx.array], mx.array]:
     """A layer, [B, L, D] to [B, L, D], whose inside is computed again for its gradient instead of being kept."""

@@ -7,10 +7,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_esm_hf.modeling_inputs import IGNORED, check_labels
+from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX, check_labels
 
 
-def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = IGNORED) -> mx.array:
+def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = IGNORE_INDEX) -> mx.array:
     """Mean cross-entropy of logits [..., C] over the labels [...] that are not `ignore_index`."""
     labels = check_labels(labels, logits, ignore_index)
     kept = labels != ignore_index
@@ -42,7 +43,7 @@ def classification_loss(config: Any, logits: mx.array, labels: mx.array) -> mx.a
     if config.num_labels == 1 and config.problem_type == "regression":
         logits, labels = logits.squeeze(), labels.squeeze()
     if logits.shape != labels.shape:
-        raise ValueError(f"labels have the shape {labels.shape}, a {config.problem_type} loss needs {logits.shape}.")
+        raise UserError(f"labels have the shape {labels.shape}, a {config.problem_type} loss needs {logits.shape}.")
     labels = labels.astype(logits.dtype)
     if config.problem_type == "regression":
         return nn.losses.mse_loss(logits, labels)

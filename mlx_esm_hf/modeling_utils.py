@@ -3,61 +3,43 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, overload
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.utils.hub import PushToHubMixin, resolve_revision
+from transformers.utils.hub import PushToHubMixin
 
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf import loading
 from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
-from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
+from mlx_esm_hf.checkpoint.resolve import checkpoint_files
 from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
+from mlx_esm_hf.dtypes import as_dtype, cast_error, name_of, resolve_dtype, warn_once
+from mlx_esm_hf.errors import CheckpointError, UserError, UserRuntimeError
 from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
 from mlx_esm_hf.modeling_layers import TiedDecoder
 from mlx_esm_hf.ops.kernels import warn_if_missing
-from mlx_esm_hf.quantization import (
-    Packing,
+from mlx_esm_hf.quantization.layers import (
     declare,
-    declared_packings,
+    declared_specs,
     layers,
-    packing_of,
+    quantize_activations,
     replace_layers,
-    round_activations,
+    spec_of,
 )
 from mlx_esm_hf.runtime.process import check_process
 
-logger = logging.getLogger(__name__)
-
 Model = TypeVar("Model", bound="MLXPreTrainedModel")
-
-DTYPES = {
-    "float32": mx.float32,
-    "float": mx.float32,
-    "float16": mx.float16,
-    "half": mx.float16,
-    "bfloat16": mx.bfloat16,
-    "float64": mx.float64,
-    "double": mx.float64,
-}
 
 # Arguments of transformers' from_pretrained that choose among things MLX has one of.
 WITHOUT_MEANING = {"attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code"}
-
-
-Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, shape in the checkpoint, shape in the model
 
 
 class IncompatibleKeys(NamedTuple):
@@ -65,17 +47,6 @@ class IncompatibleKeys(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    """Warn of something that is the same each time."""
-    logger.warning(message)
-
-
-def as_dtype(dtype: Any) -> mx.Dtype | None:
-    """The `mx.Dtype` that a string, an `mx.Dtype` or torch's object names, or None where it names none."""
-    return DTYPES.get(str(dtype).rpartition(".")[2])
 
 
 class MLXPreTrainedModel(nn.Module, PushToHubMixin):
@@ -124,6 +95,26 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
     # Loading and saving
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        output_loading_info: Literal[False] = False,
+        **kwargs: Any,
+    ) -> Model: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        output_loading_info: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Model, dict[str, Any]]: ...
+
     @classmethod
     def from_pretrained(
         cls: type[Model],
@@ -144,8 +135,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         ignore_mismatched_sizes: bool = False,
         state_dict: Mapping[str, Any] | None = None,
         quantization_config: None = None,
-        activations: str | None = None,
+        activation_dtype: str | None = None,
         lazy: bool = False,
+        report: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Load config and weights from the Hub, the cache that torch users share, or a folder. Layers that
@@ -161,10 +153,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
             state_dict: arrays (MLX, NumPy or torch) to take instead of the checkpoint's.
             quantization_config: None. transformers' kinds of quantization are torch's.
-            activations: "int8": the linear layers of a quantized checkpoint round what they are given to 8 bits, too,
-                where they have 4 or 8 bits in the mode "affine" (`mlx-esm convert --activations`). `save_pretrained`
-                writes it into the config. None: as the checkpoint's config says.
+            activation_dtype: "int8" rounds the inputs of quantized linear layers to 8 bits, of 4 or 8 bits in mode
+                "affine" (as `mlx-esm convert --activation-dtype` does). `save_pretrained` writes it into the
+                config. None follows the checkpoint's config.
             lazy: leave weights in a safetensors file until they are needed, as in mlx-lm.
+            report: log the keys that did not fit.
             kwargs: fields of the config to override, and arguments of the class, such as `add_pooling_layer`.
                 `attn_implementation`, `device_map`, `low_cpu_mem_usage` and `trust_remote_code` are accepted and
                 ignored: MLX has one of each, and no code is ever loaded.
@@ -177,21 +170,21 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             CheckpointError: a damaged or hostile file, or one that lacks a part of the base model.
             RuntimeError: parameters of another shape.
             ValueError: a config of another `model_type` or with values that no model can have, an unknown dtype,
-                activations to be rounded that no layer can round.
+                activation_dtype to be rounded that no layer can round.
             TypeError: a keyword that is neither an argument nor a field of the config.
         """
         if quantization_config is not None:
-            raise ValueError(
+            raise UserError(
                 "quantization_config is not supported: quantize the checkpoint (mlx-esm convert --quantize), or load "
                 "the model and quantize it (mlx.nn.quantize)."
             )
         source = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         # Asked once, so that config and weights are of one commit, and without a network the cache answers at once.
-        hub |= {"revision": commit_of(source, revision=revision, **hub), "force_download": force_download}
+        hub |= {"revision": loading.commit_of(source, revision=revision, **hub), "force_download": force_download}
         overrides = {k: v for k, v in kwargs.items() if k not in WITHOUT_MEANING}
         config_source = source if config is None else config
-        loaded_config, arguments = cls._load_config(config_source, overrides, subfolder=subfolder, **hub)
+        loaded_config, arguments = loading.load_config(cls, config_source, overrides, subfolder=subfolder, **hub)
 
         if not os.path.isdir(source):
             loaded_config._commit_hash = getattr(hub["revision"], "resolved", None)
@@ -202,142 +195,41 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 checkpoint_files(source, variant=variant, use_safetensors=use_safetensors, subfolder=subfolder, **hub)
             )
         names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
-        packings = declared_packings(loaded_config, names.values(), cls.base_model_prefix, source)
+        specs = declared_specs(loaded_config, names.values(), cls.base_model_prefix, source)
         if not ignore_mismatched_sizes:
-            cls._check_size(loaded_config, names, arrays, packings, source)
-        cls._untie_if_different(loaded_config, names, arrays)
-        floating = [arrays[key].dtype for key, name in names.items() if cls._casts(name, arrays[key])]
-        wanted = torch_dtype if dtype is None else dtype
-        dtype = resolve_dtype(wanted, loaded_config, floating)
-        keep_scales = (wanted is None or wanted == "auto") and dtype == mx.float32
+            loading.check_size(cls, loaded_config, names, arrays, specs, source)
+        loading.untie_if_different(cls, loaded_config, names, arrays)
+        stored = [arrays[key].dtype for key, name in names.items() if cls.is_cast(name, arrays[key])]
+        requested = torch_dtype if dtype is None else dtype
+        dtype = resolve_dtype(requested, loaded_config.dtype, stored)
 
         model = cls(loaded_config, **arguments)
         try:
-            replace_layers(model, packings, cls.base_model_prefix)
+            replace_layers(model, specs, cls.base_model_prefix)
         except ValueError as error:
             raise CheckpointError(f"{source}: the config's `quantization` cannot be ({error})") from error
-        if activations is not None:
-            round_activations(model, activations, source)
-        loading_info = model._assign(arrays, dtype, source, ignore_mismatched_sizes, lazy, keep_scales)
-        report_loading(cls.__name__, source, loading_info)
+        if activation_dtype is not None:
+            quantize_activations(model, activation_dtype, source)
+        matched = loading.assign(
+            model,
+            arrays,
+            dtype,
+            source,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            lazy=lazy,
+            keep_scales=requested in (None, "auto") and dtype == mx.float32,
+        )
+        if report:
+            loading.report_loading(cls.__name__, source, matched)
         model.eval()
-        return (model, loading_info) if output_loading_info else model
-
-    @classmethod
-    def _load_config(
-        cls, source: PreTrainedConfig | str | os.PathLike[str], overrides: dict[str, Any], **hub: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """The config of a checkpoint, or a copy of the one given, with some fields set anew; and those of `overrides`
-        that are arguments of the class."""
-        config_dict = source.to_dict() if isinstance(source, PreTrainedConfig) else read_config(str(source), **hub)
-        try:
-            config, others = cls.config_class.from_dict(config_dict, return_unused_kwargs=True, **overrides)
-        except (
-            StrictDataclassError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ) as error:  # what transformers fails with on odd values
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The config of {config_dict.get('_name_or_path') or 'this model'}: {reason}") from error
-        if unknown := others.keys() - inspect.signature(cls.__init__).parameters.keys():
-            raise TypeError(
-                f"from_pretrained has no argument {', '.join(map(repr, unknown))}, and the config has no such field."
-            )
-        return config, others
-
-    @classmethod
-    def _check_size(
-        cls,
-        config: Any,
-        names: dict[str, str],
-        arrays: dict[str, mx.array],
-        packings: dict[str, Packing],
-        source: str,
-    ) -> None:
-        """Refuse a config of other layers than the checkpoint has before a model is built: it may be of any size."""
-        numbers = [int(part) for name in names.values() for part in name.split(".") if part.isdecimal()]
-        if numbers and config.num_hidden_layers > max(numbers) + 1:
-            raise CheckpointError(
-                f"{source}: the config has {config.num_hidden_layers} layers, the checkpoint {max(numbers) + 1}. It is "
-                "not a whole checkpoint, or its config.json belongs to another one."
-            )
-        table = f"{cls.input_embeddings}.weight"
-        for key, name in names.items():
-            if name.removeprefix(f"{cls.base_model_prefix}.") == table:
-                shape = arrays[key].shape
-                if packing := packings.get(cls.input_embeddings):
-                    shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
-                if shape[-1] != config.hidden_size:
-                    expected = (config.vocab_size, config.hidden_size)
-                    raise RuntimeError(wrong_shapes(source, cls.__name__, {(name, shape, expected)}))
-
-    @classmethod
-    def _untie_if_different(cls, config: Any, names: dict[str, str], arrays: dict[str, mx.array]) -> None:
-        """Keep an output projection that is not the embedding, whatever the config says; as transformers does."""
-        keys = {name: key for key, name in names.items()}
-        for tied, source in cls._tied_weights().items():
-            bare = source.removeprefix(f"{cls.base_model_prefix}.")
-            if not config.tie_word_embeddings or tied not in keys or not {source, bare} & keys.keys():
-                continue
-            head, table = arrays[keys[tied]], arrays[keys.get(source) or keys[bare]]
-            if head.shape != table.shape or not mx.array_equal(head, table):
-                logger.warning(
-                    "The config ties %s to %s, but the checkpoint holds different values for them: they are not tied. "
-                    "Set tie_word_embeddings=False to silence this.",
-                    tied,
-                    source,
-                )
-                config.tie_word_embeddings = False
-
-    def _assign(
-        self,
-        arrays: dict[str, mx.array],
-        dtype: mx.Dtype,
-        source: str,
-        ignore_mismatched_sizes: bool,
-        lazy: bool,
-        keep_scales: bool,
-    ) -> dict[str, Any]:
-        """Make a checkpoint's arrays the parameters. Each is taken out of `arrays` before it is read and cast, so that
-        no second copy of the checkpoint comes to be; a lazy one is read later. Scales that keep their dtype are those
-        of linear layers: an embedding gives the network its dtype."""
-        names, missing, unexpected, mismatched = self._match(arrays)
-        if mismatched and not ignore_mismatched_sizes:
-            raise RuntimeError(wrong_shapes(source, type(self).__name__, mismatched))
-        prefix = f"{self.base_model_prefix}."
-        if holes := sorted(name for name in missing if name.removeprefix(prefix).startswith(self.required)):
-            raise CheckpointError(
-                f"{source} lacks {len(holes)} parameters that a {type(self).__name__} cannot do without, {holes[0]!r} "
-                "among them. It is not a whole checkpoint, or its config.json belongs to another one."
-            )
-
-        anew = missing | {name for name, _, _ in mismatched}
-        held = dict(tree_flatten(self.parameters()))
-        packed = [path for path, layer in layers(self) if isinstance(layer, nn.QuantizedLinear)] if keep_scales else []
-        kept = {f"{path}.{name}" for path in packed for name in ("scales", "biases")}
-        for key, name in names.items():
-            array = arrays.pop(key)
-            if name in unexpected or name in anew:
-                continue
-            if wrong := wrong_kind(array.dtype, held[name].dtype):
-                raise CheckpointError(f"{source}: {key!r} {wrong}. The file is damaged, or of another model.")
-            if self._casts(name, array) and name not in kept:
-                array = array.astype(self.loaded_dtype(name, dtype))
-            try:
-                if not lazy:
-                    mx.eval(array)
-            except RuntimeError as error:
-                raise CheckpointError(f"{source}: {key!r} cannot be read ({error}). Download it again.") from error
-            self.update(tree_unflatten([(name, array)]))
-        for name in anew:
-            if self._casts(name, held[name]):
-                self.update(tree_unflatten([(name, held[name].astype(self.loaded_dtype(name, dtype)))]))
-        if not lazy:
-            mx.eval(self.parameters())
-        self.config.dtype = str(dtype).rpartition(".")[2]
-        self._set_newly_initialized(anew)
-        return {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": []}
+        if not output_loading_info:
+            return model
+        return model, {
+            "missing_keys": matched.missing,
+            "unexpected_keys": matched.unexpected,
+            "mismatched_keys": matched.mismatched,
+            "error_msgs": [],
+        }
 
     def save_pretrained(
         self,
@@ -366,9 +258,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no argument {', '.join(map(repr, kwargs))}.")
         if not safe_serialization:
-            raise ValueError(
-                "Only safetensors are written; transformers for torch reads them: leave this argument out."
-            )
+            raise UserError("Only safetensors are written; transformers for torch reads them: leave this argument out.")
         config, state = self.to_save(state_dict)
         with replace_files(save_directory) as folder:
             files = save_safetensors(state, folder, max_shard_size, variant)
@@ -387,13 +277,13 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """
         for name, module in self.named_modules():
             if advice := getattr(module, "not_saved", None):
-                raise ValueError(f"{name} {advice}.")
+                raise UserError(f"{name} {advice}.")
         config = copy.deepcopy(self.config)
         architecture = type(self).__name__
         if config.model_type in CONFIG_MAPPING_NAMES:  # transformers has this model, too
             architecture = architecture.removeprefix("MLX")
         config.architectures = [architecture]
-        config.dtype = str(self.dtype).rpartition(".")[2]
+        config.dtype = name_of(self.dtype)
         declare(config, self)
         state = dict(self.state_dict() if state_dict is None else state_dict)
         tied = [f"{self.output_embeddings}.weight"] if self._is_tied() else []
@@ -461,33 +351,23 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 unexpected keys.
         """
         arrays = {key: as_array(x) for key, x in state_dict.items()}
-        names, missing, unexpected, mismatched = self._match(arrays)
+        names, missing, unexpected, mismatched = loading.match(self, arrays)
         held = dict(tree_flatten(self.parameters()))
-        errors = [f"shapes differ:\n{shapes_of(mismatched)}"] if mismatched else []
-        kinds = {key: wrong_kind(arrays[key].dtype, held[name].dtype) for key, name in names.items() if name in held}
+        errors = [f"shapes differ:\n{loading.shape_lines(mismatched)}"] if mismatched else []
+        kinds = {key: cast_error(arrays[key].dtype, held[name].dtype) for key, name in names.items() if name in held}
         errors += [f"{key!r} {wrong}" for key, wrong in kinds.items() if wrong]
         if strict and missing:
             errors.append(f"missing keys: {', '.join(sorted(missing))}")
         if strict and unexpected:
             errors.append(f"unexpected keys: {', '.join(sorted(unexpected))}")
         if errors:
-            raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}:\n  " + "\n  ".join(errors))
+            raise UserRuntimeError(
+                f"Error(s) in loading state_dict for {type(self).__name__}:\n  " + "\n  ".join(errors)
+            )
         weights = {name: arrays[key].astype(held[name].dtype) for key, name in names.items() if name in held}
         self.update(tree_unflatten(list(weights.items())))
-        self._set_newly_initialized(self._newly_initialized - weights.keys())
+        self.set_newly_initialized(self._newly_initialized - weights.keys())
         return IncompatibleKeys(sorted(missing), sorted(unexpected))
-
-    def _match(self, arrays: Mapping[str, mx.array]) -> tuple[dict[str, str], set[str], set[str], set[Mismatch]]:
-        """{key: parameter name} of a checkpoint's arrays, and the missing, unexpected and mismatched names."""
-        held = dict(tree_flatten(self.parameters()))
-        names = canonical_names(arrays, held, self.base_model_prefix, self.dialects, self._tied_weights())
-        missing = {name for name in held.keys() - names.values() if not name.endswith(self.buffers)}
-        mismatched = {
-            (name, arrays[key].shape, held[name].shape)
-            for key, name in names.items()
-            if name in held and arrays[key].shape != held[name].shape
-        }
-        return names, missing, names.values() - held.keys(), mismatched
 
     def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
         """(name, array) of each parameter; buffers are none, and a tied projection is no second one."""
@@ -502,8 +382,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         for path, layer in layers(self):
             if exclude_embeddings and isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)):
                 left_out.add(f"{path}.weight")
-            if packing := packing_of(layer):
-                packed[f"{path}.weight"] = 32 / packing.bits
+            if spec := spec_of(layer):
+                packed[f"{path}.weight"] = 32 / spec.bits
                 left_out |= {f"{path}.scales", f"{path}.biases"}
         if only_trainable:
             trainable = dict(tree_flatten(self.trainable_parameters()))
@@ -541,7 +421,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             ValueError: a model without a projection to the vocabulary.
         """
         if self.output_embeddings is None:
-            raise ValueError(f"{type(self).__name__} has no output embeddings.")
+            raise UserError(f"{type(self).__name__} has no output embeddings.")
         set_module_at(self, self.output_embeddings, new_embeddings)
 
     def tie_weights(self) -> None:
@@ -553,7 +433,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return isinstance(self.get_output_embeddings(), TiedDecoder)
 
     @classmethod
-    def _tied_weights(cls) -> dict[str, str]:
+    def tied_weights(cls) -> dict[str, str]:
         """{name of the output projection's weight: the embedding's, which it is where they are tied}"""
         if cls.output_embeddings is None:
             return {}
@@ -571,8 +451,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             ValueError: the table, or the output projection, is quantized.
         """
         table, decoder = self.get_input_embeddings(), self.get_output_embeddings()
-        if packing_of(table) or (isinstance(decoder, nn.Module) and packing_of(decoder)):
-            raise ValueError(
+        if spec_of(table) or (isinstance(decoder, nn.Module) and spec_of(decoder)):
+            raise UserError(
                 "The vocabulary of quantized embeddings cannot be resized. Resize that of the model that they were "
                 "made from, or of what mlx-esm convert --dequantize makes of this one."
             )
@@ -640,7 +520,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """
         for arg in (*args, *([] if dtype is None else [dtype]), *([] if device is None else [device])):
             if (wanted := as_dtype(arg)) is None:
-                say_once(f"MLX computes on its default device, {mx.default_device()}; .to() and its kin move nothing.")
+                warn_once(f"MLX computes on its default device, {mx.default_device()}; .to() and its kin move nothing.")
             else:
                 self._cast(lambda name: wanted)
         return self
@@ -649,7 +529,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """Cast each parameter to the dtype that its name has."""
         self.update(
             tree_map_with_path(
-                lambda name, x: x.astype(dtype_of(name)) if self._casts(name, x) else x, self.parameters()
+                lambda name, x: x.astype(dtype_of(name)) if self.is_cast(name, x) else x, self.parameters()
             )
         )
 
@@ -658,7 +538,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return dtype
 
     @classmethod
-    def _casts(cls, name: str, array: mx.array) -> bool:
+    def is_cast(cls, name: str, array: mx.array) -> bool:
         """Whether a change of dtype applies: not to whole numbers, nor to buffers."""
         return mx.issubdtype(array.dtype, mx.floating) and not name.endswith(cls.buffers)
 
@@ -693,16 +573,16 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """Names of the parameters that the checkpoint lacked."""
         return self._newly_initialized
 
-    def _set_newly_initialized(self, names: Iterable[str]) -> None:
+    def set_newly_initialized(self, names: Iterable[str]) -> None:
         self._newly_initialized = frozenset(names)
         if self.base_model is not self:
             prefix = f"{self.base_model_prefix}."
-            self.base_model._set_newly_initialized(n.removeprefix(prefix) for n in names if n.startswith(prefix))
+            self.base_model.set_newly_initialized(n.removeprefix(prefix) for n in names if n.startswith(prefix))
 
     def refuse_untrained(self, part: str, task: str) -> None:
         """Raise a ValueError where `part` was not in the checkpoint, instead of answering from random weights."""
         if any(name.startswith(f"{part}.") for name in self._newly_initialized):
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint had no {part}: {task} would answer from random weights. Load one that has it, or "
                 "train it (.train()) or give it (.load_state_dict()) first."
             )
@@ -710,7 +590,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     def train(self: Model, mode: bool = True) -> Model:
         """Training mode, as in torch; a head that is trained is no longer refused."""
         if mode:
-            self._set_newly_initialized(self._untrainable())
+            self.set_newly_initialized(self._untrainable())
         super().train(mode)
         return self
 
@@ -738,69 +618,6 @@ def resized(x: mx.array, rows: int) -> mx.array:
     return mx.concatenate([x[:rows], new])
 
 
-def wrong_kind(found: mx.Dtype, expected: mx.Dtype) -> str:
-    """What is wrong where an array of one dtype is to be a parameter of another; "" if it can be cast. Whole numbers
-    are packed weights, which no cast makes of others."""
-    if mx.issubdtype(expected, mx.floating):
-        if not mx.issubdtype(found, mx.floating):
-            return f"holds whole numbers ({found}), the parameter is a floating one"
-    elif found != expected:
-        return f"holds {found}, the parameter is packed as {expected}"
-    return ""
-
-
-def shapes_of(mismatched: set[Mismatch]) -> str:
-    """A line for each parameter that has another shape."""
-    return "\n".join(f"  {name}: {a} in the checkpoint, {b} in the model" for name, a, b in sorted(mismatched))
-
-
-def wrong_shapes(source: str, model: str, mismatched: set[Mismatch]) -> str:
-    """The message for a checkpoint whose shapes are not the model's."""
-    return (
-        f"Shapes differ between {source} and {model}:\n{shapes_of(mismatched)}\nLoad it with the config that belongs "
-        "to it, or pass ignore_mismatched_sizes=True to draw these parameters anew."
-    )
-
-
-def commit_of(source: str, revision: str = "main", **hub: Any) -> Any:
-    """A revision with the commit that it is now (huggingface_hub's `ResolvedRevision`), or as it was given where that
-    cannot be told. Who has it already is not asked again.
-
-    Args:
-        hub: the arguments of `find_file`.
-    """
-    where = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
-    return resolve_revision(source, revision, **where)
-
-
-def read_config(source: str, **hub: Any) -> dict[str, Any]:
-    """The fields of a checkpoint's `config.json`.
-
-    Args:
-        hub: the arguments of `find_file`.
-
-    Raises:
-        OSError: there is none, it is empty or it is not JSON; or what `find_file` raises.
-        ValueError: it holds something else than fields.
-    """
-    hub["revision"] = commit_of(source, **hub)
-    if hasattr(hub["revision"], "resolved"):  # else transformers says why there is no such repository or revision
-        find_file(source, "config.json", **hub)  # which compares checksums; transformers takes what arrives
-        hub["force_download"] = False
-    config_dict: Any
-    try:
-        config_dict, _ = PreTrainedConfig.get_config_dict(source, **hub)
-    except TypeError:  # transformers looks into what it takes for a dictionary
-        config_dict = "not one"
-    if config_dict and not isinstance(config_dict, dict):
-        raise ValueError(f"The config.json of {source} is JSON, but not of fields and their values.")
-    if not config_dict:
-        place = os.path.join(source, hub["subfolder"]) if hub.get("subfolder") else source
-        raise OSError(f"{place} holds no config.json, or an empty one. Pass the checkpoint's config as config=.")
-    config_dict["_name_or_path"] = source
-    return config_dict
-
-
 def module_at(module: nn.Module, path: str) -> Any:
     """The module under a path such as "embeddings.word_embeddings"."""
     for name in path.split("."):
@@ -812,37 +629,3 @@ def set_module_at(module: nn.Module, path: str, value: Any) -> None:
     """Put a module under such a path."""
     parent, _, name = path.rpartition(".")
     setattr(module_at(module, parent) if parent else module, name, value)
-
-
-def resolve_dtype(dtype: Any, config: PreTrainedConfig, stored: list[mx.Dtype]) -> mx.Dtype:
-    """The dtype to load, from what the user, the config and the checkpoint's floating arrays say."""
-    if dtype is not None and dtype != "auto":
-        if (wanted := as_dtype(dtype)) is None:
-            raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}, 'auto', or their objects.")
-        return wanted
-    wanted = as_dtype(config.dtype) or (stored[0] if stored else mx.float32)
-    if wanted in (mx.float16, mx.bfloat16) and mx.default_device() == mx.cpu:
-        say_once(
-            "The checkpoint is in half precision, which is slower on the CPU: all but packed weights is loaded as "
-            "float32. Pass the dtype to have it as it is, in half the memory."
-        )
-        return mx.float32
-    return wanted
-
-
-def report_loading(model: str, source: str, info: dict[str, Any]) -> None:
-    """Warn of keys that did not fit, in the form of transformers' load report."""
-    notes = {
-        "UNEXPECTED": "can be ignored when loading from another task or architecture.",
-        "MISSING": "newly initialized, since the checkpoint lacks them: train them on your task.",
-        "MISMATCH": "newly initialized, since the checkpoint has them in another shape.",
-    }
-    rows = [(name, "UNEXPECTED", "") for name in sorted(info["unexpected_keys"])]
-    rows += [(name, "MISSING", "") for name in sorted(info["missing_keys"])]
-    rows += [(name, "MISMATCH", f"{a} in the checkpoint, {b} here") for name, a, b in sorted(info["mismatched_keys"])]
-    if rows:
-        width = max(len(name) for name, _, _ in rows)
-        table = "\n".join(f"{name:{width}} | {status:10} | {detail}".rstrip(" |") for name, status, detail in rows)
-        statuses = dict.fromkeys(status for _, status, _ in rows)
-        legend = "\n".join(f"- {status}: {notes[status]}" for status in statuses)
-        logger.warning("%s LOAD REPORT from: %s\n%s\n%s", model, source, table, legend)

@@ -16,7 +16,7 @@ from transformers import EsmConfig, EsmForProteinFolding
 
 from mlx_esm_hf import MLXEsmForProteinFolding
 from mlx_esm_hf.models.esm.tokenization_esm import EsmTokenizer
-from tests.models.esm.folding import perturb
+from tests.models.esmfold.folding import perturb
 from tests.tiny import tiny, tiny_folding
 from tests.vocabulary import write_vocabulary
 
@@ -129,8 +129,8 @@ def test_check_of_esmfold(tmp_path):
 
 def test_no_peptide_is_similar_to_one_of_another_side():
     example = runpy.run_path(str(EXAMPLES / "finetune_peptides.py"))
-    dice = np.random.default_rng(0)
-    clusters, pairs = dice.integers(200, size=1000), dice.integers(1000, size=(50, 2))
+    rng = np.random.default_rng(0)
+    clusters, pairs = rng.integers(200, size=1000), rng.integers(1000, size=(50, 2))
     peptides = [(f"peptide {i}", str(i % 2)) for i in range(1000)]
     splits = [example["split"](peptides, clusters, pairs, seed) for seed in (0, 0, 1)]
     assert splits[0] == splits[1] != splits[2]

@@ -25,13 +25,13 @@ from mlx_esm_hf import (
     MLXEsmForMaskedLM,
     MLXEsmForSequenceClassification,
 )
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.hub import publish
 from mlx_esm_hf.hub.files import read_checkpoint
 from tests.hub import Hub, Repository, environment, serve, use
 from tests.hub.repository import etag
 from tests.hub.server import Answer
-from tests.pipelines.models import write_model
+from tests.jobs.models import write_model
 from tests.tiny import SIZE, VOCABULARY
 from tests.vocabulary import write_vocabulary
 

@@ -12,7 +12,7 @@ from mlx_esm_hf.modeling_layers import (
     Linear,
     QuantizedEmbedding,
     QuantizedLinear,
-    whole_weight,
+    dequantized_weight,
 )
 from mlx_esm_hf.ops import gpu
 from tests.parity import batch, config
@@ -41,9 +41,9 @@ def test_linear(backend, mode, bias, activation):
     weight = layer.weight
     if mode is not None:
         layer = layer.to_quantized(mode=mode)
-        assert type(layer) is QuantizedLinear and whole_weight(layer).shape == weight.shape
-        assert 0 < mx.abs(whole_weight(layer) - weight).max() < 0.1
-        weight = whole_weight(layer).astype(mx.float32)
+        assert type(layer) is QuantizedLinear and dequantized_weight(layer).shape == weight.shape
+        assert 0 < mx.abs(dequantized_weight(layer) - weight).max() < 0.1
+        weight = dequantized_weight(layer).astype(mx.float32)
     expected = ACTIVATIONS[activation](x @ weight.T + (layer.bias if bias else 0))
     assert close(layer(x, activation=activation), expected)
     assert close(layer(x, activation, residual), expected + residual)
@@ -105,7 +105,7 @@ def test_quantized_embedding(backend):
     table = Embedding(33, 64)
     packed = table.to_quantized(32, 8)
     whole = mx.dequantize(*mx.quantize(table.weight, 32, 8), 32, 8)
-    assert type(packed) is QuantizedEmbedding and mx.array_equal(whole_weight(packed), whole)
+    assert type(packed) is QuantizedEmbedding and mx.array_equal(dequantized_weight(packed), whole)
     assert mx.array_equal(packed(mx.array([[3, 4]])), whole[mx.array([[3, 4]])])
     x = mx.random.normal((2, 5, 64))
     assert close(packed.as_linear(x), x @ whole.T)

@@ -16,8 +16,8 @@ import transformers
 from mlx.utils import tree_flatten
 
 import mlx_esm_hf
-from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmModel, modeling_utils
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmModel, dtypes
+from mlx_esm_hf.errors import CheckpointError
 from tests.checkpoints import (
     FORMATS,
     INPUTS,
@@ -50,7 +50,7 @@ ROOT = Path(mlx_esm_hf.__file__).parents[1]
 @pytest.fixture(autouse=True)
 def _say_again():
     """What is said once a process is said once a test."""
-    modeling_utils.say_once.cache_clear()
+    dtypes.warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_formats_in_half_precision(format, dtype, tmp_path):
     model = MLXEsmForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
     state = torch_model().to(dtype).state_dict()
     for name, array in model.named_parameters():
-        assert array.dtype == modeling_utils.as_dtype(dtype), name
+        assert array.dtype == dtypes.as_dtype(dtype), name
         assert np.array_equal(np.array(array.astype(mx.float32)), state[name].float().numpy()), name
 
 

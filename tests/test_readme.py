@@ -10,7 +10,7 @@ import pytest
 
 import mlx_esm_hf
 from tests.hub import Hub, Repository, environment, serve
-from tests.pipelines.models import write_model
+from tests.jobs.models import write_model
 
 ROOT = Path(mlx_esm_hf.__file__).parents[1]
 BLOCK = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)

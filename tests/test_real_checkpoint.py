@@ -13,9 +13,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, EsmForSequenceClassification
 from typer.testing import CliRunner
 
-from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmForSequenceClassification
+from mlx_esm_hf import MLXEsmForMaskedLM, MLXEsmForSequenceClassification, convert, read_proteins
 from mlx_esm_hf.cli import app
-from mlx_esm_hf.pipelines import convert, read_proteins
 from tests.parity import Peers, answers, hold, hold_all
 from tests.real_checkpoint import WHEEL, fetch
 

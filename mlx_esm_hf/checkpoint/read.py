@@ -10,9 +10,9 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from mlx_esm_hf.checkpoint.descriptors import zero_taken
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.mapped import mapped
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
+from mlx_esm_hf.errors import CheckpointError
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, mx.array]:

@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.hub_errors import hub_error
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.version import __version__
 
 SAFETENSORS = "model.safetensors"

@@ -29,8 +29,8 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.mapped import mapped
+from mlx_esm_hf.errors import CheckpointError
 
 _DTYPES = {
     "torch.BFloat16Storage": "u2",  # NumPy has no bfloat16: the bits travel as uint16

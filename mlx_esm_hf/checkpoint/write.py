@@ -15,8 +15,9 @@ import mlx.core as mx
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from mlx_esm_hf.checkpoint.resolve import SAFETENSORS, with_variant
+from mlx_esm_hf.errors import UserError
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     mx.bool_: "BOOL",
     mx.uint8: "U8",
     mx.int8: "I8",
@@ -62,9 +63,9 @@ def write_safetensors(path: Path, arrays: dict[str, mx.array]) -> None:
     for name in names:
         begin, end = end, end + arrays[name].nbytes
         dtype = arrays[name].dtype
-        if dtype not in DTYPES:
-            raise ValueError(f"{name!r} is of {dtype}, which MLX does not read from safetensors: cast it first.")
-        header[name] = {"dtype": DTYPES[dtype], "shape": arrays[name].shape, "data_offsets": [begin, end]}
+        if dtype not in SAFETENSORS_DTYPES:
+            raise UserError(f"{name!r} is of {dtype}, which MLX does not read from safetensors: cast it first.")
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": arrays[name].shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     try:

@@ -37,7 +37,7 @@ def command(
     chain: Annotated[str | None, typer.Option(help="Of the structure; by default the one that fits best.")] = None,
     revision: Revision = None,
     dtype: Dtype = None,
-    activations: Activations = None,
+    activation_dtype: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -50,9 +50,9 @@ def command(
     Example: mlx-esm contacts protein.fasta --model facebook/esm2_t6_8M_UR50D --output map.npz --picture map.png
     """
     with running(output, quiet, source=fasta) as run:
-        from mlx_esm_hf import pipelines
+        from mlx_esm_hf.jobs.contacts import contacts
 
-        report = pipelines.contacts(
+        report = contacts(
             fasta,
             model,
             output,
@@ -62,7 +62,7 @@ def command(
             chain=chain,
             revision=revision,
             dtype=dtype,
-            activations=activations,
+            activation_dtype=activation_dtype,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

@@ -12,6 +12,7 @@ from rich.table import Table
 from mlx_esm_hf.cli.options import Revision
 from mlx_esm_hf.cli.push import listing
 from mlx_esm_hf.cli.running import stderr, told
+from mlx_esm_hf.errors import UserError
 
 
 def command(
@@ -29,7 +30,7 @@ def command(
         typer.Option(
             "--group-size",
             "--q-group-size",
-            help="Numbers that share a scale: 32, 64 or 128; by default 64, and 32 with --activations.",
+            help="Numbers that share a scale: 32, 64 or 128; by default 64, and 32 with --activation-dtype.",
         ),
     ] = None,
     mode: Annotated[
@@ -38,7 +39,7 @@ def command(
             "--mode", "--q-mode", help="affine (the default), or mxfp4, mxfp8, nvfp4, which fix the other two."
         ),
     ] = None,
-    activations: Annotated[
+    activation_dtype: Annotated[
         str | None,
         typer.Option(help="int8: round what the quantized layers are given, too, for 4 and 8 bits; faster on a CPU."),
     ] = None,
@@ -68,9 +69,9 @@ def command(
     Example: mlx-esm convert facebook/esm2_t33_650M_UR50D esm2-650M-4bit --quantize --bits 4 --rule "lm_head.*=8"
     """
     with told(stderr(), lambda: f"Stopped. {output_dir} is whole, or not there."):
-        from mlx_esm_hf import pipelines
+        from mlx_esm_hf.quantization.convert import convert
 
-        conversion = pipelines.convert(
+        conversion = convert(
             source,
             output_dir,
             dtype=dtype,
@@ -78,7 +79,7 @@ def command(
             bits=bits,
             group_size=group_size,
             mode=mode,
-            activations=activations,
+            activation_dtype=activation_dtype,
             rules=dict(parse_rule(text) for text in rule or []),
             dequantize=dequantize,
             max_shard_size=max_shard_size,
@@ -107,7 +108,7 @@ def parse_rule(text: str) -> tuple[str, int | str | None]:
     """
     pattern, sign, how = text.rpartition("=")
     if not (pattern and sign and how):
-        raise ValueError(f"--rule {text}: PATTERN=HOW is needed, such as lm_head.*=8.")
+        raise UserError(f"--rule {text}: PATTERN=HOW is needed, such as lm_head.*=8.")
     if how == "full":
         return pattern, None
     return pattern, int(how) if how.isdecimal() else how

@@ -23,6 +23,7 @@ from mlx_esm_hf.cli.options import (
     tokens_of,
 )
 from mlx_esm_hf.cli.running import running
+from mlx_esm_hf.errors import UserError
 
 
 def command(
@@ -35,7 +36,7 @@ def command(
     ] = "mean",
     revision: Revision = None,
     dtype: Dtype = None,
-    activations: Activations = None,
+    activation_dtype: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -50,9 +51,9 @@ def command(
     Example: mlx-esm embed proteins.fasta --model facebook/esm2_t6_8M_UR50D --output embeddings.h5
     """
     with running(output, quiet, source=fasta) as run:
-        from mlx_esm_hf import pipelines
+        from mlx_esm_hf.jobs.embed import embed
 
-        report = pipelines.embed(
+        report = embed(
             fasta,
             model,
             output,
@@ -60,7 +61,7 @@ def command(
             pooling=listed(pooling),
             revision=revision,
             dtype=dtype,
-            activations=activations,
+            activation_dtype=activation_dtype,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),
@@ -80,4 +81,4 @@ def numbers(layers: str) -> list[int]:
     try:
         return [int(layer) for layer in listed(layers)]
     except ValueError:
-        raise ValueError(f"--layers {layers}: numbers are needed, such as 0,6,-1.") from None
+        raise UserError(f"--layers {layers}: numbers are needed, such as 0,6,-1.") from None

@@ -13,13 +13,13 @@ def command() -> None:
     """Print versions, the device, our kernels and their threads, the BLAS that matmul on the CPU uses, its speed."""
     import mlx.core as mx
 
-    import mlx_esm_hf
     from mlx_esm_hf.ops import kernels
     from mlx_esm_hf.runtime import blas
     from mlx_esm_hf.runtime.threads import thread_limits
+    from mlx_esm_hf.version import __version__
 
     table = Table.grid(padding=(0, 2))
-    table.add_row("mlx-esm-hf", mlx_esm_hf.__version__)
+    table.add_row("mlx-esm-hf", __version__)
     for package in ("mlx", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy"):
         table.add_row(package, version(package))
     table.add_row("Python", platform.python_version())

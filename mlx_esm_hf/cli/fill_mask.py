@@ -31,7 +31,7 @@ def command(
     top_k: Annotated[int, typer.Option(help="Proposals for each mask.", min=1)] = 5,
     revision: Revision = None,
     dtype: Dtype = None,
-    activations: Activations = None,
+    activation_dtype: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -46,16 +46,16 @@ def command(
     Example: mlx-esm fill-mask masked.fasta --model facebook/esm2_t6_8M_UR50D --output proposals.csv
     """
     with running(output, quiet, source=fasta) as run:
-        from mlx_esm_hf import pipelines
+        from mlx_esm_hf.jobs.fill_mask import fill_mask
 
-        report = pipelines.fill_mask(
+        report = fill_mask(
             fasta,
             model,
             output,
             top_k=top_k,
             revision=revision,
             dtype=dtype,
-            activations=activations,
+            activation_dtype=activation_dtype,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

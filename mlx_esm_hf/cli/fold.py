@@ -40,9 +40,9 @@ def command(
     Example: mlx-esm fold proteins.fasta --model facebook/esmfold_v1 --output structures
     """
     with running(output, quiet, source=fasta) as run:
-        from mlx_esm_hf import pipelines
+        from mlx_esm_hf.jobs.fold import fold
 
-        report = pipelines.fold(
+        report = fold(
             fasta,
             model,
             output,

@@ -40,7 +40,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Equal seeds give equal designs.", min=0)] = 0,
     revision: Revision = None,
     dtype: Dtype = None,
-    activations: Activations = None,
+    activation_dtype: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -55,9 +55,9 @@ def command(
     Example: mlx-esm generate --length 100 --samples 4 --model facebook/esm2_t33_650M_UR50D --output designs.fasta
     """
     with running(output, quiet, source=fasta or "") as run:
-        from mlx_esm_hf import pipelines
+        from mlx_esm_hf.jobs.generate import generate
 
-        report = pipelines.generate(
+        report = generate(
             fasta,
             model,
             output,
@@ -72,7 +72,7 @@ def command(
             seed=seed,
             revision=revision,
             dtype=dtype,
-            activations=activations,
+            activation_dtype=activation_dtype,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mlx_esm_hf.errors import UserError
+
 Fasta = Annotated[
     str, typer.Argument(help="Proteins in FASTA, plain, gzipped or zstandard-compressed; - for standard input.")
 ]
@@ -61,7 +63,7 @@ def tokens_of(batch_tokens: str) -> int | None:
     if batch_tokens == "auto":
         return None
     if not batch_tokens.isdecimal() or int(batch_tokens) < 1:
-        raise ValueError(f"--batch-tokens {batch_tokens}: auto, or a number of tokens, is needed.")
+        raise UserError(f"--batch-tokens {batch_tokens}: auto, or a number of tokens, is needed.")
     return int(batch_tokens)
 
 

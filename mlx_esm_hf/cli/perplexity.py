@@ -31,7 +31,7 @@ def command(
     method: Annotated[str, typer.Option(help="exact (a pass for each residue), or one-pass, an estimate.")] = "exact",
     revision: Revision = None,
     dtype: Dtype = None,
-    activations: Activations = None,
+    activation_dtype: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -46,16 +46,16 @@ def command(
     Example: mlx-esm perplexity proteins.fasta --model facebook/esm2_t6_8M_UR50D --output perplexity.csv
     """
     with running(output, quiet, source=fasta) as run:
-        from mlx_esm_hf import pipelines
+        from mlx_esm_hf.jobs.perplexity import perplexity
 
-        report = pipelines.perplexity(
+        report = perplexity(
             fasta,
             model,
             output,
             method=method,
             revision=revision,
             dtype=dtype,
-            activations=activations,
+            activation_dtype=activation_dtype,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

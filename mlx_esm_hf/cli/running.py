@@ -6,7 +6,6 @@ Exit codes: 0, done; 1, an error; 3, done, but some of the input was left out; 1
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from mlx_esm_hf.errors import UserError
+
 if TYPE_CHECKING:
     from mlx_esm_hf.runs.job import Progress
 
 FAILED, LEFT_OUT, STOPPED = 1, 3, 130
-PACKAGE = Path(__file__).parents[1]
 
 
 class Running:
@@ -64,16 +64,6 @@ class Running:
             raise typer.Exit(LEFT_OUT)
 
 
-def is_told(error: Exception) -> bool:
-    """Whether its message says all there is to say: the operating system's errors, want of memory, and what a `raise`
-    of this package raises. The same types out of a call, such as int("x"), are bugs: they have to show where."""
-    if isinstance(error, (OSError, MemoryError)):
-        return True
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    raised_here = PACKAGE in Path(place.filename).parents and (place.line or "").startswith("raise ")
-    return raised_here and isinstance(error, (ValueError, RuntimeError, FloatingPointError))
-
-
 @contextmanager
 def running(output: Path | None, quiet: bool = False, source: str = "") -> Iterator[Running]:
     """Around the work of a job: a progress bar on a terminal, and errors as messages.
@@ -110,9 +100,7 @@ def told(console: Console, stopped: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        if not is_told(error):
-            raise
+    except (UserError, OSError, MemoryError) as error:
         console.print(f"[bold red]Error:[/] {escape(str(error) or type(error).__name__)}", markup=True)
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt:

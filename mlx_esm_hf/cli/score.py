@@ -26,7 +26,7 @@ def command(
     picture: Annotated[Path | None, typer.Option(help="Without MUTANTS: a heat map, .png or .svg.")] = None,
     revision: Revision = None,
     dtype: Dtype = None,
-    activations: Activations = None,
+    activation_dtype: Activations = None,
     device: Device = None,
     long: Long = "error",
     batch_tokens: BatchTokens = "auto",
@@ -40,10 +40,10 @@ def command(
     Example: mlx-esm score mutants.csv --sequence MKTAYIAKQR --model facebook/esm1v_t33_650M_UR90S_1 --output scores.csv
     """
     with running(output, quiet) as run:
-        from mlx_esm_hf import pipelines
         from mlx_esm_hf.data.proteins import Report
+        from mlx_esm_hf.jobs.score import score
 
-        scores = pipelines.score(
+        scores = score(
             mutants,
             sequence,
             model,
@@ -54,7 +54,7 @@ def command(
             picture=picture,
             revision=revision,
             dtype=dtype,
-            activations=activations,
+            activation_dtype=activation_dtype,
             device=device,
             long=long,
             batch_tokens=tokens_of(batch_tokens),

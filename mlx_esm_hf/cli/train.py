@@ -10,6 +10,7 @@ import typer
 from mlx_esm_hf.cli import training_options as options
 from mlx_esm_hf.cli.options import Device, OptionalModel, Quiet, listed
 from mlx_esm_hf.cli.running import running
+from mlx_esm_hf.errors import UserError
 
 
 def command(
@@ -57,7 +58,7 @@ def command(
         from mlx_esm_hf.training.pretrain import pretrain
 
         if (model is None) == (shape is None):
-            raise ValueError("Either --model, to train further, or --shape, of a new model, is needed.")
+            raise UserError("Either --model, to train further, or --shape, of a new model, is needed.")
         check_picture_of(picture)
         use_device(device)
         report = Report()
@@ -104,10 +105,10 @@ def shape_of(text: str) -> tuple[int, int, int]:
     """
     parts = listed(text)
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--shape {text}: layers, hidden size and heads are needed, such as 6,320,20.")
+        raise UserError(f"--shape {text}: layers, hidden size and heads are needed, such as 6,320,20.")
     layers, hidden_size, heads = (int(part) for part in parts)
     if hidden_size % (2 * heads):
-        raise ValueError(f"--shape {text}: the hidden size must be a multiple of twice the number of heads.")
+        raise UserError(f"--shape {text}: the hidden size must be a multiple of twice the number of heads.")
     return layers, hidden_size, heads
 
 
@@ -119,4 +120,4 @@ def numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in listed(text)]
     except ValueError:
-        raise ValueError(f"--weights {text}: numbers are needed, such as 3,1.") from None
+        raise UserError(f"--weights {text}: numbers are needed, such as 3,1.") from None

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.data.windows import Window
+from mlx_esm_hf.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -80,5 +81,5 @@ def make_batches(
             input_ids[line, : lengths[row]] = ids
             attention_mask[line, : lengths[row]] = 1
         if ((input_ids != vocabulary.pad) != attention_mask).any():
-            raise ValueError("A sequence holds the token for padding.")
+            raise UserError("A sequence holds the token for padding.")
         yield Batch([windows[row] for row in rows], input_ids, attention_mask, len(vocabulary.before))

@@ -18,6 +18,8 @@ import zstandard
 from Bio.Seq import Seq
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
+from mlx_esm_hf.errors import UserError
+
 STANDARD = "ACDEFGHIKLMNPQRSTVWY"
 RESIDUES = STANDARD + "XBUZO"
 GAPS = "-."
@@ -55,7 +57,7 @@ class Report:
             ValueError: with `strict`, this message.
         """
         if self.strict:
-            raise ValueError(message)
+            raise UserError(message)
         self.left_out.append(message)
 
 
@@ -78,11 +80,11 @@ def standard_input() -> IO[bytes]:
         ValueError: it is closed.
     """
     if sys.stdin is None or sys.stdin.closed:
-        raise ValueError("Standard input is closed, there is nothing to read: name a file.")
+        raise UserError("Standard input is closed, there is nothing to read: name a file.")
     return sys.stdin.buffer
 
 
-def shown(id: str) -> str:
+def quoted(id: str) -> str:
     """An id in a message."""
     return repr(id if len(id) <= 100 else f"{id[:100]}...")
 
@@ -124,18 +126,18 @@ def clean(sequence: str, aligned: bool = False, report: Report | None = None) ->
             report.gaps += not aligned
             cleaned.append(part if aligned else "")
         elif part == "*":
-            raise ValueError(f"has a stop (*) inside, at {place}: split it, or cut it there")
+            raise UserError(f"has a stop (*) inside, at {place}: split it, or cut it there")
         elif len(part) > 1:
-            raise ValueError(f"has the token {part} at {place}; known are {', '.join(SPECIAL)}")
+            raise UserError(f"has the token {part} at {place}; known are {', '.join(SPECIAL)}")
         elif part.isascii() and part.isalpha():
             report.replaced += 1
             cleaned.append("X")
         else:
-            raise ValueError(f"has {part!r} at {place}, which is no residue")
+            raise UserError(f"has {part!r} at {place}, which is no residue")
     if not any(cleaned):
-        raise ValueError("is empty")
+        raise UserError("is empty")
     if CHAIN_BREAK in cleaned and not all("".join(cleaned).split(CHAIN_BREAK)):
-        raise ValueError(f"has an empty chain: {CHAIN_BREAK} stands between chains")
+        raise UserError(f"has an empty chain: {CHAIN_BREAK} stands between chains")
     return "".join(cleaned)
 
 
@@ -151,7 +153,7 @@ def clean_chains(sequence: str, aligned: bool = False, report: Report | None = N
         try:
             cleaned.append(clean(part, aligned, report))
         except ValueError as error:
-            raise ValueError(f"{error}, in chain {number}" if len(chains) > 1 else str(error)) from None
+            raise UserError(f"{error}, in chain {number}" if len(chains) > 1 else str(error)) from None
     return ":".join(cleaned)
 
 
@@ -176,10 +178,10 @@ def read_proteins(
     for place, name, sequence in records:
         try:
             if not isinstance(sequence, str):
-                raise ValueError(f"is no sequence, but {sequence!r}")
+                raise UserError(f"is no sequence, but {sequence!r}")
             yield Protein(name, (clean_chains if chains else clean)(sequence, aligned, report), place)
         except ValueError as error:
-            report.leave_out(f"{place}: {shown(name)} {error}.")
+            report.leave_out(f"{place}: {quoted(name)} {error}.")
 
 
 def _from_python(source: Iterable[Any]) -> Iterator[tuple[str, str, Any]]:
@@ -220,7 +222,7 @@ def _from_file(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, str]]:
             if first is None:
                 return
             if not first.startswith(">"):
-                raise ValueError(
+                raise UserError(
                     f"{name}, line {lines.number}: this is not FASTA, which begins with a title line, such as '>P1'."
                 )
             start = lines.number
@@ -230,7 +232,7 @@ def _from_file(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, str]]:
                 yield f"{name}, line {start}", identifier, sequence
                 start, record = lines.number, f"the record after {identifier!r}"  # the parser has read the next title
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{name}, line {lines.number + 1}: the compressed stream is damaged in {record} ({error})."
             ) from error
 

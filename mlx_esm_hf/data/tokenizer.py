@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.resolve import find_file
+from mlx_esm_hf.errors import CheckpointError
 
 
 def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:

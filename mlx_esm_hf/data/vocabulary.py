@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_esm_hf.data.proteins import CHAIN_BREAK, SPECIAL, STANDARD, tokens
+from mlx_esm_hf.errors import UserError
 
 
 class Vocabulary:
@@ -41,13 +42,13 @@ class Vocabulary:
         self.ids: dict[str, int] = named | tokenizer.get_vocab()
         self.chain_break = self.ids.get(CHAIN_BREAK, -1)
         if missing := [residue for residue in STANDARD if residue not in self.ids]:
-            raise ValueError(
+            raise UserError(
                 f"The vocabulary of {self.name} lacks the residues {', '.join(missing)}: its tokenizer is not one of "
                 "proteins, or its vocab.txt is damaged."
             )
         row = _ids_of_a_residue(tokenizer, self.name)
         if self.ids["A"] not in row:
-            raise ValueError(f"The tokenizer of {self.name} does not make one token of a residue, but {row} of A.")
+            raise UserError(f"The tokenizer of {self.name} does not make one token of a residue, but {row} of A.")
         place = row.index(self.ids["A"])
         self.before, self.after = row[:place], row[place + 1 :]
         self._tokenizer = tokenizer
@@ -66,7 +67,7 @@ class Vocabulary:
         try:
             return np.array([self.ids[token] for token in tokens(sequence)], np.int32)
         except KeyError as error:
-            raise ValueError(f"has {error}, which {self.name} has no token for") from None
+            raise UserError(f"has {error}, which {self.name} has no token for") from None
 
     def residues(self, ids: np.ndarray) -> np.ndarray:
         """Which of ids [positions] are residues, bool [positions]: all but the breaks between chains."""
@@ -95,14 +96,14 @@ def refuse_other_tokenizer(
     """
     name, ids = name or "this model", tokenizer.get_vocab()
     if len(ids) > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer of {name} has {len(ids)} tokens, the model {config.vocab_size}: they do not belong "
             "together."
         )
     for token in ("pad", "mask", "eos"):
         ours, theirs = getattr(tokenizer, f"{token}_token_id"), getattr(config, f"{token}_token_id", None)
         if theirs is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer of {name} has <{token}> at {ours}, the config at {theirs}: they do not belong "
                 "together, or vocab.txt is damaged."
             )
@@ -110,7 +111,7 @@ def refuse_other_tokenizer(
     expected = getattr(config, "vocab_list", None)
     if expected is not None:
         if order != list(expected):
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer of {name} has other tokens than the vocab_list of its config, or in another order: "
                 "they do not belong together, or vocab.txt is damaged."
             )
@@ -126,4 +127,4 @@ def _ids_of_a_residue(tokenizer: Any, name: str) -> list[int]:
     try:
         return tokenizer("A")["input_ids"]
     except TypeError as error:  # such as a model_max_length that is no number
-        raise ValueError(f"The tokenizer of {name} fails ({error}): its tokenizer_config.json is damaged.") from error
+        raise UserError(f"The tokenizer of {name} fails ({error}): its tokenizer_config.json is damaged.") from error

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from yaml import YAMLError
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.hub.files import REPORT, Checkpoint, is_quantized
 from mlx_esm_hf.version import __version__
 
@@ -90,10 +91,10 @@ def load_card(path: str | Path) -> Any:
         return ModelCard.load(path)
     except (YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: the lines between the two --- are not YAML of a model card ({reason}).") from error
+        raise UserError(f"{path}: the lines between the two --- are not YAML of a model card ({reason}).") from error
 
 
-def nobody_wrote(card: ModelCard) -> bool:
+def is_generated(card: ModelCard) -> bool:
     """Whether a card is one of ours, or transformers' template as it is."""
     template = ModelCard.from_template(ModelCardData(), model_description=THEIRS)
     return OURS in card.text or card.text.strip() == template.text.strip()
@@ -125,9 +126,9 @@ def describe(checkpoint: Checkpoint) -> str:
         words.append(f"{checkpoint.parameters:,} parameters")
     if config.get("num_hidden_layers"):
         words.append(f"{config['num_hidden_layers']} layers of width {config.get('hidden_size')}")
-    packing = config.get("quantization") or config.get("quantization_config") or {}
-    if packing.get("bits"):
-        words.append(f"quantized to {packing['bits']} bits in groups of {packing.get('group_size')}")
+    spec = config.get("quantization") or config.get("quantization_config") or {}
+    if spec.get("bits"):
+        words.append(f"quantized to {spec['bits']} bits in groups of {spec.get('group_size')}")
     elif config.get("dtype") or config.get("torch_dtype"):
         words.append(str(config.get("dtype") or config.get("torch_dtype")))
     return ", ".join(words)

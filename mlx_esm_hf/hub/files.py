@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import shard_names, with_variant
+from mlx_esm_hf.errors import CheckpointError
 
 CONFIG = "config.json"
 CARD = "README.md"

@@ -18,7 +18,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from mlx_esm_hf.checkpoint.hub_errors import hub_error
-from mlx_esm_hf.hub.card import load_card, nobody_wrote, write_card
+from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.hub.card import is_generated, load_card, write_card
 from mlx_esm_hf.hub.files import CARD, TOKENIZER, Checkpoint, read_checkpoint, variant_of
 from mlx_esm_hf.version import __version__
 
@@ -96,7 +97,7 @@ def publish(
     api = HfApi(token=token, library_name="mlx-esm-hf", library_version=__version__)
     try:
         repo_id = with_owner(api, repo_id) if dry_run else prepare(api, repo_id, private, revision, create_pr)
-        head = look(api, repo_id, revision, missing_ok=dry_run)
+        head = branch_head(api, repo_id, revision, missing_ok=dry_run)
         license = license or license_of(api, base_model)
         tokenizer = any(name in TOKENIZER for name in [*checkpoint.files, *head.files])
         facts: dict[str, Any] = {"tokenizer": tokenizer, "base_model": base_model, "license": license}
@@ -126,7 +127,7 @@ def publish(
     except (HTTPError, RuntimeError) as error:
         raise hub_error(error, f"{Path(folder)} was not published as {repo_id}", repo_id, revision) from error
     except ValueError as error:
-        raise ValueError(f"{Path(folder)} was not published as {repo_id}: {error}") from error
+        raise UserError(f"{Path(folder)} was not published as {repo_id}: {error}") from error
     return Publication(**{**vars(publication), "commit": commit})
 
 
@@ -139,7 +140,7 @@ def prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None
     """Let there be a repository with this branch; returns its id with its owner."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id} is there already, and it is public: nothing was sent. Take another name for it.")
+        raise UserError(f"{repo_id} is there already, and it is public: nothing was sent. Take another name for it.")
     if revision is not None and not revision.startswith("refs/pr/"):
         try:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -150,14 +151,14 @@ def prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None
     return repo_id
 
 
-def look(api: HfApi, repo_id: str, revision: str | None, missing_ok: bool) -> Head:
+def branch_head(api: HfApi, repo_id: str, revision: str | None, missing_ok: bool) -> Head:
     """The last commit of a branch. With `missing_ok` a branch that is not there is what it would be made from: main."""
     try:
         info = api.model_info(repo_id, revision=revision)
     except RevisionNotFoundError:
         if not missing_ok or revision is None:
             raise
-        return look(api, repo_id, None, missing_ok)
+        return branch_head(api, repo_id, None, missing_ok)
     except RepositoryNotFoundError:
         if not missing_ok:
             raise
@@ -193,7 +194,7 @@ def choose_card(
         card = load_card(checkpoint.folder / CARD)
     elif CARD in head.files:
         card = load_card(api.hf_hub_download(repo_id, CARD, revision=head.commit))
-        if nobody_wrote(card):
+        if is_generated(card):
             return write_card(checkpoint, repo_id, tags=tags, earlier=card, **facts)
     else:
         return write_card(checkpoint, repo_id, tags=tags, **facts)

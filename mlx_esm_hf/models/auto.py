@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, commit_of, read_config
+from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.loading import commit_of, read_config
+from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
 from mlx_esm_hf.models.esm.modeling_esm import (
     MLXEsmForMaskedLM,
@@ -73,7 +75,7 @@ class AutoClass:
     @classmethod
     def _class_for(cls, model_type: Any, source: str) -> Any:
         if not isinstance(model_type, str) or model_type not in cls.models:
-            raise ValueError(
+            raise UserError(
                 f"{source} has model_type {model_type!r}; {cls.__name__} knows {', '.join(map(repr, cls.models))}."
             )
         return cls.models[model_type]

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.ops import cpu, gpu, kernels
 from mlx_esm_hf.ops.heads import Norms, Rotary, merge_heads, split_heads
 from mlx_esm_hf.ops.layout import Layout
@@ -62,7 +63,7 @@ def computing_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if dtype in HALF and backend_of() is not gpu else dtype
 
 
-def wide(*arrays: mx.array | None) -> list[Any]:
+def upcast(*arrays: mx.array | None) -> list[Any]:
     """The arrays for our kernels, which compute in float32: those of half precision become it. Where there are no
     kernels they stay as they are."""
     dtypes = {array.dtype for array in arrays if array is not None}
@@ -77,9 +78,9 @@ def linear(
     bias: mx.array | None = None,
     residual: mx.array | None = None,
     activation: str | None = None,
-    scale: float = 1.0,
+    output_scale: float = 1.0,
 ) -> mx.array:
-    """x · weightᵀ + bias, then the activation, then · scale, then + residual.
+    """x · weightᵀ + bias, then the activation, then · output_scale, then + residual.
 
     Args:
         x: [..., inputs].
@@ -89,15 +90,15 @@ def linear(
         activation: "gelu" or "relu".
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
+        raise UserError(f"activation={activation!r} is neither 'gelu' nor 'relu'.")
     if weight.dtype in HALF and backend_of() is kernels:
-        x32, bias32, residual32 = wide(x, bias, residual)
+        x32, bias32, residual32 = upcast(x, bias, residual)
         if backend_of(x32, bias32, residual32) is kernels:
-            return kernels.half_linear(x32, weight, bias32, residual32, activation, scale).astype(x.dtype)
+            return kernels.half_linear(x32, weight, bias32, residual32, activation, output_scale).astype(x.dtype)
     if backend_of(x, weight, bias, residual) is kernels:
-        return kernels.linear(x, weight, bias, residual, activation, scale)
+        return kernels.linear(x, weight, bias, residual, activation, output_scale)
     y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    return activated(y, residual, activation, scale)
+    return activated(y, residual, activation, output_scale)
 
 
 def quantized_linear(
@@ -108,39 +109,39 @@ def quantized_linear(
     bias: mx.array | None = None,
     residual: mx.array | None = None,
     activation: str | None = None,
-    scale: float = 1.0,
+    output_scale: float = 1.0,
     *,
     group_size: int,
     bits: int,
     mode: str = "affine",
-    activations: str | None = None,
+    activation_dtype: str | None = None,
 ) -> mx.array:
     """`linear` with a weight that `mx.quantize` has made: [outputs, inputs · bits / 32], beside its scales and biases.
 
     On a CPU MLX's own product of a quantized matrix is 50 times slower than one of the matrix that it stands for.
 
     Args:
-        activations: "int8": x is rounded to 8 bits, with a scale for each token and group. Kernels multiply integers
-            then; gradients are those of a layer that does not round.
+        activation_dtype: "int8" rounds x to 8 bits, with a scale for each token and group, and kernels multiply
+            integers; gradients are those of a layer that does not round.
     """
     if mode == "affine" and bits in kernels.BITS:
-        x32, bias32, residual32 = wide(x, bias, residual)
+        x32, bias32, residual32 = upcast(x, bias, residual)
         if biases is not None and backend_of(x32, bias32, residual32) is kernels:
-            integers = activations == "int8"
+            integers = activation_dtype == "int8"
             y = kernels.quantized_linear(
-                x32, weight, scales, biases, bias32, residual32, activation, scale, group_size, bits, integers
+                x32, weight, scales, biases, bias32, residual32, activation, output_scale, group_size, bits, integers
             )
             return y.astype(x.dtype)
-    if activations == "int8":
+    if activation_dtype == "int8":
         x = rounded(x, group_size)
     backend = backend_of(x)
     if backend is not gpu:
         if mode == "affine" and x.dtype == mx.float32:  # so that the weight is not rounded to the scales' precision
             scales, biases = scales.astype(x.dtype), None if biases is None else biases.astype(x.dtype)
         whole = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-        return linear(x, whole.astype(x.dtype), bias, residual, activation, scale)
+        return linear(x, whole.astype(x.dtype), bias, residual, activation, output_scale)
     y = mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
-    return activated(y if bias is None else y + bias, residual, activation, scale)
+    return activated(y if bias is None else y + bias, residual, activation, output_scale)
 
 
 def rounded(x: mx.array, group_size: int) -> mx.array:
@@ -153,32 +154,32 @@ def rounded(x: mx.array, group_size: int) -> mx.array:
     return x + mx.stop_gradient(found - x)
 
 
-def activated(y: mx.array, residual: mx.array | None, activation: str | None, scale: float = 1.0) -> mx.array:
-    """The activation of y, then · scale, then + residual: what `linear` does behind its product."""
+def activated(y: mx.array, residual: mx.array | None, activation: str | None, output_scale: float = 1.0) -> mx.array:
+    """The activation of y, then · output_scale, then + residual: what `linear` does behind its product."""
     if activation == "gelu":
         y = gelu(y)
     elif activation == "relu":
         y = mx.maximum(y, 0)
-    if scale != 1:
-        y = y * scale
+    if output_scale != 1:
+        y = y * output_scale
     return y if residual is None else y + residual
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
     """Layer norm over the last axis (Ba et al. 2016), `eps` inside the root; it need not have a bias."""
-    x32, weight32, bias32 = wide(x, weight, bias)
+    x32, weight32, bias32 = upcast(x, weight, bias)
     return backend_of(x32, weight32, bias32).layer_norm(x32, weight32, bias32, eps).astype(x.dtype)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x · Φ(x) by the exact error function, as ESM has it (not the tanh approximation)."""
-    (x32,) = wide(x)
+    (x32,) = upcast(x)
     return backend_of(x32).gelu(x32).astype(x.dtype)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, where silu(x) = x / (1 + e^−x) (Shazeer 2020)."""
-    gate32, up32 = wide(gate, up)
+    gate32, up32 = upcast(gate, up)
     return backend_of(gate32, up32).swiglu(gate32, up32).astype(gate.dtype)
 
 
@@ -215,7 +216,7 @@ def attention(
     layout = layout or Layout(query.shape[:2])  # type: ignore[arg-type]
     dtype, eps = query.dtype, norms[2] if norms else 0.0
     more = *(rotary or (None, None)), *(bias_kv or (None, None)), bias, *(norms or (None, None))[:2]
-    arrays = wide(query, key, value, *more)
+    arrays = upcast(query, key, value, *more)
     query, key, value, cos, sin, bias_k, bias_v, bias, of_query, of_key = arrays
     rotary, bias_kv = rotary and (cos, sin), bias_kv and (bias_k, bias_v)
     # Chains in rows that are not packed are seen by a mask of pairs, which the kernels do not take.

@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.ops.heads import Norms, Rotary
 from mlx_esm_hf.ops.layout import Layout
 from mlx_esm_hf.runtime.threads import thread_limits
@@ -50,7 +51,7 @@ def _load() -> tuple[Any, str]:
     if wish not in ("", "1"):
         if wish not in module.instruction_sets():
             known = ", ".join(module.instruction_sets())
-            raise ValueError(f"MLX_ESM_KERNELS={wish}: this machine has {known}; 0 turns the kernels off.")
+            raise UserError(f"MLX_ESM_KERNELS={wish}: this machine has {known}; 0 turns the kernels off.")
         module.choose(wish)
     return module, f"{module.instruction_set()}, threads: {module.threads()}"
 
@@ -106,10 +107,10 @@ def linear(
     bias: mx.array | None,
     residual: mx.array | None,
     activation: str | None,
-    scale: float,
+    output_scale: float,
 ) -> mx.array:
     """`ops.linear`."""
-    return native.linear(x, weight, bias, residual, activation, scale)
+    return native.linear(x, weight, bias, residual, activation, output_scale)
 
 
 BITS = (2, 3, 4, 6, 8)  # of a quantized weight
@@ -121,10 +122,10 @@ def half_linear(
     bias: mx.array | None,
     residual: mx.array | None,
     activation: str | None,
-    scale: float,
+    output_scale: float,
 ) -> mx.array:
     """`ops.linear` of float32 with a weight of float16 or bfloat16."""
-    return native.half_linear(x, weight, bias, residual, activation, scale)
+    return native.half_linear(x, weight, bias, residual, activation, output_scale)
 
 
 def quantized_linear(
@@ -135,14 +136,14 @@ def quantized_linear(
     bias: mx.array | None,
     residual: mx.array | None,
     activation: str | None,
-    scale: float,
+    output_scale: float,
     group_size: int,
     bits: int,
     integers: bool,
 ) -> mx.array:
     """`ops.quantized_linear` of float32."""
     return native.quantized_linear(
-        x, weight, scales, biases, bias, residual, activation, scale, group_size, bits, integers
+        x, weight, scales, biases, bias, residual, activation, output_scale, group_size, bits, integers
     )
 
 

@@ -49,7 +49,7 @@ def computed(kernel: Callable[..., mx.array], plain: Callable[..., mx.array], *a
 
     Its dtype is that of the first array.
     """
-    dtype, arrays = arrays[0].dtype, tuple(ops.wide(*arrays))
+    dtype, arrays = arrays[0].dtype, tuple(ops.upcast(*arrays))
     if ops.backend_of(*arrays) is not kernels:
         return plain(*arrays)
     given = [x for x in arrays if x is not None]

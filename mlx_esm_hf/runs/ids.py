@@ -6,6 +6,8 @@ import json
 import re
 from dataclasses import dataclass, field
 
+from mlx_esm_hf.errors import UserError
+
 LONGEST_ID = 1 << 15  # bytes; twice that is the most of a name in a zip archive, and of an attribute in HDF5
 HEADER = 99_000_000  # bytes of names; safetensors reads headers of 100 MB
 LONGEST_NAME = 150  # characters of a file; with a number and a suffix it stays below 255, and is readable
@@ -35,13 +37,13 @@ class Ids:
         try:
             size = len(id.encode())
         except UnicodeEncodeError:
-            raise ValueError("has an id that is no text, but half of a character") from None
+            raise UserError("has an id that is no text, but half of a character") from None
         if size > LONGEST_ID:
-            raise ValueError(f"has an id of {size} bytes, and files hold {LONGEST_ID} at most")
+            raise UserError(f"has an id of {size} bytes, and files hold {LONGEST_ID} at most")
         if "\0" in id:
-            raise ValueError("has a NUL in its id, and many programs would end it there")
+            raise UserError("has a NUL in its id, and many programs would end it there")
         if len(id.splitlines()) > 1:
-            raise ValueError("has an id of several lines")
+            raise UserError("has an id of several lines")
 
     def add(self, id: str) -> None:
         """Count an id.
@@ -55,12 +57,12 @@ class Ids:
         # The list of ids is a text within a text; each array has an entry {"dtype":...,"shape":...,"data_offsets":...}.
         self.header += len(json.dumps(name)) + self.arrays * (len(name) + 120)
         if self.suffix == ".safetensors" and self.header > HEADER:
-            raise ValueError(
+            raise UserError(
                 f"The ids of {self.count:,} proteins and more do not fit into the header of a .safetensors file, which "
                 "holds 100 MB: choose .h5, .parquet or a folder of shards."
             )
         if self.suffix == ".npz" and not self.arrays and 4 * self.count * self.longest > ID_ARRAY:
-            raise ValueError(
+            raise UserError(
                 f"The ids of {self.count:,} proteins and more, one of {self.longest:,} characters, make an array of "
                 "over 4 GiB in an .npz file: choose .h5, .parquet or a folder of shards."
             )

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_esm_hf.runs import ranks
+from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.runtime import distributed
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def locked(output: Path) -> Iterator[None]:
     """
     real = Path(os.path.realpath(output))  # a folder may have several names
     path = real.with_name(f".{real.name}.mlx-esm.lock")
-    descriptor = ranks.on_first(lambda: acquire(path, output))
+    descriptor = distributed.on_rank_0(lambda: acquire(path, output))
     try:
         yield
     finally:
@@ -41,7 +42,7 @@ def acquire(path: Path, output: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise ValueError(
+            raise UserError(
                 f"{output} is being written by another process: wait until that has ended, or choose another output."
             ) from None
         except OSError as error:  # a file system without locks

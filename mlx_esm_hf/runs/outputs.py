@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_esm_hf.runs import ranks
-from mlx_esm_hf.runs.files import Write, part_of, place, remove_parts, replace_file, to_disk
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.lock import locked
 from mlx_esm_hf.runs.run import MANIFEST, read_manifest
+from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.files import Write, part_of, place, remove_parts, replace_file, to_disk
 
 PICTURES = (".png", ".svg", ".pdf")
 # What a file of this suffix is written with, and the extra that brings it.
@@ -49,7 +50,7 @@ def check_outputs(
         path = Path(output)
         if path.suffix not in suffixes:
             known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
-            raise ValueError(f"{output}: the formats of this command are told by the suffixes {known}.")
+            raise UserError(f"{output}: the formats of this command are told by the suffixes {known}.")
         check_writable(path)
         with locked(path):  # which also removes the lock of a process that was killed at its end
             remove_gone(shards_of(path))
@@ -58,7 +59,7 @@ def check_outputs(
     for path in paths:
         check_writable(path)
         if paths.count(path) > 1:
-            raise ValueError(f"{path} is to be written twice: choose another name for one of the files.")
+            raise UserError(f"{path} is to be written twice: choose another name for one of the files.")
     refuse_existing(paths, None if output is None else shards_of(output))
 
 
@@ -73,13 +74,13 @@ def refuse_existing(paths: Iterable[Path], shards: Path | None) -> None:
         ValueError: there is another file, or anything else, under one of the names; a link in the place of the shards.
     """
     if shards is not None and shards.is_symlink():
-        raise ValueError(f"{shards} is a link, and shards are only put into a folder of their own: remove it.")
+        raise UserError(f"{shards} is a link, and shards are only put into a folder of their own: remove it.")
     written = {} if shards is None else read_written(shards)
     for path in paths:
         if os.path.lexists(path) and not is_written(path, written):
             if shards is not None and shards.exists():
-                raise ValueError(f"{path} is there already, and {shards} is not done: move the file away, then go on.")
-            raise ValueError(f"{path} is there already: choose another output, or remove it.")
+                raise UserError(f"{path} is there already, and {shards} is not done: move the file away, then go on.")
+            raise UserError(f"{path} is there already: choose another output, or remove it.")
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def claimed(output: Path | None, others: Iterable[Path] = ()) -> Iterator[None]:
         return
     paths = [*others, output] if output.suffix else []
     with locked(output):
-        ranks.on_first(lambda: refuse_existing(paths, shards_of(output)))
+        distributed.on_rank_0(lambda: refuse_existing(paths, shards_of(output)))
         yield
 
 
@@ -104,7 +105,7 @@ def check_picture(path: str | os.PathLike[str] | None) -> None:
         ValueError: a picture of this suffix cannot be drawn.
     """
     if path is not None and os.path.splitext(path)[1] not in PICTURES:
-        raise ValueError(f"{os.fspath(path)}: pictures are told by the suffixes {', '.join(PICTURES)}.")
+        raise UserError(f"{os.fspath(path)}: pictures are told by the suffixes {', '.join(PICTURES)}.")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -114,7 +115,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise ValueError(f"{os.fspath(path)} cannot be written: there is no folder {folder}.")
+        raise UserError(f"{os.fspath(path)} cannot be written: there is no folder {folder}.")
     check_library(path)
 
 
@@ -125,7 +126,7 @@ def check_library(path: str | os.PathLike[str]) -> None:
     """
     module, extra = LIBRARIES.get(os.path.splitext(path)[1], ("", ""))
     if module and importlib.util.find_spec(module) is None:
-        raise ValueError(f"{os.fspath(path)} needs {module}: pip install 'mlx-esm-hf[{extra}]'.")
+        raise UserError(f"{os.fspath(path)} needs {module}: pip install 'mlx-esm-hf[{extra}]'.")
 
 
 def shards_of(output: str | os.PathLike[str]) -> Path:
@@ -183,7 +184,7 @@ def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] |
                 remember(path, part)
             place(part, path)
     except FileExistsError:
-        raise ValueError(f"{path} is there already, since the work began: move it away, then go on.") from None
+        raise UserError(f"{path} is there already, since the work began: move it away, then go on.") from None
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error}). The same command goes on from there.") from error
 
@@ -211,15 +212,15 @@ def identity(path: Path) -> list[int]:
 def discard(folder: Path) -> None:
     """Remove shards of which something was made. Renamed first, so that no part of them looks like a run."""
     remove_gone(folder)
-    os.replace(folder, gone_from(folder))
+    os.replace(folder, discarded_name(folder))
     remove_gone(folder)
 
 
-def gone_from(folder: Path) -> Path:
+def discarded_name(folder: Path) -> Path:
     """What shards are called while they are removed."""
     return folder.with_name(f"{folder.name}.gone")
 
 
 def remove_gone(folder: Path) -> None:
     """Remove what is left of shards that are not needed any more, which may be in the middle of being removed."""
-    shutil.rmtree(gone_from(folder), ignore_errors=True)
+    shutil.rmtree(discarded_name(folder), ignore_errors=True)

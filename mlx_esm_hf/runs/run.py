@@ -21,10 +21,11 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
-from mlx_esm_hf.runs import ranks
-from mlx_esm_hf.runs.files import GO_ON, remove_all_parts, replace_file
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.job import Chunk, Files, Item, Job, OnProgress, Progress, Result, chunks
 from mlx_esm_hf.runs.shards import read_shard, shard_bytes, shard_items, shard_name
+from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.files import GO_ON, remove_all_parts, replace_file
 
 MANIFEST, INDEX = "manifest.json", "index.csv"
 CHECKSUMS = "checksums.txt"  # as sha256sum has them, which can check them: sha256sum -c checksums.txt
@@ -43,32 +44,32 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
         OSError: the folder cannot be made or written.
     """
     run = Run(folder, {"version": 1, "command": job.command, "settings": job.settings, "input": job.input})
-    ranks.on_first(run.open)
-    if ranks.total(int(run.finished)):
+    distributed.on_rank_0(run.open)
+    if distributed.total(int(run.finished)):
         job.left_out[:] = run.manifest.get("left_out", [])
         return run
     turns, items, shards, files = chunks(job.items(), job.chunk_work), 0, 0, 0
-    while turn := list(islice(turns, ranks.size())):
+    while turn := list(islice(turns, distributed.size())):
         items, shards = items + sum(len(chunk.items) for chunk in turn), shards + len(turn)
-        missing = [not ranks.total(int(ranks.rank() == 0 and run.has(chunk))) for chunk in turn]
-        mine = ranks.rank() < len(turn) and missing[ranks.rank()]
+        missing = [not distributed.total(int(distributed.rank() == 0 and run.has(chunk))) for chunk in turn]
+        mine = distributed.rank() < len(turn) and missing[distributed.rank()]
         data = b""
         if mine:
-            chunk = turn[ranks.rank()]
+            chunk = turn[distributed.rank()]
             data = shard_bytes(chunk, job.compute(chunk.items))
-        for chunk, shard in zip(turn, ranks.gather(data, turn[0].number), strict=False):
-            if shard and ranks.rank() == 0:
+        for chunk, shard in zip(turn, distributed.gather(data, turn[0].number), strict=False):
+            if shard and distributed.rank() == 0:
                 run.add(shard_name(chunk.number), shard)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             files += sum(run.add_files(chunk, job.files) for chunk in turn)
         on_progress(Progress(residues(turn), residues(compress(turn, missing)), job.total))
-    if ranks.total(int(not job.input_is_same())):
-        ranks.on_first(run.distrust)
-        raise ValueError(
+    if distributed.total(int(not job.input_is_same())):
+        distributed.on_rank_0(run.distrust)
+        raise UserError(
             f"{job.input['name']} has changed while it was read, and nothing that was computed of it is trusted: "
             f"remove {folder}, then start again."
         )
-    ranks.on_first(lambda: run.finish({"items": items, "shards": shards, "files": files}, job))
+    distributed.on_rank_0(lambda: run.finish({"items": items, "shards": shards, "files": files}, job))
     return run
 
 
@@ -116,14 +117,14 @@ class Run:
         if self.folder.exists() and (
             not self.folder.is_dir() or any(".part" not in name for name in os.listdir(self.folder))
         ):
-            raise ValueError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
+            raise UserError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_all_parts(self.folder)
         self._write_manifest()
 
     def _refuse_another(self, before: dict[str, Any]) -> None:
         if "sha256" not in self.manifest["input"]:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds a run already, and what comes from {self.manifest['input']['name']!r} "
                 "(not a file) cannot be taken up again: choose another output, or remove it."
             )
@@ -135,7 +136,7 @@ class Run:
                 if key != "name" and before[part].get(key) != value:
                     differences.append(f"{key}: {before[part].get(key)!r} there, {value!r} here")
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds a run that is not this one ({'; '.join(differences)}): choose another "
                 "output, or remove it."
             )
@@ -214,7 +215,7 @@ class Run:
             ValueError: there were no items.
         """
         if not counts["items"]:
-            raise ValueError("\n".join(["There is nothing to compute.", *job.left_out]))
+            raise UserError("\n".join(["There is nothing to compute.", *job.left_out]))
         self.manifest |= {name: count for name, count in counts.items() if count} | {"left_out": job.left_out}
         table = io.StringIO()
         rows = csv.writer(table)
@@ -263,9 +264,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} {NO_MANIFEST.format(folder)} ({error})") from error
+        raise UserError(f"{path} {NO_MANIFEST.format(folder)} ({error})") from error
     if not is_manifest(manifest):
-        raise ValueError(f"{path} {NO_MANIFEST.format(folder)}")
+        raise UserError(f"{path} {NO_MANIFEST.format(folder)}")
     return manifest
 
 

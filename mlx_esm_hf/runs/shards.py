@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.job import Arrays, Chunk, Result
 
 
@@ -56,4 +57,4 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is damaged or missing ({error}); the same command computes it again.") from error
+        raise UserError(f"{path} is damaged or missing ({error}); the same command computes it again.") from error

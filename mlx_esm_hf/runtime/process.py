@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from mlx_esm_hf.errors import UserRuntimeError
+
 _owner: int | None = None  # the process in which the first model was made
 
 
@@ -17,7 +19,7 @@ def check_process() -> None:
     if _owner is None:
         _owner = os.getpid()
     if _owner != os.getpid():
-        raise RuntimeError(
+        raise UserRuntimeError(
             f"This process was forked from {_owner} after a model had been made there, and MLX cannot compute in it: "
             "it would wait for threads that fork does not copy. Start processes by "
             'multiprocessing.get_context("spawn") or "forkserver", and load the model in each of them.'

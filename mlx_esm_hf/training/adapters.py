@@ -25,12 +25,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from transformers.utils.hub import resolve_revision
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.names import canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.checkpoint.write import replace_files, write_safetensors
-from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear, whole_weight
+from mlx_esm_hf.errors import CheckpointError, UserError
+from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear, dequantized_weight
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ REFUSED = {
     "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
 # And those that tell where it comes from and how it was drawn, or belong to one of the others:
-IGNORED = {
+IGNORED_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "init_lora_weights", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision", "runtime_config",
@@ -99,26 +99,26 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a dictionary.")
+                raise UserError(f"{name}={getattr(self, name)!r} is not a dictionary.")
         for r in (self.r, *self.rank_pattern.values()):
             if type(r) is not int or not 0 < r < 1 << 16:
-                raise ValueError(f"r={r!r} is no rank: a whole number from 1 on.")
+                raise UserError(f"r={r!r} is no rank: a whole number from 1 on.")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if type(alpha) not in (int, float) or not math.isfinite(alpha):
-                raise ValueError(f"lora_alpha={alpha!r} is not a number.")
+                raise UserError(f"lora_alpha={alpha!r} is not a number.")
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r} is no share: at least 0 and less than 1.")
+            raise UserError(f"lora_dropout={self.lora_dropout!r} is no share: at least 0 and less than 1.")
         if not isinstance(self.target_modules, str):
             _check_names("target_modules", self.target_modules)
         _check_names("modules_to_save", self.modules_to_save or ())
         if self.bias != "none":
-            raise ValueError(f"bias={self.bias!r} is not supported: only 'none', the biases stay as they are.")
+            raise UserError(f"bias={self.bias!r} is not supported: only 'none', the biases stay as they are.")
         whole_names = [self.target_modules] if isinstance(self.target_modules, str) else []
         for pattern in (*whole_names, *self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression ({error}).") from error
+                raise UserError(f"{pattern!r} is not a regular expression ({error}).") from error
 
     @property
     def trained_modules(self) -> list[str]:
@@ -160,7 +160,7 @@ def _check_names(argument: str, names: Any) -> None:
         or not isinstance(names, Sequence)
         or not all(isinstance(name, str) and name for name in names)
     ):
-        raise ValueError(f"{argument}={names!r} are not names of modules.")
+        raise UserError(f"{argument}={names!r} are not names of modules.")
 
 
 class LoRALinear(nn.Module):
@@ -187,7 +187,7 @@ class LoRALinear(nn.Module):
         self.config = config
         self.scaling = config.scaling(name)
         self.base_layer = base_layer
-        outputs, inputs = whole_weight(self.base_layer).shape
+        outputs, inputs = dequantized_weight(self.base_layer).shape
         r = config.rank(name)
         self.lora_A = Linear(inputs, r, bias=False)  # MLX's draw is PEFT's: uniform within ±1/√inputs
         self.lora_B = Linear(r, outputs, bias=False)
@@ -197,15 +197,15 @@ class LoRALinear(nn.Module):
             self.lora_magnitude_vector = self._row_lengths()
 
     def __call__(
-        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, scale: float = 1.0
+        self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, output_scale: float = 1.0
     ) -> mx.array:
         if activation is not None:
-            return ops.activated(self(x), residual, activation, scale)
+            return ops.activated(self(x), residual, activation, output_scale)
         seen = self.lora_dropout(x)
         low_rank = self.lora_A(seen.astype(self.lora_A.weight.dtype)) * self.scaling
         if "lora_magnitude_vector" not in self:
-            added = self.lora_B(low_rank, residual=residual, scale=scale).astype(x.dtype)
-            return self.base_layer(x, residual=added, scale=scale)
+            added = self.lora_B(low_rank, residual=residual, output_scale=output_scale).astype(x.dtype)
+            return self.base_layer(x, residual=added, output_scale=output_scale)
 
         bias = self.base_layer.get("bias", 0)
         row_scale = self._row_scale()
@@ -213,12 +213,12 @@ class LoRALinear(nn.Module):
         y = row_scale * y + (1 - row_scale) * bias
         if self.training and self.config.lora_dropout:  # the layer itself does see what the adapter does not
             y = y + self.base_layer(x - seen) - bias
-        return ops.activated(y.astype(x.dtype), residual, None, scale)
+        return ops.activated(y.astype(x.dtype), residual, None, output_scale)
 
     @property
     def weight(self) -> mx.array:
         """The weight that layer and adapter make together, [outputs, inputs]."""
-        base = whole_weight(self.base_layer)
+        base = dequantized_weight(self.base_layer)
         weight = self._sum() if "lora_magnitude_vector" not in self else self._row_scale()[:, None] * self._sum()
         return weight.astype(base.dtype)
 
@@ -234,7 +234,7 @@ class LoRALinear(nn.Module):
 
     def merged(self) -> Linear:
         """One layer that computes the same, frozen; not a quantized one."""
-        outputs, inputs = whole_weight(self.base_layer).shape
+        outputs, inputs = dequantized_weight(self.base_layer).shape
         layer = Linear(inputs, outputs, bias=self.bias is not None)
         layer.weight = self.weight
         if self.bias is not None:
@@ -244,7 +244,7 @@ class LoRALinear(nn.Module):
         return layer
 
     def _sum(self) -> mx.array:
-        return whole_weight(self.base_layer) + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+        return dequantized_weight(self.base_layer) + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
 
     def _row_lengths(self) -> mx.array:
         return mx.linalg.norm(self._sum(), axis=1)
@@ -395,7 +395,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
             "Convert it to plain LoRA in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     supported = {f.name for f in fields(LoraConfig)}
-    if unknown := sorted(found.keys() - supported - REFUSED - IGNORED):
+    if unknown := sorted(found.keys() - supported - REFUSED - IGNORED_FIELDS):
         logger.warning("%s sets %s, which nothing here knows: ignored.", path, ", ".join(unknown))
     try:
         return LoraConfig(**{name: found[name] for name in supported & found.keys() if found[name] is not None})
@@ -413,12 +413,12 @@ def has_adapters(model: MLXPreTrainedModel) -> bool:
 
 def _check_plain(model: MLXPreTrainedModel) -> None:
     if _find_adapted(model):
-        raise ValueError(f"{type(model).__name__} has adapters: merge them (merge_adapters) before it gets others.")
+        raise UserError(f"{type(model).__name__} has adapters: merge them (merge_adapters) before it gets others.")
 
 
 def _adapted(model: MLXPreTrainedModel) -> dict[str, LoRALinear]:
     if not (layers := _find_adapted(model)):
-        raise ValueError(f"{type(model).__name__} has no adapters: add_adapters or load_adapter gives it some.")
+        raise UserError(f"{type(model).__name__} has no adapters: add_adapters or load_adapter gives it some.")
     return layers
 
 
@@ -441,12 +441,12 @@ def _choose(model: MLXPreTrainedModel, config: LoraConfig) -> tuple[dict[str, Lo
     modules = _modules_to_save(model, config)
     if config.trained_modules and not modules:
         names = ", ".join(model.children())
-        raise ValueError(f"modules_to_save={config.trained_modules}: the model has no such module, but {names}.")
+        raise UserError(f"modules_to_save={config.trained_modules}: the model has no such module, but {names}.")
     for name, module in modules.items():
         packed = [inner for inner, part in module.named_modules() if isinstance(part, nn.QuantizedLinear)]
         if packed:
             where = f"{name}.{packed[0]}".rstrip(".")
-            raise ValueError(f"{where} is quantized and cannot be trained: leave it out of modules_to_save.")
+            raise UserError(f"{where} is quantized and cannot be trained: leave it out of modules_to_save.")
 
     layers: dict[str, LoRALinear] = {}
     within = tuple(f"{name}." for name in modules)
@@ -459,14 +459,14 @@ def _choose(model: MLXPreTrainedModel, config: LoraConfig) -> tuple[dict[str, Lo
         if not wanted or f"{name}.".startswith(within):
             continue
         if not isinstance(layer, Linear | QuantizedLinear):
-            raise ValueError(
+            raise UserError(
                 f"target_modules name {theirs}, of class {type(layer).__name__}: adapters go on linear layers."
             )
         layers[name] = LoRALinear(layer, config, theirs)
     if not layers:
         linear = [key for key, name in _peft_names(model).items() if isinstance(held[name], Linear | QuantizedLinear)]
         known = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in linear)
-        raise ValueError(
+        raise UserError(
             f"target_modules={config.target_modules!r} name no linear layer of {type(model).__name__}. It has, with N "
             f"for a number: {', '.join(known)}."
         )
@@ -502,7 +502,7 @@ def _check_fit(
             f"{CONFIG} belongs to another one, or it was made for another model than {type(model).__name__}."
         )
     for key, name in names.items():
-        if name in model._tied_weights() and name not in expected:
+        if name in model.tied_weights() and name not in expected:
             raise CheckpointError(
                 f"{path} holds {key!r}, a copy of the embedding that was trained by itself, and the model has one for "
                 "both: load it with tie_word_embeddings=False."

@@ -6,6 +6,8 @@ import math
 import os
 from dataclasses import dataclass
 
+from mlx_esm_hf.errors import UserError
+
 STRATEGIES = ("no", "steps", "epoch")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -82,16 +84,16 @@ class MLXTrainingArguments:
     def __post_init__(self) -> None:
         for name in ("eval_strategy", "save_strategy"):
             if getattr(self, name) not in STRATEGIES:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(STRATEGIES)}.")
+                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(STRATEGIES)}.")
         if self.lr_scheduler_type not in SCHEDULES:
-            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} is not one of {', '.join(SCHEDULES)}.")
+            raise UserError(f"lr_scheduler_type={self.lr_scheduler_type!r} is not one of {', '.join(SCHEDULES)}.")
         if self.report_to != "none":
-            raise ValueError(
+            raise UserError(
                 f"report_to={self.report_to!r}: what is measured goes to {self.output_dir}/log.jsonl, and to nowhere "
                 "else. Leave this argument out, or say 'none'."
             )
         if self.warmup_steps and self.warmup_ratio:
-            raise ValueError("warmup_steps and warmup_ratio are two names for one thing: give one of them.")
+            raise UserError("warmup_steps and warmup_ratio are two names for one thing: give one of them.")
         counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
         counts += ["save_steps", "logging_steps"]
         counts += [
@@ -99,10 +101,10 @@ class MLXTrainingArguments:
         ]
         for name in counts:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a whole number, 1 at least, is needed.")
+                raise UserError(f"{name}={getattr(self, name)}: a whole number, 1 at least, is needed.")
         for name in ("learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a number that is not negative is needed.")
+                raise UserError(f"{name}={getattr(self, name)}: a number that is not negative is needed.")
         if self.eval_steps is None:
             self.eval_steps = self.logging_steps
         if self.load_best_model_at_end:
@@ -112,7 +114,7 @@ class MLXTrainingArguments:
         """A best model is one that was evaluated, and saved then."""
         together = self.eval_strategy == self.save_strategy != "no"
         if not together or (self.eval_strategy == "steps" and self.save_steps % (self.eval_steps or 1)):
-            raise ValueError(
+            raise UserError(
                 "load_best_model_at_end needs each checkpoint to be evaluated: set eval_strategy and save_strategy "
                 "alike, and save_steps to a multiple of eval_steps."
             )

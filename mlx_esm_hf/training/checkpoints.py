@@ -19,10 +19,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.write import write_safetensors
-from mlx_esm_hf.runs.files import to_disk
+from mlx_esm_hf.errors import CheckpointError, UserError
+from mlx_esm_hf.runtime.files import to_disk
 
 ARRAYS, STATE = "training.safetensors", "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -92,7 +92,7 @@ def read_state(path: Path) -> TrainerState:
     try:
         return TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint that a training can go on from ({error}).") from error
+        raise UserError(f"{path} is not a checkpoint that a training can go on from ({error}).") from error
 
 
 def read_arrays(path: Path) -> Any:
@@ -105,7 +105,7 @@ def read_arrays(path: Path) -> Any:
         arrays = load_files([str(path / ARRAYS)])
         mx.eval(arrays)
     except (OSError, CheckpointError, RuntimeError) as error:
-        raise ValueError(f"{path / ARRAYS} is damaged ({error}): go on from an earlier checkpoint.") from error
+        raise UserError(f"{path / ARRAYS} is damaged ({error}): go on from an earlier checkpoint.") from error
     return tree_unflatten(list(arrays.items()))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_esm_hf.data.vocabulary import Vocabulary
-from mlx_esm_hf.modeling_inputs import IGNORED
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.training.objective import corrupt
 from mlx_esm_hf.training.order import epoch_of
 from mlx_esm_hf.training.token_store import TokenStore
@@ -78,14 +78,14 @@ class MaskedProteins:
         part = int(np.searchsorted(self._ends, number, side="right"))
         store, numbers = self.stores[part]
         ids = store[numbers[number - (self._ends[part - 1] if part else 0)]]
-        dice = np.random.default_rng((self.seed, self.epoch, number))
+        rng = np.random.default_rng((self.seed, self.epoch, number))
         room = self.context - self.vocabulary.around
-        start = int(dice.integers(0, max(0, len(ids) - room) + 1))
-        inputs, labels = corrupt(ids[start : start + room], self.vocabulary, dice)
+        start = int(rng.integers(0, max(0, len(ids) - room) + 1))
+        inputs, labels = corrupt(ids[start : start + room], self.vocabulary, rng)
         before, after = self.vocabulary.before, self.vocabulary.after
         return {
             "input_ids": np.array([*before, *inputs, *after], np.int32),
-            "labels": np.array([*[IGNORED] * len(before), *labels, *[IGNORED] * len(after)], np.int32),
+            "labels": np.array([*[IGNORE_INDEX] * len(before), *labels, *[IGNORE_INDEX] * len(after)], np.int32),
         }
 
 
@@ -95,7 +95,7 @@ def pad(features: Sequence[Feature], padding: int) -> Feature:
     batch = {
         "input_ids": np.full(shape, padding, np.int32),
         "attention_mask": np.zeros(shape, np.int32),
-        "labels": np.full(shape, IGNORED, np.int32),
+        "labels": np.full(shape, IGNORE_INDEX, np.int32),
     }
     for row, feature in enumerate(features):
         length = len(feature["input_ids"])

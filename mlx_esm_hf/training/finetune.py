@@ -13,6 +13,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.auto import MLXAutoModelForSequenceClassification, MLXAutoModelForTokenClassification
 from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, merge_adapters
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
@@ -75,9 +76,9 @@ def finetune(
         ValueError: a table or argument that means nothing, or an output that is something else.
     """
     if train not in HOW:
-        raise ValueError(f"train={train!r} is not one of {', '.join(HOW)}.")
+        raise UserError(f"train={train!r} is not one of {', '.join(HOW)}.")
     if task not in TASKS:
-        raise ValueError(f"task={task!r} is not one of {', '.join(TASKS)}.")
+        raise UserError(f"task={task!r} is not one of {', '.join(TASKS)}.")
     report = report or Report()
     with training_folder(output) as goes_on:
         tokenizer = load_tokenizer(model)
@@ -149,7 +150,7 @@ def divide(data: LabelledProteins, share: float) -> tuple[LabelledProteins, Labe
     """
     checked = np.array([held_out(ids.tobytes(), share) for ids in data.ids])
     if checked.all() or not checked.any():
-        raise ValueError(
+        raise UserError(
             f"Of {len(checked)} proteins a share of {share} leaves nothing to train or to validate with: set another "
             "share, or give a table to validate with."
         )
@@ -163,7 +164,7 @@ def refuse_long(data: LabelledProteins, checked: LabelledProteins, most: int | N
     """
     longest = max(data.lengths.max(), checked.lengths.max())
     if most is not None and longest > most:
-        raise ValueError(
+        raise UserError(
             f"The longest protein has {longest} tokens, the position table of the model ends at {most}: leave such "
             "proteins out, or take ESM-2, which has no such limit."
         )

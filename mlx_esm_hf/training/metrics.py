@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.modeling_inputs import IGNORED
+from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 
 AVERAGED = ("f1", "precision", "recall")
 AVERAGES = ("macro", "micro", "weighted")
@@ -57,11 +58,11 @@ def compute_metrics_for(problem_type: str, metrics: Sequence[str]) -> Callable[[
         ImportError: scikit-learn or scipy is not installed.
     """
     if problem_type not in METRICS:
-        raise ValueError(f"problem_type={problem_type!r} is none of {', '.join(METRICS)}.")
+        raise UserError(f"problem_type={problem_type!r} is none of {', '.join(METRICS)}.")
     for name in metrics:
         if ALIASES.get(name, name) not in METRICS[problem_type]:
             known = ", ".join(METRICS[problem_type])
-            raise ValueError(f"There is no metric {name!r} for {problem_type}, but {known}.")
+            raise UserError(f"There is no metric {name!r} for {problem_type}, but {known}.")
     try:
         import scipy.stats  # noqa: F401
         import sklearn.metrics  # noqa: F401
@@ -78,7 +79,7 @@ def compute_metrics_for(problem_type: str, metrics: Sequence[str]) -> Callable[[
         elif predictions.size == labels.size:
             labels = labels.reshape(predictions.shape)
         else:
-            raise ValueError(f"Predictions of shape {predictions.shape} do not fit labels of shape {labels.shape}.")
+            raise UserError(f"Predictions of shape {predictions.shape} do not fit labels of shape {labels.shape}.")
         _check_values(predictions, labels)
         of = {
             "single_label_classification": _of_single_label,
@@ -93,25 +94,25 @@ def compute_metrics_for(problem_type: str, metrics: Sequence[str]) -> Callable[[
 def _with_label(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The logits [n, classes] of what has a label, and its labels [n]."""
     if predictions.ndim != labels.ndim + 1 or predictions.shape[:-1] != labels.shape or predictions.shape[-1] < 2:
-        raise ValueError(
+        raise UserError(
             f"Predictions of shape {predictions.shape} are not the logits of two or more classes for labels of shape "
             f"{labels.shape}."
         )
-    labelled = labels != IGNORED
+    labelled = labels != IGNORE_INDEX
     predictions, labels = predictions[labelled], labels[labelled]
     classes = predictions.shape[-1]
     if outside := sorted(set(labels[(labels < 0) | (labels >= classes)].tolist())):
-        raise ValueError(f"The label {outside[0]} is outside of the {classes} classes that are predicted.")
+        raise UserError(f"The label {outside[0]} is outside of the {classes} classes that are predicted.")
     return predictions, labels
 
 
 def _check_values(predictions: np.ndarray, labels: np.ndarray) -> None:
     if not labels.size:
-        raise ValueError("No item of the evaluation set has a label: there is nothing to measure.")
+        raise UserError("No item of the evaluation set has a label: there is nothing to measure.")
     if not np.isfinite(labels).all():
-        raise ValueError(f"{np.sum(~np.isfinite(labels))} labels of the evaluation set are NaN or infinite.")
+        raise UserError(f"{np.sum(~np.isfinite(labels))} labels of the evaluation set are NaN or infinite.")
     if wrong := np.sum(~np.isfinite(predictions)):
-        raise ValueError(f"{wrong} of {predictions.size} predictions are NaN or infinite: training has diverged.")
+        raise UserError(f"{wrong} of {predictions.size} predictions are NaN or infinite: training has diverged.")
 
 
 def _of_single_label(name: str, logits: np.ndarray, labels: np.ndarray) -> float:
@@ -133,7 +134,7 @@ def _of_single_label(name: str, logits: np.ndarray, labels: np.ndarray) -> float
     if classes > 2:
         others = [other for other in METRICS["single_label_classification"] if other.startswith(f"{name}_")]
         advice = f"name {', '.join(others)}" if others else "leave it out"
-        raise ValueError(f"{name} is of two classes, and the predictions are of {classes}: {advice}.")
+        raise UserError(f"{name} is of two classes, and the predictions are of {classes}: {advice}.")
     if name in AVERAGED:
         return _averaged(f"{name}_binary", labels, predicted)
     return _ranked(name.removesuffix("_ovr"), labels, logits[:, 1] - logits[:, 0])
@@ -144,7 +145,7 @@ def _one_versus_rest(logits: np.ndarray, labels: np.ndarray) -> float:
     from sklearn import metrics
 
     if absent := sorted(set(range(logits.shape[-1])) - set(labels.tolist())):
-        raise ValueError(
+        raise UserError(
             f"roc_auc_ovr is not defined: none of the {len(labels)} labels is class {absent[0]}. Evaluate on data with "
             "all classes, or leave it out."
         )
@@ -179,7 +180,7 @@ def _ranked(name: str, labels: np.ndarray, scores: np.ndarray, where: str = "") 
     from sklearn import metrics
 
     if len(present := np.unique(labels)) < 2:
-        raise ValueError(
+        raise UserError(
             f"{name} is not defined{where}: all {len(labels)} labels are {present[0]}. Evaluate on data with both "
             "classes, or leave it out."
         )
@@ -200,7 +201,7 @@ def _of_regression(name: str, predictions: np.ndarray, labels: np.ndarray) -> fl
     if name == "mean_absolute_error":
         return metrics.mean_absolute_error(labels, predictions)
     if (constant := np.ptp(labels, axis=0) == 0).any():
-        raise ValueError(
+        raise UserError(
             f"{name} is not defined: all {len(labels)} labels are {labels[0][constant][0]}. Evaluate on data in which "
             "they differ, or leave it out."
         )

@@ -23,7 +23,7 @@ def rows_in_batches(items: Sequence[int] | np.ndarray, rows: int) -> list[np.nda
 
 
 def tokens_in_batches(
-    items: np.ndarray, lengths: np.ndarray, tokens: int, dice: np.random.Generator
+    items: np.ndarray, lengths: np.ndarray, tokens: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
     """As many items to a batch as make so many tokens with padding, of like length; the batches are shuffled.
 
@@ -36,4 +36,4 @@ def tokens_in_batches(
     for start in range(0, len(items), pool):
         together = items[start : start + pool]
         batches += [together[group] for group in by_length(lengths[together].tolist(), tokens)]
-    return [batches[place] for place in dice.permutation(len(batches))]
+    return [batches[place] for place in rng.permutation(len(batches))]

@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig
 from mlx_esm_hf.models.esm.modeling_esm import MLXEsmForMaskedLM
@@ -82,11 +83,9 @@ def pretrain(
     """
     report = report or Report()
     if weights is not None and (len(weights) != len(proteins) or min(weights) < 0 or sum(weights) <= 0):
-        raise ValueError(
-            f"weights {list(weights)}: one for each of the {len(proteins)} files is needed, none negative."
-        )
+        raise UserError(f"weights {list(weights)}: one for each of the {len(proteins)} files is needed, none negative.")
     if not 0 <= validation_share < 1:
-        raise ValueError(f"validation_share={validation_share}: a share below 1 is needed.")
+        raise UserError(f"validation_share={validation_share}: a share below 1 is needed.")
     with training_folder(output) as goes_on:
         args = MLXTrainingArguments(output, **arguments)
         if isinstance(model, tuple):

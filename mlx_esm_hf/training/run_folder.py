@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.lock import locked
 from mlx_esm_hf.training.checkpoints import NAME, checkpoints_in
 from mlx_esm_hf.training.trainer import LOG
@@ -25,8 +26,8 @@ def training_folder(output: str | os.PathLike[str]) -> Iterator[bool]:
     with locked(folder):
         names = [name for name in os.listdir(folder) if not name.startswith(".")] if folder.is_dir() else []
         if "config.json" in names:
-            raise ValueError(f"{folder} holds a model already: choose another output, or remove it.")
+            raise UserError(f"{folder} holds a model already: choose another output, or remove it.")
         others = [name for name in names if name not in (DATA, LOG) and not NAME.fullmatch(name)]
         if others or (folder.exists() and not folder.is_dir()):
-            raise ValueError(f"{folder} is there already, and is no training: choose another output, or remove it.")
+            raise UserError(f"{folder} is there already, and is no training: choose another output, or remove it.")
         yield bool(folder.is_dir() and checkpoints_in(folder))

@@ -12,7 +12,8 @@ import numpy as np
 
 from mlx_esm_hf.data.proteins import Report, clean
 from mlx_esm_hf.data.vocabulary import Vocabulary
-from mlx_esm_hf.modeling_inputs import IGNORED
+from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 
 TASKS = ("classification", "regression", "residues")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -46,7 +47,7 @@ class LabelledProteins:
         before, after = self.vocabulary.before, self.vocabulary.after
         label = self.labels[number]
         if isinstance(label, list):
-            label = [*[IGNORED] * len(before), *label, *[IGNORED] * len(after)]
+            label = [*[IGNORE_INDEX] * len(before), *label, *[IGNORE_INDEX] * len(after)]
         ids = [*before, *self.ids[number].tolist(), *after]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
 
@@ -73,7 +74,7 @@ def read_table(
         ValueError: a table of another kind, without these columns, or without a row that can be used.
     """
     if task not in TASKS:
-        raise ValueError(f"task={task!r} is not one of {', '.join(TASKS)}.")
+        raise UserError(f"task={task!r} is not one of {', '.join(TASKS)}.")
     sequences: list[str] = []
     texts: list[str] = []
     for place, sequence, label in _rows(path, sequence_column, label_column):
@@ -81,21 +82,21 @@ def read_table(
             cleaned = clean(sequence, report=report)
             length = len(vocabulary.encode(cleaned))
             if not label.strip():
-                raise ValueError("has no label")
+                raise UserError("has no label")
             if task == "residues" and len(label) != length:
-                raise ValueError(f"has {length} residues and {len(label)} labels")
+                raise UserError(f"has {length} residues and {len(label)} labels")
             if task == "regression" and not np.isfinite(float(label)):
-                raise ValueError(f"has the label {label!r}, which is no number")
+                raise UserError(f"has the label {label!r}, which is no number")
             known = set(classes or [])
             if classes and task != "regression" and (unknown := _names(label, task) - known):
-                raise ValueError(f"has the label {min(unknown)!r}, which the training data has not")
+                raise UserError(f"has the label {min(unknown)!r}, which the training data has not")
         except ValueError as error:
             report.leave_out(f"{place}: {error}.")
             continue
         sequences.append(cleaned)
         texts.append(label)
     if not sequences:
-        raise ValueError("\n".join([f"{path} holds no labelled proteins.", *report.left_out]))
+        raise UserError("\n".join([f"{path} holds no labelled proteins.", *report.left_out]))
     names = list(classes) if classes else sorted(set().union(*(_names(label, task) for label in texts)))
     return LabelledProteins(sequences, _labels(texts, task, names), names if task != "regression" else [], vocabulary)
 
@@ -112,7 +113,7 @@ def _labels(texts: list[str], task: str, names: list[str]) -> list[Any]:
     if task == "regression":
         return [float(text) for text in texts]
     if task == "residues":
-        return [[numbers.get(letter, IGNORED) for letter in text] for text in texts]
+        return [[numbers.get(letter, IGNORE_INDEX) for letter in text] for text in texts]
     return [numbers[text.strip()] for text in texts]
 
 
@@ -136,12 +137,12 @@ def _rows(path: str | os.PathLike[str], sequence: str, label: str) -> Iterator[t
                 for row in reader:
                     yield f"{path}, line {reader.line_num}", row[sequence] or "", row[label] or ""
             except csv.Error as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+                raise UserError(f"{path}, line {reader.line_num}: {error}.") from error
     else:
-        raise ValueError(f"{path}: tables are told by the suffixes .csv, .tsv and .parquet.")
+        raise UserError(f"{path}: tables are told by the suffixes .csv, .tsv and .parquet.")
 
 
 def _require(path: str | os.PathLike[str], names: Sequence[str], *wanted: str) -> None:
     for name in wanted:
         if name not in names:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(names)}.")
+            raise UserError(f"{path} has no column {name!r}; it has {', '.join(names)}.")

@@ -18,8 +18,9 @@ import numpy as np
 
 from mlx_esm_hf.data.proteins import Report, Source, is_stdin, read_proteins
 from mlx_esm_hf.data.vocabulary import Vocabulary
-from mlx_esm_hf.runs import ranks
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.run import sha256_of
+from mlx_esm_hf.runtime import distributed
 
 DESCRIPTION = "store.json"
 
@@ -59,13 +60,13 @@ def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabul
     Raises:
         ValueError: what is no file, holds no proteins, or is not FASTA.
     """
-    ranks.on_first(lambda: _make_store(source, folder, vocabulary, report))
+    distributed.on_rank_0(lambda: _make_store(source, folder, vocabulary, report))
     return TokenStore(folder)
 
 
 def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabulary, report: Report) -> None:
     if is_stdin(source) or not os.path.isfile(source):
-        raise ValueError(f"{source} is no file: training reads its proteins from FASTA files.")
+        raise UserError(f"{source} is no file: training reads its proteins from FASTA files.")
     wanted = {"sha256": sha256_of(source), "vocabulary": sorted(vocabulary.ids.items()), "version": 1}
     wanted = json.loads(json.dumps(wanted))
     try:
@@ -95,7 +96,7 @@ def _write_store(source: Source, folder: Path, vocabulary: Vocabulary, report: R
             ends.append(end)
             hashes.append(hash_of(data))
     if not ends:
-        raise ValueError("\n".join([f"{source} holds no proteins.", *report.left_out]))
+        raise UserError("\n".join([f"{source} holds no proteins.", *report.left_out]))
     np.save(part / "ends.npy", np.frombuffer(ends, np.int64))
     np.save(part / "hashes.npy", np.frombuffer(hashes, np.uint64))
     (part / DESCRIPTION).write_text(json.dumps(wanted | {"dtype": dtype.name}), encoding="utf-8")

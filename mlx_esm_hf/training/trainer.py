@@ -21,10 +21,11 @@ from transformers import DataCollatorWithPadding, default_data_collator
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.modeling_inputs import IGNORED
+from mlx_esm_hf.errors import NonFiniteLossError, UserError
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, module_at
-from mlx_esm_hf.runs import ranks
-from mlx_esm_hf.runs.files import replace_file
+from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.files import replace_file
 from mlx_esm_hf.training.adapters import has_adapters, save_adapter
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.checkpoints import (
@@ -147,20 +148,20 @@ class MLXTrainer:
         The loss of a step is the mean over all labels of its batches, so it does not matter how they are cut.
         """
         self.model.train()
-        labels = ranks.total(sum(label_count(batch) for batch in batches))
+        labels = distributed.total(sum(label_count(batch) for batch in batches))
         loss: Any = mx.array(0.0)
         gradients: Any = None
         for batch in batches:
-            share = mx.array(label_count(batch) * ranks.size() / max(1, labels))
+            share = mx.array(label_count(batch) * distributed.size() / max(1, labels))
             more, new = self._gradients(arrays_of(batch), share)
             loss, gradients = loss + more, new if gradients is None else tree_map(mx.add, gradients, new)
             if len(batches) > 1:
                 mx.eval(loss, gradients)
-        if ranks.size() > 1:
+        if distributed.size() > 1:
             if gradients is None:
                 gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())
             gradients = nn.average_gradients(gradients)
-            loss = mx.distributed.all_sum(loss, stream=mx.cpu) / ranks.size()
+            loss = mx.distributed.all_sum(loss, stream=mx.cpu) / distributed.size()
         self.optimizer.state["learning_rate"] = mx.array(
             self.args.learning_rate_at(self.state.global_step, self._steps)
         )
@@ -169,11 +170,11 @@ class MLXTrainer:
         mx.eval(loss, norm, self.model.parameters(), self.optimizer.state, mx.random.state)
         self._last_loss, self._last_norm = loss.item(), norm.item()
         if not (math.isfinite(self._last_loss) and math.isfinite(self._last_norm)):
-            raise FloatingPointError(self._not_finite())
+            raise NonFiniteLossError(self._not_finite())
         self.state.global_step += 1
         self.state.loss_since_log += self._last_loss
         self.state.total_loss += self._last_loss
-        tokens = ranks.total(sum(token_count(batch) for batch in batches))
+        tokens = distributed.total(sum(token_count(batch) for batch in batches))
         self.state.tokens += tokens
         return tokens
 
@@ -192,7 +193,7 @@ class MLXTrainer:
         """The mean loss over the labels of a batch; a subclass may have another one."""
         loss = model(**inputs).loss
         if loss is None:
-            raise ValueError(
+            raise UserError(
                 f"The model returned no loss: the batch has {', '.join(inputs)}. It needs labels: name the column "
                 "'label' or 'labels'."
             )
@@ -223,7 +224,7 @@ class MLXTrainer:
             self._ends_epoch = state.epoch_step == steps
             if self._ends_epoch:
                 state.epochs_done, state.epoch_step = state.epochs_done + 1, 0
-            yield [self._batch(data, items) for items in turn[ranks.rank() :: ranks.size()]]
+            yield [self._batch(data, items) for items in turn[distributed.rank() :: distributed.size()]]
             if self._ends_epoch:
                 return
 
@@ -237,8 +238,8 @@ class MLXTrainer:
             self._lengths = getattr(data, "lengths", None)
             if self._lengths is None:
                 self._lengths = np.array([len(data[i]["input_ids"]) for i in range(len(data))])
-        dice = np.random.default_rng((args.seed, epoch, 1))
-        return tokens_in_batches(items, self._lengths, args.batch_tokens, dice)
+        rng = np.random.default_rng((args.seed, epoch, 1))
+        return tokens_in_batches(items, self._lengths, args.batch_tokens, rng)
 
     def _batch(self, data: Any, items: np.ndarray) -> Batch:
         features = [{k: v for k, v in data[int(item)].items() if k in self._columns} for item in items]
@@ -249,19 +250,19 @@ class MLXTrainer:
     def _prepare(self, resume: str | os.PathLike[str] | bool | None) -> None:
         args = self.args
         if self.train_dataset is None or not len(self.train_dataset):
-            raise ValueError("There is nothing to train with: give MLXTrainer a train_dataset.")
+            raise UserError("There is nothing to train with: give MLXTrainer a train_dataset.")
         for part in self.model.without_loss:  # else weight decay would wear it away
             module_at(self.model.base_model, part.rstrip(".")).freeze()
         if not tree_flatten(self.model.trainable_parameters()):
-            raise ValueError("All parameters are frozen: unfreeze some (model.unfreeze()), or add adapters.")
-        ranks.on_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        ranks.on_first(lambda: remove_parts(self.folder))
+            raise UserError("All parameters are frozen: unfreeze some (model.unfreeze()), or add adapters.")
+        distributed.on_rank_0(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        distributed.on_rank_0(lambda: remove_parts(self.folder))
         mx.random.seed(args.seed)
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         full = tree_map(lambda x: x.astype(mx.float32), self.model.trainable_parameters())
         self.model.update(full)
-        self._together = args.gradient_accumulation_steps * ranks.size()  # batches to a step
+        self._together = args.gradient_accumulation_steps * distributed.size()  # batches to a step
         epoch_steps = -(-len(self._order(0)) // self._together)
         self._steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
 
@@ -284,7 +285,7 @@ class MLXTrainer:
         if resume is True:
             found = checkpoints_in(self.folder)
             if not found:
-                raise ValueError(f"{self.folder} holds no checkpoint to go on from.")
+                raise UserError(f"{self.folder} holds no checkpoint to go on from.")
             path = found[-1]
         else:
             path = Path(resume)  # type: ignore[arg-type]
@@ -295,7 +296,7 @@ class MLXTrainer:
             if state.settings.get(name) != value
         ]
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"{path} is of another training ({'; '.join(differences)}): go on with the same settings, or begin "
                 "anew from its weights."
             )
@@ -330,7 +331,7 @@ class MLXTrainer:
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
-            raise ValueError("There is nothing to evaluate with: give MLXTrainer an eval_dataset.")
+            raise UserError("There is nothing to evaluate with: give MLXTrainer an eval_dataset.")
         metrics: Any = self._predict(data, metric_key_prefix, self.compute_metrics is not None).metrics
         self._log(metrics)
         return metrics
@@ -345,7 +346,7 @@ class MLXTrainer:
         began, loss, count = time.perf_counter(), 0.0, 0
         order = rows_in_batches(range(len(data)), self.args.per_device_eval_batch_size)
         rows: list[tuple[np.ndarray, np.ndarray]] = []  # predictions and labels of this rank's batches
-        for items in order[ranks.rank() :: ranks.size()]:
+        for items in order[distributed.rank() :: distributed.size()]:
             batch = self._batch(data, items)
             outputs = self.model(**arrays_of(batch))
             if outputs.loss is not None:
@@ -356,7 +357,7 @@ class MLXTrainer:
             else:
                 mx.eval(outputs.loss)
         self.model.train(was_training)
-        loss, count = self._over_ranks(loss), ranks.total(count)
+        loss, count = self._over_ranks(loss), distributed.total(count)
         predictions: Any = None
         label_ids: Any = None
         if keep:
@@ -373,7 +374,7 @@ class MLXTrainer:
     @staticmethod
     def _over_ranks(value: float) -> float:
         """The sum of what the ranks say, in float32."""
-        if ranks.size() == 1:
+        if distributed.size() == 1:
             return value
         total: Any = mx.distributed.all_sum(mx.array(value, dtype=mx.float32), stream=mx.cpu)
         return total.item()
@@ -384,7 +385,7 @@ class MLXTrainer:
         for i, (prediction, label) in enumerate(rows):
             named |= {f"p{i}": prediction, f"l{i}": label}
         np.savez(file, **named)  # type: ignore[arg-type]
-        parts = [np.load(io.BytesIO(data)) for data in ranks.gather(file.getvalue(), self.state.global_step)]
+        parts = [np.load(io.BytesIO(data)) for data in distributed.gather(file.getvalue(), self.state.global_step)]
         turns = [(parts[i % len(parts)], i // len(parts)) for i in range(batches)]
         predictions = join([part[f"p{i}"] for part, i in turns])
         labels = [part[f"l{i}"] for part, i in turns]
@@ -394,7 +395,7 @@ class MLXTrainer:
         metrics = self.evaluate()
         self._newest = metrics.get(self.args.best_metric)
         if self.args.load_best_model_at_end and self._newest is None:
-            raise ValueError(
+            raise UserError(
                 f"metric_for_best_model={self.args.metric_for_best_model!r} is none of what was measured: "
                 f"{', '.join(metrics)}."
             )
@@ -404,7 +405,7 @@ class MLXTrainer:
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Write model and tokenizer as an ordinary folder for `from_pretrained`; of a model with adapters, these."""
         folder = Path(self.folder if output_dir is None else output_dir)
-        ranks.on_first(lambda: self._save_model(folder))
+        distributed.on_rank_0(lambda: self._save_model(folder))
 
     def _save_model(self, folder: Path) -> None:
         if has_adapters(self.model):
@@ -420,7 +421,7 @@ class MLXTrainer:
 
         self.save_model()
         name = self.args.hub_model_id or self.folder.resolve().name
-        return ranks.on_first(lambda: publish(self.folder, name, **kwargs))
+        return distributed.on_rank_0(lambda: publish(self.folder, name, **kwargs))
 
     def _save_checkpoint(self) -> None:
         state = self.state
@@ -432,8 +433,8 @@ class MLXTrainer:
             "optimizer": self.optimizer.state,
             "random": mx.random.state[0],  # type: ignore[index]
         }
-        ranks.on_first(lambda: write_checkpoint(self.folder, state, arrays, self._save_model))
-        ranks.on_first(lambda: rotate(self.folder, self.args.save_total_limit, state.best_model_checkpoint))
+        distributed.on_rank_0(lambda: write_checkpoint(self.folder, state, arrays, self._save_model))
+        distributed.on_rank_0(lambda: rotate(self.folder, self.args.save_total_limit, state.best_model_checkpoint))
 
     def _due(self, strategy: str, every: int | None) -> bool:
         """Whether what happens by this strategy happens after the step that was just done: after the last one, too."""
@@ -466,25 +467,25 @@ class MLXTrainer:
         """Add a line to the log."""
         line = entry | {"epoch": self.state.epoch, "step": self.state.global_step}
         self.state.log_history.append(line)
-        if ranks.rank() == 0 and self.folder.is_dir():
+        if distributed.rank() == 0 and self.folder.is_dir():
             with open(self.folder / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _write_log(self) -> None:
         """The log as it was at the checkpoint, without the lines that came after it."""
         lines = "".join(json.dumps(line) + "\n" for line in self.state.log_history)
-        ranks.on_first(lambda: replace_file(self.folder / LOG, lines.encode()))
+        distributed.on_rank_0(lambda: replace_file(self.folder / LOG, lines.encode()))
 
     def _shows_bar(self) -> bool | None:
         """None: on a terminal."""
-        if ranks.rank() or self.args.disable_tqdm:
+        if distributed.rank() or self.args.disable_tqdm:
             return False
         return None if self.args.disable_tqdm is None else True
 
 
 def label_count(batch: Mapping[str, np.ndarray]) -> int:
     """Labels of a batch that take part in its loss."""
-    return int((batch["labels"] != IGNORED).sum()) if "labels" in batch else 0
+    return int((batch["labels"] != IGNORE_INDEX).sum()) if "labels" in batch else 0
 
 
 def token_count(batch: Mapping[str, np.ndarray]) -> int:
@@ -503,6 +504,7 @@ def join(arrays: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate(arrays)
     width = max(x.shape[1] for x in arrays)
     padded = [
-        np.pad(x, [(0, 0), (0, width - x.shape[1]), *[(0, 0)] * (x.ndim - 2)], constant_values=IGNORED) for x in arrays
+        np.pad(x, [(0, 0), (0, width - x.shape[1]), *[(0, 0)] * (x.ndim - 2)], constant_values=IGNORE_INDEX)
+        for x in arrays
     ]
     return np.concatenate(padded)

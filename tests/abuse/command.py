@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from tests.pipelines.models import UBIQUITIN, write_model
+from tests.jobs.models import UBIQUITIN, write_model
 from tests.processes import ENVIRONMENT, ROOT
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -47,10 +47,10 @@ class Inputs:
             (folder / family).mkdir()
             self.models[family] = write_model(folder / family, family)
         self.fasta = folder / "in.fasta"
-        dice = random.Random(0)
-        records = [[f"p{i}", "".join(dice.choices(RESIDUES, k=dice.randint(8, 24)))] for i in range(24)]
+        rng = random.Random(0)
+        records = [[f"p{i}", "".join(rng.choices(RESIDUES, k=rng.randint(8, 24)))] for i in range(24)]
         for record in records:
-            place = dice.randrange(len(record[1]))
+            place = rng.randrange(len(record[1]))
             record[1] = f"{record[1][:place]}<mask>{record[1][place + 1 :]}"
         records[5][1] = "MK1"  # is left out
         records[9][0] = "p8"  # is there twice

@@ -10,8 +10,7 @@ import sys
 import traceback
 import warnings
 
-from mlx_esm_hf import MLXAutoModelForMaskedLM
-from mlx_esm_hf.pipelines import load
+from mlx_esm_hf import MLXAutoModelForMaskedLM, load_protein_model
 
 IDS = [[0, 20, 15, 32, 6, 7, 11, 4, 2]]
 SEQUENCE = "ACDEFGHIKLMNPQRSTVWYXBUZO<mask>AL"
@@ -27,7 +26,7 @@ def attempt(folder):
 def outcome(folder):
     try:
         logits = MLXAutoModelForMaskedLM.from_pretrained(folder)(IDS, return_dict=True).logits
-        model = load(MLXAutoModelForMaskedLM, folder)
+        model = load_protein_model(MLXAutoModelForMaskedLM, folder)
         (rows,) = model.blended_log_probabilities([model.vocabulary.encode(SEQUENCE)])
         return {"outcome": "loaded", "logits": logits.tolist(), "log_probabilities": rows.tolist()}
     except MEANT_FOR_USERS as error:

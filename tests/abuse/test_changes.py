@@ -37,8 +37,8 @@ CHANGES = [append, cut, rewrite, replace, os.remove]
 @pytest.fixture(scope="module")
 def fasta(inputs):
     """More than is read at once."""
-    dice, path = random.Random(0), inputs.fasta.with_name("many.fasta")
-    sequences = ["".join(dice.choices(RESIDUES, k=100)) + "<mask>" for _ in range(400)]
+    rng, path = random.Random(0), inputs.fasta.with_name("many.fasta")
+    sequences = ["".join(rng.choices(RESIDUES, k=100)) + "<mask>" for _ in range(400)]
     path.write_text("".join(f">p{number}\n{sequence}\n" for number, sequence in enumerate(sequences)))
     return path
 

@@ -19,129 +19,129 @@ FAMILIES = ("esm2", "esm1b", "esm1v")
 VALUES = [None, True, -1, 0, 1, 3, 10**6, 10**12, 0.5, -0.5, float("nan"), "", "32", "x" * 1000, [], [1], {}, {"a": 1}]
 
 
-def flip_bytes(path, dice, stop=None):
+def flip_bytes(path, rng, stop=None):
     data = bytearray(path.read_bytes())
-    for _ in range(dice.randint(1, 4)):
-        data[dice.randrange(stop or len(data))] = dice.randrange(256)
+    for _ in range(rng.randint(1, 4)):
+        data[rng.randrange(stop or len(data))] = rng.randrange(256)
     path.write_bytes(data)
 
 
-def cut(path, dice):
-    path.write_bytes(path.read_bytes()[: dice.randrange(path.stat().st_size)])
+def cut(path, rng):
+    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
 
 
-def edit_header(path, dice):
+def edit_header(path, rng):
     """Change the header of a safetensors file, but not the order in which tensors of one shape lie in it."""
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
-    name = dice.choice([key for key in header if key != "__metadata__"])
-    what = dice.choice(["dtype", "shape", "data_offsets", "name", "gone", "size", "metadata", "field"])
+    name = rng.choice([key for key in header if key != "__metadata__"])
+    what = rng.choice(["dtype", "shape", "data_offsets", "name", "gone", "size", "metadata", "field"])
     if what == "dtype":
-        header[name]["dtype"] = dice.choice(["I32", "U32", "F16", "F64", "BOOL", "F8_E4M3", "X", 3, None])
+        header[name]["dtype"] = rng.choice(["I32", "U32", "F16", "F64", "BOOL", "F8_E4M3", "X", 3, None])
     elif what == "shape":
-        header[name]["shape"] = dice.choice([[], [0], [-1], [10**12], header[name]["shape"][::-1] + [2], "x", None])
+        header[name]["shape"] = rng.choice([[], [0], [-1], [10**12], header[name]["shape"][::-1] + [2], "x", None])
     elif what == "data_offsets":
-        header[name]["data_offsets"] = dice.choice([[0, 0], [-4, 4], [10**12, 10**12 + 4], [8, 4], ["a", 1], None, []])
+        header[name]["data_offsets"] = rng.choice([[0, 0], [-4, 4], [10**12, 10**12 + 4], [8, 4], ["a", 1], None, []])
     elif what == "name":
-        header[dice.choice(["", "x", name + ".x", "../" + name, "\0", "é" * 999])] = header.pop(name)
+        header[rng.choice(["", "x", name + ".x", "../" + name, "\0", "é" * 999])] = header.pop(name)
     elif what == "gone":
         del header[name]
     elif what == "metadata":
-        header["__metadata__"] = dice.choice([None, [], {"format": 3}, {"format": "tf"}, "x"])
+        header["__metadata__"] = rng.choice([None, [], {"format": 3}, {"format": "tf"}, "x"])
     elif what == "field":
-        header[name] = dice.choice(VALUES)
+        header[name] = rng.choice(VALUES)
     text = json.dumps(header).encode()
-    length = dice.choice([0, 1, 2**63, 2**64 - 1, len(text) + 10**9]) if what == "size" else len(text)
+    length = rng.choice([0, 1, 2**63, 2**64 - 1, len(text) + 10**9]) if what == "size" else len(text)
     path.write_bytes(struct.pack("<Q", length) + text + data[8 + size :])
 
 
-def abuse_safetensors(folder, dice):
+def abuse_safetensors(folder, rng):
     path = folder / "model.safetensors"
-    choice = dice.randrange(3)
+    choice = rng.randrange(3)
     if choice == 0:
-        cut(path, dice)
+        cut(path, rng)
     elif choice == 1:
         (size,) = struct.unpack("<Q", path.read_bytes()[:8])
-        flip_bytes(path, dice, stop=8 + size)
+        flip_bytes(path, rng, stop=8 + size)
     else:
-        edit_header(path, dice)
+        edit_header(path, rng)
 
 
-def abuse_index(folder, dice):
+def abuse_index(folder, rng):
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    name = dice.choice(list(index["weight_map"]))
+    name = rng.choice(list(index["weight_map"]))
     outside = ["../model.safetensors", "/etc/passwd", ".", "", "nowhere.safetensors", "config.json", *VALUES]
-    choice = dice.randrange(5)
+    choice = rng.randrange(5)
     if choice == 0:
-        cut(path, dice)
+        cut(path, rng)
     elif choice == 1:
-        flip_bytes(path, dice)
+        flip_bytes(path, rng)
     elif choice == 2:
-        index["weight_map"][name] = dice.choice(outside)
+        index["weight_map"][name] = rng.choice(outside)
         path.write_text(json.dumps(index))
     elif choice == 3:
-        path.write_text(json.dumps(dice.choice([*VALUES, {"weight_map": dice.choice(VALUES)}])))
+        path.write_text(json.dumps(rng.choice([*VALUES, {"weight_map": rng.choice(VALUES)}])))
     else:
         shard = folder / index["weight_map"][name]
-        dice.choice([cut, edit_header])(shard, dice)
+        rng.choice([cut, edit_header])(shard, rng)
 
 
-def abuse_config(folder, dice):
+def abuse_config(folder, rng):
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    choice = dice.randrange(6)
+    choice = rng.randrange(6)
     if choice == 0:
-        cut(path, dice)
+        cut(path, rng)
     elif choice == 1:
-        flip_bytes(path, dice)
+        flip_bytes(path, rng)
     else:
-        for _ in range(dice.randint(1, 3)):
-            config[dice.choice(list(config))] = dice.choice(VALUES)
+        for _ in range(rng.randint(1, 3)):
+            config[rng.choice(list(config))] = rng.choice(VALUES)
         path.write_text(json.dumps(config))
 
 
-def abuse_bin(folder, dice):
-    path = dice.choice(sorted(folder.glob("*.bin")))
-    dice.choice([cut, flip_bytes])(path, dice)
+def abuse_bin(folder, rng):
+    path = rng.choice(sorted(folder.glob("*.bin")))
+    rng.choice([cut, flip_bytes])(path, rng)
 
 
-def abuse_tokenizer(folder, dice):
-    path = dice.choice([folder / "vocab.txt", folder / "tokenizer_config.json"])
-    choice = dice.randrange(5)
+def abuse_tokenizer(folder, rng):
+    path = rng.choice([folder / "vocab.txt", folder / "tokenizer_config.json"])
+    choice = rng.randrange(5)
     if choice == 0:
-        cut(path, dice)
+        cut(path, rng)
     elif choice == 1:
-        flip_bytes(path, dice)
+        flip_bytes(path, rng)
     elif choice == 2:
         path.unlink()
     elif path.name == "vocab.txt":
-        abuse_vocabulary(path, dice)
+        abuse_vocabulary(path, rng)
     else:
         config = json.loads(path.read_text())
-        name = dice.choice([*config, "auto_map", "added_tokens_decoder", "extra_special_tokens", "model_max_length"])
+        name = rng.choice([*config, "auto_map", "added_tokens_decoder", "extra_special_tokens", "model_max_length"])
         # The file of code is there: to load it would be to execute what is in a checkpoint.
         (folder / "code.py").write_text("open(__file__ + '.ran', 'w')\nclass Tokenizer: pass\n")
         code = {"AutoTokenizer": ["code.Tokenizer", None]}
-        config[name] = dice.choice([*VALUES, code, {"0": "<cls>"}, "os.system", "A", "<mask>", "EsmModel"])
+        config[name] = rng.choice([*VALUES, code, {"0": "<cls>"}, "os.system", "A", "<mask>", "EsmModel"])
         path.write_text(json.dumps(config))
 
 
-def abuse_vocabulary(path, dice):
+def abuse_vocabulary(path, rng):
     lines = path.read_text().split("\n")
-    what = dice.choice(["shuffled", "swapped", "gone", "twice", "more", "lower case", "spaces"])
+    what = rng.choice(["shuffled", "swapped", "gone", "twice", "more", "lower case", "spaces"])
     if what == "shuffled":
-        dice.shuffle(lines)
+        rng.shuffle(lines)
     elif what == "swapped":
-        i, j = dice.sample(range(len(lines)), 2)
+        i, j = rng.sample(range(len(lines)), 2)
         lines[i], lines[j] = lines[j], lines[i]
     elif what == "gone":
-        lines.pop(dice.randrange(len(lines)))
+        lines.pop(rng.randrange(len(lines)))
     elif what == "twice":
-        lines.insert(dice.randrange(len(lines)), dice.choice(lines))
+        lines.insert(rng.randrange(len(lines)), rng.choice(lines))
     elif what == "more":
-        lines += ["x"] * dice.randint(1, 9)
+        lines += ["x"] * rng.randint(1, 9)
     elif what == "lower case":
         lines = [line.lower() for line in lines]
     else:
@@ -169,11 +169,11 @@ def test_malformed_checkpoints(kind, tmp_path):
         write(torch_model(kind=family), sound)
         EsmTokenizer(write_vocabulary(sound)).save_pretrained(sound)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    dice = random.Random(kind)
+    rng = random.Random(kind)
     folders = {tmp_path / f"{number:04d}": FAMILIES[number % len(FAMILIES)] for number in range(EACH)}
     for folder, family in folders.items():
         shutil.copytree(tmp_path / family, folder)
-        abuse(folder, dice)
+        abuse(folder, rng)
     sound = {family: str(tmp_path / family) for family in FAMILIES}
     found = outcomes("tests.abuse.loader", [*sound.values(), *map(str, folders)])
     assert all(found[folder]["outcome"] == "loaded" for folder in sound.values())

@@ -82,63 +82,63 @@ PIECES += [
 ENDS = ["\n", "\n", "\r\n", "\r", "\n\n"]
 
 
-# Files, written by dice
+# Files, written by rng
 
 
-def records(dice):
+def records(rng):
     """The text of a FASTA file with odd titles, odd letters and odd line ends."""
-    end, text = dice.choice(ENDS), ""
-    for number in range(dice.randint(1, 6)):
-        sequence = dice.choices(RESIDUES, k=dice.randint(0, 30))
-        for _ in range(dice.choice([0, 0, 1, 3])):
-            sequence.insert(dice.randint(0, len(sequence)), dice.choice(PIECES))
-        title = dice.choice(TITLES) if dice.random() < 0.4 else f"p{number}"
-        text += f">{title}{end}{''.join(sequence)}{dice.choice([end, end, end * 3])}"
-    return dice.choice(["", "", "", "\ufeff", "\n\n", " \n", ";comment\n", "MKT\n"]) + text.rstrip(
-        dice.choice([" ", end])
+    end, text = rng.choice(ENDS), ""
+    for number in range(rng.randint(1, 6)):
+        sequence = rng.choices(RESIDUES, k=rng.randint(0, 30))
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            sequence.insert(rng.randint(0, len(sequence)), rng.choice(PIECES))
+        title = rng.choice(TITLES) if rng.random() < 0.4 else f"p{number}"
+        text += f">{title}{end}{''.join(sequence)}{rng.choice([end, end, end * 3])}"
+    return rng.choice(["", "", "", "\ufeff", "\n\n", " \n", ";comment\n", "MKT\n"]) + text.rstrip(
+        rng.choice([" ", end])
     )
 
 
-def odd_records(dice):
-    return records(dice).encode(dice.choice(["utf-8"] * 8 + ["utf-16"]), "replace")
+def odd_records(rng):
+    return records(rng).encode(rng.choice(["utf-8"] * 8 + ["utf-16"]), "replace")
 
 
-def sound(dice):
-    return "".join(f">p{i}\n{''.join(dice.choices(RESIDUES, k=20))}\n" for i in range(4)).encode()
+def sound(rng):
+    return "".join(f">p{i}\n{''.join(rng.choices(RESIDUES, k=20))}\n" for i in range(4)).encode()
 
 
-def damaged(data, dice):
+def damaged(data, rng):
     """Some bytes changed, removed, put in, or all from some place on."""
     data = bytearray(data)
-    what = dice.choice(["flip", "cut", "insert", "remove", "noise"])
-    place = dice.randrange(len(data))
+    what = rng.choice(["flip", "cut", "insert", "remove", "noise"])
+    place = rng.randrange(len(data))
     if what == "flip":
-        for _ in range(dice.randint(1, 4)):
-            data[dice.randrange(len(data))] = dice.randrange(256)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
     elif what == "cut":
         del data[place:]
     elif what == "insert":
-        data[place:place] = dice.randbytes(dice.randint(1, 8))
+        data[place:place] = rng.randbytes(rng.randint(1, 8))
     elif what == "remove":
-        del data[place : place + dice.randint(1, 30)]
+        del data[place : place + rng.randint(1, 30)]
     else:
-        data[place:] = dice.randbytes(len(data) - place)
+        data[place:] = rng.randbytes(len(data) - place)
     return bytes(data)
 
 
-def damaged_records(dice):
-    return damaged(sound(dice), dice)
+def damaged_records(rng):
+    return damaged(sound(rng), rng)
 
 
-def compressed(dice):
+def compressed(rng):
     """Compressed, then damaged; or damaged, then compressed; or two streams, or something behind the stream."""
-    squeeze = dice.choice([gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress])
-    return dice.choice(
+    squeeze = rng.choice([gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress])
+    return rng.choice(
         [
-            lambda: damaged(squeeze(sound(dice)), dice),
-            lambda: squeeze(odd_records(dice)),
-            lambda: squeeze(sound(dice)) + squeeze(sound(dice)),
-            lambda: squeeze(sound(dice)) + dice.choice([b"\0" * 9, b"x", b"\n"]),
+            lambda: damaged(squeeze(sound(rng)), rng),
+            lambda: squeeze(odd_records(rng)),
+            lambda: squeeze(sound(rng)) + squeeze(sound(rng)),
+            lambda: squeeze(sound(rng)) + rng.choice([b"\0" * 9, b"x", b"\n"]),
         ]
     )()
 
@@ -334,13 +334,13 @@ def wrong_result(job, suffix, data, result, output, model):
 @pytest.mark.long
 @pytest.mark.parametrize("kind", FASTA)
 def test_malformed_fasta(kind, inputs, model, tmp_path):
-    dice, jobs = random.Random(kind), [("embed", ".npz")] * 8 + list(JOBS)
+    rng, jobs = random.Random(kind), [("embed", ".npz")] * 8 + list(JOBS)
     cases, calls = {}, {}
     for number in range(EACH):
         path = tmp_path / f"{number}.fasta"
-        job, suffix = dice.choice(jobs)
+        job, suffix = rng.choice(jobs)
         output = path.with_name(f"out{number}{suffix}")
-        cases[path] = job, suffix, FASTA[kind](dice), output
+        cases[path] = job, suffix, FASTA[kind](rng), output
         path.write_bytes(cases[path][2])
         arguments = [job, path, "--model", inputs.models["ESM-2"], "--output", output]
         calls[path] = json.dumps([str(a) for a in arguments])
@@ -360,34 +360,34 @@ CELLS += ["M1<mask>", "=1+1", "\0"]
 COLUMNS = [["mutant"], ["mutant", "y"], ["x", "mutant", "é"], ["mutant", "mutant"], ["Mutant"], ["mutant", ""], []]
 
 
-def table(dice):
+def table(rng):
     """The text of a CSV file with odd columns, odd cells and odd rows."""
-    columns = dice.choice(COLUMNS)
-    if dice.random() < 0.7:
-        columns = dice.choice([["mutant"], ["id", "mutant", "note"]])
-    places = [dice.randrange(len(WILD_TYPE)) for _ in range(dice.randint(0, 8))]
+    columns = rng.choice(COLUMNS)
+    if rng.random() < 0.7:
+        columns = rng.choice([["mutant"], ["id", "mutant", "note"]])
+    places = [rng.randrange(len(WILD_TYPE)) for _ in range(rng.randint(0, 8))]
     rows = []
     for place in places:
-        cell = f"{WILD_TYPE[place]}{place + 1}{dice.choice(RESIDUES)}" if dice.random() < 0.7 else dice.choice(CELLS)
-        row = [cell if name == "mutant" else dice.choice(["", "1", "a,b", 'q"q', "é\n", "x" * 99]) for name in columns]
-        if dice.random() < 0.03:
-            row = dice.choice([row[:-1], [*row, "more"], []])
+        cell = f"{WILD_TYPE[place]}{place + 1}{rng.choice(RESIDUES)}" if rng.random() < 0.7 else rng.choice(CELLS)
+        row = [cell if name == "mutant" else rng.choice(["", "1", "a,b", 'q"q', "é\n", "x" * 99]) for name in columns]
+        if rng.random() < 0.03:
+            row = rng.choice([row[:-1], [*row, "more"], []])
         rows.append(row)
     text = io.StringIO()
     writer = csv.writer(
-        text, lineterminator=dice.choice(["\n", "\r\n", "\r"]), delimiter=dice.choice([","] * 9 + [";", "\t"])
+        text, lineterminator=rng.choice(["\n", "\r\n", "\r"]), delimiter=rng.choice([","] * 9 + [";", "\t"])
     )
     writer.writerows([columns, *rows])
-    return dice.choice(["", "", "", "\ufeff", "\n"]) + text.getvalue()
+    return rng.choice(["", "", "", "\ufeff", "\n"]) + text.getvalue()
 
 
-def odd_table(dice):
-    return table(dice).encode(dice.choice(["utf-8"] * 9 + ["utf-16"]))
+def odd_table(rng):
+    return table(rng).encode(rng.choice(["utf-8"] * 9 + ["utf-16"]))
 
 
-def damaged_table(dice):
-    rows = [[f"{WILD_TYPE[i]}{i + 1}{dice.choice(RESIDUES)}", str(i), '"a,b"'] for i in range(6)]
-    return damaged("\n".join(map(",".join, [["mutant", "number", "note"], *rows, []])).encode(), dice)
+def damaged_table(rng):
+    rows = [[f"{WILD_TYPE[i]}{i + 1}{rng.choice(RESIDUES)}", str(i), '"a,b"'] for i in range(6)]
+    return damaged("\n".join(map(",".join, [["mutant", "number", "note"], *rows, []])).encode(), rng)
 
 
 TABLES = {"odd tables": odd_table, "damaged tables": damaged_table}
@@ -459,8 +459,8 @@ def wrong_table(data, result, output, expected, name):
 @pytest.mark.long
 @pytest.mark.parametrize("kind", TABLES)
 def test_malformed_tables(kind, inputs, model, tmp_path):
-    dice, expected, name = random.Random(kind), Expected(model), str(inputs.models["ESM-2"])
-    files = {tmp_path / f"{number}.csv": TABLES[kind](dice) for number in range(EACH)}
+    rng, expected, name = random.Random(kind), Expected(model), str(inputs.models["ESM-2"])
+    files = {tmp_path / f"{number}.csv": TABLES[kind](rng) for number in range(EACH)}
     calls = {}
     for path, data in files.items():
         path.write_bytes(data)

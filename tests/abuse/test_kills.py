@@ -31,16 +31,16 @@ def kill_after(arguments, folder, seconds):
 @pytest.mark.long
 def test_kills_leave_no_trace(case, inputs, whole, tmp_path):
     expected, operations = whole
-    dice, killed, wrong = random.Random(case), 0, []
+    rng, killed, wrong = random.Random(case), 0, []
     for number in range(KILLS):
         folder = tmp_path / str(number)
         folder.mkdir()
         arguments = inputs.command(case, folder)
         if number % 3:
-            kill_before_file_operation(arguments, dice.randint(1, operations))
+            kill_before_file_operation(arguments, rng.randint(1, operations))
             killed += 1
         else:
-            killed += kill_after(arguments, folder, dice.random() / 2)
+            killed += kill_after(arguments, folder, rng.random() / 2)
         code, said = run(arguments)
         if not has_ended(case, code, said) or contents(folder) != expected:
             wrong.append((number, code, said, sorted(contents(folder))))

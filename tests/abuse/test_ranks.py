@@ -39,7 +39,7 @@ def pid_of(rank, folder):
 def test_a_rank_that_is_killed(case, inputs, tmp_path):
     (tmp_path / "whole").mkdir()
     code, said = run(on_two_ranks(inputs.command(case, tmp_path / "whole")))
-    expected, dice, killed = contents(tmp_path / "whole"), random.Random(case), 0
+    expected, rng, killed = contents(tmp_path / "whole"), random.Random(case), 0
     assert expected, said
     for number in range(KILLS):
         folder = tmp_path / str(number)
@@ -47,7 +47,7 @@ def test_a_rank_that_is_killed(case, inputs, tmp_path):
         arguments = on_two_ranks(inputs.command(case, folder))
         process = start(arguments)
         wait_for_shard(process, folder)
-        time.sleep(dice.random() / 10)
+        time.sleep(rng.random() / 10)
         if pid := pid_of(number % 2, folder):
             os.kill(pid, signal.SIGKILL)
             killed += 1

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.mapped import MAPPED_FROM
 from mlx_esm_hf.checkpoint.read import load_file, load_files
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.ops import kernels
 from tests.marks import needs_kernels
 

@@ -11,8 +11,8 @@ import pytest
 
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsmForMaskedLM
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files, shard_names, with_variant
+from mlx_esm_hf.errors import CheckpointError
 from tests import hub
 from tests.checkpoints import FORMATS, assert_close, run, save_shards, theirs, torch, torch_model
 from tests.hub.repository import etag

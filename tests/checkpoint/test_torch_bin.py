@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_esm_hf
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.mapped import MAPPED_FROM
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin, load_torch_checkpoint
+from mlx_esm_hf.errors import CheckpointError
 from tests.marks import needs_kernels
 
 torch = pytest.importorskip("torch")

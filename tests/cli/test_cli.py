@@ -16,12 +16,11 @@ from safetensors import safe_open
 from transformers import EsmModel
 from typer.testing import CliRunner
 
-from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmModel, __version__
+from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmModel, __version__, convert
 from mlx_esm_hf.cli import app
 from mlx_esm_hf.ops import kernels
-from mlx_esm_hf.pipelines import convert
 from mlx_esm_hf.runtime import blas
-from tests.pipelines.models import write_model
+from tests.jobs.models import write_model
 from tests.tiny import SIZE
 
 
@@ -179,26 +178,26 @@ def test_rounding_needs_packed_weights(name, esm2, tmp_path):
     (tmp_path / "in.fasta").write_text(">a\nMK<mask>AYI\n")
     output, options = ("out.csv", []) if name == "score" else JOBS[name][:2]
     source = ["--sequence", "MKTAYI"] if name == "score" else [tmp_path / "in.fasta"]
-    arguments = [name, *source, "--model", esm2, "--output", tmp_path / output, "--activations", "int8", *options]
+    arguments = [name, *source, "--model", esm2, "--output", tmp_path / output, "--activation-dtype", "int8", *options]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 1 and not (tmp_path / output).exists()
-    assert f"activations='int8' is for layers of 4 or 8 bits in mode 'affine', and {esm2} is not quantized" in (
+    assert f"activation_dtype='int8' is for layers of 4 or 8 bits in mode 'affine', and {esm2} is not quantized" in (
         result.output.replace("\n", " ")
     )
 
 
 def test_rounding_is_asked_for_and_told(run, esm2, tmp_path):
-    """With --activations the results are those of a checkpoint that was converted so, and their metadata say it."""
-    packing = {"quantize": True, "bits": 8, "group_size": 32}
-    convert(esm2, tmp_path / "weights", **packing)
-    convert(esm2, tmp_path / "rounding", activations="int8", **packing)
+    """--activation-dtype gives the results of a checkpoint converted with it, and says so in the metadata."""
+    spec = {"quantize": True, "bits": 8, "group_size": 32}
+    convert(esm2, tmp_path / "weights", **spec)
+    convert(esm2, tmp_path / "rounding", activation_dtype="int8", **spec)
     found, said = [], []
-    for model, *options in (("weights",), ("rounding",), ("weights", "--activations", "int8")):
+    for model, *options in (("weights",), ("rounding",), ("weights", "--activation-dtype", "int8")):
         result, output = run(">a\nMKTAYIAKQR\n", tmp_path / model, *options)
         assert result.exit_code == 0, result.output
         embedding, metadata = means(output)
         found.append(embedding)
-        said.append(metadata.get("activations"))
+        said.append(metadata.get("activation_dtype"))
         output.unlink()
     assert said == [None, "int8", "int8"]
     plain, rounding, asked = found

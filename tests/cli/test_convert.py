@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from mlx_esm_hf.cli import app
 from mlx_esm_hf.cli.convert import parse_rule
-from tests.pipelines.models import UBIQUITIN, write_model
+from tests.jobs.models import UBIQUITIN, write_model
 
 
 @pytest.fixture(scope="module")

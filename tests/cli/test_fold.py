@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from mlx_esm_hf.cli import app
-from tests.pipelines.models import write_folding_model
+from tests.jobs.models import write_folding_model
 
 # Without torch, which transformers would import: that takes seconds each time.
 COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from mlx_esm_hf.cli import app; app()"]

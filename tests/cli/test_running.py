@@ -16,7 +16,7 @@ from mlx_esm_hf.cli.running import Running, running
 from mlx_esm_hf.runs.job import Progress
 from mlx_esm_hf.runs.run import read_manifest
 from mlx_esm_hf.runtime import process
-from tests.pipelines.models import write_model
+from tests.jobs.models import write_model
 from tests.processes import ENVIRONMENT
 
 
@@ -77,7 +77,7 @@ main()
         "mlx_esm_hf",
         "mlx.core",
         "typer",
-        "mlx_esm_hf.pipelines",
+        "mlx_esm_hf.jobs.embed",
         "mlx_esm_hf.ops.kernels",
     ],
 )
@@ -91,7 +91,7 @@ def test_ctrl_c_while_importing_is_no_traceback(module, tmp_path):
 
 
 def test_a_bug_as_the_command_shows_it(tmp_path):
-    broken = "import mlx_esm_hf.pipelines as p; p.embed = len; from mlx_esm_command import main; main()"
+    broken = "import mlx_esm_hf.jobs.embed as p; p.embed = len; from mlx_esm_command import main; main()"
     script = [sys.executable, "-c", broken, "embed", "in.fasta", "--model", "m", "--output", "out.npz"]
     done = subprocess.run(script, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1 and "Traceback" in done.stderr

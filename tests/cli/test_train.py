@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mlx_esm_hf import MLXEsmForSequenceClassification, load_adapter
 from mlx_esm_hf.cli import app
-from tests.pipelines.models import write_model
+from tests.jobs.models import write_model
 from tests.processes import ON_TWO_RANKS, ROOT
 
 PROTEINS = str(ROOT / "examples" / "proteins.fasta")
@@ -128,9 +128,9 @@ def test_an_output_that_is_something_else(tmp_path):
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """Peptides whose class is whether they have more K and R than D and E: composition alone tells."""
-    dice, lines = np.random.default_rng(0), []
+    rng, lines = np.random.default_rng(0), []
     for _ in range(160):
-        sequence = "".join(dice.choice(list("ACDEFGHIKLMNPQRSTVWY"), dice.integers(8, 20)))
+        sequence = "".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), rng.integers(8, 20)))
         charge = sum(sequence.count(x) for x in "KR") - sum(sequence.count(x) for x in "DE")
         lines.append(f"{sequence},{'positive' if charge > 0 else 'other'},{charge}\n")
     path = tmp_path_factory.mktemp("table") / "peptides.csv"

@@ -12,8 +12,8 @@ from conversion import esmc
 from conversion.check import esmc as network
 from conversion.esmc import BLOCKS, convert
 from mlx_esm_hf import MLXAutoModelForMaskedLM, MLXEsmcForMaskedLM
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.names import names_in
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.models.esmc.names import ORIGINAL, SEPARATED
 from tests.parity import hold
 

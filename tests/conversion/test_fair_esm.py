@@ -20,7 +20,7 @@ from transformers.models.esm.configuration_esm import get_default_vocab_list
 from conversion import fair_esm
 from conversion.fair_esm import convert, make_config
 from mlx_esm_hf import MLXAutoModelForMaskedLM, MLXEsmForMaskedLM
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError
 from tests.checkpoints import heard
 from tests.conversion.checkpoints import (
     FAMILIES,

@@ -19,13 +19,13 @@ from transformers import AutoTokenizer, EsmConfig, EsmForProteinFolding, EsmToke
 
 from conversion.fair_esmfold import VOCABULARY, convert, main
 from mlx_esm_hf import MLXEsmForProteinFolding
-from mlx_esm_hf.checkpoint.errors import CheckpointError
 from mlx_esm_hf.checkpoint.names import names_in
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_checkpoint, omegaconf_values
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.models.esm.names import FAIR_ESM
 from tests.checkpoints import heard
 from tests.conversion.checkpoints import build, save
-from tests.models.esm.folding import perturb, residues
+from tests.models.esmfold.folding import perturb, residues
 from tests.tiny import tiny_folding
 
 ROOT = Path(__file__).parents[2]

@@ -11,10 +11,9 @@ from transformers import AutoTokenizer
 from conversion import mlx_esm_npz
 from conversion.check import mlx_esm
 from conversion.mlx_esm_npz import ALPHABET, convert
-from mlx_esm_hf import MLXAutoModelForMaskedLM
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf import MLXAutoModelForMaskedLM, embed, fill_mask, generate, perplexity
 from mlx_esm_hf.data.proteins import RESIDUES, STANDARD
-from mlx_esm_hf.pipelines import embed, fill_mask, generate, perplexity
+from mlx_esm_hf.errors import CheckpointError
 from tests.checkpoints import heard
 from tests.parity import hold
 

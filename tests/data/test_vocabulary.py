@@ -5,10 +5,18 @@ import numpy as np
 import pytest
 from transformers.models.esm.configuration_esm import get_default_vocab_list
 
-from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXAutoModel, MLXEsm1Config, MLXEsmConfig, MLXEsmModel, pipeline
+from mlx_esm_hf import (
+    Esm1Tokenizer,
+    EsmTokenizer,
+    MLXAutoModel,
+    MLXEsm1Config,
+    MLXEsmConfig,
+    MLXEsmModel,
+    load_protein_model,
+    pipeline,
+)
 from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
-from mlx_esm_hf.pipelines import load
-from tests.pipelines.models import write_model
+from tests.jobs.models import write_model
 from tests.vocabulary import write_vocabulary
 
 
@@ -103,7 +111,7 @@ def test_tokenizers_that_belong(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "read", [lambda folder: load(MLXAutoModel, folder), lambda folder: pipeline("fill-mask", folder)]
+    "read", [lambda folder: load_protein_model(MLXAutoModel, folder), lambda folder: pipeline("fill-mask", folder)]
 )
 def test_whoever_loads_a_model_asks(read, tmp_path):
     folder = write_model(tmp_path)

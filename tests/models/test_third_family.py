@@ -8,14 +8,13 @@ from huggingface_hub.dataclasses import strict
 from safetensors.numpy import load_file, save_file
 from transformers import EsmTokenizer, PreTrainedConfig
 
-from mlx_esm_hf import MLXAutoModel, MLXAutoModelForMaskedLM, ops
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf import MLXAutoModel, MLXAutoModelForMaskedLM, embed, ops
 from mlx_esm_hf.checkpoint.names import Dialect
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.modeling_inputs import Tables, check_inputs
 from mlx_esm_hf.modeling_layers import Linear
 from mlx_esm_hf.modeling_outputs import MLXBaseModelOutput
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
-from mlx_esm_hf.pipelines import embed
 from tests.vocabulary import write_vocabulary
 
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from mlx_esm_hf.pipelines import embed
-from tests.pipelines.models import UBIQUITIN, write_model
+from mlx_esm_hf import embed
+from tests.jobs.models import UBIQUITIN, write_model
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,11 @@ def test_the_same_bytes_each_time(suffix, pooling, folder, tmp_path):
 
 LIMITED = """
 import resource, sys
-from mlx_esm_hf.pipelines import embed
+from mlx_esm_hf import embed
 def limit(*arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 if sys.argv[3] == "limited":
-    import mlx_esm_hf.pipelines.protein_job as job
+    import mlx_esm_hf.jobs.protein_job as job
     write_files = job.write_files
     job.write_files = lambda *arguments: (limit(), write_files(*arguments))
 embed(sys.argv[1], sys.argv[2], sys.argv[4], pooling=["residues"], batch_tokens=512)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from mlx_esm_hf.pipelines import embed
+from mlx_esm_hf import embed
 from mlx_esm_hf.runs import ids
 from mlx_esm_hf.runs.ids import FileNames, Ids
-from tests.pipelines.models import write_model
+from tests.jobs.models import write_model
 
 SUFFIXES = ["", ".npz", ".safetensors", ".h5", ".parquet"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_esm_hf.runs.lock import locked
 from mlx_esm_hf.runs.outputs import check_outputs
-from tests.pipelines.models import UBIQUITIN, write_model
+from tests.jobs.models import UBIQUITIN, write_model
 from tests.runs.test_run import COMMAND
 
 

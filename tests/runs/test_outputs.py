@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_esm_hf.pipelines import contacts, embed, fill_mask, generate, perplexity, score
-from mlx_esm_hf.runs.files import part_of, place, remove_parts, replace_file
-from tests.pipelines.models import UBIQUITIN, write_model
+from mlx_esm_hf import contacts, embed, fill_mask, generate, perplexity, score
+from mlx_esm_hf.runtime.files import part_of, place, remove_parts, replace_file
+from tests.jobs.models import UBIQUITIN, write_model
 
 WILD = UBIQUITIN[:10]
 
@@ -127,8 +127,8 @@ def test_a_stop_between_the_files_ends_well(job, after, fasta, folder, files, tm
 
 def test_what_comes_while_the_work_goes_on_is_kept(fasta, folder, tmp_path, monkeypatch):
     output = tmp_path / "out.npz"
-    embeddings = "mlx_esm_hf.pipelines.protein_job.compute_run"
-    from mlx_esm_hf.pipelines.protein_job import compute_run
+    embeddings = "mlx_esm_hf.jobs.protein_job.compute_run"
+    from mlx_esm_hf.jobs.protein_job import compute_run
 
     def slow(*args):
         run = compute_run(*args)

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_esm_hf import MLXAutoModel
-from mlx_esm_hf.pipelines import embed, load
+from mlx_esm_hf import MLXAutoModel, embed, load_protein_model
 from mlx_esm_hf.runs.job import Item, Job, chunks, no_progress
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runs.run import Run, compute_run, read_manifest
-from tests.pipelines.models import UBIQUITIN, write_model
+from tests.jobs.models import UBIQUITIN, write_model
 from tests.processes import ON_TWO_RANKS
 
 # Without torch, which transformers would import: that takes seconds each time.
@@ -161,7 +160,7 @@ def test_what_was_done_is_not_done_again(fasta, folder, whole):
 
 def test_batches_of_a_stopped_run_are_kept(fasta, folder, whole, tmp_path):
     """`--batch-tokens auto` depends on the memory that is free, so the manifest's number counts."""
-    assert load(MLXAutoModel, folder, output=whole).batch_tokens == 256
+    assert load_protein_model(MLXAutoModel, folder, output=whole).batch_tokens == 256
 
 
 def test_standard_input_streams_and_does_not_resume(folder, tmp_path):
@@ -563,7 +562,7 @@ def test_a_shard_that_is_lost_while_it_is_read(tmp_path):
 
 MEASURE = """
 import re, sys
-from mlx_esm_hf.pipelines import embed
+from mlx_esm_hf import embed
 embed(sys.argv[1], sys.argv[2], sys.argv[3], long="window")
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """

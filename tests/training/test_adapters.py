@@ -19,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 import mlx_esm_hf
 from mlx_esm_hf import ops
-from mlx_esm_hf.checkpoint.errors import CheckpointError
+from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear
 from mlx_esm_hf.ops import cpu
 from mlx_esm_hf.training import adapters
 from mlx_esm_hf.training.adapters import (
-    IGNORED,
+    IGNORED_FIELDS,
     REFUSED,
     LoraConfig,
     LoRALinear,
@@ -572,8 +572,8 @@ def assert_refused(folder: Any, message: str) -> None:
 def test_every_field_of_peft_is_known():
     """Supported, refused or ignored, and none of it twice; a new version of PEFT may bring others."""
     supported = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert supported | REFUSED | IGNORED == {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert len(supported) + len(REFUSED) + len(IGNORED) == len(supported | REFUSED | IGNORED)
+    assert supported | REFUSED | IGNORED_FIELDS == {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert len(supported) + len(REFUSED) + len(IGNORED_FIELDS) == len(supported | REFUSED | IGNORED_FIELDS)
     defaults = peft.LoraConfig()
     assert not any(getattr(defaults, name) for name in REFUSED), "off means false, empty or null"
 

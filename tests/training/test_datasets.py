@@ -17,8 +17,8 @@ def vocabulary():
 def store(vocabulary, tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     fasta = folder / "a.fasta"
-    dice = np.random.default_rng(0)
-    texts = ["".join(dice.choice(list("ACDEFGHIKLMNPQRSTVWY"), length)) for length in (5, 40, 200)]
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), length)) for length in (5, 40, 200)]
     fasta.write_text("".join(f">{i}\n{text}\n" for i, text in enumerate(texts)))
     return open_store(fasta, folder / "store", vocabulary, Report())
 

@@ -14,14 +14,14 @@ from tests.tiny import tiny
 HEADS = ["ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"]
 
 
-def batch(head, dice):
+def batch(head, rng):
     """Rows of several lengths with labels; dropout is off, so both sides compute the same."""
-    ids = dice.integers(4, 24, (6, 30))
+    ids = rng.integers(4, 24, (6, 30))
     mask = np.arange(30) < np.array([[30], [4], [17], [30], [9], [22]])
     ids[:, 0], ids[~mask] = 0, 1
-    labels = np.where(mask & (dice.random((6, 30)) < 0.4), dice.integers(4, 24, (6, 30)), -100)
+    labels = np.where(mask & (rng.random((6, 30)) < 0.4), rng.integers(4, 24, (6, 30)), -100)
     if head == "ForSequenceClassification":
-        labels = dice.integers(0, 3, 6)
+        labels = rng.integers(0, 3, 6)
     elif head == "ForTokenClassification":
         labels = np.where(labels > 0, labels % 3, -100)
     else:

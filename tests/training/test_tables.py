@@ -88,8 +88,8 @@ def test_validation_has_the_classes_of_the_training(vocabulary, tmp_path):
 
 
 def test_equal_sequences_are_on_one_side(vocabulary, tmp_path):
-    dice = np.random.default_rng(0)
-    sequences = ["".join(dice.choice(list("ACDEFGHIKL"), 12)) for _ in range(200)] * 2
+    rng = np.random.default_rng(0)
+    sequences = ["".join(rng.choice(list("ACDEFGHIKL"), 12)) for _ in range(200)] * 2
     text = "".join(f"{sequence},{number % 3}\n" for number, sequence in enumerate(sequences))
     data = read_table(written(tmp_path, "sequence,label\n" + text), "classification", vocabulary, Report())
     training, checked = divide(data, 0.2)

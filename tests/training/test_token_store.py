@@ -55,8 +55,8 @@ def test_what_is_no_proteins_is_said(vocabulary, tmp_path):
 
 
 def test_equal_sequences_are_on_one_side(vocabulary, tmp_path):
-    dice = np.random.default_rng(0)
-    sequences = ["".join(dice.choice(list("ACDEFGHIKLMNPQRSTVWY"), 30)) for _ in range(2000)]
+    rng = np.random.default_rng(0)
+    sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 30)) for _ in range(2000)]
     fasta = tmp_path / "a.fasta"
     fasta.write_text("".join(f">{i}\n{sequence}\n" for i, sequence in enumerate(sequences + sequences)))
     training, held_out = split(open_store(fasta, tmp_path / "store", vocabulary, Report()), 0.1)

@@ -44,10 +44,10 @@ class InOrder:
 
 def masked_rows(count, seed=0):
     """Rows of several lengths, in which the masked residue is the one behind it: something can be learned."""
-    dice, rows = np.random.default_rng(seed), []
+    rng, rows = np.random.default_rng(seed), []
     for _ in range(count):
-        ids = np.repeat(dice.integers(4, 24, dice.integers(3, 15)), 2)
-        labels = np.where(dice.random(len(ids)) < 0.3, ids, -100)
+        ids = np.repeat(rng.integers(4, 24, rng.integers(3, 15)), 2)
+        labels = np.where(rng.random(len(ids)) < 0.3, ids, -100)
         inputs = np.where(labels > 0, 32, ids)
         rows.append({"input_ids": [0, *inputs.tolist(), 2], "labels": [-100, *labels.tolist(), -100]})
     return rows
@@ -55,9 +55,9 @@ def masked_rows(count, seed=0):
 
 def classified_rows(count, seed=0):
     """Rows whose class is whether they have more residues of one half of the alphabet; beside a column of text."""
-    dice, rows = np.random.default_rng(seed), []
+    rng, rows = np.random.default_rng(seed), []
     for _ in range(count):
-        ids = dice.integers(4, 24, dice.integers(5, 25))
+        ids = rng.integers(4, 24, rng.integers(5, 25))
         rows.append({"input_ids": [0, *ids.tolist(), 2], "label": int((ids < 14).mean() > 0.5), "name": "protein"})
     return rows
 
@@ -185,10 +185,10 @@ trainer.train(bool(checkpoints_in(folder)))
 """
 
 
-def killed_and_resumed(folder, kills, dice):
+def killed_and_resumed(folder, kills, rng):
     """Run the training in processes of their own, each killed at a random moment, then in one that ends."""
-    for step in [*sorted(dice.sample(range(1, 20), kills)), 0]:
-        command = [sys.executable, "-c", CHILD, str(folder), str(step), str(dice.random() * 0.03)]
+    for step in [*sorted(rng.sample(range(1, 20), kills)), 0]:
+        command = [sys.executable, "-c", CHILD, str(folder), str(step), str(rng.random() * 0.03)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT)
         assert done.returncode == (-signal.SIGKILL if step else 0)
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, EsmConfig, PreTrainedConfig
 
+from mlx_esm_hf.errors import UserError
+
 GENERIC_FIELDS = frozenset(PreTrainedConfig().to_dict())
 POSITION_EMBEDDING_TYPES = ("absolute", "rotary", "sinusoidal")
 
@@ -46,7 +48,7 @@ class MLXEsmConfig(EsmConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
-            raise ValueError(
+            raise UserError(
                 f"position_embedding_type={self.position_embedding_type!r} is not one of {POSITION_EMBEDDING_TYPES}."
             )
         if self.model_type == MLXEsmConfig.model_type:
@@ -54,7 +56,7 @@ class MLXEsmConfig(EsmConfig):
             if self.position_embedding_type == "sinusoidal":
                 ours.append("position_embedding_type")
             if ours:
-                raise ValueError(
+                raise UserError(
                     f"{', '.join(ours)}: only ESM-1 has this, and a config with model_type 'esm' must mean to "
                     "transformers what it means here. Use MLXEsm1Config."
                 )
@@ -78,7 +80,7 @@ class MLXEsmConfig(EsmConfig):
         """The config of the class that `model_type` names; `kwargs` as in `PreTrainedConfig.from_dict`."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in CONFIG_CLASSES:
-            raise ValueError(
+            raise UserError(
                 f"This config has model_type {model_type!r}; "
                 f"this library reads {', '.join(map(repr, CONFIG_CLASSES))}. Load it with the class it was made for."
             )
@@ -145,34 +147,34 @@ def check_config(config: MLXEsmConfig, folds: bool = False) -> None:
     """
     for option in ("is_decoder", "add_cross_attention"):
         if getattr(config, option, False):
-            raise ValueError(f"{option}=True is not supported: ESM here is an encoder. Set {option}=False.")
+            raise UserError(f"{option}=True is not supported: ESM here is an encoder. Set {option}=False.")
     if config.is_folding_model and not folds:
-        raise ValueError(
+        raise UserError(
             "is_folding_model=True is not supported by this class: MLXEsmForProteinFolding folds. "
             "Set is_folding_model=False for a language model alone."
         )
     if folds:
         check_folding_config(config)
     if config.vocab_size is None or config.pad_token_id is None or config.mask_token_id is None:
-        raise ValueError("The config has to give vocab_size, pad_token_id and mask_token_id.")
+        raise UserError("The config has to give vocab_size, pad_token_id and mask_token_id.")
     sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     if config.position_embedding_type == "absolute":
         sizes.append("max_position_embeddings")
     for name in sizes:
         if not 0 < getattr(config, name) < 1 << 31:
-            raise ValueError(f"The config has {name} = {getattr(config, name)}: it must be 1 at least, and below 2^31.")
+            raise UserError(f"The config has {name} = {getattr(config, name)}: it must be 1 at least, and below 2^31.")
     if not 0 <= config.pad_token_id < config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The config has pad_token_id = {config.pad_token_id}: not a token of its vocabulary, which has "
             f"{config.vocab_size}."
         )
     if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
+        raise UserError(
             f"The hidden size ({config.hidden_size}) is not a multiple of the number of attention heads "
             f"({config.num_attention_heads})."
         )
     if config.layer_norm_eps is None or not config.layer_norm_eps > 0:
-        raise ValueError(f"The config has layer_norm_eps = {config.layer_norm_eps}: it must be positive.")
+        raise UserError(f"The config has layer_norm_eps = {config.layer_norm_eps}: it must be positive.")
 
 
 def check_folding_config(config: MLXEsmConfig) -> None:
@@ -181,21 +183,21 @@ def check_folding_config(config: MLXEsmConfig) -> None:
         ValueError: values that no folding model can have.
     """
     if not config.is_folding_model:
-        raise ValueError("is_folding_model=False: this config is that of a language model, which does not fold.")
+        raise UserError("is_folding_model=False: this config is that of a language model, which does not fold.")
     fold: Any = config.esmfold_config
     trunk, structure = fold.trunk, fold.trunk.structure_module
     for state, head in (("sequence_state_dim", "sequence_head_width"), ("pairwise_state_dim", "pairwise_head_width")):
         if getattr(trunk, state) % getattr(trunk, head):
-            raise ValueError(
+            raise UserError(
                 f"The trunk's {state} ({getattr(trunk, state)}) is not a multiple of its {head} "
                 f"({getattr(trunk, head)})."
             )
     if structure.num_angles != 7:
-        raise ValueError(f"The structure module has num_angles = {structure.num_angles}; a residue has 7.")
+        raise UserError(f"The structure module has num_angles = {structure.num_angles}; a residue has 7.")
     vocabulary = config.vocab_list or ()
     needed = ("<cls>", "<pad>", "<eos>", "<mask>", *"ARNDCQEGHILKMFPSTWYVX")
     if missing := [token for token in needed if token not in vocabulary]:
-        raise ValueError(f"The config's vocab_list lacks {', '.join(missing)}.")
+        raise UserError(f"The config's vocab_list lacks {', '.join(missing)}.")
 
 
 def as_mlx_config(config: PreTrainedConfig) -> MLXEsmConfig:

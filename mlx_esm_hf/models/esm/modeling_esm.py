@@ -24,8 +24,8 @@ from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.checkpoint.names import Dialect
-from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, host, labels_at
-from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, again, first_token, linear, whole_weight
+from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, labels_at, to_numpy
+from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, checkpointed, dequantized_weight, first_token, linear
 from mlx_esm_hf.modeling_losses import classification_loss, cross_entropy
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
@@ -327,7 +327,7 @@ class MLXEsmEncoder(nn.Module):
         """The output of one layer after the other, [B, L, D], and its attentions [B, H, L, L], or None."""
         for layer in self.layer:
             if self.gradient_checkpointing and self.training and not output_attentions:
-                hidden_states, attentions = again(layer, layout, position_embeddings)(hidden_states), None
+                hidden_states, attentions = checkpointed(layer, layout, position_embeddings)(hidden_states), None
             else:
                 hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
             yield hidden_states, attentions
@@ -379,7 +379,7 @@ class MLXEsmContactPredictionHead(nn.Module):
             real = tokens != self.eos_token_id
             residues = slice(1, -1)
         pairs = (real[:, None, :, None] & real[:, None, None, :])[..., residues, residues]
-        weights = mx.split(whole_weight(self.regression).reshape(-1, 1, 1), self.num_layers)
+        weights = mx.split(dequantized_weight(self.regression).reshape(-1, 1, 1), self.num_layers)
         logits = self.regression.bias
         B, L = tokens.shape
         at_once = max(1, MAPS_AT_A_TIME // (B * L * L))
@@ -484,7 +484,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
 
         # Rows that are padded on the left are turned until <cls> is first.
         first = mx.argmax(mask.astype(mx.int32), axis=1)
-        starts = host(first)
+        starts = to_numpy(first)
         turned = starts is None or starts.any()
         order = (mx.arange(tokens.shape[1]) + first[:, None]) % tokens.shape[1]
         real = mask[:, None, :, None] & mask[:, None, None, :]
@@ -549,7 +549,7 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
             ValueError: ids outside the vocabulary, rows longer than the position table, an empty batch, a mask of
                 another shape. Checked where the values are at hand, not while the call is being traced.
         """
-        outputs, layout = self.encode(
+        outputs, layout = self.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
         )
         states, pooled = layout.unpack(outputs.last_hidden_state), None
@@ -563,7 +563,7 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         )
         return output if self.returns_dict(return_dict) else output.to_tuple()
 
-    def encode(
+    def run_encoder(
         self,
         input_ids: Any = None,
         attention_mask: Any = None,
@@ -675,7 +675,7 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
         """
         if labels is None and not self.training:
             self.refuse_untrained("lm_head", "predicting residues")
-        outputs, layout = self.esm.encode(
+        outputs, layout = self.esm.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.lm_head(outputs.last_hidden_state)).astype(self.dtype)
@@ -715,7 +715,7 @@ class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
         The other arguments are those of `MLXEsmModel`. A left-padded row is read at its first real token.
         """
         attention_mask = as_array(attention_mask)
-        outputs, layout = self.esm.encode(
+        outputs, layout = self.esm.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
         )
         logits = self.classifier(layout.unpack(outputs.last_hidden_state), attention_mask).astype(self.dtype)
@@ -755,7 +755,7 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
 
         The other arguments are those of `MLXEsmModel`.
         """
-        outputs, layout = self.esm.encode(
+        outputs, layout = self.esm.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.classifier(self.dropout(outputs.last_hidden_state))).astype(self.dtype)

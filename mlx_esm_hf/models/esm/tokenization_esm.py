@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, EsmTokenizer
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config
 
 # fair-esm, `Alphabet.from_architecture("ESM-1")`: four special tokens, the residues, filler up to a multiple of
@@ -70,7 +71,7 @@ class Esm1Tokenizer(EsmTokenizer):
         if already_has_special_tokens or self.eos_token_id is not None:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens)
         if token_ids_1 is not None:
-            raise ValueError("ESM-1 has no token between two sequences: tokenize them one by one.")
+            raise UserError("ESM-1 has no token between two sequences: tokenize them one by one.")
         return [1] + [0] * len(token_ids_0)
 
 

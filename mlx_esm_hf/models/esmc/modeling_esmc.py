@@ -23,8 +23,8 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, check_sequence_id, host, labels_at
-from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, again, first_token, linear
+from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, check_sequence_id, labels_at, to_numpy
+from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, checkpointed, first_token, linear
 from mlx_esm_hf.modeling_losses import classification_loss, cross_entropy
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
@@ -76,9 +76,10 @@ class MLXEsmcAttention(nn.Module):
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
         residual: mx.array | None = None,
-        scale: float = 1.0,
+        output_scale: float = 1.0,
     ) -> tuple[mx.array, mx.array | None]:
-        """The states [B, L, D] times `scale`, plus `residual`; the probabilities [B, H, L, L] if they are asked for.
+        """The states [B, L, D] times `output_scale`, plus `residual`; the probabilities [B, H, L, L] if
+        they are asked for.
 
         Args:
             layout: which tokens see which; None, all of a row.
@@ -91,17 +92,19 @@ class MLXEsmcAttention(nn.Module):
             context = ops.attention(
                 query, key, value, self.num_attention_heads, layout, position_embeddings, norms=norms
             )
-            return self.o_proj(context, residual=residual, scale=scale), None
+            return self.o_proj(context, residual=residual, output_scale=output_scale), None
 
         query, key = self.q_norm(query), self.k_norm(key)
         heads = ops.split_heads(query, key, value, self.num_attention_heads, layout, position_embeddings)
         attentions = self.dropout(ops.attention_probabilities(heads.query, heads.key, heads.mask))
         context = ops.merge_heads(attentions @ heads.value)
-        return self.o_proj(context, residual=residual, scale=scale), attentions if output_attentions else None
+        return self.o_proj(
+            context, residual=residual, output_scale=output_scale
+        ), attentions if output_attentions else None
 
 
 class MLXEsmcMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)) times `scale`, plus `residual`, [B, L, D] to [B, L, D]."""
+    """SwiGLU: down(silu(gate(x)) · up(x)) times `output_scale`, plus `residual`, [B, L, D] to [B, L, D]."""
 
     def __init__(self, config: MLXEsmcConfig):
         super().__init__()
@@ -110,9 +113,11 @@ class MLXEsmcMLP(nn.Module):
         self.up_proj = linear(config, D, width, bias)
         self.down_proj = linear(config, width, D, bias)
 
-    def __call__(self, hidden_states: mx.array, residual: mx.array | None = None, scale: float = 1.0) -> mx.array:
+    def __call__(
+        self, hidden_states: mx.array, residual: mx.array | None = None, output_scale: float = 1.0
+    ) -> mx.array:
         gated = ops.swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states))
-        return self.down_proj(gated, residual=residual, scale=scale)
+        return self.down_proj(gated, residual=residual, output_scale=output_scale)
 
 
 class MLXEsmcLayer(nn.Module):
@@ -140,10 +145,10 @@ class MLXEsmcLayer(nn.Module):
             position_embeddings,
             output_attentions,
             residual=hidden_states,
-            scale=self.branch_scale,
+            output_scale=self.branch_scale,
         )
         normed = self.post_attention_layernorm(hidden_states)
-        return self.mlp(normed, residual=hidden_states, scale=self.branch_scale), attentions
+        return self.mlp(normed, residual=hidden_states, output_scale=self.branch_scale), attentions
 
 
 class MLXEsmcMaskedLMHead(nn.Module):
@@ -243,13 +248,13 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
             ValueError: ids outside the vocabulary, an empty batch, a mask or chains of another shape. Checked where
                 the values are at hand, not while the call is being traced.
         """
-        outputs, layout = self.encode(
+        outputs, layout = self.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states
         )
         outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state).astype(self.dtype)
         return outputs if self.returns_dict(return_dict) else outputs.to_tuple()
 
-    def encode(
+    def run_encoder(
         self,
         input_ids: Any,
         attention_mask: Any = None,
@@ -285,7 +290,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
             if output_hidden_states:
                 all_hidden_states.append(layout.unpack(hidden_states).astype(self.dtype))
             if self.gradient_checkpointing and self.training and not output_attentions:
-                hidden_states, attentions = again(layer, layout, position_embeddings)(hidden_states), None
+                hidden_states, attentions = checkpointed(layer, layout, position_embeddings)(hidden_states), None
             else:
                 hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
             all_attentions.append(attentions if attentions is None else attentions.astype(self.dtype))
@@ -321,7 +326,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         if sequence_id is not None:
             chains = check_sequence_id(sequence_id, inputs.shape)
             mask = chains >= 0
-            values = host(mask)
+            values = to_numpy(mask)
         hidden_states = self.embed_tokens(inputs.input_ids)
         hidden_states = hidden_states.astype(ops.computing_dtype(hidden_states.dtype))
         if values is not None:
@@ -371,7 +376,7 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
         """
         if labels is None and not self.training:
             self.refuse_untrained("lm_head", "predicting residues")
-        outputs, layout = self.esmc.encode(
+        outputs, layout = self.esmc.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.lm_head(outputs.last_hidden_state)).astype(self.dtype)
@@ -410,7 +415,7 @@ class MLXEsmcForSequenceClassification(MLXEsmcPreTrainedModel):
 
         The other arguments are those of `MLXEsmcModel`. A left-padded row is read at its first real token.
         """
-        outputs, layout = self.esmc.encode(
+        outputs, layout = self.esmc.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states
         )
         real = as_array(attention_mask) if sequence_id is None else as_array(sequence_id) >= 0
@@ -451,7 +456,7 @@ class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
 
         The other arguments are those of `MLXEsmcModel`.
         """
-        outputs, layout = self.esmc.encode(
+        outputs, layout = self.esmc.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.score(self.dropout(outputs.last_hidden_state))).astype(self.dtype)

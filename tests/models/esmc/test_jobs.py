@@ -9,15 +9,27 @@ import numpy as np
 import pytest
 import transformers
 
-from mlx_esm_hf import EsmcTokenizer, LoraConfig, MLXAutoModelForMaskedLM, load_adapter, pipeline
+from mlx_esm_hf import (
+    EsmcTokenizer,
+    LoraConfig,
+    MLXAutoModelForMaskedLM,
+    contacts,
+    convert,
+    embed,
+    fill_mask,
+    generate,
+    load_adapter,
+    perplexity,
+    pipeline,
+    score,
+)
 from mlx_esm_hf.data.proteins import STANDARD
 from mlx_esm_hf.models.auto import MLXAutoModelForSequenceClassification
-from mlx_esm_hf.pipelines import contacts, convert, embed, fill_mask, generate, perplexity, score
 from mlx_esm_hf.training.adapters import add_adapters, merge_adapters
 from mlx_esm_hf.training.finetune import finetune
 from mlx_esm_hf.training.pretrain import pretrain
+from tests.jobs.models import write_model
 from tests.models.esmc.peers import torch_model
-from tests.pipelines.models import write_model
 
 CHAINS = "MKTAYI|AKQR"
 REAL = np.array([token != "|" for token in CHAINS])

@@ -1,0 +1,287 @@
+"""The files of a folded protein: PDB, mmCIF, the predicted aligned error, and pictures.
+
+Each is made of one result of `fold`. Chains are named from A, the residues of each numbered from 1. Residues that are
+unknown, X, are UNK in the sequence and have no atoms.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice, product
+from string import ascii_lowercase, ascii_uppercase, digits
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlx_esm_hf import plots
+from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.models.esmfold.modeling_esmfold import aligned_error_centers
+from mlx_esm_hf.models.esmfold.residue_constants import ATOM37, ATOM37_MASK, RESIDUE_NAMES, RESTYPES_WITH_X
+from mlx_esm_hf.runs.ids import FileNames
+from mlx_esm_hf.runs.job import Result
+from mlx_esm_hf.version import __version__
+
+ALPHA = ATOM37.index("CA")
+ONE_LETTER_CHAINS = ascii_uppercase + ascii_lowercase + digits
+PDB_RESIDUES, PDB_ATOMS = 9_999, 99_999  # that the columns of a PDB file have digits for, in a chain and in all
+TITLE = 200  # characters of an id that a file's title repeats
+UNQUOTED = r'[^ -~]|["\\]'
+RESERVED = ("data_", "save_", "loop_", "stop_", "global_")
+
+
+class Atom(NamedTuple):
+    """An atom with its place in Å, and its pLDDT, 0 to 100."""
+
+    name: str
+    position: np.ndarray
+    plddt: float
+
+    @property
+    def element(self) -> str:
+        return self.name[0]
+
+
+class Residue(NamedTuple):
+    """A residue by its letter, and the atoms that it has."""
+
+    letter: str
+    atoms: list[Atom]
+
+    @property
+    def name(self) -> str:
+        """Its three letters."""
+        return RESIDUE_NAMES[RESTYPES_WITH_X.index(self.letter)]
+
+
+def chain_names() -> Iterator[str]:
+    """A to Z, a to z, 0 to 9, then two letters."""
+    yield from ONE_LETTER_CHAINS
+    yield from map("".join, product(ascii_uppercase, repeat=2))
+
+
+def chains_of(result: Result) -> dict[str, list[Residue]]:
+    """The residues of each chain."""
+    chains: dict[str, list[Residue]] = {}
+    names = list(islice(chain_names(), int(result.arrays["chain_index"].max()) + 1))
+    for place, chain in enumerate(result.arrays["chain_index"]):
+        chains.setdefault(names[chain], []).append(residue_at(result, place))
+    return chains
+
+
+def residue_at(result: Result, place: int) -> Residue:
+    """The residue at a place of all, counted from 0."""
+    aatype, positions, plddt = (result.arrays[name] for name in ("aatype", "positions", "plddt"))
+    atoms = np.flatnonzero(ATOM37_MASK[aatype[place]])
+    return Residue(
+        RESTYPES_WITH_X[aatype[place]],
+        [Atom(ATOM37[atom], positions[place, atom], float(plddt[place, atom])) for atom in atoms],
+    )
+
+
+def alpha_plddt(result: Result) -> np.ndarray:
+    """pLDDT of each residue [L], 0 to 100, which is that of its Cα atom; NaN where there is none."""
+    exists = ATOM37_MASK[result.arrays["aatype"]][:, ALPHA] > 0
+    return np.where(exists, result.arrays["plddt"][:, ALPHA], np.nan).astype(np.float32)
+
+
+def refuse_for_pdb(aatype: np.ndarray, chain_index: np.ndarray) -> None:
+    """
+    Raises:
+        ValueError: a PDB file has no room for this protein.
+    """
+    lengths = np.bincount(chain_index)
+    atoms = int(ATOM37_MASK[aatype].sum()) + len(lengths)  # the end of a chain is counted like an atom
+    for count, most, what in (
+        (len(lengths), len(ONE_LETTER_CHAINS), "chains"),
+        (int(lengths.max()), PDB_RESIDUES, "residues in a chain"),
+        (atoms, PDB_ATOMS, "atoms"),
+    ):
+        if count > most:
+            raise UserError(f"has {count:,} {what}, and a PDB file ends at {most:,}: take mmCIF alone (--formats cif)")
+
+
+def pdb(result: Result) -> bytes:
+    """A PDB file; the B factor is each atom's pLDDT."""
+    import gemmi
+
+    structure = gemmi.Structure()
+    structure.info["_struct.title"] = title_of(result)
+    model = gemmi.Model(1)
+    for name, residues in chains_of(result).items():
+        chain = gemmi.Chain(name)
+        for number, residue in enumerate(residues, start=1):
+            if residue.atoms:
+                chain.add_residue(gemmi_residue(residue, number, name))
+        model.add_chain(chain)
+        entity = gemmi.Entity(name)
+        entity.entity_type, entity.polymer_type = gemmi.EntityType.Polymer, gemmi.PolymerType.PeptideL
+        entity.subchains, entity.full_sequence = [name], [residue.name for residue in residues]
+        structure.entities.append(entity)
+    structure.add_model(model)
+    return structure.make_pdb_string().encode("ascii")
+
+
+def title_of(result: Result) -> str:
+    """The title of a file; `?` for what such files cannot hold, or their writers cannot quote."""
+    return f"ESMFold prediction for {re.sub(UNQUOTED, '?', result.id[:TITLE])}"
+
+
+def entry_of(result: Result) -> str:
+    """The id of an mmCIF file, which must be no word of the format."""
+    name = result.name or FileNames().name(result.id)
+    return f"_{name}" if name.lower().startswith(RESERVED) else name
+
+
+def gemmi_residue(residue: Residue, number: int, chain: str) -> Any:
+    """A residue as gemmi has it."""
+    import gemmi
+
+    made = gemmi.Residue()
+    made.name, made.seqid, made.subchain = residue.name, gemmi.SeqId(number, " "), chain
+    made.entity_type = gemmi.EntityType.Polymer
+    for atom in residue.atoms:
+        one = gemmi.Atom()
+        one.name, one.element, one.pos = atom.name, gemmi.Element(atom.element), gemmi.Position(*atom.position)
+        one.occ, one.b_iso = 1.0, atom.plddt
+        made.add_atom(one)
+    return made
+
+
+def mmcif(result: Result) -> bytes:
+    """A ModelCIF file: mmCIF with pLDDT as quality of each residue and of the whole, and as B factor of each atom."""
+    import modelcif
+    import modelcif.dumper
+    import modelcif.model
+    import modelcif.protocol
+
+    system = modelcif.System(title=title_of(result), id=entry_of(result))
+    software = software_of()
+    chains = chains_of(result)
+    entities: dict[str, Any] = {}  # one of chains that are alike
+    units = {}
+    for name, residues in chains.items():
+        sequence = "".join(residue.letter for residue in residues)
+        if sequence not in entities:
+            codes = ["UNK" if letter == "X" else letter for letter in sequence]
+            entities[sequence] = modelcif.Entity(codes, description=f"protein of {len(codes)} residues")
+        units[name] = modelcif.AsymUnit(entities[sequence], details=f"chain {name}", id=name, strand_id=name)
+    system.entities.extend(entities.values())
+    system.asym_units.extend(units.values())
+    model = modelcif.model.AbInitioModel(modelcif.Assembly(units.values(), name="all chains"), name="ESMFold")
+    add_atoms(model, chains, units)
+    add_quality(model, result, chains, units, software)
+    system.model_groups.append(modelcif.model.ModelGroup([model], name="all models"))
+    step = modelcif.protocol.ModelingStep(
+        modelcif.data.DataGroup(entities.values()), model, name="folding", software=software
+    )
+    protocol = modelcif.protocol.Protocol()
+    protocol.steps.append(step)
+    system.protocols.append(protocol)
+    file = io.StringIO()
+    modelcif.dumper.write(file, [system])
+    return file.getvalue().encode()
+
+
+def software_of() -> Any:
+    """This package and its paper, as ModelCIF names them."""
+    import ihm
+
+    paper = ihm.Citation(
+        pmid=None,
+        title="Evolutionary-scale prediction of atomic-level protein structure with a language model",
+        journal="Science",
+        volume=379,
+        page_range=(1123, 1130),
+        year=2023,
+        authors=["Lin, Z.", "Akin, H.", "Rao, R.", "Hie, B.", "Zhu, Z.", "Rives, A."],
+        doi="10.1126/science.ade2574",
+    )
+    return ihm.Software(
+        "mlx-esm-hf", "model building", "ESMFold in MLX", None, type="package", version=__version__, citation=paper
+    )
+
+
+def add_atoms(model: Any, chains: dict[str, list[Residue]], units: dict[str, Any]) -> None:
+    """Give a ModelCIF model its atoms, and name the residues that have none."""
+    from modelcif.model import Atom as ModelAtom
+    from modelcif.model import NotModeledResidueRange
+
+    for name, residues in chains.items():
+        for number, residue in enumerate(residues, start=1):
+            if not residue.atoms:
+                model.not_modeled_residue_ranges.append(NotModeledResidueRange(units[name], number, number))
+            for atom in residue.atoms:
+                place = (float(x) for x in atom.position)
+                made = ModelAtom(units[name], number, atom.name, atom.element, *place, biso=atom.plddt, occupancy=1.0)
+                model.add_atom(made)
+
+
+def add_quality(
+    model: Any, result: Result, chains: dict[str, list[Residue]], units: dict[str, Any], software: Any
+) -> None:
+    """Give a ModelCIF model its measures of quality."""
+    from modelcif import qa_metric
+
+    scored_by = software
+
+    class MeanPLDDT(qa_metric.Global, qa_metric.PLDDT):
+        """mean pLDDT of the atoms"""
+
+        name, software = "pLDDT", scored_by
+
+    class PTM(qa_metric.Global, qa_metric.NormalizedScore):
+        """predicted TM-score"""
+
+        name, software = "pTM", scored_by
+
+    class ResiduePLDDT(qa_metric.Local, qa_metric.PLDDT):
+        """pLDDT of the CA atom"""
+
+        name, software = "pLDDT", scored_by
+
+    model.qa_metrics.append(MeanPLDDT(float(result.arrays["mean_plddt"][0])))
+    model.qa_metrics.append(PTM(float(result.arrays["ptm"][0])))
+    for name, residues in chains.items():
+        for number, residue in enumerate(residues, start=1):
+            for atom in residue.atoms:
+                if atom.name == "CA":
+                    model.qa_metrics.append(ResiduePLDDT(units[name].residue(number), atom.plddt))
+
+
+def aligned_error_json(result: Result) -> bytes:
+    """The predicted aligned error in the layout of the AlphaFold Protein Structure Database, in whole Å."""
+    error = np.rint(result.arrays["predicted_aligned_error"]).astype(int).tolist()
+    largest = float(aligned_error_centers()[-1])
+    layout = [{"predicted_aligned_error": error, "max_predicted_aligned_error": largest}]
+    return json.dumps(layout, separators=(",", ":")).encode()
+
+
+def confidence_npz(result: Result) -> bytes:
+    """What the model says of its confidence: `predicted_aligned_error` [L, L] in Å, `plddt` [L] of the Cα atoms,
+    `chain_index` [L], `ptm` and `mean_plddt`."""
+    names = ("predicted_aligned_error", "chain_index", "ptm", "mean_plddt")
+    file = io.BytesIO()
+    np.savez(file, plddt=alpha_plddt(result), **{name: result.arrays[name] for name in names})  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def chain_ends(result: Result) -> np.ndarray:
+    """Where in a picture one chain ends and the next begins, in residues counted from 1."""
+    return np.flatnonzero(np.diff(result.arrays["chain_index"])) + 1.5
+
+
+def plddt_picture(result: Result) -> bytes:
+    """Return pLDDT along the chains as PNG."""
+    title = f"{result.id[:60]}: mean pLDDT {result.arrays['mean_plddt'][0]:.1f}"
+    return plots.png(plots.plddt_curve(alpha_plddt(result), chain_ends(result), title))
+
+
+def aligned_error_picture(result: Result) -> bytes:
+    """Return the predicted aligned error as PNG."""
+    title = f"{result.id[:60]}: pTM {result.arrays['ptm'][0]:.2f}"
+    largest = float(aligned_error_centers()[-1])
+    error = result.arrays["predicted_aligned_error"]
+    return plots.png(plots.aligned_error(error, largest, chain_ends(result), title))

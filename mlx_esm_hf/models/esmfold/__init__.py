@@ -1,0 +1,1 @@
+"""ESMFold: structures from an ESM-2 language model."""

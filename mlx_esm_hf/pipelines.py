@@ -1,0 +1,345 @@
+"""`pipeline(task)`, which returns what transformers' own does: masks, features, labels of sequences and of residues."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlx_esm_hf.data.tokenizer import load_tokenizer
+from mlx_esm_hf.data.vocabulary import refuse_other_tokenizer
+from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.jobs.protein_model import SHARED, load_network, same_commit
+from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
+from mlx_esm_hf.models.auto import (
+    MLXAutoModel,
+    MLXAutoModelForMaskedLM,
+    MLXAutoModelForSequenceClassification,
+    MLXAutoModelForTokenClassification,
+)
+
+GPU = ("gpu", "cuda", "mps")
+
+
+def pipeline(
+    task: str,
+    model: str | os.PathLike[str] | MLXPreTrainedModel,
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+    *,
+    device: int | str | None = None,
+    batch_size: int = 1,
+    **loading: Any,
+) -> Pipeline:
+    """A callable for a task, as transformers' function of the same name.
+
+    Args:
+        task: "fill-mask", "feature-extraction", "text-classification" or "token-classification".
+        model: a Hub repository or folder, or a model, which needs its tokenizer beside it.
+        device: "cpu" or -1, "gpu", "cuda", "mps" or 0; by default MLX's own choice. It is that of the whole process.
+        batch_size: how many sequences go through the model together.
+        loading: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download`, for model and
+            tokenizer alike, and whatever else `from_pretrained` of the model takes.
+
+    Raises:
+        KeyError: another task.
+        ValueError: a model without its tokenizer or with that of another one, or a device that there is not.
+
+    Example:
+        >>> pipeline("fill-mask", model="facebook/esm2_t6_8M_UR50D")("MKT<mask>YIAKQR")[0]["token_str"]
+    """
+    if task not in TASKS:
+        raise KeyError(f"Unknown task {task}, available tasks are {sorted(TASKS)}")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: one at least is needed.")
+    if device is not None:
+        mx.set_default_device(device_named(device))
+    pipeline_class, auto_class = TASKS[task]
+    if isinstance(model, MLXPreTrainedModel):
+        if tokenizer is None:
+            raise UserError("A model that is given as an object needs its tokenizer: pipeline(..., tokenizer=...).")
+        network = model
+    else:
+        tokenizer = tokenizer or model
+        network = load_network(auto_class, os.fspath(model), **loading)
+    if isinstance(tokenizer, (str, os.PathLike)):
+        shared = {name: loading[name] for name in SHARED if name in loading}
+        if tokenizer == model:
+            shared |= same_commit(network)
+        tokenizer = load_tokenizer(os.fspath(tokenizer), **shared)
+    refuse_other_tokenizer(tokenizer, network.config, network.residues, network.config._name_or_path)
+    return pipeline_class(network.eval(), tokenizer, batch_size)
+
+
+def device_named(device: int | str) -> mx.Device:
+    """MLX's device for what torch's users call it.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    name = str(device).partition(":")[0]
+    if name in ("cpu", "-1"):
+        return mx.Device(mx.cpu)
+    if name not in GPU and not name.isdecimal():
+        raise UserError(f"device={device!r} is none of cpu, -1, {', '.join(GPU)} and a number.")
+    if not mx.is_available(mx.gpu):
+        raise UserError(f"device={device!r}: MLX has no GPU here. Leave it out, or take 'cpu'.")
+    return mx.Device(mx.gpu, int(name) if name.isdecimal() else 0)
+
+
+class Pipeline:
+    """What the pipelines have in common: texts through the tokenizer and the model, in batches."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 1):
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    def _outputs(self, texts: Sequence[str], options: dict[str, Any]) -> Iterator[tuple[np.ndarray, mx.array]]:
+        """For each text its token ids [L], and what the model answers: its logits, or else its last hidden state,
+        [L, ...] where they are for tokens."""
+        for start in range(0, len(texts), self.batch_size):
+            batch = list(texts[start : start + self.batch_size])
+            padding = {} if len(batch) == 1 else {"padding": True}
+            encoded = self.tokenizer(batch, return_tensors="np", **{**padding, **options})
+            outputs = self.model(encoded["input_ids"], encoded["attention_mask"], return_dict=True)
+            answers = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+            for ids, mask, answer in zip(encoded["input_ids"], encoded["attention_mask"], answers, strict=True):
+                real = np.flatnonzero(mask)
+                yield ids[real], answer[mx.array(real)] if answer.ndim > 1 else answer
+
+
+class FillMaskPipeline(Pipeline):
+    """transformers' `FillMaskPipeline`: for each <mask> the most probable tokens, over the whole vocabulary."""
+
+    def __call__(
+        self,
+        inputs: str | Sequence[str],
+        top_k: int = 5,
+        targets: str | Sequence[str] | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """
+        Args:
+            inputs: one or several sequences, each with one <mask> at least.
+            targets: rank these tokens only; of one that is not in the vocabulary its first token, with a warning.
+
+        Returns:
+            Of one sequence with one mask a list of {"score", "token", "token_str", "sequence"}; with several masks a
+            list of such lists; of several sequences the list of their results (of a list of one, its only result).
+
+        Raises:
+            ValueError: a sequence without a mask, or no target that the tokenizer knows.
+        """
+        allowed = None if targets is None else self._target_ids([targets] if isinstance(targets, str) else targets)
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        results = [
+            self._proposals(ids, logits, top_k, allowed) for ids, logits in self._outputs(texts, tokenizer_kwargs or {})
+        ]
+        return results[0] if len(results) == 1 else results
+
+    def _proposals(self, ids: np.ndarray, logits: mx.array, top_k: int, allowed: np.ndarray | None) -> list[Any]:
+        masked = np.flatnonzero(ids == self.tokenizer.mask_token_id)
+        if not len(masked):
+            raise UserError(f"No mask_token ({self.tokenizer.mask_token}) found on the input")
+        probabilities = np.array(mx.softmax(logits[mx.array(masked)].astype(mx.float32), axis=-1, precise=True))
+        if allowed is not None:
+            probabilities = probabilities[:, allowed]
+        result = []
+        for place, row in zip(masked, probabilities, strict=True):
+            proposals = []
+            for choice in np.argsort(-row, kind="stable")[:top_k]:
+                token = int(choice if allowed is None else allowed[choice])
+                filled = ids.copy()
+                filled[place] = token
+                # Other masks are special tokens, too, and have to stay.
+                sequence = self.tokenizer.decode(filled.tolist(), skip_special_tokens=len(masked) == 1)
+                proposals.append(
+                    {
+                        "score": float(row[choice]),
+                        "token": token,
+                        "token_str": self.tokenizer.decode([token]),
+                        "sequence": sequence,
+                    }
+                )
+            result.append(proposals)
+        return result[0] if len(masked) == 1 else result
+
+    def _target_ids(self, targets: Sequence[str]) -> np.ndarray:
+        vocabulary = self.tokenizer.get_vocab()
+        ids = set()
+        for target in targets:
+            token = vocabulary.get(target)
+            if token is None:
+                pieces = self.tokenizer(target, add_special_tokens=False)["input_ids"]
+                if not pieces:
+                    continue
+                token = pieces[0]
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                warnings.warn(f"The target {target!r} is not in the vocabulary: {name} takes its place.", stacklevel=3)
+            ids.add(token)
+        if not ids:
+            raise UserError("At least one target must be provided when passed.")
+        return np.array(list(ids))
+
+
+class FeatureExtractionPipeline(Pipeline):
+    """transformers' `FeatureExtractionPipeline`: the last hidden state of all tokens, special ones included."""
+
+    def __call__(
+        self,
+        inputs: str | Sequence[str],
+        truncation: bool | None = None,
+        return_tensors: bool = False,
+        tokenize_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """
+        Args:
+            return_tensors: an `mx.array` [1, tokens, hidden_size] for each sequence instead of nested lists.
+
+        Returns:
+            One result for a sequence, a list of them for several.
+        """
+        options = dict(tokenize_kwargs or {})
+        if truncation is not None:
+            if "truncation" in options:
+                raise UserError("truncation is given twice, once in tokenize_kwargs.")
+            options["truncation"] = truncation
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        features = [states[None] for _, states in self._outputs(texts, options)]
+        results = features if return_tensors else [states.astype(mx.float32).tolist() for states in features]
+        return results[0] if isinstance(inputs, str) else results
+
+
+class TextClassificationPipeline(Pipeline):
+    """transformers' `TextClassificationPipeline`: the label of a whole sequence."""
+
+    def __call__(
+        self,
+        inputs: str | Sequence[str],
+        top_k: int | None | str = "",
+        function_to_apply: str | None = None,
+        **tokenizer_kwargs: Any,
+    ) -> list[Any]:
+        """
+        Args:
+            top_k: how many labels, the most probable first; None, all. By default the first one alone.
+            function_to_apply: "sigmoid", "softmax" or "none"; by default none for a regression, sigmoid for one label
+                or several that do not exclude each other, softmax for those that do.
+
+        Returns:
+            For each sequence {"label", "score"}, or, with `top_k`, a list of them; of a sequence that is not in a list,
+            with `top_k`, its own.
+        """
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        names = self.model.config.id2label
+        results: list[Any] = []
+        for _, logits in self._outputs(texts, tokenizer_kwargs):
+            scores = np.array(self._scores(logits.astype(mx.float32), function_to_apply))
+            order = np.argsort(-scores, kind="stable").tolist()
+            labels = [{"label": names[i], "score": float(scores[i])} for i in order]
+            if top_k == "":
+                results.append(labels[0])
+            else:
+                results.append(labels if top_k is None else labels[: int(top_k)])
+        return results[0] if isinstance(inputs, str) and top_k != "" else results
+
+    def _scores(self, logits: mx.array, function_to_apply: str | None) -> mx.array:
+        config = self.model.config
+        if function_to_apply is None:
+            if config.problem_type == "regression":
+                function_to_apply = "none"
+            elif config.problem_type == "multi_label_classification" or config.num_labels == 1:
+                function_to_apply = "sigmoid"
+            else:
+                function_to_apply = "softmax"
+        if function_to_apply == "sigmoid":
+            return mx.sigmoid(logits)
+        if function_to_apply == "softmax":
+            return mx.softmax(logits, axis=-1, precise=True)
+        if function_to_apply == "none":
+            return logits
+        raise UserError(f"function_to_apply={function_to_apply!r} is none of sigmoid, softmax and none.")
+
+
+class TokenClassificationPipeline(Pipeline):
+    """transformers' `TokenClassificationPipeline`: the label of each residue, such as its secondary structure."""
+
+    def __call__(
+        self,
+        inputs: str | Sequence[str],
+        aggregation_strategy: str = "none",
+        ignore_labels: Sequence[str] = ("O",),
+    ) -> list[Any]:
+        """
+        Args:
+            aggregation_strategy: "none", a result for each residue; "simple", one for each stretch of a label.
+            ignore_labels: are left out.
+
+        Returns:
+            Of a sequence a list of {"entity", "score", "index", "word", "start", "end"}, or, of stretches,
+            {"entity_group", "score", "word", "start", "end"}; of several sequences a list of such lists. `start` and
+            `end` are None, as ESM's tokenizer tells none.
+        """
+        if aggregation_strategy not in ("none", "simple"):
+            raise UserError(f"aggregation_strategy={aggregation_strategy!r}: a residue is one token, none or simple.")
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        results = []
+        for ids, logits in self._outputs(texts, {}):
+            entities = self._entities(ids, logits)
+            if aggregation_strategy == "simple":
+                entities = self._stretches(entities)
+            key = "entity" if aggregation_strategy == "none" else "entity_group"
+            results.append([entity for entity in entities if entity[key] not in ignore_labels])
+        return results[0] if isinstance(inputs, str) else results
+
+    def _entities(self, ids: np.ndarray, logits: mx.array) -> list[dict[str, Any]]:
+        scores = np.array(mx.softmax(logits.astype(mx.float32), axis=-1, precise=True))
+        special = self.tokenizer.get_special_tokens_mask(ids.tolist(), already_has_special_tokens=True)
+        entities = []
+        for index in np.flatnonzero(np.array(special) == 0):
+            best = int(scores[index].argmax())
+            entities.append(
+                {
+                    "entity": self.model.config.id2label[best],
+                    "score": scores[index, best],
+                    "index": int(index),
+                    "word": self.tokenizer.convert_ids_to_tokens(int(ids[index])),
+                    "start": None,
+                    "end": None,
+                }
+            )
+        return entities
+
+    def _stretches(self, entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Neighbours of one label; a label with the prefix "B-" begins a stretch, "I-" goes on with it."""
+        number, last, numbers = 0, None, []
+        for entity in entities:
+            name = entity["entity"].removeprefix("B-").removeprefix("I-")
+            if name != last or entity["entity"].startswith("B-"):
+                number, last = number + 1, name
+            numbers.append(number)
+        stretches = []
+        for _, group in groupby(zip(numbers, entities, strict=True), key=lambda pair: pair[0]):
+            members = [entity for _, entity in group]
+            stretches.append(
+                {
+                    "entity_group": members[0]["entity"].split("-", 1)[-1],
+                    "score": np.mean([entity["score"] for entity in members]),
+                    "word": self.tokenizer.convert_tokens_to_string([entity["word"] for entity in members]),
+                    "start": None,
+                    "end": None,
+                }
+            )
+        return stretches
+
+
+TASKS: dict[str, tuple[Any, Any]] = {
+    "fill-mask": (FillMaskPipeline, MLXAutoModelForMaskedLM),
+    "feature-extraction": (FeatureExtractionPipeline, MLXAutoModel),
+    "text-classification": (TextClassificationPipeline, MLXAutoModelForSequenceClassification),
+    "token-classification": (TokenClassificationPipeline, MLXAutoModelForTokenClassification),
+}

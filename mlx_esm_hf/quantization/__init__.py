@@ -1,0 +1,1 @@
+"""Quantized checkpoints: which layers are quantized and how, conversion, and its report."""

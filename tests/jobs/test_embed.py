@@ -1,0 +1,224 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mlx_esm_hf import MLXAutoModel, MLXEsmForMaskedLM, embed, load_protein_model
+from tests.jobs.models import UBIQUITIN, fair_esm_pair, fair_esm_tokens, write_model
+
+SEQUENCES = [UBIQUITIN, "MKT", "GG", UBIQUITIN[:40], "ACDEFGHIKLMNPQRSTVWY"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("esm2"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_protein_model(MLXAutoModel, str(folder))
+
+
+@pytest.mark.parametrize("family", ["ESM-1", "ESM-1b", "ESM-2"])
+def test_all_layers_as_fair_esm_extracts_them(family):
+    model, alphabet, ours = fair_esm_pair(family)
+    ours = type(ours)(ours.network.esm, ours.tokenizer)
+    layers = list(range(model.num_layers + 1))
+    found = embed(SEQUENCES, ours, layers=layers, pooling=["mean", "cls", "residues"])
+    for sequence, result in zip(SEQUENCES, found, strict=True):
+        with torch.no_grad():
+            theirs = model(fair_esm_tokens(alphabet, sequence), repr_layers=layers)["representations"]
+        for layer in layers:
+            states = theirs[layer][0].float().numpy()
+            residues = states[1 : len(sequence) + 1]
+            scale = np.abs(states).max()
+            arrays = result.arrays
+            np.testing.assert_allclose(arrays[f"residues.{layer}"], residues, atol=1e-5 * scale)
+            np.testing.assert_allclose(arrays[f"mean.{layer}"], residues.mean(0), atol=1e-5 * scale)
+            np.testing.assert_allclose(arrays[f"cls.{layer}"], states[0], atol=1e-5 * scale)
+
+
+def test_poolings_belong_together(loaded):
+    for result in embed(SEQUENCES, loaded, pooling=["mean", "max", "residues"]):
+        residues = result.arrays["residues"]
+        assert residues.shape == (result.length, 32)
+        np.testing.assert_allclose(result.arrays["mean"], residues.mean(0), atol=1e-6)
+        np.testing.assert_array_equal(result.arrays["max"], residues.max(0))
+
+
+def test_a_run_of_unknown_letters_keeps_its_places(loaded):
+    (result,) = embed(["MKJJJV"], loaded, pooling=["residues"])
+    (expected,) = embed(["MKXXXV"], loaded, pooling=["residues"])
+    assert result.length == 6
+    np.testing.assert_array_equal(result.arrays["residues"], expected.arrays["residues"])
+
+
+def test_negative_layers(loaded):
+    (a,) = embed(["MKTAYI"], loaded, layers=[-1, 0, -4])
+    assert list(a.arrays) == ["mean.3", "mean.0"]
+    with pytest.raises(ValueError, match="layers 0 to 3"):
+        embed(["MKT"], loaded, layers=[4])
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors", ".npz", ".h5", ".parquet"])
+@pytest.mark.parametrize("pooling", [["mean"], ["mean", "residues"]], ids=["vectors", "residues"])
+def test_formats_hold_the_same(folder, tmp_path, suffix, pooling):
+    names = ["sp|P12345|ONE", "two", "two", "a/b", "five"]
+    records = list(zip(names, SEQUENCES, strict=True))
+    expected = [result.arrays for result in embed(records, str(folder), pooling=pooling)]
+    output = tmp_path / f"out{suffix}"
+    embed(records, str(folder), output, pooling=pooling)
+    read = {
+        "": read_shards,
+        ".safetensors": read_safetensors,
+        ".npz": read_npz,
+        ".h5": read_h5,
+        ".parquet": read_parquet,
+    }[suffix]
+    found = read(output, names, pooling)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for kind in ours:
+            np.testing.assert_array_equal(ours[kind], theirs[kind])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [output.name]
+
+
+UNIQUE = ["sp|P12345|ONE", "two", "two#2", "a/b", "five"]
+
+
+def read_shards(output, names, pooling):
+    import csv
+
+    from safetensors.numpy import load_file
+
+    rows = list(csv.DictReader((output / "index.csv").open()))
+    assert [row["id"] for row in rows] == names
+    assert [int(row["length"]) for row in rows] == [len(s) for s in SEQUENCES]
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["items"] == 5
+    assert {"model", "revision", "dtype", "layers", "pooling"} <= manifest["settings"].keys()
+    tensors = [load_file(output / row["shard"]) for row in rows]
+    return [{kind: t[f"{i:08d}/{kind}"] for kind in pooling} for i, t in enumerate(tensors)]
+
+
+def split(tensors, names, pooling):
+    if pooling == ["mean"]:
+        return [{"mean": row} for row in tensors["mean"]]
+    return [{kind: tensors[f"{name}/{kind}"] for kind in pooling} for name in UNIQUE]
+
+
+def read_npz(output, names, pooling):
+    with np.load(output) as file:
+        assert {"model", "dtype", "layers", "pooling"} <= json.loads(str(file["metadata"])).keys()
+        if pooling == ["mean"]:
+            assert file["ids"].tolist() == names
+        return split(dict(file), names, pooling)
+
+
+def read_safetensors(output, names, pooling):
+    from safetensors import safe_open
+
+    with safe_open(output, framework="numpy") as file:
+        metadata = file.metadata()
+        assert json.loads(metadata["ids"]) == names
+        assert {"model", "dtype", "layers", "pooling"} <= metadata.keys()
+        return split({key: file.get_tensor(key) for key in file.keys()}, names, pooling)  # noqa: SIM118
+
+
+def read_h5(output, names, pooling):
+    import h5py
+
+    keys = ["P12345", "two", "two#2", "a_b", "five"]
+    with h5py.File(output) as file:
+        assert {"model", "dtype", "layers", "pooling"} <= set(file.attrs)
+        if pooling == ["mean"]:
+            assert [file[key].attrs["original_id"] for key in keys] == names
+            return [{"mean": file[key][:]} for key in keys]
+        return [{kind: file[key][kind][:] for kind in pooling} for key in keys]
+
+
+def read_parquet(output, names, pooling):
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(output)
+    assert table["id"].to_pylist() == names
+    assert table["length"].to_pylist() == [len(s) for s in SEQUENCES]
+    rows = table.to_pylist()
+    return [{kind: np.array(row[kind], np.float32) for kind in pooling} for row in rows]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".h5"])
+def test_no_id_hides_another(folder, tmp_path, suffix):
+    records = [(name, "MKT" + "A" * i) for i, name in enumerate(["a", "a", "a#2", "metadata", "sp|a|x"])]
+    embed(records, str(folder), tmp_path / f"o{suffix}", pooling=["residues"])
+    if suffix == ".h5":
+        import h5py
+
+        with h5py.File(tmp_path / "o.h5") as file:
+            lengths = sorted(len(file[key]) for key in file)
+    elif suffix == ".npz":
+        with np.load(tmp_path / "o.npz") as file:
+            lengths = sorted(len(file[key]) for key in file.files if key != "metadata")
+    else:
+        from safetensors.numpy import load_file
+
+        lengths = sorted(len(x) for x in load_file(tmp_path / "o.safetensors").values())
+    assert lengths == [3, 4, 5, 6, 7]
+
+
+def test_options_of_loading_are_for_models_that_are_not_loaded(loaded):
+    with pytest.raises(TypeError, match="poolng, long"):
+        embed(["MKT"], loaded, poolng=["cls"], long="nonsense")
+
+
+def test_windows_of_a_protein_that_fits_change_nothing(tmp_path):
+    folder = str(write_model(tmp_path, "ESM-1b", positions=84))  # 80 residues
+    plain = list(embed(SEQUENCES, folder, pooling=["mean", "residues"]))
+    windowed = list(embed(SEQUENCES, folder, pooling=["mean", "residues"], long="window"))
+    for a, b in zip(plain, windowed, strict=True):
+        np.testing.assert_array_equal(a.arrays["residues"], b.arrays["residues"])
+
+
+def test_long_proteins(tmp_path):
+    folder = str(write_model(tmp_path, "ESM-1b", positions=34))  # 30 residues
+    with pytest.raises(ValueError, match="'1' has 76 residues, the position table .* ends at 30"):
+        list(embed([UBIQUITIN], folder))
+    (cut,) = embed([UBIQUITIN], folder, long="truncate", pooling=["residues"])
+    (plain,) = embed([UBIQUITIN[:30]], folder, pooling=["residues"])
+    np.testing.assert_array_equal(cut.arrays["residues"], plain.arrays["residues"])
+    (windowed,) = embed([UBIQUITIN], folder, long="window", pooling=["residues", "mean"])
+    assert windowed.arrays["residues"].shape == (76, 32)
+    # Near the ends only one window has a say.
+    np.testing.assert_allclose(windowed.arrays["residues"][:5], plain.arrays["residues"][:5], atol=1e-5)
+    (end,) = embed([UBIQUITIN[-30:]], folder, pooling=["residues"])
+    np.testing.assert_allclose(windowed.arrays["residues"][-5:], end.arrays["residues"][-5:], atol=1e-5)
+
+
+def test_long_proteins_of_a_file_are_all_named_before_any_work(tmp_path):
+    folder = str(write_model(tmp_path / "model", "ESM-1b", positions=34))
+    fasta = tmp_path / "p.fasta"
+    fasta.write_text(f">a\nMKT\n>b\n{UBIQUITIN}\n>c\n{UBIQUITIN}\n")
+    with pytest.raises(ValueError, match="(?s)nothing was computed.*line 3: 'b' has 76.*line 5: 'c' has 76"):
+        embed(fasta, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_batches_do_not_change_answers(folder):
+    one = list(embed(SEQUENCES, str(folder), batch_tokens=1))
+    all_at_once = list(embed(SEQUENCES, str(folder), batch_tokens=10000))
+    for a, b in zip(one, all_at_once, strict=True):
+        assert a.id == b.id
+        np.testing.assert_allclose(a.arrays["mean"], b.arrays["mean"], atol=1e-5)
+
+
+def test_half_precision_gives_float32(folder):
+    (result,) = embed(["MKTAYI"], str(folder), dtype="bfloat16")
+    assert result.arrays["mean"].dtype == np.float32
+
+
+def test_base_model_of_a_masked_lm_is_the_same(folder, loaded):
+    network = MLXEsmForMaskedLM.from_pretrained(folder).eval()
+    (a,) = embed(["MKT"], type(loaded)(network.esm, loaded.tokenizer))
+    (b,) = embed(["MKT"], loaded)
+    np.testing.assert_array_equal(a.arrays["mean"], b.arrays["mean"])

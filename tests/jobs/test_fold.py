@@ -1,0 +1,303 @@
+import csv
+import json
+import random
+import re
+
+import gemmi
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_esm_hf import MLXEsmConfig, MLXEsmForProteinFolding, fold
+from mlx_esm_hf.jobs import structures
+from mlx_esm_hf.jobs.fold import FoldingModel
+from mlx_esm_hf.models.esmfold.residue_constants import ATOM37_MASK
+from mlx_esm_hf.runtime import memory
+from tests.jobs.models import UBIQUITIN, write_folding_model
+from tests.tiny import tiny_folding
+
+PROTEINS = [("sp|P12345|ONE", UBIQUITIN[:40]), ("two", "MKXTAYI:GG:MKTAYIAKQR"), ("three", "ACDEFGHIKLMNPQRSTVWY")]
+ENDINGS = (".cif", ".npz", ".pdb", "_pae.json")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folding_model(tmp_path_factory.mktemp("fold"))
+
+
+@pytest.fixture(scope="module")
+def network(folder):
+    return MLXEsmForProteinFolding.from_pretrained(folder)
+
+
+def write_fasta(path, proteins):
+    path.write_text("".join(f">{id}\n{sequence}\n" for id, sequence in proteins))
+    return path
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def table(folder):
+    with open(folder / "index.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("batch_tokens", [None, 50], ids=["together", "alone"])
+def test_results_are_those_of_the_model(network, batch_tokens):
+    """In a batch, with chains and without; neither linkers nor padding among them."""
+    proteins, told = [("one", UBIQUITIN[:68]), PROTEINS[1], ("three", UBIQUITIN[10:])], []
+    found = list(fold(proteins, network, num_recycles=1, batch_tokens=batch_tokens, progress=told.append))
+    assert len(told) == (2 if batch_tokens is None else 6)  # passes
+    assert [result.id for result in found] == [id for id, _ in proteins]
+    for (_, sequence), result in zip(proteins, found, strict=True):
+        output = network.infer(sequence, num_recycles=1)
+        arrays, letters = result.arrays, sequence.replace(":", "")
+        chains = np.repeat(np.arange(sequence.count(":") + 1), list(map(len, sequence.split(":"))))
+        places = np.arange(len(letters)) + 25 * chains
+        assert result.length == len(letters)
+        np.testing.assert_array_equal(arrays["chain_index"], chains)
+        np.testing.assert_array_equal(arrays["aatype"], np.array(output.aatype)[0, places])
+        exists = np.array(output.atom37_atom_exists)[0]
+        np.testing.assert_array_equal(exists[places], ATOM37_MASK[arrays["aatype"]])
+        assert exists.sum() == exists[places].sum()  # all atoms that there are
+        atoms = np.take_along_axis(
+            np.array(output.positions)[-1, 0], np.array(output.residx_atom37_to_atom14)[0][..., None], axis=1
+        )
+        np.testing.assert_allclose(arrays["positions"], (atoms * exists[..., None])[places], atol=1e-3)
+        np.testing.assert_allclose(arrays["plddt"], 100 * np.array(output.plddt)[0, places], atol=1e-2)
+        error = np.array(output.predicted_aligned_error)[0]
+        np.testing.assert_allclose(arrays["predicted_aligned_error"], error[np.ix_(places, places)], atol=1e-3)
+        np.testing.assert_allclose(arrays["ptm"], output.ptm, atol=1e-4)
+        np.testing.assert_allclose(arrays["mean_plddt"], 100 * np.array(output.mean_plddt), atol=1e-2)
+        assert arrays["recycles"] == [1] and arrays["seconds"] > 0
+
+
+def test_a_folder(folder, tmp_path):
+    fold(PROTEINS, str(folder), tmp_path / "out")
+    names = {f"{name}{ending}" for name in ("P12345", "two", "three") for ending in ENDINGS}
+    of_the_run = {"index.csv", "manifest.json", "checksums.txt", "shard-00000000.safetensors"}
+    assert contents(tmp_path / "out").keys() == names | of_the_run
+    rows, results = table(tmp_path / "out"), list(fold(PROTEINS, str(folder)))
+    assert list(rows[0]) == ["number", "id", "length", "shard", "files", *SAID]
+    for (id, sequence), row, result in zip(PROTEINS, rows, results, strict=True):
+        assert (row["id"], row["chains"], row["recycles"]) == (id, str(sequence.count(":") + 1), "2")
+        assert row["length"] == str(len(sequence.replace(":", "")))
+        assert float(row["mean_plddt"]) == pytest.approx(result.arrays["mean_plddt"][0], abs=0.006)
+        assert float(row["ptm"]) == pytest.approx(result.arrays["ptm"][0], abs=0.001)
+        assert float(row["seconds"]) > 0
+        text = (tmp_path / "out" / f"{row['files']}.pdb").read_bytes()
+        assert text == structures.pdb(result)
+        block = gemmi.cif.read(str(tmp_path / "out" / f"{row['files']}.cif")).sole_block()
+        assert block.name == row["files"]
+
+
+SAID = ["chains", "mean_plddt", "ptm", "recycles", "seconds"]
+
+
+@pytest.mark.parametrize(("formats", "left"), [(["cif"], ".pdb"), (["pdb"], ".cif")])
+def test_one_format_and_pictures(network, tmp_path, formats, left):
+    fold(["MKTAYI"], network, tmp_path / "out", formats=formats, pictures=True)
+    files = {f"1{ending}" for ending in (*ENDINGS, "_plddt.png", "_pae.png") if ending != left}
+    assert files == {name for name in contents(tmp_path / "out") if name.startswith("1")}
+
+
+@pytest.mark.parametrize("suffix", [".pdb", ".cif"])
+def test_one_file(network, tmp_path, suffix):
+    output = tmp_path / f"out{suffix}"
+    fold(["MKTAYI:GGA"], network, output)
+    (result,) = fold(["MKTAYI:GGA"], network)
+    assert contents(tmp_path) == {output.name: {".pdb": structures.pdb, ".cif": structures.mmcif}[suffix](result)}
+
+
+@pytest.mark.parametrize("source", ["file", "Python"])
+def test_one_file_is_of_one_protein(network, tmp_path, source):
+    proteins = PROTEINS if source == "Python" else write_fasta(tmp_path / "p.fasta", PROTEINS)
+    with pytest.raises(ValueError, match="structure of one protein, and there are more: name a folder"):
+        fold(proteins, network, tmp_path / "out.pdb")
+    assert not (tmp_path / "out.pdb").exists()
+
+
+def test_names_of_files(network, tmp_path):
+    """Of ids that are not safe in a name, that come twice, or differ in what some systems do not tell apart."""
+    ids = ["a/b", "../../up", "P1", "p1", "P1", ".hidden", "é$x$", "x" * 300, "x" * 299, "a b"]
+    fold([(id, "MKTAYI") for id in ids], network, tmp_path / "out", formats=["pdb"], num_recycles=0)
+    rows = table(tmp_path / "out")
+    assert [row["id"] for row in rows] == ids
+    names = [row["files"] for row in rows]
+    assert names[:8] == ["a_b", "_.._.._up", "P1", "p1_2", "P1_3", "_.hidden", "___x_", "x" * 150]
+    assert len({name.casefold() for name in names}) == len(names)
+    for name in names:
+        assert (tmp_path / "out" / f"{name}.pdb").exists()
+    assert not (tmp_path / "up.pdb").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_cannot_be_folded_is_left_out(network, tmp_path):
+    bad = {
+        "masked": ("MK<mask>T", "has <mask>, and only residues can be folded"),
+        "empty_chain": ("MKT:", "is empty, in chain 2"),
+        "digit": ("MK:M3K", "has '3' at 2, which is no residue, in chain 2"),
+        "unknown": ("XXBX:UX", "has no residue of the twenty, and others have no atoms"),
+    }
+    proteins = [PROTEINS[0], *((id, sequence) for id, (sequence, _) in bad.items()), PROTEINS[2]]
+    report = fold(write_fasta(tmp_path / "p.fasta", proteins), network, tmp_path / "out")
+    assert [row["id"] for row in table(tmp_path / "out")] == [PROTEINS[0][0], PROTEINS[2][0]]
+    for said, (id, (_, message)) in zip(report.left_out, bad.items(), strict=True):
+        assert said.endswith(f"{id!r} {message}.")
+    with pytest.raises(ValueError, match="'masked' has <mask>"):
+        fold(proteins, network, tmp_path / "strict", strict=True)
+
+
+def test_what_a_pdb_file_has_no_room_for_is_left_out(network, tmp_path):
+    many = ":".join("G" * 63)
+    proteins = [("many", many), ("few", "MKTAYI")]
+    report = fold(proteins, network, tmp_path / "both", num_recycles=0)
+    assert [row["id"] for row in table(tmp_path / "both")] == ["few"]
+    assert re.search("'many' has 63 chains, and a PDB file ends at 62: take mmCIF alone", report.left_out[0])
+
+
+@pytest.fixture
+def room(network, monkeypatch):
+    """Lets there be memory to fold so many residues, and no more."""
+
+    def set_room(residues):
+        monkeypatch.setattr(memory, "free_memory", lambda: FoldingModel(network, 0).bytes_needed(residues) + (1 << 20))
+
+    return set_room
+
+
+def test_what_does_not_fit_into_memory_is_left_out(network, room, tmp_path):
+    room(500)
+    proteins = [("a", "MKTAYI"), ("long", "MKTAYIAKQR" * 60), ("linked", ":".join(["GG"] * 30)), ("b", "MKTAY:GG")]
+    report = fold(write_fasta(tmp_path / "p.fasta", proteins), network, tmp_path / "out", batch_tokens=10_000)
+    assert [row["id"] for row in table(tmp_path / "out")] == ["a", "b"]
+    assert re.search(r"line 3: 'long' has 600 residues, which need .* GB of memory", report.left_out[0])
+    assert re.search(r"line 5: 'linked' has 60 residues, which need", report.left_out[1])  # 785 with linkers
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    assert 500 <= settings["batch_tokens"] < 600  # more would not fit together, either
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_tokens": 1000}], ids=["by itself", "as asked"])
+def test_a_run_goes_on_with_the_batches_it_began_with(network, room, tmp_path, options):
+    fasta = write_fasta(tmp_path / "p.fasta", PROTEINS)
+    room(100)
+    fold(fasta, network, tmp_path / "out", **options)
+    before = contents(tmp_path / "out")
+    settings = json.loads(before["manifest.json"])["settings"]
+    assert 100 <= settings["batch_tokens"] < 200
+    room(700)
+    (tmp_path / "out" / "shard-00000000.safetensors").unlink()
+    fold(fasta, network, tmp_path / "out", **options)
+    assert same_but_seconds(contents(tmp_path / "out"), before)
+
+
+def same_but_seconds(found, expected):
+    """Whether all files for users are the same; shards and the table have the seconds of the one computing."""
+    varies = {name for name in expected if name.startswith("shard-")} | {"index.csv", "checksums.txt"}
+    return found.keys() == expected.keys() and all(found[name] == expected[name] for name in expected.keys() - varies)
+
+
+def test_a_damaged_file_is_made_of_its_shard(network, tmp_path, monkeypatch):
+    """Without folding anything."""
+    fasta = write_fasta(tmp_path / "p.fasta", PROTEINS)
+    fold(fasta, network, tmp_path / "out", pictures=True)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "two.cif").unlink()
+    (tmp_path / "out" / "three_pae.png").write_bytes(b"")
+    monkeypatch.setattr(MLXEsmForProteinFolding, "infer", None)
+    fold(fasta, network, tmp_path / "out", pictures=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_another_number_of_recycles_is_another_run(network, tmp_path):
+    fasta = write_fasta(tmp_path / "p.fasta", PROTEINS[2:])
+    fold(fasta, network, tmp_path / "out", num_recycles=0)
+    with pytest.raises(ValueError, match="num_recycles: 0 there, 1 here"):
+        fold(fasta, network, tmp_path / "out", num_recycles=1)
+
+
+def test_chunks_cost_about_the_same(network, tmp_path):
+    """So that a kill loses no more than the work of a batch of one long protein."""
+    draw = random.Random(0)
+    proteins = [(f"p{i}", "".join(draw.choices("ACDEFGHIKLMNPQRSTVWY", k=10 + 3 * i))) for i in range(10)]
+    fold(proteins, network, tmp_path / "out", batch_tokens=40, num_recycles=0)
+    shards = {}
+    for row in table(tmp_path / "out"):
+        shards.setdefault(row["shard"], []).append(int(row["length"]))
+    assert list(shards.values()) == [[10, 13, 16, 19, 22], [25, 28], [31], [34], [37]]
+
+
+def test_pairs_of_padding_are_avoided(network):
+    """A short protein goes with others of its length, not with a long one."""
+    told: list = []
+    proteins = [("long", 2 * UBIQUITIN), ("a", "MKTAYI"), ("b", "GG")]
+    list(fold(proteins, network, num_recycles=0, batch_tokens=1000, progress=told.append))
+    assert [progress.doing for progress in told] == [
+        "long (152 residues), pass 1 of 1",
+        "a (6 residues) and 1 more, pass 1 of 1",
+    ]
+
+
+def test_each_pass_is_told(network):
+    told = []
+    proteins = [("long", UBIQUITIN), ("a", "MKTAYI"), ("b", "GG")]
+    list(fold(proteins, network, num_recycles=1, batch_tokens=80, progress=told.append))
+    assert [progress.doing for progress in told] == [
+        "long (76 residues), pass 1 of 2",
+        "long (76 residues), pass 2 of 2",
+        "a (6 residues) and 1 more, pass 1 of 2",
+        "a (6 residues) and 1 more, pass 2 of 2",
+    ]
+    assert network.trunk.on_pass is None
+
+
+def test_dtypes(folder, network):
+    (exact,) = fold(["MKTAYIAKQR"], network, num_recycles=0)
+    (rounded,) = fold(["MKTAYIAKQR"], str(folder), num_recycles=0, dtype="bfloat16")
+    assert {array.dtype for array in rounded.arrays.values()} == {np.dtype("float32"), np.dtype("int32")}
+    difference = np.abs(exact.arrays["plddt"] - rounded.arrays["plddt"])
+    assert 0 < difference.max() < 10
+    with pytest.raises(ValueError, match="The folding trunk cannot be float16"):
+        fold(["MKTAYI"], str(folder), dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"formats": ["cif", "xyz"]}, ValueError, "formats xyz: choose from pdb, cif"),
+        ({"num_recycles": -1}, ValueError, "num_recycles=-1"),
+        ({"batch_tokens": 0}, ValueError, "batch_tokens=0: at least one is needed"),
+        ({"dtype": "float32"}, TypeError, "dtype: this is for loading a model"),
+        ({"pictures": True, "output": None}, ValueError, "Pictures are files in a folder"),
+    ],
+)
+def test_options_that_are_refused(network, tmp_path, options, error, message):
+    arguments = {"output": tmp_path / "out"} | options
+    with pytest.raises(error, match=message):
+        fold(["MKTAYI"], network, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_library_that_is_not_installed(network, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gemmi" else name)
+    for output in ("out", "out.pdb"):
+        with pytest.raises(ValueError, match=r"pdb needs gemmi: pip install 'mlx-esm-hf\[fold\]'"):
+            fold(["MKTAYI"], network, tmp_path / output)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "modelcif" else name)
+    fold(["MKTAYI"], network, tmp_path / "out.pdb")
+
+
+def test_memory_is_bounded():
+    """What folding takes with states of pairs as wide as the published ones is a good part of what is foreseen, and
+    never more, for a protein and for a batch of as many tokens."""
+    fields = tiny_folding()
+    fields["esmfold_config"]["trunk"] |= {"pairwise_state_dim": 128, "pairwise_head_width": 32, "num_blocks": 1}
+    model = FoldingModel(MLXEsmForProteinFolding(MLXEsmConfig(**fields)).eval(), 0)
+    model.predict([model.encode("MKTAYI")])
+    for proteins, part in (([UBIQUITIN * 3], 5), ([UBIQUITIN] * 3, 15)):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        model.predict([model.encode(sequence) for sequence in proteins])
+        taken, foreseen = mx.get_peak_memory() - before, model.bytes_needed(3 * len(UBIQUITIN))
+        assert foreseen / part < taken < foreseen

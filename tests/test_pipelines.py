@@ -1,0 +1,228 @@
+import contextlib
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mlx_esm_hf import MLXAutoModelForMaskedLM, MLXEsmForMaskedLM, load_protein_model, pipeline
+from tests.hub import Hub, serve, use
+from tests.jobs.models import UBIQUITIN, write_model
+from tests.parity import hold
+
+ONE, TWO = "MQIF<mask>KTLTGKTITLEVEPSDTIENVK", "MQ<mask>FVKTL<mask>GKT"
+
+
+@pytest.fixture(scope="module", params=["ESM-2", "ESM-1b"])
+def folder(request, tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp(request.param), request.param))
+
+
+def load_pipeline(folder):
+    return pipeline("fill-mask", folder)
+
+
+def load_jobs_model(folder):
+    return load_protein_model(MLXAutoModelForMaskedLM, folder)
+
+
+def taken_apart(answer):
+    """An answer with the type of a number where it had the number, and the numbers in their order."""
+    numbers = []
+
+    def without(part):
+        if isinstance(part, list):
+            return [without(item) for item in part]
+        if isinstance(part, dict):
+            return {key: without(item) for key, item in part.items()}
+        if isinstance(part, (float, np.floating)):
+            numbers.append(part)
+            return type(part)
+        return part
+
+    return without(answer), numbers
+
+
+@functools.cache
+def torch_pipeline(task, model, dtype):
+    return transformers.pipeline(task, model=model, dtype=dtype)
+
+
+def hold_to_transformers(task, model, all_inputs, batch_sizes=(1,), **options):
+    """The answers are those of transformers' pipeline, their numbers by the bar of the parity tests, taken together."""
+    ours, theirs, float64 = [], [], []
+    for batch_size in batch_sizes:
+        our_pipeline = pipeline(task, model=model, batch_size=batch_size)
+        for inputs in all_inputs:
+            shape, numbers = taken_apart(our_pipeline(inputs, **options))
+            expected_shape, expected = taken_apart(torch_pipeline(task, model, torch.float32)(inputs, **options))
+            assert shape == expected_shape
+            ours, theirs = ours + numbers, theirs + expected
+            float64 += taken_apart(torch_pipeline(task, model, torch.float64)(inputs, **options))[1]
+    hold(f"pipeline({task!r})", "scores", "ESM-1b, ESM-2", ours, theirs, float64)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"targets": ["A", "W", "L"]}, {"targets": "K"}], ids=repr)
+def test_fill_mask_is_transformers(folder, options):
+    hold_to_transformers("fill-mask", folder, [ONE, TWO, [ONE], [TWO], [ONE, TWO], [ONE, ONE]], **options)
+
+
+def test_feature_extraction_is_transformers(folder):
+    hold_to_transformers("feature-extraction", folder, [UBIQUITIN, ["MKT"], ["MKT", "ACDEF"]])
+
+
+SEQUENCES = [UBIQUITIN, [UBIQUITIN], [UBIQUITIN, "MKTAYI", "MQ"]]
+LABELS = {
+    "exclusive": {"id2label": {0: "helix", 1: "B-sheet", 2: "I-sheet", 3: "O"}},
+    "not exclusive": {"id2label": {0: "a", 1: "b"}, "problem_type": "multi_label_classification"},
+    "regression": {"num_labels": 1, "problem_type": "regression"},
+    "one": {"num_labels": 1},
+}
+
+
+@pytest.fixture(scope="module", params=LABELS)
+def classifiers(request, folder, tmp_path_factory):
+    """{task: folder} of classifiers that transformers made of the model."""
+    folders = {}
+    for task, name in (("text", "EsmForSequenceClassification"), ("token", "EsmForTokenClassification")):
+        torch.manual_seed(0)
+        settings = LABELS[request.param] | {"initializer_range": 0.2}
+        model = getattr(transformers, name).from_pretrained(folder, **settings)
+        folders[task] = str(tmp_path_factory.mktemp(task))
+        model.save_pretrained(folders[task])
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folders[task])
+    return folders
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": None}, {"top_k": 1}, {"top_k": 2}, {"function_to_apply": "sigmoid"}], ids=repr
+)
+def test_text_classification_is_transformers(classifiers, options):
+    # Pieces of ubiquitin as well: of a few numbers alone, torch's error is a matter of luck.
+    pieces = [UBIQUITIN[i:] for i in range(1, 70, 3)]
+    hold_to_transformers("text-classification", classifiers["text"], [*SEQUENCES, pieces], (1, 2), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"aggregation_strategy": "simple"}, {"ignore_labels": []}, {"ignore_labels": ["helix"]}], ids=repr
+)
+def test_token_classification_is_transformers(classifiers, options):
+    hold_to_transformers("token-classification", classifiers["token"], SEQUENCES, (1, 2), **options)
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "feature-extraction"])
+def test_batches_do_not_matter(folder, task):
+    texts = [ONE, "MK<mask>", TWO] if task == "fill-mask" else [UBIQUITIN, "MK", "MKT"]
+    hold_to_transformers(task, folder, [texts], batch_sizes=(1, 3))
+
+
+def test_device(folder):
+    before = mx.default_device()
+    try:
+        pipeline("fill-mask", folder, device="cpu")
+        assert mx.default_device() == mx.Device(mx.cpu)
+        with pytest.raises(ValueError, match="is none of cpu"):
+            pipeline("fill-mask", folder, device="tpu")
+        if not mx.is_available(mx.gpu):
+            for device in ("cuda", "cuda:0", "mps", 0):
+                with pytest.raises(ValueError, match="MLX has no GPU here"):
+                    pipeline("fill-mask", folder, device=device)
+    finally:
+        mx.set_default_device(before)
+
+
+def test_model_and_tokenizer_of_one_commit(folder, tmp_path, monkeypatch):
+    """A push between the two: both are those of the commit that was asked first. Private, and in a cache of its own."""
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for place in (one, two):
+        shutil.copytree(folder, place / "sub")
+    (two / "sub" / "vocab.txt").write_text("pushed later")
+    hub = Hub({("me/esm", "main"): one}, private={"me/esm": "secret"})
+    with serve(hub) as endpoint:
+        use(monkeypatch, endpoint)
+        answer = hub.answer
+
+        def push_after_weights(request):
+            result = answer(request)
+            if request.path.endswith("model.safetensors"):
+                hub.push("me/esm", two)
+            return result
+
+        hub.answer = push_after_weights
+        options = {"token": "secret", "subfolder": "sub", "cache_dir": tmp_path / "cache"}
+        filled = pipeline("fill-mask", "me/esm", **options)(ONE)
+        assert filled == pipeline("fill-mask", folder)(ONE)
+        assert {token for _, path, token in hub.requests if "/resolve/" in path} == {"secret"}
+    again = pipeline("fill-mask", "me/esm", local_files_only=True, **options)(ONE)
+    assert again == filled
+
+
+def test_jobs_load_both_of_one_commit(folder, tmp_path, monkeypatch):
+    """So do the jobs, by whatever revision; a file of the tokenizer that arrives damaged, or is not there, is said."""
+    hub = Hub({("me/esm", "v1"): folder}, private={"me/esm": "secret"})
+    later = Path(shutil.copytree(folder, tmp_path / "later"))
+    (later / "vocab.txt").write_text("pushed later")
+    options = {"revision": "v1", "token": "secret", "cache_dir": tmp_path / "cache"}
+    with serve(hub) as endpoint:
+        use(monkeypatch, endpoint)
+        answer = hub.answer
+        hub.fail("GET .*vocab.txt", "corrupt")
+
+        def push_after_weights(request):
+            result = answer(request)
+            if request.path.endswith("model.safetensors"):
+                hub.push("me/esm", later, "v1")
+            return result
+
+        hub.answer = push_after_weights
+        with pytest.raises(OSError, match="vocab.txt arrived damaged"):
+            load_protein_model(MLXAutoModelForMaskedLM, "me/esm", **options)
+        hub.push("me/esm", folder, "v1")
+        options["cache_dir"] = tmp_path / "other"
+        loaded = load_protein_model(MLXAutoModelForMaskedLM, "me/esm", **options)
+        assert len(loaded.tokenizer) == 33 and loaded.revision != hub.commit("me/esm", "v1")
+        assert {token for _, path, token in hub.requests if "/resolve/" in path} == {"secret"}
+        (later / "vocab.txt").unlink()
+        hub.push("me/esm", later, "v2")
+        with pytest.raises(OSError, match="me/esm has no vocab.txt, and so no tokenizer. Put that of the base model"):
+            load_protein_model(MLXAutoModelForMaskedLM, "me/esm", **(options | {"revision": "v2"}))
+    with pytest.raises(OSError, match="later has no vocab.txt"):
+        load_protein_model(MLXAutoModelForMaskedLM, str(later))
+
+
+def test_options(folder):
+    model = MLXEsmForMaskedLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert pipeline("fill-mask", model, tokenizer)(ONE) == pipeline("fill-mask", folder)(ONE)
+    assert pipeline("fill-mask", Path(folder), Path(folder))(ONE) == pipeline("fill-mask", folder)(ONE)
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        pipeline("fill-mask", model)
+    with pytest.raises(KeyError, match="Unknown task fold"):
+        pipeline("fold", folder)
+    with pytest.raises(ValueError, match="No mask_token"):
+        pipeline("fill-mask", folder)("MKT")
+    with pytest.warns(UserWarning, match="'JJ' is not in the vocabulary"):
+        hold_to_transformers("fill-mask", folder, [ONE], targets=["JJ", "A"])
+    features = pipeline("feature-extraction", folder)("MKT", return_tensors=True)
+    assert features.shape == (1, 5, 32)
+
+
+@pytest.mark.parametrize("tokenizer_class", ["EsmTokenizer", "Tokenizer"])
+@pytest.mark.parametrize("loading", [load_pipeline, load_jobs_model])
+def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(loading, tokenizer_class, tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "model")
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Tokenizer: pass\n")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": tokenizer_class}
+    path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    with contextlib.suppress(ValueError):  # of one for which transformers has a class, that is taken
+        loading(str(folder))
+    assert not asked and not ran.exists()
