@@ -22,6 +22,7 @@ BLUE, VERMILLION = PALETTE[:2]
 GREY = "#B8B8B8"
 DPI = 150
 PLDDT_LEVELS = (50, 70, 90)  # AlphaFold's limits: very low, low, confident, very high
+STEPS = 12  # pieces of a drawn backbone between two residues
 TICKS = 60  # labels along a sequence, at most
 
 
@@ -61,7 +62,7 @@ def contact_map(
     axes.set_title(title.strip(), fontsize=10, parse_math=False)
     axes.set(xlabel="residue", ylabel="residue")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.figure.colorbar(image, ax=axes, label="predicted probability of a contact", shrink=0.85)
     return _figure(axes)
 
@@ -72,7 +73,7 @@ def _mark_predicted(axes: Axes, known: np.ndarray, top: Iterable[tuple[int, int,
 
     pairs = np.array([(i, j) for i, j, _ in top if not np.isnan(known[i - 1, j - 1])], int).reshape(-1, 2)
     right = known[pairs[:, 0] - 1, pairs[:, 1] - 1] > 0
-    size = (220 / len(known)) ** 1.3
+    size = (220 / len(known)) ** 2
     handles: list[Any] = [Patch(color=GREY, label="known contact")]
     for chosen, colour, marker, label in (
         (right, BLUE, "o", "top prediction, right"),
@@ -156,7 +157,7 @@ def residue_curve(
     axes.plot(np.arange(len(values)) + first_residue, values, linewidth=1.2, color=BLUE)
     for end in chain_ends:
         axes.axvline(end, color="black", linewidth=0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set(xlabel="residue", ylabel=label, xlim=(first_residue - 0.5, first_residue + len(values) - 0.5))
     axes.set_title(title, fontsize=10, parse_math=False)
     return _figure(axes)
@@ -208,7 +209,7 @@ def aligned_error(
         axes.axvline(end, color="black", linewidth=0.8)
         axes.axhline(end, color="black", linewidth=0.8)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set(xlabel="scored residue", ylabel="aligned residue")
     axes.set_title(title, fontsize=10, parse_math=False)
     axes.figure.colorbar(image, ax=axes, label="expected position error (Å)")
@@ -236,7 +237,7 @@ def loss_curves(log: Iterable[Mapping[str, Any]], title: str = "", axes: Axes | 
             colour = BLUE if name == "loss" else VERMILLION
             shown = marker if len(points) < 30 else None
             axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=shown, markersize=5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set(xlabel="step", ylabel="loss")
     axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(color="lightgray", linewidth=0.5)
@@ -348,6 +349,7 @@ def backbone(
     values: np.ndarray,
     label: str,
     limits: tuple[float, float] | None = None,
+    pairs: Iterable[tuple[int, int, float]] = (),
     colours: str = "viridis",
     title: str = "",
     axes: Axes | None = None,
@@ -361,6 +363,7 @@ def backbone(
         values: [residues].
         label: what the values are, with their unit.
         limits: ends of the colour scale; the least and the largest value by default.
+        pairs: contacts (i, j, probability) to draw as dashed lines, residues counted from 1.
         colours: name of matplotlib's colour map.
         title: the title.
         axes: where to draw; a new figure by default.
@@ -379,23 +382,25 @@ def backbone(
     shades = np.interp(np.linspace(0, len(values) - 1, len(points)), np.arange(len(values)), values)
     norm = Normalize(*(limits or (float(np.nanmin(values)), float(np.nanmax(values)))))
     nearness = (points[:, 2] - points[:, 2].min()) / max(float(np.ptp(points[:, 2])), 1e-9)
-    segments = np.stack([points[:-1, :2], points[1:, :2]], axis=1)
-    order = np.argsort(nearness[:-1])  # the farthest first
-    # Far parts fade towards white.
+    for i, j, _ in pairs:
+        x, y = points[[(i - 1) * STEPS, (j - 1) * STEPS], :2].T
+        axes.plot(x, y, color="black", linewidth=0.7, linestyle=(0, (2, 1.5)), zorder=3, alpha=0.7)
+    # Each piece of the tube is an outline and, a little longer, so that no gap shows, a core. The farthest come first.
     rgb = colormaps[colours](norm(shades[:-1]))[:, :3]
-    rgb = 1 - (1 - rgb) * (0.55 + 0.45 * nearness[:-1, None])
-    width = 4 + 3 * nearness[:-1]
-    for part in np.array_split(order, max(1, len(order) // 8)):  # an outline hides only what lies behind it
-        for colour, extra in (("white", 3.2), ("#303030", 1.6), (rgb[part], 0.0)):
-            lines = LineCollection(
-                list(segments[part]), colors=colour, linewidths=width[part] + extra, capstyle="round"
-            )
-            axes.add_collection(lines)
+    steps = np.diff(points[:, :2], axis=0)
+    lines, colour, widths = [], [], []
+    for k in np.argsort(nearness[:-1]):
+        start, stop, width = points[k, :2], points[k + 1, :2], 5 + 4 * nearness[k]
+        faded = 1 - (1 - rgb[k]) * (0.5 + 0.5 * nearness[k])  # far parts fade towards white
+        outline = 1 - 0.85 * (0.5 + 0.5 * nearness[k]) * np.ones(3)
+        lines += [(start - 0.3 * steps[k], stop + 0.3 * steps[k]), (start - 0.7 * steps[k], stop + 0.7 * steps[k])]
+        colour += [outline, faded]
+        widths += [width + 2, width]
+    axes.add_collection(LineCollection(lines, colors=colour, linewidths=widths, capstyle="butt", zorder=2))
     for place, name in ((0, "N"), (-1, "C")):
         x, y, _ = points[place]
-        axes.annotate(name, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=10, fontweight="bold")
-    axes.autoscale_view()
-    axes.margins(0.06)
+        axes.annotate(name, (x, y), xytext=(9, 5), textcoords="offset points", fontsize=11, weight="bold", zorder=4)
+    axes.set(xlim=_padded(points[:, 0]), ylim=_padded(points[:, 1]))
     axes.set_aspect("equal")
     axes.set_axis_off()
     axes.set_title(title, fontsize=10, parse_math=False)
@@ -403,11 +408,16 @@ def backbone(
     return _figure(axes)
 
 
-def _smooth(points: np.ndarray, steps: int = 12) -> np.ndarray:
-    """Return a Catmull-Rom curve through points, [points, 3], with so many steps between two of them."""
+def _padded(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of an axis that leave 2 Å around the values."""
+    return float(values.min()) - 2, float(values.max()) + 2
+
+
+def _smooth(points: np.ndarray) -> np.ndarray:
+    """Return a Catmull-Rom curve through points, [points, 3], with STEPS steps between two of them."""
     padded = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
     before, start, stop, after = (padded[k : len(padded) - 3 + k, None] for k in range(4))
-    t = np.arange(steps)[None, :, None] / steps
+    t = np.arange(STEPS)[None, :, None] / STEPS
     curve = start + t / 2 * (
         stop - before + t * (2 * before - 5 * start + 4 * stop - after + t * (3 * (start - stop) + after - before))
     )

@@ -22,9 +22,6 @@
 #
 # Install with `pip install "mlx-esm-hf[cpu,notebooks]"` (on a Mac without `cpu`).
 
-# %% tags=["parameters"]
-MODEL = "demo"
-
 # %%
 # %matplotlib inline
 import csv
@@ -41,6 +38,10 @@ from sklearn.preprocessing import StandardScaler
 from mlx_esm_hf import demo_model, embed, plots, read_proteins
 from mlx_esm_hf.data.proteins import STANDARD
 
+# %% tags=["parameters"]
+MODEL = "demo"
+
+# %%
 model = demo_model() if MODEL == "demo" else MODEL
 
 # %% [markdown]
@@ -57,7 +58,7 @@ model = demo_model() if MODEL == "demo" else MODEL
 fasta = Path("../examples/proteins.fasta")
 results = list(embed(fasta, model))
 vectors = np.stack([result.arrays["mean"] for result in results])
-vectors.shape
+print(vectors.shape)
 
 # %% [markdown]
 # ## Draw a map
