@@ -136,6 +136,7 @@ def residue_curve(
     chain_ends: Iterable[float] = (),
     title: str = "",
     first_residue: int = 1,
+    marked: np.ndarray | None = None,
     axes: Axes | None = None,
 ) -> Figure:
     """Draw a value of each residue along the sequence.
@@ -146,6 +147,7 @@ def residue_curve(
         chain_ends: where one chain ends and the next begins, such as 10.5.
         title: the title.
         first_residue: number of the first residue.
+        marked: true for residues to shade, [residues].
         axes: where to draw; a new figure by default.
 
     Returns:
@@ -154,7 +156,10 @@ def residue_curve(
     from matplotlib.ticker import MaxNLocator
 
     axes = _new_axes(7, 3) if axes is None else axes
-    axes.plot(np.arange(len(values)) + first_residue, values, linewidth=1.2, color=BLUE)
+    numbers = np.arange(len(values)) + first_residue
+    axes.plot(numbers, values, linewidth=1.2, color=BLUE)
+    for number in [] if marked is None else numbers[marked]:
+        axes.axvspan(number - 0.5, number + 0.5, color=PALETTE[3], alpha=0.35, linewidth=0, zorder=0)
     for end in chain_ends:
         axes.axvline(end, color="black", linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
