@@ -1,4 +1,4 @@
-"""How many bits does a checkpoint need? Its size and its likeness to the original, with fewer and fewer."""
+"""How many bits does a checkpoint need? Print its size and its similarity to the original for 8 to 2 bits."""
 
 import sys
 import tempfile

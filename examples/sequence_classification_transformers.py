@@ -1,4 +1,4 @@
-"""Classify whole proteins. The original, on torch: compare it with sequence_classification.py."""
+"""Classify whole proteins. The original for torch; compare with sequence_classification.py."""
 
 import sys
 

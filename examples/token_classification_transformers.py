@@ -1,4 +1,4 @@
-"""Label each residue of a protein. The original, on torch: compare it with token_classification.py."""
+"""Label each residue of a protein. The original for torch; compare with token_classification.py."""
 
 import sys
 

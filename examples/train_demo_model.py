@@ -1,10 +1,11 @@
-"""The recipe of the model that comes with the package: split proteins by homology, train, measure, write a card.
+"""Train the model bundled with the package: split proteins by homology, train, evaluate, write a model card.
 
     apt install mmseqs2
     python examples/train_demo_model.py proteins.fasta.gz demo
 
-Any proteins will do. Those of the shipped one are the 20,000 of UniProt in Debian's package mmseqs2-examples (`apt
-download mmseqs2-examples`); https://ftp.uniprot.org has all of Swiss-Prot in one file, uniprot_sprot.fasta.gz.
+Any proteins will do. The bundled model was trained on the 20,000 proteins of UniProt in Debian's package
+mmseqs2-examples (`apt download mmseqs2-examples`). All of Swiss-Prot is at https://ftp.uniprot.org, in
+uniprot_sprot.fasta.gz.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.data.windows import Window
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
 from mlx_esm_hf.training.pretrain import pretrain
-from mlx_esm_hf.training.token_store import held_out
+from mlx_esm_hf.training.token_store import is_held_out
 
 SHAPE = (6, 160, 5)  # layers, hidden size, heads: 1.9 million parameters, 3.8 MB in float16
 CONTEXT, HELD_OUT, MASKED = 256, 0.06, 0.15
@@ -36,30 +37,30 @@ def write_fasta(path: Path, proteins: list[Protein]) -> None:
 
 
 def split_by_homology(proteins: list[Protein], folder: Path) -> tuple[list[Protein], list[Protein]]:
-    """Training and held-out proteins; none held out has a homologue in the training, as far as mmseqs2 finds any.
+    """Return training and held-out proteins, without homologues between the two that mmseqs2 can find.
 
-    Clusters of 30% identity are held out as a whole. Of these, proteins that a search (E-value below 0.001) still finds
-    among the training proteins are dropped.
+    Whole clusters of 30% identity are held out. A held-out protein is dropped if a search (E-value below 0.001) still
+    finds a similar training protein.
     """
     numbered = [Protein(str(number), protein.sequence) for number, protein in enumerate(proteins)]
     write_fasta(folder / "all.fasta", numbered)
     cluster = ["mmseqs", "easy-cluster", "all.fasta", "clusters", "tmp", "--min-seq-id", "0.3", "-c", "0.5", "-v", "1"]
     subprocess.run(cluster, cwd=folder, check=True)
-    training, checked = [], []
+    training, held_out = [], []
     for line in (folder / "clusters_cluster.tsv").read_text().splitlines():
         representative, member = line.split("\t")
-        side = checked if held_out(representative.encode(), HELD_OUT) else training
+        side = held_out if is_held_out(representative.encode(), HELD_OUT) else training
         side.append(numbered[int(member)])
     write_fasta(folder / "training.fasta", training)
-    write_fasta(folder / "checked.fasta", checked)
-    search = ["mmseqs", "easy-search", "checked.fasta", "training.fasta", "hits.tsv", "tmp", "-e", "0.001", "-v", "1"]
+    write_fasta(folder / "held_out.fasta", held_out)
+    search = ["mmseqs", "easy-search", "held_out.fasta", "training.fasta", "hits.tsv", "tmp", "-e", "0.001", "-v", "1"]
     subprocess.run(search, cwd=folder, check=True)
     found = {line.split("\t")[0] for line in (folder / "hits.tsv").read_text().splitlines()}
-    return training, [protein for protein in checked if protein.id not in found]
+    return training, [protein for protein in held_out if protein.id not in found]
 
 
 def masked_places(vocabulary: Vocabulary, sequences: list[np.ndarray]) -> list[np.ndarray]:
-    """The places of the residues of each protein that are masked, together: 15%, always the same."""
+    """Return the masked positions of each protein: 15% of its residues, the same at each call."""
     residues, rng = vocabulary.ids_of(STANDARD), np.random.default_rng(0)
     return [np.flatnonzero(np.isin(ids, residues) & (rng.random(len(ids)) < MASKED)) for ids in sequences]
 
@@ -67,7 +68,7 @@ def masked_places(vocabulary: Vocabulary, sequences: list[np.ndarray]) -> list[n
 def masked_losses(
     model: MLXEsmForMaskedLM, vocabulary: Vocabulary, sequences: list[np.ndarray], places: list[np.ndarray]
 ) -> np.ndarray:
-    """The model's mean loss at the masked places of each protein, in nats: [proteins], NaN where there are none."""
+    """Return the model's mean loss at the masked positions of each protein in nats, [proteins]; NaN without any."""
     inputs = [ids.copy() for ids in sequences]
     for ids, chosen in zip(inputs, places, strict=True):
         ids[chosen] = vocabulary.mask
@@ -84,8 +85,11 @@ def masked_losses(
 
 
 def composition_losses(known: list[np.ndarray], sequences: list[np.ndarray], places: list[np.ndarray]) -> np.ndarray:
-    """The mean loss at the same places by what a protein itself shows: the composition of its residues that are not
-    masked, with the training's composition as 20 residues more, in nats: [proteins]."""
+    """Return the mean loss at the same positions of predicting from a protein's composition, in nats, [proteins].
+
+    The composition is that of its residues that are not masked, with the composition of the training data as 20
+    additional residues.
+    """
     overall = np.bincount(np.concatenate(known), minlength=33) + 1.0
     losses = np.full(len(sequences), np.nan)
     for number, (ids, chosen) in enumerate(zip(sequences, places, strict=True)):
@@ -95,24 +99,27 @@ def composition_losses(known: list[np.ndarray], sequences: list[np.ndarray], pla
     return losses
 
 
-def ngram_perplexities(training: list[np.ndarray], checked: list[np.ndarray]) -> tuple[float, float]:
-    """Of residues by their frequency in the training, and by that behind the residue before."""
+def ngram_perplexities(training: list[np.ndarray], held_out: list[np.ndarray]) -> tuple[float, float]:
+    """Return the perplexity of residues by their frequency in the training data, and by that after the previous one."""
     single, pairs = np.ones(33), np.ones((33, 33))
     for ids in training:
         np.add.at(single, ids, 1)
         np.add.at(pairs, (ids[:-1], ids[1:]), 1)
     unigram = np.log(single / single.sum())
     bigram = np.log(pairs / pairs.sum(axis=1, keepdims=True))
-    residues, followers = np.concatenate(checked), [bigram[ids[:-1], ids[1:]] for ids in checked]
+    residues, followers = np.concatenate(held_out), [bigram[ids[:-1], ids[1:]] for ids in held_out]
     return float(np.exp(-unigram[residues].mean())), float(np.exp(-np.concatenate(followers).mean()))
 
 
-def measure(model: MLXEsmForMaskedLM, training: list[str], checked: list[str]) -> dict[str, float]:
-    """Perplexities on held-out proteins beside the baselines. The lead is that over each protein's own composition, in
-    nats a residue; its error is the standard error of the mean over proteins."""
+def measure(model: MLXEsmForMaskedLM, training: list[str], held_out: list[str]) -> dict[str, float]:
+    """Return perplexities on held-out proteins, of the model and of baselines.
+
+    "lead" is the advantage over each protein's own composition in nats per residue; its error is the standard error of
+    the mean over proteins.
+    """
     vocabulary = Vocabulary(esm2_tokenizer())
     known = [vocabulary.encode(sequence) for sequence in training]
-    ids = [vocabulary.encode(sequence)[: CONTEXT - 2] for sequence in checked]
+    ids = [vocabulary.encode(sequence)[: CONTEXT - 2] for sequence in held_out]
     rng = np.random.default_rng(1)
     shuffled = [rng.permutation(row) for row in ids]
     places, shuffled_places = masked_places(vocabulary, ids), masked_places(vocabulary, shuffled)
@@ -124,7 +131,7 @@ def measure(model: MLXEsmForMaskedLM, training: list[str], checked: list[str]) -
     unigram, bigram = ngram_perplexities(known, ids)
     count = int(np.isfinite(losses).sum())
 
-    def in_errors(x: np.ndarray) -> float:  # a mean over proteins, in standard errors
+    def in_errors(x: np.ndarray) -> float:  # mean over proteins / standard error
         return float(np.nanmean(x) / (np.nanstd(x) / np.sqrt(count)))
 
     return {
@@ -142,32 +149,36 @@ def measure(model: MLXEsmForMaskedLM, training: list[str], checked: list[str]) -
 
 
 def card(found: dict[str, float], facts: dict[str, str]) -> str:
+    """Return the text of the model card."""
     names = ("model", "own composition", "bigram", "unigram", "model on shuffled sequences")
     table = "".join(f"| {name} | {found[name]:.2f} |\n" for name in names)
     listed = "".join(f"- {name}: {value}\n" for name, value in facts.items())
     return f"""# A small ESM-2 for trying things out
 
-It is far too small for answers about proteins: name a real model, such as `facebook/esm2_t33_650M_UR50D`, for those.
+It is far too small for answers about proteins. Use a real model, such as `facebook/esm2_t33_650M_UR50D`, for those. Its
+contact head is not trained, so its contact maps mean nothing.
 
 {listed}
-Perplexity at masked residues (15% of each protein) of {found["proteins"]} held-out proteins, none of which has a
-homologue in the training data (mmseqs2: clusters of 30% identity, then a search with E < 0.001):
+## Perplexity
+
+At masked residues (15% of each protein) of {found["proteins"]} held-out proteins. None of them has a homologue in
+the training data (mmseqs2: clusters of 30% identity, then a search with E < 0.001).
 
 | | perplexity |
 |---|---|
 {table}
-The lead over each protein's own composition is {found["lead"]:.3f} nats a residue, {found["lead / error"]:.1f}
-standard errors over proteins; on shuffled sequences it is {found["lead on shuffled"]:.3f} nats,
-{found["lead on shuffled / error"]:.1f} standard errors.
+The model is better than each protein's own composition by {found["lead"]:.3f} nats per residue, which is
+{found["lead / error"]:.1f} standard errors over proteins. On shuffled sequences it is better by
+{found["lead on shuffled"]:.3f} nats, {found["lead on shuffled / error"]:.1f} standard errors.
 
-The recipe is `examples/train_demo_model.py`.
+`examples/train_demo_model.py` is the recipe, and prints these numbers.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("proteins", help="FASTA, plain or compressed")
-    parser.add_argument("output", type=Path, help="a folder")
+    parser.add_argument("proteins", help="a FASTA file, plain or compressed")
+    parser.add_argument("output", type=Path, help="the folder to write")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -178,12 +189,12 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             sides = split_by_homology(list(read_proteins(options.proteins)), Path(folder))
-        for name, proteins in zip(("training", "checked"), sides, strict=True):
+        for name, proteins in zip(("training", "held_out"), sides, strict=True):
             write_fasta(work / f"{name}.fasta", proteins)
         (work / "split.json").write_text(json.dumps([len(side) for side in sides]))
     began = time.perf_counter()
     pretrain(
-        [work / "training.fasta"], work / "run", SHAPE, validation=work / "checked.fasta", context=CONTEXT,
+        [work / "training.fasta"], work / "run", SHAPE, validation=work / "held_out.fasta", context=CONTEXT,
         max_steps=options.steps, batch_tokens=options.batch_tokens, learning_rate=options.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=0.03, weight_decay=0.01, adam_beta2=0.98, logging_steps=50,
         eval_strategy="steps", eval_steps=500, save_steps=500, save_total_limit=1,
@@ -191,7 +202,7 @@ def main() -> None:
     minutes = (time.perf_counter() - began) / 60
     model = MLXEsmForMaskedLM.from_pretrained(work / "run")
     sides = [
-        [protein.sequence for protein in read_proteins(work / f"{name}.fasta")] for name in ("training", "checked")
+        [protein.sequence for protein in read_proteins(work / f"{name}.fasta")] for name in ("training", "held_out")
     ]
     found = measure(model, *sides)
     last = json.loads((work / "run" / "log.jsonl").read_text().splitlines()[-2])

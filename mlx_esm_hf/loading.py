@@ -46,8 +46,9 @@ class Match(NamedTuple):
 
 
 def commit_of(source: str, revision: str = "main", **hub: Any) -> Any:
-    """Resolve a revision to its current commit (huggingface_hub's `ResolvedRevision`), or return it unchanged if it
-    cannot be resolved. A resolved revision is returned as it is, without asking the Hub.
+    """Resolve a revision to its current commit, huggingface_hub's `ResolvedRevision`.
+
+    A revision that cannot be resolved, or is already resolved, is returned unchanged.
 
     Args:
         source: Hub id or folder.
@@ -154,8 +155,7 @@ def check_size(
 
 
 def untie_if_different(cls: Any, config: Any, names: dict[str, str], arrays: dict[str, mx.array]) -> None:
-    """Set `config.tie_word_embeddings` to False if the checkpoint's output projection differs from its embeddings, as
-    transformers does."""
+    """Untie the output projection in the config, as transformers does, if it differs from the embeddings."""
     keys = {name: key for key, name in names.items()}
     for tied, source in cls.tied_weights().items():
         bare = source.removeprefix(f"{cls.base_model_prefix}.")

@@ -1,16 +1,17 @@
-"""What networks are built of: MLX's layers, computed by `ops`, and what those of several families do alike.
+"""Layers that all families share, computed by `ops`.
 
-What stands in the place of a `Linear` (a quantized layer, one with an adapter) takes the same arguments: networks never
-ask what a layer is, so a layer that could not fuse the activation or the residual is an error, not a slow path.
+Every replacement of a `Linear` (a quantized layer, a layer with an adapter) takes the same arguments, so a network
+never checks the type of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.errors import UserError
@@ -22,6 +23,7 @@ class Linear(nn.Linear):
     def __call__(
         self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, output_scale: float = 1.0
     ) -> mx.array:
+        """Return x · weightᵀ + bias, then apply the activation, the scale and the residual."""
         return ops.linear(x, self.weight, self.get("bias"), residual, activation, output_scale)
 
     def to_quantized(
@@ -32,17 +34,22 @@ class Linear(nn.Linear):
         quantize_input: bool = False,
         activation_dtype: str | None = None,
     ) -> QuantizedLinear:
-        """What `mlx.nn.quantize` calls.
+        """Return the quantized layer; `mlx.nn.quantize` calls this.
 
         Args:
+            group_size: elements that share a scale; None for MLX's default.
+            bits: bits per element; None for MLX's default.
+            mode: MLX's quantization mode.
+            quantize_input: must be False.
             activation_dtype: see `ops.quantized_linear`.
 
         Raises:
-            ValueError: activation_dtype are to be quantized, too.
+            ValueError: `quantize_input` is True.
         """
         if quantize_input:
             raise UserError(
-                "quantize_input=True is not supported: only weights are quantized here, unless activation_dtype='int8'."
+                "quantize_input=True is not supported. To round the inputs of quantized layers, pass "
+                "activation_dtype='int8'."
             )
         layer: Any = QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type]
         layer.activation_dtype = activation_dtype
@@ -50,7 +57,7 @@ class Linear(nn.Linear):
 
 
 def linear(config: Any, inputs: int, outputs: int, bias: bool = True) -> Linear:
-    """A linear layer under transformers' initialisation: normal weights, no bias."""
+    """Return a linear layer with transformers' initialization: normal weights, zero bias."""
     layer = Linear(inputs, outputs, bias=bias)
     layer.weight = mx.random.normal((outputs, inputs), scale=config.initializer_range)
     if bias:
@@ -59,7 +66,7 @@ def linear(config: Any, inputs: int, outputs: int, bias: bool = True) -> Linear:
 
 
 class Embedding(nn.Embedding):
-    """Vectors by their number: ids [...] to [..., dims]."""
+    """An embedding table: ids [...] to vectors [..., dims]."""
 
     def to_quantized(
         self,
@@ -69,27 +76,39 @@ class Embedding(nn.Embedding):
         quantize_input: bool = False,
         activation_dtype: str | None = None,
     ) -> QuantizedEmbedding:
-        """What `mlx.nn.quantize` calls. Ids are not rounded, nor is what a tied output projection is given, whatever
-        `activation_dtype` say.
+        """Return the quantized table; `mlx.nn.quantize` calls this.
+
+        Args:
+            group_size: elements that share a scale; None for MLX's default.
+            bits: bits per element; None for MLX's default.
+            mode: must be "affine". The other modes do not keep the dtype, which the network takes from its embeddings.
+            quantize_input: must be False.
+            activation_dtype: ignored. Neither ids nor the inputs of a tied output projection are rounded.
 
         Raises:
-            ValueError: a mode other than "affine": the others do not keep the dtype, which the whole network has from
-                its embeddings. Or `quantize_input`: ids are no activations.
+            ValueError: another `mode`, or `quantize_input` is True.
         """
         if mode != "affine":
-            raise UserError(f"An embedding table can be quantized in mode 'affine', not in {mode!r}.")
+            raise UserError(f"The quantization mode of an embedding table must be 'affine', got {mode!r}.")
         if quantize_input:
-            raise UserError("quantize_input=True is not supported: only weights are quantized here.")
+            raise UserError("quantize_input=True is not supported for an embedding table: its inputs are ids.")
         return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)  # type: ignore[arg-type, return-value]
 
 
-class Packed(nn.Module):
-    """What quantized layers have in common: their packed numbers are frozen for good, since `unfreeze` of a whole model
-    empties the sets of its modules."""
+class FrozenBuffers(nn.Module):
+    """Mixin for a module with arrays that are never trained.
+
+    MLX's `unfreeze` clears the set `_no_grad` of every module in a model. Here each read adds the buffers to it again.
+
+    Class attributes:
+        frozen: names of the arrays.
+    """
+
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     @property
     def _no_grad(self) -> set[str]:
-        self._frozen.update(("weight", "scales", "biases"))
+        self._frozen.update(self.frozen)
         return self._frozen
 
     @_no_grad.setter
@@ -97,14 +116,16 @@ class Packed(nn.Module):
         self._frozen = set(names)
 
 
-class QuantizedLinear(Packed, nn.QuantizedLinear):
-    """A `Linear` whose weight MLX has quantized (`mlx.nn.quantize`)."""
+class QuantizedLinear(FrozenBuffers, nn.QuantizedLinear):
+    """A `Linear` with a weight quantized by `mlx.nn.quantize`."""
 
-    activation_dtype: str | None = None  # "int8": x is rounded as well
+    frozen = ("weight", "scales", "biases")
+    activation_dtype: str | None = None  # "int8" also rounds the inputs
 
     def __call__(
         self, x: mx.array, activation: str | None = None, residual: mx.array | None = None, output_scale: float = 1.0
     ) -> mx.array:
+        """Return what `Linear` returns for the dequantized weight."""
         return ops.quantized_linear(
             x,
             self.weight,
@@ -121,11 +142,13 @@ class QuantizedLinear(Packed, nn.QuantizedLinear):
         )
 
 
-class QuantizedEmbedding(Packed, nn.QuantizedEmbedding):
-    """An `Embedding` whose table MLX has quantized."""
+class QuantizedEmbedding(FrozenBuffers, nn.QuantizedEmbedding):
+    """An `Embedding` with a table quantized by `mlx.nn.quantize`."""
+
+    frozen = ("weight", "scales", "biases")
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """[..., dims] to [..., numbers], as a tied output projection."""
+        """Multiply by the table as a tied output projection: [..., dims] to [..., vocabulary]."""
         return ops.quantized_linear(
             x,
             self.weight,
@@ -138,22 +161,24 @@ class QuantizedEmbedding(Packed, nn.QuantizedEmbedding):
 
 
 def dequantized_weight(layer: nn.Module) -> mx.array:
-    """The weight of a linear layer or an embedding as numbers [rows, columns], also where it is packed."""
+    """Return the floating-point weight [rows, columns] of a linear layer or an embedding, quantized or not."""
     if not isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         return layer.weight
     return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm over the last axis, with or without a bias."""
+    """Layer norm over the last axis."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Normalize x [..., dims]."""
         return ops.layer_norm(x, self.weight, self.get("bias"), self.eps)
 
 
 class TiedDecoder:
-    """An output projection that has no weight of its own: it reads the model's input embeddings, whatever they are by
-    now (resized, cast, quantized).
+    """An output projection that shares the model's input embeddings.
+
+    It reads the current embeddings at each call, so it follows when they are resized, cast or quantized.
 
     Args:
         model: has `get_input_embeddings()`.
@@ -164,27 +189,122 @@ class TiedDecoder:
 
     @property
     def weight(self) -> mx.array:
-        """[vocabulary, D]"""
+        """The embedding table, [vocabulary, D]."""
         return self._model.get_input_embeddings().weight
 
     def __call__(self, x: mx.array) -> mx.array:
-        """[..., D] to [..., vocabulary]"""
+        """Project [..., D] to [..., vocabulary]."""
         return self._model.get_input_embeddings().as_linear(x)
+
+
+# Functions and heads
+
+
+def rotary_frequencies(head_dim: int, theta: float) -> mx.array:
+    """Return the inverse frequencies [head_dim / 2] of rotary positions (Su et al. 2021), in float32."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return mx.array(1 / np.float32(theta) ** exponents)
+
+
+def rotary_angles(position_ids: mx.array, frequencies: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the cosines and sines [B, L, head_dim / 2] of the angles of positions [B, L], in float32."""
+    # One float32 product, as in transformers: at position 1000 another rounding order is visible.
+    angles = position_ids[..., None].astype(mx.float32) * frequencies.astype(mx.float32)
+    return mx.cos(angles), mx.sin(angles)
+
+
+def each_layer(
+    layers: Sequence[nn.Module],
+    hidden_states: mx.array,
+    layout: ops.Layout | None,
+    position_embeddings: tuple[mx.array, mx.array] | None,
+    output_attentions: bool,
+    checkpoint: bool = False,
+) -> Iterator[tuple[mx.array, Any]]:
+    """Run layers one after the other and yield each output [B, L, D] and its attentions [B, H, L, L], or None.
+
+    Args:
+        layers: called with the next four arguments.
+        hidden_states: [B, L, D].
+        layout: see `ops.attention`.
+        position_embeddings: cosines and sines of the rotary angles.
+        output_attentions: compute attentions.
+        checkpoint: recompute a layer's intermediates for its gradient instead of storing them. Has no effect with
+            `output_attentions`.
+    """
+    for layer in layers:
+        if checkpoint and not output_attentions:
+            hidden_states, attentions = checkpointed(layer, layout, position_embeddings)(hidden_states), None
+        else:
+            hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
+        yield hidden_states, attentions
+
+
+def run_layers(
+    layers: Sequence[nn.Module],
+    hidden_states: mx.array,
+    layout: ops.Layout | None,
+    position_embeddings: tuple[mx.array, mx.array] | None,
+    output_attentions: bool,
+    output_hidden_states: bool,
+    checkpoint: bool = False,
+) -> tuple[mx.array, list[mx.array], tuple[mx.array, ...] | None]:
+    """Run layers one after the other; see `each_layer`.
+
+    Returns:
+        The last layer's output; the input of each layer, empty unless `output_hidden_states`; and the attentions of
+        each layer, None unless `output_attentions`. Arrays that are not requested are not referenced, because a
+        reference would keep them in memory.
+    """
+    inputs: list[mx.array] = []
+    all_attentions: list[Any] = []
+    outputs = each_layer(layers, hidden_states, layout, position_embeddings, output_attentions, checkpoint)
+    for output, attentions in outputs:
+        if output_hidden_states:
+            inputs.append(hidden_states)
+        if output_attentions:
+            all_attentions.append(attentions)
+        hidden_states = output
+    return hidden_states, inputs, tuple(all_attentions) if output_attentions else None
+
+
+def unpack_states(outputs: Any, layout: ops.Layout, dtype: mx.Dtype) -> None:
+    """Bring the hidden states and attentions of an encoder's output from `layout` to [B, L, ...], in `dtype`."""
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(layout.unpack(x).astype(dtype) for x in outputs.hidden_states)
+    if outputs.attentions is not None:
+        outputs.attentions = tuple(x.astype(dtype) for x in outputs.attentions)
 
 
 def checkpointed(
     layer: nn.Module, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
 ) -> Callable[[mx.array], mx.array]:
-    """A layer, [B, L, D] to [B, L, D], whose inside is computed again for its gradient instead of being kept."""
+    """Return a layer [B, L, D] to [B, L, D] that recomputes its intermediates for the gradient."""
     return nn.utils.checkpoint(layer, lambda hidden_states: layer(hidden_states, layout, position_embeddings)[0])
 
 
 def first_token(hidden_states: mx.array, attention_mask: mx.array | None) -> mx.array:
-    """The state of each row's first real token, <cls>: [B, D].
+    """Return the state [B, D] of each row's first real token, <cls>.
 
-    transformers reads position 0, which under left padding is a pad.
+    transformers reads position 0, which is padding in a left-padded row.
     """
     if attention_mask is None:
         return hidden_states[:, 0]
     first = mx.argmax(attention_mask.astype(mx.int32), axis=1)
     return mx.take_along_axis(hidden_states, first[:, None, None], axis=1)[:, 0]
+
+
+class ClassificationHead(nn.Module):
+    """Scores of a whole sequence from the state of <cls>: [B, L, D] to [B, num_labels]."""
+
+    def __init__(self, config: Any, dropout: float | None):
+        super().__init__()
+        self.dense = linear(config, config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(dropout or 0)
+        self.out_proj = linear(config, config.hidden_size, config.num_labels)
+
+    def __call__(self, features: mx.array, attention_mask: mx.array | None = None) -> mx.array:
+        """Return the scores [B, num_labels]."""
+        x = self.dropout(first_token(features, attention_mask))
+        x = self.dropout(mx.tanh(self.dense(x)))
+        return self.out_proj(x)

@@ -1,4 +1,4 @@
-"""The losses that models return when they are given labels, as transformers has them."""
+"""Losses that models return if they get labels; identical to transformers'."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from mlx_esm_hf.modeling_inputs import IGNORE_INDEX, check_labels
 
 
 def cross_entropy(logits: mx.array, labels: Any, ignore_index: int = IGNORE_INDEX) -> mx.array:
-    """Mean cross-entropy of logits [..., C] over the labels [...] that are not `ignore_index`."""
+    """Return the mean cross-entropy of logits [..., C] over the labels [...] that are not `ignore_index`."""
     labels = check_labels(labels, logits, ignore_index)
     kept = labels != ignore_index
     losses = mx.where(kept, nn.losses.cross_entropy(logits, mx.where(kept, labels, 0)), 0)
-    return losses.sum(axis=-1).sum() / kept.sum()  # by rows: MLX adds one by one, which over a batch loses digits
+    # Row by row: MLX adds elements sequentially, which loses precision over a whole batch.
+    return losses.sum(axis=-1).sum() / kept.sum()
 
 
 def classification_loss(config: Any, logits: mx.array, labels: mx.array) -> mx.array:
-    """The loss of logits [B, num_labels] of whole sequences, as `config.problem_type` says.
+    """Return the loss of whole sequences for `config.problem_type`.
 
     Args:
-        config: where its `problem_type` is None it is set as in transformers: one label is "regression", whole numbers
-            are "single_label_classification", others "multi_label_classification".
-        labels: [B] classes, [B] or [B, num_labels] numbers.
+        config: if its `problem_type` is None, it is set as in transformers: "regression" for one label,
+            "single_label_classification" for integer labels, otherwise "multi_label_classification".
+        logits: [B, num_labels].
+        labels: [B] classes, or [B] or [B, num_labels] floating-point values.
 
     Raises:
-        ValueError: labels of another shape than the loss needs.
+        ValueError: labels of the wrong shape.
     """
     if config.problem_type is None:
         if config.num_labels == 1:
@@ -43,7 +45,7 @@ def classification_loss(config: Any, logits: mx.array, labels: mx.array) -> mx.a
     if config.num_labels == 1 and config.problem_type == "regression":
         logits, labels = logits.squeeze(), labels.squeeze()
     if logits.shape != labels.shape:
-        raise UserError(f"labels have the shape {labels.shape}, a {config.problem_type} loss needs {logits.shape}.")
+        raise UserError(f"labels must have shape {logits.shape} for a {config.problem_type} loss, got {labels.shape}.")
     labels = labels.astype(logits.dtype)
     if config.problem_type == "regression":
         return nn.losses.mse_loss(logits, labels)

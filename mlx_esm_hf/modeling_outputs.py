@@ -1,7 +1,7 @@
-"""What the models return: transformers' output classes, with `mx.array` in them.
+"""Outputs of the models: transformers' output classes with `mx.array` fields.
 
-Each supports attribute (`out.logits`), key (`out["logits"]`) and index (`out[0]`) access and `to_tuple()`; fields
-that are None are left out of the last two. B is the batch, L the tokens, D the hidden size, H the heads.
+Each supports access by attribute (`out.logits`), key (`out["logits"]`) and index (`out[0]`), and `to_tuple()`. The
+last two skip fields that are None. B is the batch, L the tokens, D the hidden size, H the heads.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class MLXBaseModelOutput(ModelOutput):
-    """Of the encoder, and of `MLXEsmcModel`: `last_hidden_state` [B, L, D]; `hidden_states`, one [B, L, D] for the
-    embeddings and each layer; `attentions`, one [B, H, L, L] for each layer."""
+    """Output of an encoder and of `MLXEsmcModel`.
+
+    Attributes:
+        last_hidden_state: [B, L, D].
+        hidden_states: one [B, L, D] for the embeddings and one for each layer.
+        attentions: one [B, H, L, L] for each layer.
+    """
 
     last_hidden_state: mx.array | None = None
     hidden_states: tuple[mx.array, ...] | None = None
@@ -24,7 +29,7 @@ class MLXBaseModelOutput(ModelOutput):
 
 @dataclass
 class MLXBaseModelOutputWithPooling(ModelOutput):
-    """Of `MLXEsmModel`: the encoder's output and `pooler_output` [B, D]."""
+    """Output of `MLXEsmModel`: the encoder's fields and `pooler_output` [B, D]."""
 
     last_hidden_state: mx.array | None = None
     pooler_output: mx.array | None = None
@@ -34,7 +39,7 @@ class MLXBaseModelOutputWithPooling(ModelOutput):
 
 @dataclass
 class MLXMaskedLMOutput(ModelOutput):
-    """Of `MLXEsmForMaskedLM`: `loss` [] and `logits` [B, L, vocab_size]."""
+    """Output of the masked language models: `loss` [] and `logits` [B, L, vocab_size]."""
 
     loss: mx.array | None = None
     logits: mx.array | None = None
@@ -44,7 +49,7 @@ class MLXMaskedLMOutput(ModelOutput):
 
 @dataclass
 class MLXSequenceClassifierOutput(ModelOutput):
-    """Of `MLXEsmForSequenceClassification`: `loss` [] and `logits` [B, num_labels]."""
+    """Output of the sequence classifiers: `loss` [] and `logits` [B, num_labels]."""
 
     loss: mx.array | None = None
     logits: mx.array | None = None
@@ -54,7 +59,7 @@ class MLXSequenceClassifierOutput(ModelOutput):
 
 @dataclass
 class MLXTokenClassifierOutput(ModelOutput):
-    """Of `MLXEsmForTokenClassification`: `loss` [] and `logits` [B, L, num_labels]."""
+    """Output of the token classifiers: `loss` [] and `logits` [B, L, num_labels]."""
 
     loss: mx.array | None = None
     logits: mx.array | None = None
@@ -64,35 +69,39 @@ class MLXTokenClassifierOutput(ModelOutput):
 
 @dataclass
 class MLXEsmForProteinFoldingOutput(ModelOutput):
-    """Of `MLXEsmForProteinFolding`: what the last pass through the trunk made of B proteins of at most L residues.
+    """Output of `MLXEsmForProteinFolding`: the last pass of the trunk, for B proteins of at most L residues.
 
-    N is the structure module's blocks, whose last one is the result. Positions are in Å. At padding the values are
-    finite and otherwise unspecified, but for the masks, which are 0 there.
+    N is the number of blocks of the structure module; the last block is the result. Positions are in Å. At padding the
+    masks are 0 and all other values are finite but unspecified.
 
-    Args:
-        frames: [N, B, L, 7], a quaternion (w, x, y, z) and a translation.
+    Attributes:
+        frames: [N, B, L, 7], quaternion (w, x, y, z) and translation.
         sidechain_frames: [N, B, L, 8, 4, 4], homogeneous transformations of the rigid groups.
-        unnormalized_angles, angles: [N, B, L, 7, 2], (sine, cosine) of ω, φ, ψ and χ1 to χ4.
+        unnormalized_angles: [N, B, L, 7, 2], like `angles` before normalization.
+        angles: [N, B, L, 7, 2], (sine, cosine) of ω, φ, ψ and χ1 to χ4.
         positions: [N, B, L, 14, 3], of the atoms of `atom14`.
         states: [N, B, L, sequence_dim].
-        s_s, s_z: [B, L, sequence_state_dim] and [B, L, L, pairwise_state_dim], as they leave the trunk.
+        s_s: [B, L, sequence_state_dim], residue states at the end of the trunk.
+        s_z: [B, L, L, pairwise_state_dim], pair states at the end of the trunk.
         distogram_logits: [B, L, L, 64].
         lm_logits: [B, L, 23].
         aatype: [B, L], residues in AlphaFold's order, 20 for X.
-        atom14_atom_exists, atom37_atom_exists: [B, L, 14] and [B, L, 37], 1 where the residue has this atom; 0 at
-            padding and, in `atom37_atom_exists` of `infer`, on linkers between chains.
-        residx_atom14_to_atom37, residx_atom37_to_atom14: [B, L, 14] and [B, L, 37], which atom of the other kind it is.
-        residue_index: [B, L], the positions that the trunk was given.
+        atom14_atom_exists: [B, L, 14], 1 for atoms of the residue; 0 at padding.
+        atom37_atom_exists: [B, L, 37], the same; from `infer`, also 0 on linkers between chains.
+        residx_atom14_to_atom37: [B, L, 14], index of each atom in `atom37`.
+        residx_atom37_to_atom14: [B, L, 37], index of each atom in `atom14`.
+        residue_index: [B, L], the positions passed to the trunk.
         lddt_head: [N, B, L, 37, 50], logits.
-        plddt: [B, L, 37], the predicted lDDT of each atom, 0 to 1; it means something where the atom exists.
+        plddt: [B, L, 37], predicted lDDT of each atom, 0 to 1; meaningful for existing atoms only.
         ptm_logits: [B, L, L, 64].
-        ptm: [B], the predicted TM-score of each protein. transformers has one number, right for a single protein.
+        ptm: [B], predicted TM-score of each protein. transformers returns one number, which is correct for a single
+            protein.
         aligned_confidence_probs: [B, L, L, 64], over bins of the aligned error.
-        predicted_aligned_error: [B, L, L], in Å, of residue j when the structures are laid upon each other at i.
-        max_predicted_aligned_error: [], the largest that there can be, 31.75 Å.
-        mean_plddt: [B], over the atoms that exist, 0 to 1.
-        chain_index: [B, L], the number of the chain, from 0; a linker belongs to the chain before it, and padding
-            is −1. Of `infer` alone.
+        predicted_aligned_error: [B, L, L], in Å: error of residue j when the structures are aligned on residue i.
+        max_predicted_aligned_error: [], its upper bound, 31.75 Å.
+        mean_plddt: [B], over existing atoms, 0 to 1.
+        chain_index: [B, L], index of the chain, from 0; a linker belongs to the chain before it, and padding is −1.
+            Set by `infer` only.
     """
 
     frames: mx.array | None = None

@@ -1,4 +1,4 @@
-"""What every model can do besides its forward pass: load, save, push, cast, and answer to what scripts call."""
+"""Base class of all models: everything but the forward pass, such as loading, saving, publishing and casting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlx_esm_hf import loading
 from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files
-from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
+from mlx_esm_hf.checkpoint.write import remove_stale_shards, save_safetensors
 from mlx_esm_hf.dtypes import as_dtype, cast_error, name_of, resolve_dtype, warn_once
 from mlx_esm_hf.errors import CheckpointError, UserError, UserRuntimeError
 from mlx_esm_hf.hub.publish import hub_id, publish
@@ -34,42 +34,43 @@ from mlx_esm_hf.quantization.layers import (
     replace_layers,
     spec_of,
 )
+from mlx_esm_hf.runtime.files import replace_files
 from mlx_esm_hf.runtime.process import check_process
 
 Model = TypeVar("Model", bound="MLXPreTrainedModel")
 
-# Arguments of transformers' from_pretrained that choose among things MLX has one of.
-WITHOUT_MEANING = {"attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code"}
+# Arguments of transformers' from_pretrained that have no effect here.
+IGNORED_ARGUMENTS = {"attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code"}
 
 
 class IncompatibleKeys(NamedTuple):
-    """What `load_state_dict` returns, as torch's does."""
+    """Result of `load_state_dict`, as in torch."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 class MLXPreTrainedModel(nn.Module, PushToHubMixin):
-    """Base of the models; mirrors transformers' `PreTrainedModel`.
+    """Base class of the models; mirrors transformers' `PreTrainedModel`.
 
-    A model class says what it is, and loading, saving, casting and resizing read that.
+    A model class declares its properties in class attributes. Loading, saving, casting and resizing read them. "Name"
+    is the name of a parameter in the base model, as in `state_dict()`.
 
     Class attributes:
-        config_class: of its config.
-        base_model_prefix: the attribute under which a model with a head holds its base model.
-        dialects: the names that its parameters have in checkpoints. `save_pretrained` writes the first one.
-        buffers: endings of the names of arrays that follow from the config: a checkpoint may hold them or not, and they
-            are neither trained nor rounded to another dtype.
-        required: beginnings of the names, in the base model, of parameters that no checkpoint may lack.
-        without_loss: beginnings of the names, in the base model, of parameters that no loss reaches, so that training a
-            model does not train them.
-        quantized: beginnings of the names, in the base model, of layers that `mlx-esm convert --quantize` packs.
-        adapted: endings of the names of layers that `finetune` gives an adapter, unless others are named.
-        input_embeddings: the embedding table, as an attribute of the base model.
-        output_embeddings: the projection to the vocabulary, as an attribute of the model; None, it has none. Where
-            `config.tie_word_embeddings` says so, it is the embedding table.
-        vocabulary_biases: names of parameters, beside the two before, that have a number for each token.
-        residues: their ids in the vocabularies that its checkpoints have; by them a shuffled one is noticed.
+        config_class: class of the config.
+        base_model_prefix: attribute of a model with a head that holds its base model.
+        dialects: key dialects of checkpoints. `save_pretrained` writes the first one.
+        buffers: suffixes of names of arrays that follow from the config. A checkpoint may lack them, and they are never
+            trained or cast.
+        required: prefixes of names of parameters that every checkpoint must have.
+        without_loss: prefixes of names of parameters that receive no gradient, so training freezes them.
+        quantized: prefixes of names of layers that `mlx-esm convert --quantize` quantizes.
+        adapted: suffixes of names of layers that `finetune` adapts by default.
+        input_embeddings: path of the embedding table in the base model.
+        output_embeddings: path of the projection to the vocabulary in the model, or None. With
+            `config.tie_word_embeddings` it shares the embedding table.
+        vocabulary_biases: names of other parameters with one element per token.
+        residues: {residue: token id} in published vocabularies; used to detect a reordered `vocab.txt`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -90,7 +91,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         check_process()
         warn_if_missing()
         self.config = config
-        # Names of parameters that a checkpoint should have given and did not; see `refuse_untrained`.
+        # Names of parameters that the checkpoint lacked; see `refuse_untrained`.
         self._newly_initialized: frozenset[str] = frozenset()
 
     # Loading and saving
@@ -140,49 +141,59 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         report: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Load config and weights from the Hub, the cache that torch users share, or a folder. Layers that
-        `mlx-esm convert` has quantized stay so.
+        """Load config and weights from the Hub, the Hugging Face cache or a folder.
+
+        Layers that `mlx-esm convert` has quantized stay quantized.
 
         Args:
-            pretrained_model_name_or_path: an id on the Hub, or a folder.
-            config: used instead of the checkpoint's: an object, an id or a folder.
-            dtype, torch_dtype: a string, an `mx.Dtype` or torch's object. None and "auto" mean the checkpoint's own,
-                except on the CPU, where half precision is slower and is loaded as float32, all but the scales of
-                quantized layers. What needs no cast is not read into memory, but mapped.
+            pretrained_model_name_or_path: Hub id or folder.
+            config: a config, Hub id or folder to use instead of the checkpoint's config.
+            revision: branch, tag or commit.
+            cache_dir: cache folder; None for the default.
+            token: access token for the Hub, or whether to use the stored one.
+            subfolder: folder in the repository.
+            local_files_only: use the cache only.
+            force_download: download again even if the files are cached.
+            variant: load `model.<variant>.safetensors`.
+            use_safetensors: require or refuse safetensors; None prefers them.
+            dtype: a string, `mx.Dtype` or torch dtype. None and "auto" mean the checkpoint's dtype, except on the CPU,
+                where half precision is slower and weights are loaded as float32 (but not the scales of quantized
+                layers). Arrays that need no cast are memory-mapped.
+            torch_dtype: used if `dtype` is None.
             output_loading_info: return (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
-            ignore_mismatched_sizes: draw parameters of another shape anew instead of raising.
-            state_dict: arrays (MLX, NumPy or torch) to take instead of the checkpoint's.
-            quantization_config: None. transformers' kinds of quantization are torch's.
-            activation_dtype: "int8" rounds the inputs of quantized linear layers to 8 bits, of 4 or 8 bits in mode
-                "affine" (as `mlx-esm convert --activation-dtype` does). `save_pretrained` writes it into the
-                config. None follows the checkpoint's config.
-            lazy: leave weights in a safetensors file until they are needed, as in mlx-lm.
-            report: log the keys that did not fit.
-            kwargs: fields of the config to override, and arguments of the class, such as `add_pooling_layer`.
+            ignore_mismatched_sizes: initialize parameters of another shape instead of raising.
+            state_dict: arrays (MLX, NumPy or torch) to load instead of the checkpoint's.
+            quantization_config: must be None. transformers' quantization methods need torch.
+            activation_dtype: "int8" rounds the inputs of linear layers that are quantized to 4 or 8 bits in mode
+                "affine", like `mlx-esm convert --activation-dtype`. `save_pretrained` writes it to the config. None
+                follows the checkpoint's config.
+            lazy: read weights of a safetensors file only when they are needed, as in mlx-lm.
+            report: log keys that did not fit.
+            kwargs: config fields to override, and arguments of the class, such as `add_pooling_layer`.
                 `attn_implementation`, `device_map`, `low_cpu_mem_usage` and `trust_remote_code` are accepted and
-                ignored: MLX has one of each, and no code is ever loaded.
+                ignored.
 
         Returns:
             The model, in evaluation mode.
 
         Raises:
-            OSError: no such repository or file, or no network and nothing in the cache.
-            CheckpointError: a damaged or hostile file, or one that lacks a part of the base model.
-            RuntimeError: parameters of another shape.
-            ValueError: a config of another `model_type` or with values that no model can have, an unknown dtype,
-                activation_dtype to be rounded that no layer can round.
-            TypeError: a keyword that is neither an argument nor a field of the config.
+            OSError: the repository or a file was not found, or the network is down and the cache is empty.
+            CheckpointError: a file is damaged or unsafe, or the checkpoint lacks a part of the base model.
+            RuntimeError: parameters have another shape.
+            ValueError: the config has another `model_type` or invalid values, the dtype is unknown, or no layer can use
+                `activation_dtype`.
+            TypeError: an unknown keyword argument.
         """
         if quantization_config is not None:
             raise UserError(
-                "quantization_config is not supported: quantize the checkpoint (mlx-esm convert --quantize), or load "
-                "the model and quantize it (mlx.nn.quantize)."
+                "quantization_config is not supported. Quantize the checkpoint (mlx-esm convert --quantize) or the "
+                "loaded model (mlx.nn.quantize)."
             )
         source = str(pretrained_model_name_or_path)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        # Asked once, so that config and weights are of one commit, and without a network the cache answers at once.
+        # Resolve once, so that config and weights belong to one commit and an offline cache is found at once.
         hub |= {"revision": loading.commit_of(source, revision=revision, **hub), "force_download": force_download}
-        overrides = {k: v for k, v in kwargs.items() if k not in WITHOUT_MEANING}
+        overrides = {k: v for k, v in kwargs.items() if k not in IGNORED_ARGUMENTS}
         config_source = source if config is None else config
         loaded_config, arguments = loading.load_config(cls, config_source, overrides, subfolder=subfolder, **hub)
 
@@ -207,7 +218,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         try:
             replace_layers(model, specs, cls.base_model_prefix)
         except ValueError as error:
-            raise CheckpointError(f"{source}: the config's `quantization` cannot be ({error})") from error
+            raise CheckpointError(f"{source}: invalid `quantization` in the config ({error})") from error
         if activation_dtype is not None:
             quantize_activations(model, activation_dtype, source)
         matched = loading.assign(
@@ -242,23 +253,27 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         state_dict: Mapping[str, mx.array] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write `config.json` and `model.safetensors`, under the keys of the published repositories, so that
-        transformers for torch loads them, unless layers are quantized. Files appear when all of them are whole.
+        """Write `config.json` and `model.safetensors` with the keys of the published repositories.
+
+        transformers for torch can load them, unless layers are quantized. The files appear together, when all of them
+        are complete.
 
         Args:
-            max_shard_size: in bytes, or such as "5GB"; what is larger is written in shards with an index.
+            save_directory: folder to write to; created if necessary.
+            max_shard_size: bytes, or a string such as "5GB". Larger checkpoints are written in shards with an index.
             variant: write `model.<variant>.safetensors`.
-            safe_serialization: of transformers 4.x. True is all there is: no pickle is ever written.
-            push_to_hub: push the folder afterwards; `kwargs` are those of `push_to_hub`.
-            state_dict: what to write, by default all of `state_dict()`.
+            safe_serialization: must be True; pickles are never written.
+            push_to_hub: push the model afterwards.
+            state_dict: arrays to write; default: `state_dict()`.
+            kwargs: arguments of `push_to_hub`.
 
         Raises:
-            ValueError: a module says by an attribute `not_saved` why it cannot be written.
+            ValueError: a module cannot be saved; its attribute `not_saved` gives the reason.
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained has no argument {', '.join(map(repr, kwargs))}.")
         if not safe_serialization:
-            raise UserError("Only safetensors are written; transformers for torch reads them: leave this argument out.")
+            raise UserError("safe_serialization must be True: only safetensors files are written.")
         config, state = self.to_save(state_dict)
         with replace_files(save_directory) as folder:
             files = save_safetensors(state, folder, max_shard_size, variant)
@@ -269,25 +284,27 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             self.push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
 
     def to_save(self, state_dict: Mapping[str, mx.array] | None = None) -> tuple[Any, dict[str, mx.array]]:
-        """What `save_pretrained` writes of a state dict, by default of `state_dict()`: the config, and {published key:
-        array}.
+        """Return what `save_pretrained` writes: the config and {published key: array}.
+
+        Args:
+            state_dict: arrays to write; default: `state_dict()`.
 
         Raises:
-            ValueError: a module says by an attribute `not_saved` why it cannot be written.
+            ValueError: a module cannot be saved; its attribute `not_saved` gives the reason.
         """
         for name, module in self.named_modules():
             if advice := getattr(module, "not_saved", None):
                 raise UserError(f"{name} {advice}.")
         config = copy.deepcopy(self.config)
         architecture = type(self).__name__
-        if config.model_type in CONFIG_MAPPING_NAMES:  # transformers has this model, too
+        if config.model_type in CONFIG_MAPPING_NAMES:  # transformers has this model
             architecture = architecture.removeprefix("MLX")
         config.architectures = [architecture]
         config.dtype = name_of(self.dtype)
         declare(config, self)
         state = dict(self.state_dict() if state_dict is None else state_dict)
         tied = [f"{self.output_embeddings}.weight"] if self._is_tied() else []
-        for name in [*tied, *self._untrainable()]:  # what is random would look trained when it is loaded again
+        for name in [*tied, *self._untrainable()]:  # saved random weights would look trained when loaded
             state.pop(name, None)
         return config, names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
 
@@ -304,19 +321,25 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ) -> Any:
-        """Publish model and config on the Hub, in one commit, with a model card if nobody has written one.
+        """Publish model and config on the Hub in one commit, and generate a model card if there is none.
 
         Args:
-            max_shard_size: as in `save_pretrained`.
-            repo_id, commit_message, commit_description, private, token, revision, create_pr, tags: as in
-                `mlx_esm_hf.hub.publish`.
+            repo_id: repository, created if necessary.
+            commit_message: summary of the commit. This and the arguments below are those of `mlx_esm_hf.hub.publish`.
+            commit_description: text of the commit.
+            private: create a private repository.
+            token: access token, or whether to use the stored one.
+            revision: branch.
+            create_pr: open a pull request instead of committing to the branch.
+            max_shard_size: see `save_pretrained`.
+            tags: tags for the generated model card.
 
         Returns:
-            huggingface_hub's `CommitInfo`, with `commit_url`, `oid` and, of a pull request, `pr_url`.
+            huggingface_hub's `CommitInfo`, with `commit_url`, `oid` and, for a pull request, `pr_url`.
 
         Raises:
-            OSError: the Hub refused, or did not answer.
-            ValueError: `private` for a repository that is public.
+            OSError: the Hub refused the request or did not answer.
+            ValueError: `private` is set, but the repository is public.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size or "50GB")
@@ -337,18 +360,22 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     # Parameters
 
     def state_dict(self) -> dict[str, mx.array]:
-        """{name: array}, a tied output projection included."""
+        """Return {name: array}, including a tied output projection."""
         state = dict(tree_flatten(self.parameters()))
         if self._is_tied():
             state[f"{self.output_embeddings}.weight"] = self.get_output_embeddings().weight
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
-        """Assign arrays (MLX, NumPy or torch) under any key dialect that `from_pretrained` reads.
+        """Assign arrays (MLX, NumPy or torch) with keys of any dialect that `from_pretrained` reads.
+
+        Args:
+            state_dict: {key: array}.
+            strict: raise if keys are missing or unexpected.
 
         Raises:
-            RuntimeError: another shape, whole numbers for floating ones or the reverse; with `strict`, missing or
-                unexpected keys.
+            RuntimeError: another shape, integers instead of floating-point values or the reverse; with `strict`,
+                missing or unexpected keys.
         """
         arrays = {key: as_array(x) for key, x in state_dict.items()}
         names, missing, unexpected, mismatched = loading.match(self, arrays)
@@ -370,31 +397,36 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return IncompatibleKeys(sorted(missing), sorted(unexpected))
 
     def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
-        """(name, array) of each parameter; buffers are none, and a tied projection is no second one."""
+        """Yield (name, array) of each parameter, without buffers. Tied weights occur once, as the embedding table."""
         for name, array in arrays_in(self):
             if not name.endswith(self.buffers):
                 yield name, array
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the model has; a quantized layer counts as the layer that it stands for."""
+        """Return the number of parameter elements; a quantized layer counts as before quantization.
+
+        Args:
+            only_trainable: skip frozen parameters.
+            exclude_embeddings: skip embedding tables.
+        """
         left_out = set()
-        packed = {}  # names of packed weights: how many numbers are in one of theirs
+        per_word = {}  # {name of a quantized weight: its elements per 32-bit word}
         for path, layer in layers(self):
             if exclude_embeddings and isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)):
                 left_out.add(f"{path}.weight")
             if spec := spec_of(layer):
-                packed[f"{path}.weight"] = 32 / spec.bits
+                per_word[f"{path}.weight"] = 32 / spec.bits
                 left_out |= {f"{path}.scales", f"{path}.biases"}
         if only_trainable:
             trainable = dict(tree_flatten(self.trainable_parameters()))
             left_out |= {name for name, _ in self.named_parameters() if name not in trainable}
         return sum(
-            round(array.size * packed.get(name, 1)) for name, array in self.named_parameters() if name not in left_out
+            round(array.size * per_word.get(name, 1)) for name, array in self.named_parameters() if name not in left_out
         )
 
     @property
     def max_tokens(self) -> int | None:
-        """Most tokens that a row may have; None where there is no end."""
+        """Maximum number of tokens in a row; None if unlimited."""
         return None
 
     @property
@@ -403,29 +435,30 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return getattr(self, self.base_model_prefix) if self.base_model_prefix in self else self
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding table, [vocabulary, D]."""
+        """Return the embedding table, [vocabulary, D]."""
         return module_at(self.base_model, self.input_embeddings)
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Put another table in; a tied projection reads it, too."""
+        """Replace the embedding table, also for a tied output projection."""
         set_module_at(self.base_model, self.input_embeddings, value)
         self.tie_weights()
 
     def get_output_embeddings(self) -> Any:
-        """The projection to the vocabulary, a `Linear` or a `TiedDecoder`; None in a model without one."""
+        """Return the projection to the vocabulary, a `Linear` or `TiedDecoder`; None if the model has none."""
         return None if self.output_embeddings is None else module_at(self, self.output_embeddings)
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """
+        """Replace the projection to the vocabulary.
+
         Raises:
-            ValueError: a model without a projection to the vocabulary.
+            ValueError: the model has no such projection.
         """
         if self.output_embeddings is None:
             raise UserError(f"{type(self).__name__} has no output embeddings.")
         set_module_at(self, self.output_embeddings, new_embeddings)
 
     def tie_weights(self) -> None:
-        """Let the output projection read the input embeddings, where the config ties them."""
+        """Share the input embeddings with the output projection if the config ties them."""
         if self.output_embeddings is not None and self.config.tie_word_embeddings:
             self.set_output_embeddings(TiedDecoder(self))
 
@@ -434,7 +467,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
     @classmethod
     def tied_weights(cls) -> dict[str, str]:
-        """{name of the output projection's weight: the embedding's, which it is where they are tied}"""
+        """Return {name of the output projection's weight: name of the embedding table it may be tied to}."""
         if cls.output_embeddings is None:
             return {}
         return {f"{cls.output_embeddings}.weight": f"{cls.base_model_prefix}.{cls.input_embeddings}.weight"}
@@ -442,19 +475,23 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
     ) -> nn.Embedding:
-        """Cut the vocabulary, or extend it by tokens that begin as the mean of those there are.
+        """Shrink the vocabulary, or extend it by tokens initialized to the mean of the existing ones.
+
+        Args:
+            new_num_tokens: size of the vocabulary; None keeps it.
+            pad_to_multiple_of: round the size up to a multiple of this.
 
         Returns:
-            The embedding table; with no arguments, as it is.
+            The embedding table.
 
         Raises:
-            ValueError: the table, or the output projection, is quantized.
+            ValueError: the table or the output projection is quantized.
         """
         table, decoder = self.get_input_embeddings(), self.get_output_embeddings()
         if spec_of(table) or (isinstance(decoder, nn.Module) and spec_of(decoder)):
             raise UserError(
-                "The vocabulary of quantized embeddings cannot be resized. Resize that of the model that they were "
-                "made from, or of what mlx-esm convert --dequantize makes of this one."
+                "The vocabulary of quantized embeddings cannot be resized. Resize it before quantization, or "
+                "dequantize the model first (mlx-esm convert --dequantize)."
             )
         size = new_num_tokens or table.weight.shape[0]
         if pad_to_multiple_of:
@@ -468,10 +505,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         self.config.vocab_size = self.base_model.config.vocab_size = size
         return table
 
-    # What scripts for torch call
+    # Methods of torch modules
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The call itself."""
+        """Call the model."""
         return self(*args, **kwargs)
 
     def requires_grad_(self: Model, requires_grad: bool = True) -> Model:
@@ -483,12 +520,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return self
 
     def gradient_checkpointing_enable(self) -> None:
-        """From now on, keep of each layer only its input while training, and compute its inside again for the gradient:
-        less memory, for a third more time."""
+        """Recompute each layer's intermediates for the gradient: less memory, but a third more time in training."""
         self._set_gradient_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep what the gradient needs."""
+        """Store the intermediates that the gradient needs."""
         self._set_gradient_checkpointing(False)
 
     def _set_gradient_checkpointing(self, value: bool) -> None:
@@ -498,35 +534,39 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether it writes from left to right: none here does."""
+        """Return False: no model here generates text from left to right."""
         return False
 
     # Devices and dtypes
 
     @property
     def dtype(self) -> mx.Dtype:
-        """That of the parameters."""
+        """Dtype of the parameters."""
         return next(array.dtype for _, array in self.named_parameters() if mx.issubdtype(array.dtype, mx.floating))
 
     @property
     def device(self) -> mx.Device:
-        """MLX's default device, where every model computes."""
+        """MLX's default device, which all models use."""
         return mx.default_device()
 
     def to(self: Model, *args: Any, dtype: Any = None, device: Any = None, **kwargs: Any) -> Model:
-        """Cast the parameters where an argument is a dtype (a string, `mx.Dtype` or torch's); in place, as in torch.
+        """Cast the parameters in place if an argument is a dtype, as in torch.
 
-        A device is accepted and changes nothing: MLX computes on its default device (`mx.set_default_device`).
+        Args:
+            args: dtypes (strings, `mx.Dtype` or torch dtypes) and devices.
+            dtype: a dtype.
+            device: accepted but has no effect: MLX uses its default device (`mx.set_default_device`).
+            kwargs: ignored.
         """
         for arg in (*args, *([] if dtype is None else [dtype]), *([] if device is None else [device])):
             if (wanted := as_dtype(arg)) is None:
-                warn_once(f"MLX computes on its default device, {mx.default_device()}; .to() and its kin move nothing.")
+                warn_once(f"MLX uses its default device, {mx.default_device()}: moving a model has no effect.")
             else:
                 self._cast(lambda name: wanted)
         return self
 
     def _cast(self, dtype_of: Callable[[str], mx.Dtype]) -> None:
-        """Cast each parameter to the dtype that its name has."""
+        """Cast each parameter to `dtype_of(name)`."""
         self.update(
             tree_map_with_path(
                 lambda name, x: x.astype(dtype_of(name)) if self.is_cast(name, x) else x, self.parameters()
@@ -534,12 +574,12 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         )
 
     def loaded_dtype(self, name: str, dtype: mx.Dtype) -> mx.Dtype:
-        """The dtype that a parameter has when the model is loaded in `dtype`."""
+        """Return the dtype of a parameter if the model is loaded in `dtype`."""
         return dtype
 
     @classmethod
     def is_cast(cls, name: str, array: mx.array) -> bool:
-        """Whether a change of dtype applies: not to whole numbers, nor to buffers."""
+        """Return whether casts apply to a parameter: not to integers or buffers."""
         return mx.issubdtype(array.dtype, mx.floating) and not name.endswith(cls.buffers)
 
     def float(self: Model) -> Model:
@@ -555,18 +595,19 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return self.to(mx.bfloat16)
 
     def cuda(self: Model, device: Any = None) -> Model:
-        """Accepted, and moves nothing; see `to`."""
+        """Return the model unchanged; see `to`."""
         return self.to("cuda")
 
     def cpu(self: Model) -> Model:
-        """Accepted, and moves nothing; see `to`."""
+        """Return the model unchanged; see `to`."""
         return self.to("cpu")
 
-    def returns_dict(self, return_dict: bool | None) -> bool:
-        """Whether a call returns an output with names or a tuple: what it asks for, by default what the config says."""
-        return bool(self.config.return_dict if return_dict is None else return_dict)
+    def output_or_tuple(self, output: Any, return_dict: bool | None) -> Any:
+        """Return `output`, or its tuple if `return_dict` (default: the config's value) is False."""
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
-    # Parameters that no checkpoint gave
+    # Parameters that the checkpoint lacked
 
     @property
     def newly_initialized(self) -> frozenset[str]:
@@ -574,35 +615,38 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return self._newly_initialized
 
     def set_newly_initialized(self, names: Iterable[str]) -> None:
+        """Set the names of parameters that the checkpoint lacked, here and in the base model."""
         self._newly_initialized = frozenset(names)
         if self.base_model is not self:
             prefix = f"{self.base_model_prefix}."
             self.base_model.set_newly_initialized(n.removeprefix(prefix) for n in names if n.startswith(prefix))
 
     def refuse_untrained(self, part: str, task: str) -> None:
-        """Raise a ValueError where `part` was not in the checkpoint, instead of answering from random weights."""
+        """Raise ValueError if `part` was not in the checkpoint, instead of returning results of random weights."""
         if any(name.startswith(f"{part}.") for name in self._newly_initialized):
             raise UserError(
-                f"The checkpoint had no {part}: {task} would answer from random weights. Load one that has it, or "
-                "train it (.train()) or give it (.load_state_dict()) first."
+                f"The checkpoint had no {part}, so {task} would use random weights. Load a checkpoint that has it, "
+                "train it (.train()) or assign it (.load_state_dict()) first."
             )
 
     def train(self: Model, mode: bool = True) -> Model:
-        """Training mode, as in torch; a head that is trained is no longer refused."""
+        """Set training mode, as in torch. Heads that the checkpoint lacked can be used afterwards."""
         if mode:
             self.set_newly_initialized(self._untrainable())
         super().train(mode)
         return self
 
     def _untrainable(self) -> list[str]:
-        """Names of the parameters that the checkpoint lacked and that no loss reaches: they mean nothing."""
+        """Return the names of parameters that the checkpoint lacked and that receive no gradient: they stay random."""
         prefix, names = f"{self.base_model_prefix}.", self._newly_initialized
         return [name for name in names if name.removeprefix(prefix).startswith(self.without_loss)]
 
 
 def arrays_in(tree: Any, path: str = "") -> Iterator[tuple[str, mx.array]]:
-    """(name, array) of each parameter of a module, named as by `tree_flatten` but found one after the other: who asks
-    for the first does not walk through the others."""
+    """Yield (name, array) of a module's parameters, named as by `tree_flatten`.
+
+    The generator is lazy: taking the first parameter does not walk through the others.
+    """
     for key, value in enumerate(tree) if isinstance(tree, list) else tree.items():
         if str(key).startswith("_"):
             continue
@@ -613,19 +657,19 @@ def arrays_in(tree: Any, path: str = "") -> Iterator[tuple[str, mx.array]]:
 
 
 def resized(x: mx.array, rows: int) -> mx.array:
-    """`x` with this many rows, new ones being the mean of the old."""
+    """Return `x` with this many rows; new rows are the mean of the old ones."""
     new = mx.broadcast_to(x.mean(axis=0), (max(0, rows - len(x)), *x.shape[1:]))
     return mx.concatenate([x[:rows], new])
 
 
 def module_at(module: nn.Module, path: str) -> Any:
-    """The module under a path such as "embeddings.word_embeddings"."""
+    """Return the module at a path such as "embeddings.word_embeddings"."""
     for name in path.split("."):
         module = getattr(module, name)
     return module
 
 
 def set_module_at(module: nn.Module, path: str, value: Any) -> None:
-    """Put a module under such a path."""
+    """Set the module at a path; see `module_at`."""
     parent, _, name = path.rpartition(".")
     setattr(module_at(module, parent) if parent else module, name, value)

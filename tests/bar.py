@@ -1,7 +1,7 @@
-"""The bar that results are held to: how far they may be from the exact ones, given how far torch's are.
+"""The error bar of numerical tests: how far a result may be from the exact one, relative to torch's error.
 
-The error against float64 is at most 3 times that of torch in the same precision, plus a floor, a small part of the
-output's scale (its largest absolute value). It holds for the largest error and for the root mean square.
+The error against float64 must be at most 3 times torch's error in the same precision, plus a floor, a small fraction of
+the output's scale (its largest absolute value). This applies to the largest error and to the root mean square.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 RATIO = 3
-FLOORS = {"float32": 1e-6, "float16": 2**-11, "bfloat16": 2**-8}  # in half precision that of rounding the result
+FLOORS = {"float32": 1e-6, "float16": 2**-11, "bfloat16": 2**-8}  # in half precision the rounding of the result
 MEASURES = {"max": lambda x: np.abs(x).max(initial=0), "rms": lambda x: np.sqrt((x * x).sum() / max(1, x.size))}
 
 
 class Errors(NamedTuple):
-    """Those of ours and of torch, by one measure, and what is allowed."""
+    """Our error, torch's error and the allowed error, by one measure."""
 
     measure: str
     ours: float
@@ -34,11 +34,11 @@ def hold_to_bar(
     ratio: float = RATIO,
     floor: float = FLOORS["float32"],
 ) -> list[Errors]:
-    """The errors by each measure, none of which may be larger than allowed. The arrays are of one shape.
+    """Assert that our error is within the bar and return the errors by each measure. The arrays have the same shape.
 
     Args:
-        scale: the output's is its own, unless a larger one is given.
-        floor: what is allowed besides, over the scale.
+        scale: a lower bound for the output's scale.
+        floor: allowed error relative to the scale, in addition to torch's.
     """
     ours, theirs, float64 = (np.asarray(x, dtype=np.float64) for x in (ours, theirs, float64))
     assert ours.shape == theirs.shape == float64.shape, label

@@ -1,4 +1,4 @@
-"""Checkpoints as the real libraries write them, and what transformers makes of them, to compare with."""
+"""Checkpoints written by the reference libraries, and comparisons with transformers."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 save_file = pytest.importorskip("safetensors.torch").save_file
 
 TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
-SHARD = "20KB"  # cuts the small models into several
+SHARD = "20KB"  # splits the small models into several files
 
 KINDS = {"esm2": "ESM-2", "esm1b": "ESM-1b", "esm1v": "ESM-1v"}
 
@@ -34,7 +34,7 @@ REAL = np.array(INPUTS["attention_mask"], bool)
 
 
 def python_of_transformers_4(folder):
-    """The interpreter of an environment with the last 4.x, that of MLX_ESM_TRANSFORMERS4_PYTHON or one made here."""
+    """Return a Python with transformers 4.x: MLX_ESM_TRANSFORMERS4_PYTHON, or a new environment."""
     python = os.environ.get("MLX_ESM_TRANSFORMERS4_PYTHON")
     if python is None:
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
@@ -56,7 +56,7 @@ def config(kind="esm2", **overrides):
 
 
 def torch_model(task="ForMaskedLM", kind="esm2", **overrides):
-    """A model of transformers in which no parameter has the value that it is initialised with."""
+    """Return a model of transformers in which every parameter differs from its initial value."""
     torch.manual_seed(0)
     model = theirs(task)(config(kind, **overrides)).eval()
     with torch.no_grad():
@@ -66,7 +66,7 @@ def torch_model(task="ForMaskedLM", kind="esm2", **overrides):
 
 
 def write(folder, state, kind="esm2", **overrides):
-    """A folder with this state dict as one safetensors file, through the safetensors library."""
+    """Write config and state dict with the safetensors library, and return the folder."""
     folder.mkdir(exist_ok=True)
     config(kind, **overrides).save_pretrained(folder)
     state = {key: tensor.contiguous().clone() for key, tensor in state.items()}
@@ -74,7 +74,7 @@ def write(folder, state, kind="esm2", **overrides):
     return folder
 
 
-# Each writes a model of transformers into a folder.
+# Functions that write a model of transformers to a folder.
 
 
 def save(model, folder, variant=None):
@@ -104,12 +104,12 @@ FORMATS = {f.__name__: f for f in (save, save_shards, save_bin, save_old_bin, sa
 
 
 def write_large(folder, format, dtype, **shape):
-    """An ESM-2 of this shape with random weights; as `write_random`."""
+    """Write an ESM-2 of this shape with random weights; see `write_random`."""
     return write_random(folder, format, dtype, config(**shape), theirs("ForMaskedLM"))
 
 
 def write_random(folder, format, dtype, config, model_class):
-    """Random weights, a shard for each layer and one for the rest; returns their size together in float32."""
+    """Write random weights, one shard per layer and one for the rest, and return their total size in float32."""
     config.architectures = [model_class.__name__]
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -135,7 +135,7 @@ def write_random(folder, format, dtype, config, model_class):
 
 
 def run(model, **options):
-    """What a model, theirs or ours, says of `INPUTS`: {name: array}, padding cut off where there is any."""
+    """Return a model's outputs for `INPUTS` as {name: array}, without padding."""
     if isinstance(model, torch.nn.Module):
         with torch.no_grad():
             outputs = model(**{name: torch.tensor(x) for name, x in INPUTS.items()}, **options)
@@ -156,21 +156,21 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 
 def assert_same_state(a, b):
-    """Two state dicts of torch hold the same bits under the same names."""
+    """Assert that two state dicts of torch have the same names and bits."""
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
 def assert_loads_as_transformers(folder, task, **options):
-    """Both libraries read the same from a folder, and say the same of its keys; returns our model."""
+    """Assert that both libraries load the same model from a folder and report the same keys; return our model."""
     options = {"dtype": torch.float32} | options
     torch_model, torch_info = theirs(task).from_pretrained(folder, output_loading_info=True, **options)
     model, info = ours(task).from_pretrained(folder, output_loading_info=True, **options)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert info[kind] == set(torch_info[kind]), kind
     assert not info["error_msgs"] and not torch_info["error_msgs"]
-    if info["missing_keys"]:  # a head that is drawn anew has nothing to compare
+    if info["missing_keys"]:  # a newly initialized head cannot be compared
         model_body, torch_body = model.base_model, torch_model.base_model
         assert_close(
             {"last_hidden_state": run(model_body)["last_hidden_state"]},
@@ -183,7 +183,7 @@ def assert_loads_as_transformers(folder, task, **options):
 
 @contextmanager
 def heard(*loggers):
-    """Collects what these loggers, and Python's warnings, say from WARNING on."""
+    """Yield a list that collects messages of these loggers from WARNING on, and Python's warnings."""
     messages = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())

@@ -1,7 +1,7 @@
-"""What the parity tests share: the same small random model in MLX and in torch, a float64 oracle, and the bar.
+"""Shared code of the parity tests: the same small random model in MLX and torch, a float64 reference, and the bar.
 
-Outputs are held to it (`tests/bar.py`) at real tokens. Every comparison is kept, and `report` makes the table that
-closes the test session.
+Outputs at real tokens must be within the error bar of `tests/bar.py`. All comparisons are recorded, and `report`
+returns the table that is printed at the end of the test session.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def config(family: str, head: str = "lm", **overrides: Any) -> transformers.EsmC
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Weights at which every part of the network shows in the output, also biases and layer norms."""
+    """Set weights with which every part of the network, including biases and layer norms, affects the output."""
     random = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=random)
@@ -63,7 +63,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """The models here are so small that threads only wait for each other, ten times as long on a busy machine."""
+    """Compute with one thread: the models are so small that threads only wait, up to ten times as long under load."""
     threads: list[tuple[Any, Any]] = [(torch.get_num_threads, torch.set_num_threads)]
     spec = importlib.util.find_spec("scipy_openblas32")
     for folder in spec.submodule_search_locations or () if spec else ():
@@ -88,7 +88,7 @@ class Peers(NamedTuple):
 
 
 def peers(folder: Path, family: str, head: str, **overrides: Any) -> Peers:
-    """A model of transformers, saved by transformers and loaded from there in MLX."""
+    """Return a model that transformers saved, the same model loaded in MLX, and its float64 copy."""
     suffix = HEADS[head][0]
     model = getattr(transformers, f"Esm{suffix}")(config(family, head, **overrides)).eval()
     model.set_attn_implementation("eager")
@@ -99,13 +99,13 @@ def peers(folder: Path, family: str, head: str, **overrides: Any) -> Peers:
 
 
 def from_fair_esm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gradients of fair-esm's ESM-1 under the names of our masked language model."""
+    """Rename the gradients of fair-esm's ESM-1 to the names of our masked language model."""
     names = {key: FAIR_ESM_1.ours(key) or key for key in state}
     return {name if name.startswith("lm_head.") else f"esm.{name}": state[key] for key, name in names.items()}
 
 
 def fair_esm_peers(family: str, token_dropout: bool = True, final_bias: bool = True, positions: int = 330) -> Peers:
-    """A model of fair-esm, and its parameters in MLX."""
+    """Return a model of fair-esm, the same model in MLX, and its float64 copy."""
     D, layers, heads = 48, 3, 4
     size = {"hidden_size": D, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * D}
     settings = {**size, "token_dropout": token_dropout}
@@ -132,10 +132,10 @@ def fair_esm_peers(family: str, token_dropout: bool = True, final_bias: bool = T
 
 
 def in_precision(model: Peers, precision: str) -> Peers:
-    """Copies of peers in "float16" or "bfloat16".
+    """Copy peers in "float16" or "bfloat16".
 
-    The float64 oracle has their rounded weights, so what is compared is how they compute. `inv_freq` stays in float32
-    in torch, too, as it does here.
+    The float64 reference gets the rounded weights, so that only the computation is compared. `inv_freq` stays float32
+    in torch, as in MLX.
     """
     mlx, theirs = copy.deepcopy(model.mlx).to(precision), copy.deepcopy(model.torch).to(getattr(torch, precision))
     for name, buffer in model.torch.named_buffers():
@@ -146,10 +146,10 @@ def in_precision(model: Peers, precision: str) -> Peers:
 
 @contextlib.contextmanager
 def true_float64() -> Iterator[None]:
-    """What asks for float32 in the midst of a float64 model gets float64.
+    """Use float64 where a float64 model would cast to float32.
 
-    In transformers these are the rotation and its angles and the ratio of masked tokens; in fair-esm softmax, the
-    sinusoidal table and that ratio.
+    transformers casts the rotation, its angles and the ratio of masked tokens; fair-esm casts softmax, the sinusoidal
+    table and that ratio.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float", torch.float64)
@@ -183,7 +183,7 @@ def batch(
     head: str = "model",
     lengths: tuple[int, ...] = LENGTHS,
 ) -> dict[str, np.ndarray]:
-    """Token ids, an attention mask unless `padding` is "none", and the labels of the head."""
+    """Return token ids, an attention mask unless `padding` is "none", and the labels of the head."""
     random = np.random.default_rng(seed)
     if padding == "none":
         lengths = (max(lengths),) * len(lengths)
@@ -226,7 +226,7 @@ def for_torch(inputs: Mapping[str, Any], model: torch.nn.Module) -> dict[str, to
 
 
 def as_numpy(x: Any) -> np.ndarray:
-    """An array of MLX or torch; bfloat16, which NumPy does not have, becomes float32."""
+    """Convert an array of MLX or torch to NumPy; bfloat16, which NumPy lacks, becomes float32."""
     if isinstance(x, torch.Tensor):
         return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).numpy()
     return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
@@ -240,9 +240,9 @@ Answers = dict[str, list[np.ndarray]]
 
 
 def answers(model: Any, inputs: Mapping[str, Any], attentions: bool = True) -> Answers:
-    """What a model of transformers, or ours, says: {output: [array] or the arrays of all layers}.
+    """Return the outputs of a model, transformers' or ours: {output: [array] or the arrays of all layers}.
 
-    Without attentions, and the contacts that are read from them, ours takes another way through attention.
+    Without attentions (and contacts, which need them), our models use fused attention.
     """
     mask = {"attention_mask": mask_of(inputs)} if attentions and "input_ids" in inputs else {}
     if isinstance(model, torch.nn.Module):
@@ -253,12 +253,12 @@ def answers(model: Any, inputs: Mapping[str, Any], attentions: bool = True) -> A
             owner = model if hasattr(model, "predict_contacts") else model.base_model
             output["contacts"] = owner.predict_contacts(inputs["input_ids"], **mask)
     layers = {name: value if isinstance(value, tuple) else (value,) for name, value in output.items()}
-    # transformers has an empty tuple of cross_attentions
+    # transformers returns an empty tuple of cross_attentions
     return {name: [as_numpy(x) for x in values] for name, values in layers.items() if values}
 
 
 def fair_esm_answers(model: torch.nn.Module, tokens: np.ndarray) -> Answers:
-    """The same of a model of fair-esm."""
+    """Return the same outputs of a model of fair-esm."""
     with torch.no_grad():
         output = model(torch.from_numpy(tokens), repr_layers=range(model.num_layers + 1), return_contacts=True)
     return {
@@ -270,7 +270,7 @@ def fair_esm_answers(model: torch.nn.Module, tokens: np.ndarray) -> Answers:
 
 
 def at_real_tokens(name: str, value: np.ndarray, real: np.ndarray) -> np.ndarray:
-    if name == "attentions":  # of real queries, to all keys
+    if name == "attentions":  # from real queries to all keys
         return value.swapaxes(1, 2)[real]
     if name in ("hidden_states", "last_hidden_state") or (name == "logits" and value.ndim == 3):
         return value[real]
@@ -289,7 +289,7 @@ class Comparison(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Our error over torch's, where ours is above the floor; 0 where it is below."""
+        """Our error over torch's; 0 if ours is below the floor."""
         e = self.errors
         return e.ours / max(e.torch, 1e-30) if e.ours > FLOORS[self.precision] * e.scale else 0.0
 
@@ -307,7 +307,7 @@ def hold(
     scale: float = 0.0,
     precision: str = "float32",
 ) -> None:
-    """Hold one output to the bar. `scale` is its own, unless a larger one is given."""
+    """Hold one output to the bar; `scale` is a lower bound for its scale."""
     label = f"{precision} {family} {model} {output}"
     for found in hold_to_bar(ours, theirs, float64, label, scale, floor=FLOORS[precision]):
         COMPARISONS.append(Comparison(precision, model, output, family, found))
@@ -321,7 +321,7 @@ def hold_all(
     *float64: tuple[str, Answers],
     precision: str = "float32",
 ) -> None:
-    """Hold all outputs of a model to the bar, against each (name, float64 answers)."""
+    """Hold all outputs of a model to the bar, against each (name, float64 outputs)."""
     real = np.array(inputs["attention_mask"] if "inputs_embeds" in inputs else mask_of(inputs), dtype=bool)
     complete, brief = answers(model.mlx, inputs), answers(model.mlx, inputs, attentions=False)
     assert complete.keys() == theirs.keys() == brief.keys() | ({"attentions", "contacts"} & theirs.keys())
@@ -334,7 +334,7 @@ def hold_all(
 
 
 def report() -> list[str]:
-    """The worst of each precision, model and output, over all families and inputs."""
+    """Return a table of the largest errors per precision, model and output, over all families and inputs."""
     columns = f"{'compared':>8} {'max ratio':>9} {'rms ratio':>9} {'ours':>8} {'torch':>8} {'of bar':>7}"
     lines = [f"{'':8} {'model':44} {'output':18} {columns}  worst family"]
     for precision, model, output in sorted({c[:3] for c in COMPARISONS}):
@@ -351,7 +351,7 @@ def report() -> list[str]:
     floors = ", ".join(f"{floor:.1e} in {precision}" for precision, floor in FLOORS.items())
     return [
         *lines,
-        "ratio: error of MLX / error of torch, both against float64; - where MLX errs by less than the floor.",
-        "ours, torch: the largest error of MLX over the scale of the output, and that of torch there.",
+        "ratio: error of MLX / error of torch, both against float64; - if the error of MLX is below the floor.",
+        "ours, torch: the largest error of MLX over the scale of the output, and torch's error there.",
         f"of bar: error of MLX / ({RATIO} x error of torch + floor). Floors, over the scale: {floors}.",
     ]

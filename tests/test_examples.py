@@ -1,4 +1,4 @@
-"""Each example prints what its transformers original prints, from the same checkpoint."""
+"""Examples run, and each port prints the same as its original for transformers."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(script, *arguments):
-    """What the script prints; in this process, since a new one takes seconds to import torch."""
+    """Run a script in this process and return its output. A new process would take seconds to import torch."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -34,7 +34,7 @@ def run(script, *arguments):
 
 @pytest.fixture(scope="module")
 def tiny_checkpoint(tmp_path_factory):
-    """A random model with the head that the example wants, and probabilities far enough apart to be printed alike."""
+    """Make random models whose probabilities differ enough to be printed identically by both libraries."""
 
     def make(architecture):
         folder = tmp_path_factory.mktemp(architecture)
@@ -60,7 +60,7 @@ def tiny_checkpoint(tmp_path_factory):
         ("token_classification", "EsmForTokenClassification", 46),
     ],
 )
-def test_port_prints_what_the_original_prints(example, architecture, lines, tiny_checkpoint):
+def test_a_port_prints_the_same_as_its_original(example, architecture, lines, tiny_checkpoint):
     checkpoint = tiny_checkpoint(architecture)
     ours = run(f"{example}.py", checkpoint)
     theirs = run(f"{example}_transformers.py", checkpoint)
@@ -80,7 +80,7 @@ def test_port_prints_what_the_original_prints(example, architecture, lines, tiny
         ("convert", 5),
     ],
 )
-def test_one_script_for_each_job(example, lines, tiny_checkpoint):
+def test_scripts_of_jobs_run(example, lines, tiny_checkpoint):
     assert len(run(f"{example}.py", tiny_checkpoint("EsmForMaskedLM")).splitlines()) == lines
 
 
@@ -88,14 +88,14 @@ NO_STRUCTURE = {"cells": [{"source": []}, {"outputs": [{"data": {"text/plain": [
 
 
 def notebook(pdb):
-    """As a viewer of structures leaves it: a script in HTML, cut into lines."""
+    """Return a notebook with the output of a structure viewer: a script in HTML, divided into lines."""
     shown = 'viewer.addModel("PARENT N/A\\n{}","pdb");\nviewer.render();'.format(pdb.replace("\n", "\\n"))
     cell = {"outputs": [{"data": {"text/html": shown.splitlines(keepends=True)}}]}
     return json.dumps({"cells": [*NO_STRUCTURE["cells"], cell]})
 
 
 def test_check_of_esmfold(tmp_path):
-    """It tells another model by its atom, by its structures and by its confidence, and takes itself for the same."""
+    """The check passes for the same model, and fails for another atom, a mirrored structure or another pLDDT."""
     model = perturb(EsmForProteinFolding(EsmConfig(**tiny_folding())).eval())
     model.save_pretrained(tmp_path)
     ours = MLXEsmForProteinFolding.from_pretrained(tmp_path)
@@ -110,8 +110,8 @@ def test_check_of_esmfold(tmp_path):
         f"{line[:60]}{float(line[60:66]) / 100:6.2f}{line[66:]}" if line.startswith("ATOM") else line
         for line in pdb.splitlines(keepends=True)
     )
-    turned = re.sub(r"(ATOM.{26})(.{8})(.{8})", r"\1\3\2", with_b_of_1)  # a mirror image
-    for name, text in (("same", notebook(with_b_of_1)), ("mirror", notebook(turned)), ("sure", notebook(pdb))):
+    mirrored = re.sub(r"(ATOM.{26})(.{8})(.{8})", r"\1\3\2", with_b_of_1)  # swaps x and y
+    for name, text in (("same", notebook(with_b_of_1)), ("mirror", notebook(mirrored)), ("sure", notebook(pdb))):
         (tmp_path / f"{name}.ipynb").write_text(text)
 
     def verdicts(script, name):
@@ -124,10 +124,10 @@ def test_check_of_esmfold(tmp_path):
     assert verdicts(tmp_path / "same.py", "mirror") == 1
     assert verdicts(tmp_path / "same.py", "sure") == 1
     (tmp_path / "none.ipynb").write_text(json.dumps(NO_STRUCTURE))
-    assert verdicts(tmp_path / "same.py", "none") == "error: the notebook shows no structure."
+    assert verdicts(tmp_path / "same.py", "none") == "error: no structure found in the notebook."
 
 
-def test_no_peptide_is_similar_to_one_of_another_side():
+def test_similar_peptides_are_in_the_same_set():
     example = runpy.run_path(str(EXAMPLES / "finetune_peptides.py"))
     rng = np.random.default_rng(0)
     clusters, pairs = rng.integers(200, size=1000), rng.integers(1000, size=(50, 2))
@@ -145,7 +145,7 @@ def test_no_peptide_is_similar_to_one_of_another_side():
 
 @pytest.mark.long
 def test_finetuning_beats_composition():
-    """One seed, by the full model: fetches the data with pip, and needs mmseqs."""
+    """Run one seed of full fine-tuning. Downloads the data with pip and needs mmseqs2."""
     rows = [line.split() for line in run("finetune_peptides.py", "--seeds", "0", "--train", "full").splitlines()]
     auroc = {row[0]: float(row[1]) for row in rows[-2:]}
     assert auroc["full"] > auroc["composition"] > 0.5

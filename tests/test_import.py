@@ -14,7 +14,7 @@ import mlx_esm_hf
 
 PACKAGE = Path(mlx_esm_hf.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 def python(script, *without):
@@ -64,42 +64,56 @@ def test_no_source_imports_torch(source):
         assert "torch" not in [name.partition(".")[0] for name in names], f"line {node.lineno}"
 
 
+# The rows of the layer diagram: {folder or module of the package: number of its row, from the top}. A dotted name, such
+# as "quantization.convert", is a module with a row of its own.
+ROWS = {
+    room.removesuffix("/*"): number
+    for number, row in enumerate(ARCHITECTURE.split("## Layers")[1].split("```")[1].strip().splitlines())
+    for room in row.split()
+}
+OUTSIDE = ("__init__", "version")  # above all rows, and below them
+
+
+def room_of(module):
+    """Return the entry of the diagram that a module belongs to, such as "jobs" for "jobs.embed.embed"."""
+    parts = module.split(".")
+    dotted = ".".join(parts[:2])
+    return dotted if dotted in ROWS else parts[0]
+
+
 def imported_rooms(source):
-    """(line, room) of what a source imports of the package; a room is a folder or a module right in it."""
+    """Yield (line, room) for each import of the package's own modules in a source file."""
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports are absolute here"
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
         for module in modules:
-            package, *names = module.split(".")
-            if package == PACKAGE.name and names:
-                yield node.lineno, names[0]
+            package, _, name = module.partition(".")
+            if package == PACKAGE.name and name:
+                yield node.lineno, room_of(name)
 
 
-FLOORS = {
-    room.removesuffix("/*"): floor
-    for floor, line in enumerate(README.split("An arrow points down")[1].split("```")[1].strip().splitlines())
-    for room in line.split()
-}
-ROOMS = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
-ENTRANCE = ("__init__", "version")  # over all floors and under them
+ROOMS = {path: room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts)) for path in SOURCES}
 
 
 @pytest.mark.parametrize(
     "source",
-    [path for path in SOURCES if ROOMS[path] not in ENTRANCE],
+    [path for path in SOURCES if ROOMS[path] not in OUTSIDE],
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
-def test_arrows_point_down(source):
-    """A room imports those of the floors below it, as the README shows them."""
-    for line, room in imported_rooms(source):
-        if room not in (ROOMS[source], "version", "__version__"):
-            assert FLOORS[room] > FLOORS[ROOMS[source]], f"line {line}: {ROOMS[source]} imports {room}"
+def test_imports_point_down(source):
+    """A module imports only from rows below its own, or from its own folder, not upward."""
+    room = ROOMS[source]
+    for line, other in imported_rooms(source):
+        if other in (room, "version", "__version__"):
+            continue
+        beside = other.partition(".")[0] == room.partition(".")[0] and ROWS[other] == ROWS[room]
+        assert beside or ROWS[other] > ROWS[room], f"line {line}: {room} imports {other}"
 
 
-def test_the_readme_shows_the_tree():
-    tree = README.split("## Architecture")[1].split("```")[1]
+def test_the_architecture_page_shows_the_tree():
+    tree = ARCHITECTURE.split("## The tree")[1].split("```")[1]
     shown = re.search(r"^mlx_esm_hf/\n((?:  .*\n)+)", tree, re.MULTILINE)[1]
     entries = {PACKAGE / name for name in re.findall(r"^  (\w\S*)", shown, re.MULTILINE)}
     there = {PACKAGE / path.relative_to(PACKAGE).parts[0] for path in SOURCES} - {PACKAGE / "version.py"}

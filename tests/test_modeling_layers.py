@@ -1,4 +1,4 @@
-"""The layers that networks are built of: what they fuse is what the parts give, also in a layer that took a place."""
+"""Layers: fused operations match their parts, in original and in quantized layers."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,12 +63,12 @@ def test_layer_norm(backend, bias):
     assert close(layer(x), normal * layer.weight + (layer.bias if bias else 0))
 
 
-def test_a_quantized_model_takes_the_same_path():
-    """`mlx.nn.quantize` puts our own layers in, which fuse what the network asks them to."""
+def test_quantize_uses_our_layers():
+    """`mlx.nn.quantize` creates our quantized layers, which support fused operations."""
     mx.random.seed(0)
     model = MLXEsmForMaskedLM(config("ESM-2", hidden_size=64, intermediate_size=128, num_attention_heads=4)).eval()
     inputs = batch("right", head="lm")
-    # The contact head has one row, which no group fits.
+    # The contact head has one row, which cannot be grouped.
     nn.quantize(model, 32, 8, class_predicate=lambda name, m: hasattr(m, "to_quantized") and "contact" not in name)
     layers = [m for name, m in model.named_modules() if name.endswith(("dense", "query", "key", "value"))]
     assert layers and all(type(layer) is QuantizedLinear for layer in layers)
@@ -85,8 +85,8 @@ def test_a_quantized_model_takes_the_same_path():
 
 
 @pytest.mark.parametrize("part", ["intermediate", "output"])
-def test_a_layer_that_fuses_nothing_is_an_error(part):
-    """MLX's own layer, put in by whoever does not know ours, is no slow path that nobody notices."""
+def test_layer_without_fused_operations_is_an_error(part):
+    """MLX's own layer in a network raises an error instead of being silently slow."""
     model = MLXEsmForMaskedLM(config("ESM-2")).eval()
     dense = getattr(model.esm.encoder.layer[0], part).dense
     getattr(model.esm.encoder.layer[0], part).dense = nn.Linear(*dense.weight.shape[::-1])
@@ -96,7 +96,7 @@ def test_a_layer_that_fuses_nothing_is_an_error(part):
 
 @pytest.mark.parametrize("layer", [Linear(64, 64), Embedding(33, 64)])
 def test_quantized_activations_are_refused(layer):
-    with pytest.raises(ValueError, match="only weights are quantized"):
+    with pytest.raises(ValueError, match="quantize_input=True is not supported"):
         layer.to_quantized(quantize_input=True)
 
 
@@ -109,5 +109,5 @@ def test_quantized_embedding(backend):
     assert mx.array_equal(packed(mx.array([[3, 4]])), whole[mx.array([[3, 4]])])
     x = mx.random.normal((2, 5, 64))
     assert close(packed.as_linear(x), x @ whole.T)
-    with pytest.raises(ValueError, match="in mode 'affine', not in 'mxfp4'"):
+    with pytest.raises(ValueError, match="must be 'affine', got 'mxfp4'"):
         table.to_quantized(mode="mxfp4")

@@ -1,6 +1,6 @@
-"""The losses by themselves, beside those that transformers' models call. Those of networks are tested with the models.
+"""Losses compared with the functions that transformers' models call. Losses of networks are tested with the models.
 
-A loss is a single number, and its error a matter of luck: several are compared at once, each with its gradient.
+The error of a single number depends on luck, so several losses are compared at once, each with its gradient.
 """
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ CLASSES = RANDOM.integers(0, 4, (8, 6), dtype=np.int32)
 NUMBERS = RANDOM.normal(size=(8, 6, 4)).astype(np.float32)
 BITS = (NUMBERS > 0).astype(np.float32)
 
-# The problem; number of labels; labels of eight batches; whether transformers chooses it by those.
+# {case: (problem type, number of labels, labels of eight batches, whether transformers infers the type)}
 PROBLEMS = {
     "classes": ("single_label_classification", 4, CLASSES, True),
     "several labels": ("multi_label_classification", 4, BITS, True),
@@ -30,7 +30,7 @@ PROBLEMS = {
 
 
 def hold(ours, theirs, logits, labels):
-    """Our losses of batches of logits, and their gradients, are as close to those in float64 as torch's."""
+    """Hold the losses of batches of logits, and their gradients, to the bar."""
 
     def in_torch(dtype):
         parameter = torch.tensor(logits, dtype=dtype, requires_grad=True)
@@ -56,12 +56,12 @@ def logits_of(*shape):
     [(name, chosen) for name, (*_, can_be) in PROBLEMS.items() for chosen in ([False, True] if can_be else [False])],
 )
 def test_problem_types(problem, chosen):
-    """Set in the config, and as transformers chooses them."""
+    """Compare problem types set in the config and inferred as in transformers."""
     kind, count, labels, _ = PROBLEMS[problem]
     ours, theirs = (EsmConfig(num_labels=count, problem_type=None if chosen else kind) for _ in range(2))
     hold(
         lambda logits, y: classification_loss(ours, logits, y),
-        # torch wants int64 for classes and floats for numbers, and gives whole numbers no gradient
+        # torch needs int64 for classes and floats for other labels, and integers have no gradient
         lambda logits, y: ForSequenceClassificationLoss(
             y.to(logits.dtype) if kind != "single_label_classification" else y.long(), logits, theirs
         ),
@@ -73,7 +73,7 @@ def test_problem_types(problem, chosen):
 
 @pytest.mark.parametrize("ignored", [-100, 3])
 def test_ignored_labels(ignored):
-    """Some here and there, and all of a row."""
+    """Some labels are ignored, and all of one row."""
     labels = RANDOM.integers(0, 5, (8, 3, 6), dtype=np.int32)
     labels[:, 0] = labels[:, 1, ::2] = ignored
     hold(
@@ -87,13 +87,13 @@ def test_ignored_labels(ignored):
 @pytest.mark.parametrize(
     ("kind", "shape", "labels", "message"),
     [
-        ("single_label_classification", (2, 3), (2, 3), r"labels have the shape \(2, 3\), the logits \(2, 3\)"),
+        ("single_label_classification", (2, 3), (2, 3), r"must have shape \(2,\) for logits \(2, 3\), got \(2, 3\)"),
         ("multi_label_classification", (2, 3), (2,), r"shape \(2,\), a multi_label_classification loss needs \(2, 3\)"),
         ("regression", (2, 3), (2, 1), r"shape \(2, 1\), a regression loss needs \(2, 3\)"),
         ("regression", (2, 1), (3, 1), r"shape \(3,\), a regression loss needs \(2,\)"),
     ],
 )
-def test_shapes_that_do_not_fit(kind, shape, labels, message):
+def test_wrong_shapes(kind, shape, labels, message):
     config = EsmConfig(num_labels=shape[-1], problem_type=kind)
     with pytest.raises(ValueError, match=message):
         classification_loss(config, mx.zeros(shape), mx.zeros(labels, mx.int32))

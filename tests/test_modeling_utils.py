@@ -1,4 +1,4 @@
-"""Loading and saving, against transformers reading and writing the same folders."""
+"""Loading and saving, compared with transformers reading and writing the same folders."""
 
 import json
 import os
@@ -48,14 +48,14 @@ ROOT = Path(mlx_esm_hf.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _say_again():
-    """What is said once a process is said once a test."""
+def _reset_warnings():
+    """Log warnings that appear once per process once per test."""
     dtypes.warn_once.cache_clear()
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """An ESM-2 with its language-model head, as transformers 5 saves it."""
+    """An ESM-2 with its language-model head, saved by transformers 5."""
     save(torch_model(), tmp_path / "esm2")
     return tmp_path / "esm2"
 
@@ -66,7 +66,7 @@ def edit_config(folder, **fields):
 
 
 def bits(model):
-    """The state dict as {name: (dtype, bytes)}; the frequencies, which keep the dtype of the file, in float32."""
+    """Return the state dict as {name: (dtype, bytes)}; inverse frequencies, whose dtype is the file's, as float32."""
     state = {name: x.astype(mx.float32) if "inv_freq" in name else x for name, x in model.state_dict().items()}
     return {name: (x.dtype, np.array(x.view(mx.uint8)).tobytes()) for name, x in state.items()}
 
@@ -102,7 +102,7 @@ def test_variant(format, tmp_path):
 
 
 def test_use_safetensors(tmp_path):
-    """With both formats in the folder, which one is read; their biases differ."""
+    """A folder with both formats, whose biases differ, shows which one is read."""
     model = torch_model()
     for value, format in enumerate((save, save_bin)):
         model.lm_head.bias.data.fill_(value)
@@ -127,7 +127,7 @@ def test_subfolder(tmp_path):
 
 
 def layout_4x(state, prefix, inv_freq=lambda layer, stored: stored):
-    """As transformers 4.x saved it: frequencies in each layer, and `position_ids`."""
+    """Return the keys of transformers 4.x: inverse frequencies in each layer, and `position_ids`."""
     layers = {}
     for key in list(state):
         if key.endswith("inv_freq"):
@@ -154,7 +154,7 @@ def asterisk(state, prefix):
 
 
 def other_prefix(state, prefix):
-    """A base model's keys as a model with a head has them, or the other way round."""
+    """Convert a base model's keys to those of a model with a head, or the reverse."""
     state = layout_4x(state, prefix)
     return {key.removeprefix(prefix) if prefix else f"esm.{key}": x for key, x in state.items()}
 
@@ -185,7 +185,7 @@ DIALECTS = {
     ("kind", "dialect"), [*(("esm2", name) for name in DIALECTS), ("esm1b", "4.x"), ("esm1v", "gamma and beta")]
 )
 def test_dialects(kind, dialect, saved, tmp_path):
-    """Classes read each other's checkpoints in every dialect, and report the keys that transformers reports."""
+    """Classes load each other's checkpoints in every dialect and report the same keys as transformers."""
     state = DIALECTS[dialect](torch_model(saved, kind).state_dict(), "" if saved == "Model" else "esm.")
     write(tmp_path, state, kind)
     for loaded in ("Model", "ForMaskedLM", "ForSequenceClassification"):
@@ -193,8 +193,8 @@ def test_dialects(kind, dialect, saved, tmp_path):
 
 
 @pytest.mark.parametrize("dialect", ["4.x, float16 frequencies", "4.x, frequencies by layer", "asterisk"])
-def test_stored_frequencies_are_honoured(dialect, tmp_path):
-    """Not computed anew: of the frequencies by layer the first counts, and a rounding to float16 is kept."""
+def test_stored_frequencies_are_used(dialect, tmp_path):
+    """Stored frequencies are not recomputed: the first layer's are used, also if they were rounded to float16."""
     state = DIALECTS[dialect](torch_model().state_dict(), "esm.")
     stored = next(x for key, x in state.items() if key.endswith("inv_freq")).float().numpy()
     model = assert_loads_as_transformers(write(tmp_path, state), "ForMaskedLM")
@@ -208,7 +208,7 @@ def test_stored_frequencies_are_honoured(dialect, tmp_path):
 
 
 def test_absent_frequencies_are_computed(tmp_path):
-    """transformers counts them as missing; they follow from the config, and nothing has to be trained. So we don't."""
+    """They follow from the config and are not reported as missing, unlike in transformers."""
     folder = write(tmp_path, without("inv_freq")(torch_model().state_dict(), "esm."))
     with heard("mlx_esm_hf") as said:
         model, info = MLXEsmForMaskedLM.from_pretrained(folder, output_loading_info=True)
@@ -218,34 +218,34 @@ def test_absent_frequencies_are_computed(tmp_path):
     assert_close(run(model), run(torch_model_))
 
 
-def test_decoder_of_its_own(tmp_path):
-    """A stored output projection that is not the embedding counts, whatever the config says of ties."""
+def test_separate_decoder(tmp_path):
+    """A stored output projection that differs from the embeddings is used, even if the config ties them."""
     state = torch_model().state_dict() | {"lm_head.decoder.weight": torch.randn(33, 32)}
     folder = write(tmp_path, state)
     with heard("mlx_esm_hf") as said:
         model = assert_loads_as_transformers(folder, "ForMaskedLM")
     assert len(said) == 1 and "they are not tied" in said[0]
     assert not model.config.tie_word_embeddings
-    model.save_pretrained(tmp_path / "again")
-    reloaded = theirs("ForMaskedLM").from_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "reloaded")
+    reloaded = theirs("ForMaskedLM").from_pretrained(tmp_path / "reloaded")
     assert torch.equal(reloaded.lm_head.decoder.weight, state["lm_head.decoder.weight"])
 
 
-def test_decoder_stands_for_the_embedding(tmp_path):
-    """Of two tied tensors a file may hold either. A base model knows of no decoder: see the holes below."""
+def test_decoder_replaces_a_missing_embedding(tmp_path):
+    """A file may hold either of two tied tensors. A base model has no decoder; see `test_hole_in_the_encoder`."""
     write(tmp_path, without("word_embeddings")(torch_model().state_dict(), "esm."))
     assert_loads_as_transformers(tmp_path, "ForMaskedLM")
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_config_decides_of_ties(tied, tmp_path):
+def test_config_ties_weights(tied, tmp_path):
     save(torch_model(tie_word_embeddings=tied), tmp_path)
     model = assert_loads_as_transformers(tmp_path, "ForMaskedLM")
     assert ("lm_head.decoder.weight" in dict(tree_flatten(model.parameters()))) is not tied
     assert "lm_head.decoder.weight" in model.state_dict()
 
 
-# The round trip
+# Round trip
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -259,7 +259,7 @@ def test_config_decides_of_ties(tied, tmp_path):
     ],
 )
 def test_round_trip(kind, dtype, shard, task, tmp_path):
-    """theirs -> ours -> theirs -> ours: every tensor bit for bit, the outputs the same, and not a word of warning."""
+    """theirs -> ours -> theirs -> ours keeps all bits and outputs, without warnings."""
     a, b, c = (tmp_path / name for name in "abc")
     torch_model(task, kind).to(getattr(torch, dtype)).save_pretrained(a, max_shard_size=shard)
     original = theirs(task).from_pretrained(a)
@@ -291,15 +291,15 @@ def test_without_pooler(tmp_path):
     assert_close(run(model), run(back))
 
 
-def test_transformers_can_be_heard(folder):
-    """The silence of the round trip means something: of a head that is missing transformers does speak."""
+def test_transformers_logs_missing_heads(folder):
+    """The round trip's check for warnings is effective: transformers logs a missing head."""
     with heard("transformers") as said:
         theirs("ForSequenceClassification").from_pretrained(folder)
     assert any("classifier.dense.weight" in message for message in said)
 
 
 def test_saved_config(tmp_path):
-    """What is saved says what it is, and nothing of where it came from."""
+    """The saved config is the loaded one, except for the dtype."""
     save(torch_model("ForTokenClassification", num_labels=3), tmp_path / "a")
     ours("ForTokenClassification").from_pretrained(tmp_path / "a").half().save_pretrained(tmp_path / "b")
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
@@ -308,7 +308,7 @@ def test_saved_config(tmp_path):
 
 
 def test_published_keys(folder, tmp_path):
-    """Ours are those of the published repositories, to the letter."""
+    """Saved keys are those of the published repositories."""
     MLXEsmForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path / "b")
     with open(tmp_path / "b" / "model.safetensors", "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -345,7 +345,7 @@ print(json.dumps(result))
 
 @pytest.mark.long
 def test_transformers_4_loads_what_we_save(tmp_path):
-    """The last 4.x, in an environment of its own or of MLX_ESM_TRANSFORMERS4_PYTHON: no warning, the same outputs."""
+    """transformers 4.x, in a new environment or MLX_ESM_TRANSFORMERS4_PYTHON, has no warnings and equal outputs."""
     python = python_of_transformers_4(tmp_path)
     for kind in KINDS:
         models = {}
@@ -354,7 +354,7 @@ def test_transformers_4_loads_what_we_save(tmp_path):
             models[f"Esm{task}"] = model = ours(task).from_pretrained(tmp_path / "theirs")
             shutil.rmtree(tmp_path / "theirs")
             model.save_pretrained(tmp_path / kind / f"Esm{task}", max_shard_size=SHARD if task == "Model" else "5GB")
-        control = "EsmForTokenClassification:EsmForMaskedLM"  # of the head that is missing it does speak
+        control = "EsmForTokenClassification:EsmForMaskedLM"  # logs the missing head
         command = [python, "-c", TRANSFORMERS_4, json.dumps(INPUTS), *models, control]
         done = subprocess.run(command, cwd=tmp_path / kind, check=True, capture_output=True, text=True)
         result = json.loads(done.stdout)
@@ -369,8 +369,8 @@ def test_transformers_4_loads_what_we_save(tmp_path):
             assert_close(run(model), cut)
 
     MLXEsmForMaskedLM(MLXEsm1Config(**SIZE)).save_pretrained(tmp_path / "esm1")
-    roads = refusals(tmp_path / "esm1", python)
-    assert len(roads) == 6 and [road for road, end in roads.items() if end == "loaded"] == ["EsmConfig"]  # no model
+    results = refusals(tmp_path / "esm1", python)
+    assert len(results) == 6 and [name for name, result in results.items() if result == "loaded"] == ["EsmConfig"]
 
 
 # ESM-1
@@ -396,26 +396,26 @@ REFUSALS = """
 import sys
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, EsmConfig, EsmForMaskedLM, EsmModel
 
-for road in (AutoConfig, AutoModel, AutoModelForMaskedLM, EsmConfig, EsmModel, EsmForMaskedLM):
+for loader in (AutoConfig, AutoModel, AutoModelForMaskedLM, EsmConfig, EsmModel, EsmForMaskedLM):
     try:
-        road.from_pretrained(sys.argv[1])
-        print(road.__name__, "loaded")
+        loader.from_pretrained(sys.argv[1])
+        print(loader.__name__, "loaded")
     except Exception as error:
-        print(road.__name__, type(error).__name__)
+        print(loader.__name__, type(error).__name__)
 """
 
 
 def refusals(folder, python=sys.executable):
-    """What becomes of each road of transformers to this folder, in a process that has not seen this library."""
+    """Return {class of transformers: error or "loaded"} for a folder, in a process without our package."""
     done = subprocess.run([python, "-c", REFUSALS, folder], check=True, capture_output=True, text=True)
     return dict(line.split() for line in done.stdout.splitlines())
 
 
 def test_transformers_refuses_esm1(tmp_path):
-    """By every road: it would compute something else from the same weights."""
+    """No class of transformers loads ESM-1, because it would compute something else from the same weights."""
     MLXEsmForMaskedLM(MLXEsm1Config(**SIZE)).save_pretrained(tmp_path)
-    roads = refusals(tmp_path)
-    assert len(roads) == 6 and "loaded" not in roads.values()
+    results = refusals(tmp_path)
+    assert len(results) == 6 and "loaded" not in results.values()
 
 
 # Bad input
@@ -446,7 +446,7 @@ class Evil:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_malicious_pickle(zipped, tmp_path):
-    """It is refused and does nothing; torch itself, told to trust it, would have run it."""
+    """It is refused and not executed; torch with weights_only=False executes it."""
     save_bin(torch_model(), tmp_path)
     path, marker = tmp_path / "pytorch_model.bin", tmp_path / "marker"
     state = torch_model().state_dict() | {"evil": Evil(marker)}
@@ -460,7 +460,7 @@ def test_malicious_pickle(zipped, tmp_path):
 
 @pytest.mark.parametrize("place", ["../{}", "{folder}/../{}", "sub/{}", "..", ""])
 def test_index_that_leaves_its_folder(place, tmp_path):
-    """Even where the file is there, and whole."""
+    """The index is refused even if the file exists and is valid."""
     folder = tmp_path / "esm2"
     save_shards(torch_model(), folder)
     path = folder / "model.safetensors.index.json"
@@ -505,7 +505,7 @@ def test_wrong_shapes(folder, tmp_path):
 
 
 def test_another_number_of_labels(tmp_path):
-    """The usual mismatch, a classifier for another task: drawn anew, and reported as transformers reports it."""
+    """The most common mismatch, a classifier for another task, is initialized and reported as in transformers."""
     task = "ForSequenceClassification"
     save(torch_model(task, num_labels=2), tmp_path)
     with pytest.raises(RuntimeError, match=r"classifier.out_proj.bias: \(2,\) in the checkpoint, \(5,\) in the model"):
@@ -525,9 +525,9 @@ def test_another_number_of_labels(tmp_path):
 
 def test_config_of_another_model(folder):
     transformers.BertConfig().save_pretrained(folder)
-    with pytest.raises(ValueError, match=f"The config of {folder}: This config has model_type 'bert'; this library"):
+    with pytest.raises(ValueError, match=f"The config of {folder}: MLXEsmConfig expected model_type .* got 'bert'"):
         MLXEsmForMaskedLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match="has model_type 'bert'"):
+    with pytest.raises(ValueError, match="got 'bert'"):
         MLXEsmForMaskedLM.from_pretrained(folder, config=transformers.BertConfig())
 
 
@@ -542,7 +542,7 @@ def test_incomplete_folders(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", folder):
         (path / "config.json").unlink(missing_ok=True)
-        with pytest.raises(OSError, match=f"{path} holds no config.json"):
+        with pytest.raises(OSError, match=f"No config.json found in {path}"):
             MLXEsmForMaskedLM.from_pretrained(path)
     config().save_pretrained(tmp_path / "empty")
     with pytest.raises(OSError, match=f"{path.parent / 'empty'} holds none of model.safetensors, .*pytorch_model.bin"):
@@ -561,17 +561,17 @@ def test_unknown_keywords(folder):
 
 @pytest.mark.parametrize("dtype", ["int8", "float8", torch.int8, mx.int32, 16])
 def test_unknown_dtype(dtype, folder):
-    with pytest.raises(ValueError, match="is none of float32, .*'auto'"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, .*'auto'"):
         MLXEsmForMaskedLM.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("hole", ["encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"])
 def test_hole_in_the_encoder(hole, tmp_path):
-    """transformers draws it anew and warns; no one can want that of a trained encoder."""
+    """It is an error; transformers initializes the missing parameters and only warns."""
     folder = write(tmp_path, without(hole)(torch_model("Model").state_dict(), ""))
     with pytest.raises(
         CheckpointError,
-        match=f"{folder} lacks 1 parameters that a MLXEsm.* cannot do without, '(esm.)?{hole}' among them",
+        match=f"{folder} lacks 1 parameters that MLXEsm.* requires, such as '(esm.)?{hole}'",
     ):
         MLXEsmForMaskedLM.from_pretrained(folder)
     with pytest.raises(CheckpointError, match=f"'{hole}'"):
@@ -590,10 +590,10 @@ def test_new_classifier_is_announced(folder):
 
 
 def test_untrained_language_model_head(tmp_path):
-    """Refused for prediction, from the file without one and under a mismatch; given labels or training, it works."""
+    """A head that the checkpoint lacks cannot predict, but works with labels and after training or loading."""
     model = MLXEsmForMaskedLM.from_pretrained(write(tmp_path, torch_model("Model").state_dict()))
     with pytest.raises(
-        ValueError, match=r"The checkpoint had no lm_head: predicting residues .* train it .* or give it"
+        ValueError, match=r"The checkpoint had no lm_head, so predicting residues .* train it .* or assign it"
     ):
         model(**INPUTS)
     model(**INPUTS, labels=INPUTS["input_ids"])
@@ -614,12 +614,14 @@ def test_untrained_contact_head(tmp_path):
     for task in ("ForMaskedLM", "Model"):
         model = ours(task).from_pretrained(write(tmp_path, state))
         for _ in range(2):
-            with pytest.raises(ValueError, match="The checkpoint had no contact_head: contact prediction would answer"):
+            with pytest.raises(
+                ValueError, match="The checkpoint had no contact_head, so contact prediction would use random weights"
+            ):
                 model.predict_contacts(INPUTS["input_ids"], INPUTS["attention_mask"])
-            model.train().eval()  # no loss trains a contact head
+            model.train().eval()  # a contact head receives no gradient
         model.save_pretrained(tmp_path / task)
-        again = ours(task).from_pretrained(tmp_path / task)
-        assert {name for name in again.newly_initialized if "contact_head" in name}
+        reloaded = ours(task).from_pretrained(tmp_path / task)
+        assert {name for name in reloaded.newly_initialized if "contact_head" in name}
     model = MLXEsmForMaskedLM.from_pretrained(write(tmp_path, torch_model().state_dict()))
     assert model.predict_contacts(INPUTS["input_ids"], INPUTS["attention_mask"]).shape == (2, 7, 7)
 
@@ -627,7 +629,7 @@ def test_untrained_contact_head(tmp_path):
 @pytest.mark.parametrize("previous", ["50GB", SHARD])
 @pytest.mark.parametrize("shard", ["50GB", SHARD])
 def test_full_disk(shard, previous, folder, tmp_path):
-    """A file that cannot grow: the save fails, says so, and leaves what was there, to the byte."""
+    """If a file cannot grow, saving fails with an error and leaves the previous files unchanged."""
     model = MLXEsmForMaskedLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "measured", max_shard_size=shard)
     largest = max(file.stat().st_size for file in (tmp_path / "measured").iterdir())
@@ -637,7 +639,7 @@ def test_full_disk(shard, previous, folder, tmp_path):
 
     model.lm_head.bias = model.lm_head.bias + 1
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))  # Python ignores the signal that comes with it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))  # Python ignores the signal for this limit
     try:
         with pytest.raises(OSError, match=r"model.*\.safetensors cannot be written .* Is the disk full\?"):
             model.save_pretrained(target, max_shard_size=shard)
@@ -646,8 +648,8 @@ def test_full_disk(shard, previous, folder, tmp_path):
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
 
 
-def test_saving_again_with_other_shards(folder, tmp_path):
-    """What an earlier save left is not read instead of, or beside, the new; what is not ours stays."""
+def test_saving_repeatedly_with_other_shards(folder, tmp_path):
+    """Stale files of an earlier save are removed; other files stay."""
     model = MLXEsmForMaskedLM.from_pretrained(folder)
     others = {"README.md", "pytorch_model.bin", "model.old.safetensors", "model-00001-of-2.safetensors"}
     for name in others:
@@ -666,8 +668,8 @@ def test_saving_again_with_other_shards(folder, tmp_path):
 
 def test_only_safetensors_are_written(folder):
     model = MLXEsmForMaskedLM.from_pretrained(folder)
-    model.save_pretrained(folder, safe_serialization=True)  # as scripts for transformers 4 say it
-    with pytest.raises(ValueError, match="Only safetensors are written"):
+    model.save_pretrained(folder, safe_serialization=True)  # as in scripts for transformers 4
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
         model.save_pretrained(folder, safe_serialization=False)
 
 
@@ -684,17 +686,17 @@ def test_dtype(dtype, argument, folder):
     assert model.esm.rotary_embeddings.inv_freq.dtype == mx.float32
 
 
-def test_dtype_goes_before_torch_dtype(folder):
+def test_dtype_overrides_torch_dtype(folder):
     model = MLXEsmForMaskedLM.from_pretrained(folder, dtype="bfloat16", torch_dtype="float16")
     assert model.dtype == mx.bfloat16
 
 
 @pytest.mark.parametrize("argument", [{}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": None}])
-@pytest.mark.parametrize(("dtype", "told"), [("float16", True), ("float16", False), ("bfloat16", False)])
-def test_auto_dtype(dtype, told, argument, tmp_path):
-    """Half precision is slow on a CPU, so that "auto" means float32 there, and says so once; elsewhere it is kept."""
+@pytest.mark.parametrize(("dtype", "in_config"), [("float16", True), ("float16", False), ("bfloat16", False)])
+def test_auto_dtype(dtype, in_config, argument, tmp_path):
+    """On a CPU, where half precision is slow, "auto" means float32, with one warning; elsewhere it keeps the dtype."""
     save(torch_model().to(getattr(torch, dtype)), tmp_path)
-    if not told:
+    if not in_config:
         edit_config(tmp_path, dtype=None)
     with heard("mlx_esm_hf") as said:
         models = [MLXEsmForMaskedLM.from_pretrained(tmp_path, **argument) for _ in range(2)]
@@ -706,7 +708,7 @@ def test_auto_dtype(dtype, told, argument, tmp_path):
 
 
 def test_config_argument(tmp_path):
-    """An object of ours or of transformers, or a folder; it is copied, and the checkpoint's is not read."""
+    """The config may be an object of ours or transformers', or a folder; it is copied and replaces the checkpoint's."""
     save(torch_model(kind="esm1b"), tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink()
     plain = config("esm1b")
@@ -732,8 +734,8 @@ def test_config_overrides(folder):
     assert model.num_labels == 2 and isinstance(model(**INPUTS), tuple)
 
 
-def test_arguments_without_meaning(folder):
-    """Those that choose among things MLX has one of; they don't reach the config either."""
+def test_ignored_arguments(folder):
+    """They are accepted without a warning and do not change the config."""
     options = {
         "attn_implementation": "sdpa",
         "device_map": "auto",
@@ -760,7 +762,7 @@ if library == "transformers":
     from transformers import EsmForMaskedLM as Model
     forward = lambda model: model(torch.tensor(tokens)).logits.sum().item()
 else:
-    sys.modules["torch"] = None  # not needed
+    sys.modules["torch"] = None  # must not be imported
     from mlx_esm_hf import MLXEsmForMaskedLM as Model
     forward = lambda model: model(tokens).logits.sum().item()
 before, start = peak(), time.perf_counter()
@@ -770,7 +772,9 @@ print(peak() - before, time.perf_counter() - start)
 
 
 @needs_cpu
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux' /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux' /proc for the peak memory of a process"
+)
 @pytest.mark.parametrize(
     ("format", "dtype"), [("safetensors", "float32"), ("safetensors", "float16"), ("bin", "float32")]
 )
@@ -779,7 +783,7 @@ print(peak() - before, time.perf_counter() - start)
     [pytest.param(24, 512, 16, id="75M"), pytest.param(33, 1280, 20, id="650M", marks=pytest.mark.long)],
 )
 def test_memory_of_loading(layers, hidden, heads, format, dtype, tmp_path, capsys):
-    """Loading in float32 and a forward of 8 tokens add the weights, and little else, to the memory of the imports."""
+    """Loading in float32 and a forward pass of 8 tokens need little more memory than the weights."""
     shape = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 4 * hidden}
     size = write_large(tmp_path, format, dtype, num_hidden_layers=layers, **shape)
     libraries = ["mlx_esm_hf", "transformers"] if layers == 33 else ["mlx_esm_hf"]
@@ -800,7 +804,7 @@ library, folder = sys.argv[1:]
 if library == "transformers":
     from transformers import EsmForMaskedLM as Model
 else:
-    sys.modules["torch"] = None  # not needed
+    sys.modules["torch"] = None  # must not be imported
     from mlx_esm_hf import MLXEsmForMaskedLM as Model
 start = time.perf_counter()
 Model.from_pretrained(folder)
@@ -811,7 +815,7 @@ print(time.perf_counter() - start)
 @pytest.mark.long
 @needs_kernels
 def test_time_of_loading(tmp_path, capsys):
-    """650M parameters in float32 take no longer than in transformers: the shortest of five times, taken by turns."""
+    """650M parameters in float32 load as fast as in transformers: shortest of five alternating runs."""
     write_large(tmp_path, "safetensors", "float32", num_hidden_layers=33, hidden_size=1280, num_attention_heads=20,
                 intermediate_size=5120)  # fmt: skip
     seconds = {"mlx_esm_hf": [], "transformers": []}
@@ -828,18 +832,18 @@ def test_time_of_loading(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_attention_heads": 0}, "num_attention_heads = 0: it must be 1 at least"),
-        ({"num_attention_heads": -4}, "num_attention_heads = -4: it must be 1 at least"),
-        ({"intermediate_size": 0}, "intermediate_size = 0: it must be 1 at least"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers = 0: it must be 1 at least"),
-        ({"vocab_size": 10**12}, "vocab_size = 1000000000000: it must be 1 at least, and below"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1 .* got 0"),
+        ({"num_attention_heads": -4}, "num_attention_heads must be at least 1 .* got -4"),
+        ({"intermediate_size": 0}, "intermediate_size must be at least 1 .* got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1 .* got 0"),
+        ({"vocab_size": 10**12}, "vocab_size must be at least 1 and below .* got 1000000000000"),
         ({"hidden_size": "32"}, "hidden_size.*expected int, got str"),
         ({"hidden_size": None}, "hidden_size.*expected int, got NoneType"),
         ({"id2label": 5}, "'int' object"),
         ({"id2label": {"helix": 0}}, "The config of .*'helix'"),
-        ({"layer_norm_eps": None}, "layer_norm_eps = None"),
-        ({"layer_norm_eps": -1.0}, "layer_norm_eps = -1.0"),
-        ({"pad_token_id": 33}, "pad_token_id = 33: not a token of its vocabulary"),
+        ({"layer_norm_eps": None}, "layer_norm_eps must be positive, got None"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps must be positive, got -1.0"),
+        ({"pad_token_id": 33}, "pad_token_id must be between 0 and 32, got 33"),
     ],
 )
 def test_odd_config(fields, message, folder):
@@ -862,40 +866,40 @@ def test_config_without_fields(text, folder):
         ({"hidden_size": 10**12}, RuntimeError, "word_embeddings.weight: .33, 32. in the checkpoint"),
     ],
 )
-def test_config_of_another_size_is_noticed_before_a_model_is_built(fields, error, message, folder):
+def test_config_of_another_size_is_refused_before_building_a_model(fields, error, message, folder):
     edit_config(folder, **fields)
     with pytest.raises(error, match=message):
         MLXEsmForMaskedLM.from_pretrained(folder)
 
 
-def test_whole_numbers_are_no_weights(folder):
-    """The bits of float32 under the name of int32 would be finite, wrong numbers."""
+def test_integer_weights_are_refused(folder):
+    """The bits of float32 labeled as int32 would be finite but wrong."""
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
-    with pytest.raises(CheckpointError, match="holds whole numbers"):
+    with pytest.raises(CheckpointError, match="has integer dtype"):
         MLXEsmForMaskedLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_whole_numbers_in_a_bin_file_are_no_weights(zipped, folder):
-    """torch calls such a storage IntStorage."""
+def test_integer_weights_in_a_bin_file_are_refused(zipped, folder):
+    """torch stores such a tensor as IntStorage."""
     state = torch_model().state_dict()
     name = "esm.encoder.layer.1.output.dense.weight"
     (folder / "model.safetensors").unlink()
     state[name] = state[name].view(torch.int32)
     torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=f"{name}' holds whole numbers"):
+    with pytest.raises(CheckpointError, match=f"{name}' has integer dtype"):
         MLXEsmForMaskedLM.from_pretrained(folder)
 
 
-def test_whole_numbers_in_a_state_dict_are_no_weights(folder):
+def test_integer_weights_in_a_state_dict_are_refused(folder):
     model = MLXEsmForMaskedLM.from_pretrained(folder)
     name = "lm_head.dense.weight"
     state = model.state_dict() | {name: model.state_dict()[name].view(mx.int32)}
-    with pytest.raises(RuntimeError, match=f"{name!r} holds whole numbers"):
+    with pytest.raises(RuntimeError, match=f"{name!r} has integer dtype"):
         model.load_state_dict(state)
-    with pytest.raises(CheckpointError, match=f"{name}' holds whole numbers"):
+    with pytest.raises(CheckpointError, match=f"{name}' has integer dtype"):
         MLXEsmForMaskedLM.from_pretrained(folder, state_dict=state)
 
 
@@ -908,12 +912,12 @@ def test_state_dict_instead_of_files(folder):
 
 
 def test_lazy(folder):
-    """Weights that are read when they are needed are the same."""
+    """Weights that are read only when they are needed give the same outputs."""
     model = MLXEsmForMaskedLM.from_pretrained(folder, lazy=True)
     assert_close(run(model), run(MLXEsmForMaskedLM.from_pretrained(folder)), tolerance=0)
 
 
-def test_what_scripts_for_torch_call(folder):
+def test_methods_of_torch_modules(folder):
     model = MLXEsmForMaskedLM.from_pretrained(folder, quantization_config=None, state_dict=None)
     assert mx.array_equal(model.forward(**INPUTS).logits, model(**INPUTS).logits)
     assert not model.can_generate() and not MLXEsmForMaskedLM.can_generate()

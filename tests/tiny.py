@@ -1,12 +1,12 @@
-"""The table of tiny configs that tests build their models from. It needs neither torch nor transformers."""
+"""Tiny configs for test models. This module imports neither torch nor transformers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-VOCABULARY = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}  # ESM-1 has its own by default
+VOCABULARY = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}  # ESM-1 has another by default
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-# Sizes that fill no vector of the kernels, or have one head more or less.
+# Sizes that are not multiples of the kernels' vectors, and different numbers of heads.
 ODD_SIZES = (
     {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 72},
     {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 160},
@@ -20,14 +20,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny(family: str = "ESM-2", **overrides: Any) -> dict[str, Any]:
-    """The fields of a config of one of `FAMILIES`; `MLXEsm1Config` takes `SIZE` alone."""
+    """Return the config fields for one of `FAMILIES`; for `MLXEsm1Config` use `SIZE` alone."""
     positions = {"max_position_embeddings": 40, "token_dropout": True}
     return {**VOCABULARY, **SIZE, **positions, **FAMILIES[family], **overrides}
 
 
 def tiny_folding(**overrides: Any) -> dict[str, Any]:
-    """The fields of a config of a folding model; most of its widths and numbers of heads differ, so that a swapped axis
-    shows. `overrides` are of its `esmfold_config`."""
+    """Return the config fields of a folding model; `overrides` are fields of its `esmfold_config`.
+
+    Most widths and numbers of heads differ, so that a swapped axis is an error.
+    """
     structure = {
         "sequence_dim": 48,
         "pairwise_dim": 24,

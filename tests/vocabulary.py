@@ -6,7 +6,7 @@ from transformers.models.esm.configuration_esm import get_default_vocab_list
 
 
 def write_vocabulary(folder):
-    """Write `vocab.txt` into the folder; returns its path."""
+    """Write `vocab.txt` to the folder and return its path."""
     path = Path(folder) / "vocab.txt"
     path.write_text("\n".join(get_default_vocab_list()))
     return str(path)

@@ -1,6 +1,6 @@
-"""The command `mlx-esm`: one file a command, each a thin face on a function of the package.
+"""The command `mlx-esm`: one module per subcommand, each a plain function that calls a job.
 
-What computes is imported by a command when it runs, so that `--help` answers at once.
+A subcommand imports the job when it runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations

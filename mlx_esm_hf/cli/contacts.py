@@ -1,4 +1,4 @@
-"""mlx-esm contacts"""
+"""The command `mlx-esm contacts`."""
 
 from __future__ import annotations
 
@@ -7,45 +7,35 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.options import (
-    Activations,
-    Aligned,
-    BatchTokens,
-    Device,
-    Dtype,
-    Fasta,
-    Long,
-    Model,
-    Output,
-    Quiet,
-    Revision,
-    Strict,
-    tokens_of,
-)
+from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
 
 def command(
-    fasta: Fasta,
-    model: Model,
-    output: Output,
-    top: Annotated[Path | None, typer.Option(help="Write the most probable contacts to this CSV file, too.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the map of the only protein, .png or .svg.")] = None,
-    structure: Annotated[
-        Path | None, typer.Option(help="PDB or mmCIF: its contacts and the precision go into the picture.")
+    fasta: opt.Fasta,
+    model: opt.Model,
+    output: opt.Output,
+    top: Annotated[Path | None, typer.Option(help="Also write the most probable contacts to this CSV file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Plot the map to a .png or .svg file (only for a single protein).")
     ] = None,
-    chain: Annotated[str | None, typer.Option(help="Of the structure; by default the one that fits best.")] = None,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    activation_dtype: Activations = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    aligned: Aligned = False,
-    strict: Strict = False,
-    quiet: Quiet = False,
+    structure: Annotated[
+        Path | None, typer.Option(help="PDB or mmCIF file: plot its contacts too, with the precision.")
+    ] = None,
+    chain: Annotated[
+        str | None, typer.Option(help="Chain of the structure. Default: the one that matches the protein best.")
+    ] = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    activation_dtype: opt.ActivationDtype = None,
+    device: opt.Device = None,
+    long: opt.Long = "error",
+    batch_tokens: opt.BatchTokens = "auto",
+    aligned: opt.Aligned = False,
+    strict: opt.Strict = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Predict which residues touch: a map of probabilities (.npz), or the list of the most probable (.csv).
+    """Predict contacts: a map of probabilities (.npz) or a list of the most probable pairs (.csv).
 
     Example: mlx-esm contacts protein.fasta --model facebook/esm2_t6_8M_UR50D --output map.npz --picture map.png
     """
@@ -65,7 +55,7 @@ def command(
             activation_dtype=activation_dtype,
             device=device,
             long=long,
-            batch_tokens=tokens_of(batch_tokens),
+            batch_tokens=opt.parse_batch_tokens(batch_tokens),
             aligned=aligned,
             strict=strict,
             progress=run.show,

@@ -1,4 +1,4 @@
-"""mlx-esm convert"""
+"""The command `mlx-esm convert`."""
 
 from __future__ import annotations
 
@@ -9,66 +9,87 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mlx_esm_hf.cli.options import Revision
-from mlx_esm_hf.cli.push import listing
-from mlx_esm_hf.cli.running import stderr, told
+from mlx_esm_hf.cli import options as opt
+from mlx_esm_hf.cli.push import file_list
+from mlx_esm_hf.cli.running import reporting_errors, stderr
 from mlx_esm_hf.errors import UserError
+
+QUANTIZATION = "Quantization"
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="A checkpoint on the Hub, or a folder.")],
-    output_dir: Annotated[Path, typer.Argument(help="The folder to write; it must not hold anything yet.")],
+    source: Annotated[str, typer.Argument(help="Hub id or folder of the checkpoint.")],
+    output_dir: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or not exist.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16, of what is not quantized; by default as it is.")
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16, for weights that are not quantized. Default: unchanged."),
     ] = None,
-    quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Quantize the layers of the encoder.")] = False,
+    quantize: Annotated[
+        bool, typer.Option("--quantize", "-q", help="Quantize the encoder's layers.", rich_help_panel=QUANTIZATION)
+    ] = False,
     bits: Annotated[
-        int | None, typer.Option("--bits", "--q-bits", help="2, 3, 4, 5, 6 or 8 of a number; by default 4.")
+        int | None,
+        typer.Option(
+            "--bits", "--q-bits", help="Bits per weight: 2, 3, 4, 5, 6 or 8. Default: 4.", rich_help_panel=QUANTIZATION
+        ),
     ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
             "--group-size",
             "--q-group-size",
-            help="Numbers that share a scale: 32, 64 or 128; by default 64, and 32 with --activation-dtype.",
+            help="Weights that share a scale: 32, 64 or 128. Default: 64; 32 with --activation-dtype.",
+            rich_help_panel=QUANTIZATION,
         ),
     ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
-            "--mode", "--q-mode", help="affine (the default), or mxfp4, mxfp8, nvfp4, which fix the other two."
+            "--mode",
+            "--q-mode",
+            help="affine (default), or mxfp4, mxfp8 or nvfp4, which fix bits and group size.",
+            rich_help_panel=QUANTIZATION,
         ),
     ] = None,
     activation_dtype: Annotated[
         str | None,
-        typer.Option(help="int8: round what the quantized layers are given, too, for 4 and 8 bits; faster on a CPU."),
+        typer.Option(
+            help="int8: also round the inputs of quantized layers, for 4 and 8 bits; faster on a CPU.",
+            rich_help_panel=QUANTIZATION,
+        ),
     ] = None,
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="PATTERN=HOW for layers whose path fits the pattern: bits (affine), a mode, or full for full "
-            "precision. Once for each of several; the last that fits counts."
+            help="PATTERN=HOW for layers whose path matches the pattern: bits (affine), a mode, or full for full "
+            "precision. Repeatable; the last match counts.",
+            rich_help_panel=QUANTIZATION,
         ),
     ] = None,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", "-d", help="Make a plain checkpoint of a quantized one.")
+        bool,
+        typer.Option(
+            "--dequantize", "-d", help="Turn a quantized checkpoint into a plain one.", rich_help_panel=QUANTIZATION
+        ),
     ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
-    revision: Revision = None,
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = "5GB",
+    revision: opt.Revision = None,
     report: Annotated[
         str | None,
-        typer.Option(help="FASTA: compare the result with the source on these proteins: memory, speed, answers."),
+        typer.Option(help="FASTA file: compare source and result on these proteins (memory, speed, answers)."),
     ] = None,
-    upload_repo: Annotated[str | None, typer.Option(help="Publish the result there, as mlx-esm push does.")] = None,
+    upload_repo: Annotated[
+        str | None, typer.Option(help="Hub repository to publish the result in, as mlx-esm push does.")
+    ] = None,
 ) -> None:
-    """Write a checkpoint in another precision: cast, quantized or dequantized.
+    """Convert a checkpoint to another precision: cast, quantize or dequantize.
 
-    Embeddings, heads and the contact head are not quantized unless a --rule says so. Without options the checkpoint is
-    written anew, in safetensors.
+    Embeddings and heads are not quantized unless a --rule says so. Without options the checkpoint is rewritten as
+    safetensors.
 
     Example: mlx-esm convert facebook/esm2_t33_650M_UR50D esm2-650M-4bit --quantize --bits 4 --rule "lm_head.*=8"
     """
-    with told(stderr(), lambda: f"Stopped. {output_dir} is whole, or not there."):
+    with reporting_errors(stderr(), lambda: f"Stopped. {output_dir} is complete or does not exist."):
         from mlx_esm_hf.quantization.convert import convert
 
         conversion = convert(
@@ -96,19 +117,19 @@ def command(
         table.add_row(*row)
     console.print(table)
     if conversion.publication:
-        for line in listing(conversion.publication):
+        for line in file_list(conversion.publication):
             typer.echo(line)
 
 
 def parse_rule(text: str) -> tuple[str, int | str | None]:
-    """(pattern, how) of "lm_head.*=8".
+    """Return the pattern and the precision of a rule such as "lm_head.*=8"; None stands for full precision.
 
     Raises:
-        ValueError: there is no "=".
+        UserError: the text is not PATTERN=HOW.
     """
     pattern, sign, how = text.rpartition("=")
     if not (pattern and sign and how):
-        raise UserError(f"--rule {text}: PATTERN=HOW is needed, such as lm_head.*=8.")
+        raise UserError(f"--rule must be PATTERN=HOW such as lm_head.*=8, got {text}.")
     if how == "full":
         return pattern, None
     return pattern, int(how) if how.isdecimal() else how

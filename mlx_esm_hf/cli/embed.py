@@ -1,4 +1,4 @@
-"""mlx-esm embed"""
+"""The command `mlx-esm embed`."""
 
 from __future__ import annotations
 
@@ -6,47 +6,34 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.options import (
-    Activations,
-    Aligned,
-    BatchTokens,
-    Device,
-    Dtype,
-    Fasta,
-    Long,
-    Model,
-    Output,
-    Quiet,
-    Revision,
-    Strict,
-    listed,
-    tokens_of,
-)
+from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 from mlx_esm_hf.errors import UserError
 
 
 def command(
-    fasta: Fasta,
-    model: Model,
-    output: Output,
-    layers: Annotated[str, typer.Option(help="Such as -1 or 0,6,-1; 0 are the embeddings, -1 the last layer.")] = "-1",
+    fasta: opt.Fasta,
+    model: opt.Model,
+    output: opt.Output,
+    layers: Annotated[
+        str, typer.Option(help="Comma-separated layers: 0 for the embeddings, -1 for the last layer, such as 0,6,-1.")
+    ] = "-1",
     pooling: Annotated[
-        str, typer.Option(help="Of mean, max, cls, residues and chains, such as mean,residues.")
+        str, typer.Option(help="Comma-separated: mean, max, cls, residues (one row per residue), chains.")
     ] = "mean",
-    revision: Revision = None,
-    dtype: Dtype = None,
-    activation_dtype: Activations = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    aligned: Aligned = False,
-    strict: Strict = False,
-    quiet: Quiet = False,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    activation_dtype: opt.ActivationDtype = None,
+    device: opt.Device = None,
+    long: opt.Long = "error",
+    batch_tokens: opt.BatchTokens = "auto",
+    aligned: opt.Aligned = False,
+    strict: opt.Strict = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Embed proteins: for each the mean, maximum or <cls> of its hidden states, or those of all its residues.
+    """Embed proteins: one vector per protein (mean, max or <cls>) or one per residue, from any layer.
 
-    The output is a folder of shards, or a .safetensors, .npz, .h5 (UniProt's layout) or .parquet file.
+    Writes .h5 (UniProt's layout), .npz, .parquet or .safetensors, or a folder of shards.
 
     Example: mlx-esm embed proteins.fasta --model facebook/esm2_t6_8M_UR50D --output embeddings.h5
     """
@@ -57,14 +44,14 @@ def command(
             fasta,
             model,
             output,
-            layers=numbers(layers),
-            pooling=listed(pooling),
+            layers=parse_layers(layers),
+            pooling=opt.parse_list(pooling),
             revision=revision,
             dtype=dtype,
             activation_dtype=activation_dtype,
             device=device,
             long=long,
-            batch_tokens=tokens_of(batch_tokens),
+            batch_tokens=opt.parse_batch_tokens(batch_tokens),
             aligned=aligned,
             strict=strict,
             progress=run.show,
@@ -72,13 +59,13 @@ def command(
     run.finish(output, report)
 
 
-def numbers(layers: str) -> list[int]:
-    """The layers of a list like "0,6,-1".
+def parse_layers(text: str) -> list[int]:
+    """Return the layers of a list such as "0,6,-1".
 
     Raises:
-        ValueError: it is none.
+        UserError: an entry is not an integer.
     """
     try:
-        return [int(layer) for layer in listed(layers)]
+        return [int(layer) for layer in opt.parse_list(text)]
     except ValueError:
-        raise UserError(f"--layers {layers}: numbers are needed, such as 0,6,-1.") from None
+        raise UserError(f"--layers must be a comma-separated list of integers such as 0,6,-1, got {text}.") from None

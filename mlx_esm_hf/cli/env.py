@@ -1,4 +1,4 @@
-"""mlx-esm env"""
+"""The command `mlx-esm env`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def command() -> None:
-    """Print versions, the device, our kernels and their threads, the BLAS that matmul on the CPU uses, its speed."""
+    """Print versions, the device, the state of the CPU kernels and their threads, the BLAS in use and its speed."""
     import mlx.core as mx
 
     from mlx_esm_hf.ops import kernels
@@ -25,10 +25,10 @@ def command() -> None:
     table.add_row("Python", platform.python_version())
     table.add_row("platform", platform.platform())
     table.add_row("device", str(mx.default_device()))
-    table.add_row("kernels on the CPU", kernels.STATE)
+    table.add_row("CPU kernels", kernels.STATE)
     if kernels.native is not None:
-        bounds = ", ".join(f"{name} {number}" for name, number in thread_limits().items())
-        table.add_row("threads of the kernels", f"{kernels.native.threads()} (the least of: {bounds})")
-    table.add_row("BLAS on the CPU", blas.bind())
+        limits = ", ".join(f"{name} {number}" for name, number in thread_limits().items())
+        table.add_row("kernel threads", f"{kernels.native.threads()} (minimum of {limits})")
+    table.add_row("CPU BLAS", blas.bind())
     table.add_row("float32 matmul", f"{blas.gemm_gflops():.0f} GFLOP/s")
     Console(soft_wrap=True, highlight=False).print(table)

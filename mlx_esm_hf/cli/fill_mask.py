@@ -1,4 +1,4 @@
-"""mlx-esm fill-mask"""
+"""The command `mlx-esm fill-mask`."""
 
 from __future__ import annotations
 
@@ -6,42 +6,28 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.options import (
-    Activations,
-    Aligned,
-    BatchTokens,
-    Device,
-    Dtype,
-    Fasta,
-    Long,
-    Model,
-    Output,
-    Quiet,
-    Revision,
-    Strict,
-    tokens_of,
-)
+from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
 
 def command(
-    fasta: Fasta,
-    model: Model,
-    output: Output,
-    top_k: Annotated[int, typer.Option(help="Proposals for each mask.", min=1)] = 5,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    activation_dtype: Activations = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    aligned: Aligned = False,
-    strict: Strict = False,
-    quiet: Quiet = False,
+    fasta: opt.Fasta,
+    model: opt.Model,
+    output: opt.Output,
+    top_k: Annotated[int, typer.Option(help="Residues to propose per mask.", min=1)] = 5,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    activation_dtype: opt.ActivationDtype = None,
+    device: opt.Device = None,
+    long: opt.Long = "error",
+    batch_tokens: opt.BatchTokens = "auto",
+    aligned: opt.Aligned = False,
+    strict: opt.Strict = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Propose residues for each <mask> in the sequences, most probable first.
+    """Predict the residue at each <mask>, most probable first.
 
-    The output is a CSV file with a row for each proposal.
+    Writes a CSV file with one row per proposal.
 
     Example: mlx-esm fill-mask masked.fasta --model facebook/esm2_t6_8M_UR50D --output proposals.csv
     """
@@ -58,7 +44,7 @@ def command(
             activation_dtype=activation_dtype,
             device=device,
             long=long,
-            batch_tokens=tokens_of(batch_tokens),
+            batch_tokens=opt.parse_batch_tokens(batch_tokens),
             aligned=aligned,
             strict=strict,
             progress=run.show,

@@ -1,4 +1,4 @@
-"""mlx-esm finetune"""
+"""The command `mlx-esm finetune`."""
 
 from __future__ import annotations
 
@@ -7,54 +7,77 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli import training_options as options
-from mlx_esm_hf.cli.options import Device, Model, Quiet, listed
-from mlx_esm_hf.cli.running import running
+from mlx_esm_hf.cli import options as opt
+from mlx_esm_hf.cli.running import print_training_summary, running
 
 
 def command(
     table: Annotated[Path, typer.Argument(help="Labelled proteins: .csv, .tsv or .parquet.")],
-    model: Model,
-    output: options.Folder,
+    model: opt.Model,
+    output: opt.OutputFolder,
     task: Annotated[
-        str, typer.Option(help="classification, regression, or residues (a letter for each residue, - for none).")
+        str, typer.Option(help="classification, regression, or residues (one letter per residue, - for no label).")
     ] = "classification",
-    train: Annotated[str, typer.Option(help="lora, dora, full, or head (the trunk stays as it is).")] = "lora",
-    validation: Annotated[Path | None, typer.Option(help="A table to validate with.")] = None,
-    validation_share: Annotated[float, typer.Option(help="Without it, the share of the sequences held out.")] = 0.1,
-    sequence_column: Annotated[str, typer.Option(help="The column with the proteins.")] = "sequence",
-    label_column: Annotated[str, typer.Option(help="The column with the labels.")] = "label",
-    metrics: Annotated[str, typer.Option(help="scikit-learn's names, such as accuracy,roc_auc.")] = "",
-    rank: Annotated[int, typer.Option(help="Of LoRA's matrices.", min=1)] = 8,
-    alpha: Annotated[float, typer.Option(help="LoRA's scale is alpha / rank.")] = 16,
-    dropout: Annotated[float, typer.Option(help="Of what goes into LoRA.", min=0, max=1)] = 0.0,
+    train: Annotated[
+        str, typer.Option(help="What to train: lora, dora, full, or head (the encoder stays frozen).")
+    ] = "lora",
+    seed: opt.Seed = 0,
+    sequence_column: Annotated[
+        str, typer.Option(help="Column with the sequences.", rich_help_panel=opt.DATA)
+    ] = "sequence",
+    label_column: Annotated[str, typer.Option(help="Column with the labels.", rich_help_panel=opt.DATA)] = "label",
+    validation: Annotated[Path | None, typer.Option(help="Table to validate with.", rich_help_panel=opt.DATA)] = None,
+    validation_share: Annotated[
+        float,
+        typer.Option(
+            help="Fraction of the sequences to validate with, if --validation is not given.", rich_help_panel=opt.DATA
+        ),
+    ] = 0.1,
+    rank: Annotated[int, typer.Option(help="Rank of LoRA's matrices.", min=1, rich_help_panel=opt.ADAPTERS)] = 8,
+    alpha: Annotated[
+        float, typer.Option(help="LoRA's output is scaled by alpha / rank.", rich_help_panel=opt.ADAPTERS)
+    ] = 16,
+    dropout: Annotated[
+        float, typer.Option(help="Dropout of LoRA's input.", min=0, max=1, rich_help_panel=opt.ADAPTERS)
+    ] = 0.0,
     target_modules: Annotated[
-        str, typer.Option(help="Layers that get an adapter, by default the projections to query, key and value.")
+        str,
+        typer.Option(
+            help="Comma-separated layers that get an adapter. Default: the query, key and value projections.",
+            rich_help_panel=opt.ADAPTERS,
+        ),
     ] = "",
-    merge: Annotated[bool, typer.Option("--merge", help="Write a whole model instead of adapters.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Proteins to a batch.", min=1)] = 8,
-    accumulate: options.Accumulate = 1,
-    steps: options.Steps = None,
-    epochs: options.Epochs = 3.0,
-    learning_rate: options.LearningRate = 5e-4,
-    schedule: options.Schedule = "linear",
-    warmup: options.Warmup = 0.1,
-    weight_decay: options.WeightDecay = 0.01,
-    clip: options.Clip = 1.0,
-    keep: options.Keep = 1,
-    log_every: options.LogEvery = 10,
-    best: Annotated[str, typer.Option(help="The metric whose best epoch is taken; loss, if nothing is said.")] = "loss",
-    bf16: options.Bf16 = False,
-    gradient_checkpointing: options.GradientCheckpointing = False,
-    seed: options.Seed = 0,
-    picture: options.Picture = None,
-    device: Device = None,
-    quiet: Quiet = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write a full model instead of adapters.", rich_help_panel=opt.ADAPTERS)
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Proteins per batch.", min=1, rich_help_panel=opt.OPTIMIZATION)] = 8,
+    accumulate: opt.Accumulate = 1,
+    steps: opt.Steps = None,
+    epochs: opt.Epochs = 3.0,
+    learning_rate: opt.LearningRate = 5e-4,
+    schedule: opt.Schedule = "linear",
+    warmup: opt.Warmup = 0.1,
+    weight_decay: opt.WeightDecay = 0.01,
+    clip: opt.Clip = 1.0,
+    bf16: opt.Bf16 = False,
+    gradient_checkpointing: opt.GradientCheckpointing = False,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated scikit-learn metrics, such as accuracy,roc_auc.", rich_help_panel=opt.SAVING
+        ),
+    ] = "",
+    best: Annotated[str, typer.Option(help="Metric that selects the best epoch.", rich_help_panel=opt.SAVING)] = "loss",
+    keep: opt.Keep = 1,
+    log_every: opt.LogEvery = 10,
+    picture: opt.Picture = None,
+    device: opt.Device = None,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Fit a model to labelled proteins: classes or numbers of whole proteins, or a class of each residue.
+    """Fine-tune a model on labelled proteins: classify or regress whole proteins, or classify each residue.
 
-    The output is a folder with the adapters in PEFT's layout or, with --merge or another --train, with the model. A
-    training that was stopped goes on when the same command is given again.
+    Writes a folder with the adapters in PEFT's format or, with --merge or another --train, with the model. Run the same
+    command again to resume an interrupted training.
 
     Example: mlx-esm finetune peptides.csv --model facebook/esm2_t6_8M_UR50D --output my-classifier --merge
     """
@@ -77,11 +100,11 @@ def command(
             validation_share=validation_share,
             sequence_column=sequence_column,
             label_column=label_column,
-            metrics=listed(metrics),
+            metrics=opt.parse_list(metrics),
             rank=rank,
             alpha=alpha,
             dropout=dropout,
-            target_modules=listed(target_modules),
+            target_modules=opt.parse_list(target_modules),
             merge=merge,
             report=report,
             per_device_train_batch_size=batch_size,
@@ -105,5 +128,5 @@ def command(
         if picture is not None:
             draw_losses(output, picture)
     if not quiet:
-        options.print_summary(output)
+        print_training_summary(output)
     run.finish(output, report)

@@ -1,4 +1,4 @@
-"""mlx-esm fold"""
+"""The command `mlx-esm fold`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.options import BatchTokens, Device, Fasta, Model, Quiet, Revision, Strict, listed, tokens_of
+from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
 
 def command(
-    fasta: Fasta,
-    model: Model,
-    output: Annotated[Path, typer.Option(help="A folder; or the .pdb or .cif file of the only protein.")],
-    formats: Annotated[str, typer.Option(help="Of the structures in a folder: pdb, cif, or both.")] = "pdb,cif",
+    fasta: opt.Fasta,
+    model: opt.Model,
+    output: Annotated[Path, typer.Option(help="Folder to write, or the .pdb or .cif file of a single protein.")],
+    formats: Annotated[str, typer.Option(help="Structure files in a folder: pdb, cif or both.")] = "pdb,cif",
     pictures: Annotated[
-        bool, typer.Option("--pictures", help="Draw pLDDT along the chain, and the aligned error, as .png, too.")
+        bool, typer.Option("--pictures", help="Also plot pLDDT and the predicted aligned error as .png files.")
     ] = False,
     num_recycles: Annotated[
-        int | None, typer.Option(help="How often the trunk runs again; by default as the model's config says.")
+        int | None,
+        typer.Option(
+            help="Times the trunk runs again. Default: as in the model's config.", rich_help_panel=opt.COMPUTING
+        ),
     ] = None,
-    revision: Revision = None,
+    revision: opt.Revision = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the trunk: float32 or bfloat16; by default as in the checkpoint.")
+        str | None,
+        typer.Option(
+            help="dtype of the trunk: float32 or bfloat16. Default: as in the checkpoint.", rich_help_panel=opt.LOADING
+        ),
     ] = None,
-    device: Device = None,
-    batch_tokens: BatchTokens = "auto",
-    strict: Strict = False,
-    quiet: Quiet = False,
+    device: opt.Device = None,
+    batch_tokens: opt.BatchTokens = "auto",
+    strict: opt.Strict = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Fold proteins with ESMFold: structures as PDB and mmCIF, with pLDDT (0 to 100) in the B factor.
+    """Predict structures with ESMFold: PDB and mmCIF files with pLDDT (0 to 100) as B factor.
 
-    In the FASTA a record is a protein, with : between its chains. A folder has for each protein its structure, the
-    predicted aligned error (_pae.json as in AlphaFold DB, and .npz with pLDDT), and pictures if asked for; index.csv
-    has mean pLDDT, pTM, length, chains, recycles and seconds of each.
+    A record is one protein; `:` separates its chains. The folder has for each protein its structure, the predicted
+    aligned error (_pae.json as in AlphaFold DB, and .npz with pLDDT) and, with --pictures, plots. index.csv lists mean
+    pLDDT, pTM, length, chains, recycles and seconds.
 
     Example: mlx-esm fold proteins.fasta --model facebook/esmfold_v1 --output structures
     """
@@ -46,13 +52,13 @@ def command(
             fasta,
             model,
             output,
-            formats=listed(formats),
+            formats=opt.parse_list(formats),
             pictures=pictures,
             num_recycles=num_recycles,
             revision=revision,
             dtype=dtype,
             device=device,
-            batch_tokens=tokens_of(batch_tokens),
+            batch_tokens=opt.parse_batch_tokens(batch_tokens),
             strict=strict,
             progress=run.show,
         )

@@ -1,4 +1,4 @@
-"""mlx-esm generate"""
+"""The command `mlx-esm generate`."""
 
 from __future__ import annotations
 
@@ -6,51 +6,60 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.options import (
-    Activations,
-    Aligned,
-    BatchTokens,
-    Device,
-    Dtype,
-    Long,
-    Model,
-    OptionalFasta,
-    Output,
-    Quiet,
-    Revision,
-    Strict,
-    tokens_of,
-)
+from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
+
+SAMPLING = "Sampling"
 
 
 def command(
     *,
-    fasta: OptionalFasta = None,
-    model: Model,
-    output: Output,
-    length: Annotated[int | None, typer.Option(help="Residues of a design from nothing, without FASTA.", min=1)] = None,
-    samples: Annotated[int, typer.Option(help="Designs for each protein.", min=1)] = 1,
-    order: Annotated[str, typer.Option(help="confidence, left-to-right, or gibbs.")] = "confidence",
-    sweeps: Annotated[int, typer.Option(help="How often gibbs draws each free position anew.", min=0)] = 10,
-    fixed: Annotated[str | None, typer.Option(help="Positions to keep, such as 1-10,25; all others are free.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable residue.", min=0)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw among so many residues; 0, all.", min=0)] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among the most probable that make up this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal designs.", min=0)] = 0,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    activation_dtype: Activations = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    aligned: Aligned = False,
-    strict: Strict = False,
-    quiet: Quiet = False,
+    fasta: opt.OptionalFasta = None,
+    model: opt.Model,
+    output: opt.Output,
+    length: Annotated[
+        int | None, typer.Option(help="Number of residues of a new protein; instead of FASTA.", min=1)
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Designs per protein.", min=1)] = 1,
+    order: Annotated[
+        str, typer.Option(help="Order of filling: confidence, left-to-right or gibbs.", rich_help_panel=SAMPLING)
+    ] = "confidence",
+    sweeps: Annotated[
+        int, typer.Option(help="Times gibbs resamples each free position.", min=0, rich_help_panel=SAMPLING)
+    ] = 10,
+    fixed: Annotated[
+        str | None,
+        typer.Option(help="Positions to keep, such as 1-10,25; all others are free.", rich_help_panel=SAMPLING),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most probable residue.", min=0, rich_help_panel=SAMPLING)
+    ] = 1.0,
+    top_k: Annotated[
+        int,
+        typer.Option(help="Sample from the k most probable residues; 0: from all.", min=0, rich_help_panel=SAMPLING),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample from the smallest set of residues with at least this probability.", rich_help_panel=SAMPLING
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed. Equal seeds give equal designs.", min=0, rich_help_panel=SAMPLING)
+    ] = 0,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    activation_dtype: opt.ActivationDtype = None,
+    device: opt.Device = None,
+    long: opt.Long = "error",
+    batch_tokens: opt.BatchTokens = "auto",
+    aligned: opt.Aligned = False,
+    strict: opt.Strict = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Design sequences: fill each <mask> of proteins, or --length masks.
+    """Design proteins: fill each <mask> of the input, or --length masks.
 
-    The output is a FASTA file.
+    Writes a FASTA file.
 
     Example: mlx-esm generate --length 100 --samples 4 --model facebook/esm2_t33_650M_UR50D --output designs.fasta
     """
@@ -75,7 +84,7 @@ def command(
             activation_dtype=activation_dtype,
             device=device,
             long=long,
-            batch_tokens=tokens_of(batch_tokens),
+            batch_tokens=opt.parse_batch_tokens(batch_tokens),
             aligned=aligned,
             strict=strict,
             progress=run.show,

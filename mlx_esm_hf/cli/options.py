@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands, each defined once. A panel is a heading in `--help`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import typer
 
 from mlx_esm_hf.errors import UserError
 
-Fasta = Annotated[
-    str, typer.Argument(help="Proteins in FASTA, plain, gzipped or zstandard-compressed; - for standard input.")
-]
-OptionalFasta = Annotated[
-    str | None, typer.Argument(help="Proteins in FASTA, plain, gzipped or zstandard-compressed; - for standard input.")
-]
+# Panels of --help
+LOADING = "Loading the model"
+COMPUTING = "Computing"
+INPUT = "Reading proteins"
+DATA = "Data"
+ADAPTERS = "Adapters"
+OPTIMIZATION = "Optimization"
+SAVING = "Evaluating, saving and logging"
 
 
 def model_or_demo(model: str | None) -> str | None:
-    """The model of --model; of "demo" the folder of the one that comes with the package."""
+    """Return the value of --model, with "demo" replaced by the folder of the bundled model."""
     if model != "demo":
         return model
     from mlx_esm_hf.demo import demo_model
@@ -27,46 +29,121 @@ def model_or_demo(model: str | None) -> str | None:
 
 
 def models_or_demo(models: list[str]) -> list[str]:
-    """The same of several."""
+    """Apply `model_or_demo` to each value of --model."""
     return [model_or_demo(model) or "" for model in models]
 
 
-MODEL = "A model on the Hub, or a folder; demo, the small one that comes with the package."
-Model = Annotated[str, typer.Option(help=MODEL, callback=model_or_demo)]
-Models = Annotated[list[str], typer.Option(help=f"{MODEL} Once for each of several.", callback=models_or_demo)]
-OptionalModel = Annotated[str | None, typer.Option(help=f"{MODEL} It is trained further.", callback=model_or_demo)]
-Output = Annotated[Path, typer.Option(help="What to write: a file, by its suffix, or a folder of shards.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default what suits the device.")]
-Activations = Annotated[
-    str | None,
-    typer.Option(help="int8: round what quantized layers of 4 or 8 bits are given to 8 bits, too; faster on a CPU."),
+# Proteins
+
+FASTA = "Proteins in FASTA, plain, gzipped or zstandard-compressed; - reads standard input."
+Fasta = Annotated[str, typer.Argument(help=FASTA)]
+OptionalFasta = Annotated[str | None, typer.Argument(help=FASTA)]
+Aligned = Annotated[
+    bool, typer.Option("--aligned", help="Keep gaps (- and .), which are dropped by default.", rich_help_panel=INPUT)
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or gpu; by default MLX's own choice.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop at an invalid record instead of leaving it out.", rich_help_panel=INPUT)
+]
 Long = Annotated[
-    str, typer.Option(help="Proteins beyond the position table: error, truncate, or window (overlapping, blended).")
+    str,
+    typer.Option(
+        help="Proteins longer than the model's position table: error, truncate, or window (overlapping windows, "
+        "blended).",
+        rich_help_panel=INPUT,
+    ),
 ]
+
+# Models
+
+MODEL = "Hub id or folder of a model; demo is the small model bundled with the package."
+Model = Annotated[str, typer.Option(help=MODEL, callback=model_or_demo)]
+Models = Annotated[list[str], typer.Option(help=f"{MODEL} Repeat for several models.", callback=models_or_demo)]
+OptionalModel = Annotated[str | None, typer.Option(help=f"{MODEL} Continue training it.", callback=model_or_demo)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.", rich_help_panel=LOADING)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, float16 or bfloat16. Default: the checkpoint's on a GPU, float32 on a CPU.",
+        rich_help_panel=LOADING,
+    ),
+]
+ActivationDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="int8: also round the inputs of quantized layers of 4 or 8 bits; faster on a CPU.", rich_help_panel=LOADING
+    ),
+]
+
+# Computing
+
+Output = Annotated[Path, typer.Option(help="File to write, in the format of its suffix, or a folder of shards.")]
+Device = Annotated[str | None, typer.Option(help="cpu or gpu. Default: MLX's choice.", rich_help_panel=COMPUTING)]
 BatchTokens = Annotated[
-    str, typer.Option(help="Most tokens that go through the model together; auto: as many as fit into memory.")
+    str,
+    typer.Option(help="Maximum tokens per batch; auto: as many as fit into memory.", rich_help_panel=COMPUTING),
 ]
-Aligned = Annotated[bool, typer.Option("--aligned", help="Keep gaps (- and .), which are dropped otherwise.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at a bad record instead of leaving it out.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only errors.")]
+
+# Training
+
+OutputFolder = Annotated[Path, typer.Option("--output", help="Folder for the model, its checkpoints and the log.")]
+Accumulate = Annotated[int, typer.Option(help="Batches per optimizer step.", min=1, rich_help_panel=OPTIMIZATION)]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Optimizer steps. Default: as many as the epochs have.", min=1, rich_help_panel=OPTIMIZATION),
+]
+Epochs = Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=OPTIMIZATION)]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=OPTIMIZATION)]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        help="Learning rate schedule: linear, cosine, constant or constant_with_warmup.", rich_help_panel=OPTIMIZATION
+    ),
+]
+Warmup = Annotated[
+    float,
+    typer.Option(help="Warm-up steps; a value below 1 is a fraction of all steps.", rich_help_panel=OPTIMIZATION),
+]
+WeightDecay = Annotated[
+    float,
+    typer.Option(
+        help="AdamW's weight decay, for all parameters except biases and layer norms.", rich_help_panel=OPTIMIZATION
+    ),
+]
+Clip = Annotated[float, typer.Option(help="Maximum gradient norm; 0 turns clipping off.", rich_help_panel=OPTIMIZATION)]
+Bf16 = Annotated[
+    bool,
+    typer.Option("--bf16", help="Compute in bfloat16 with float32 weights; for a GPU.", rich_help_panel=OPTIMIZATION),
+]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Recompute activations for the gradient: less memory, a third more time.",
+        rich_help_panel=OPTIMIZATION,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Random seed. Equal seeds give equal models.", min=0)]
+Keep = Annotated[int, typer.Option(help="Number of checkpoints to keep.", min=1, rich_help_panel=SAVING)]
+LogEvery = Annotated[int, typer.Option(help="Steps between lines of log.jsonl.", min=1, rich_help_panel=SAVING)]
+Picture = Annotated[
+    Path | None, typer.Option(help="Plot the losses to a .png, .svg or .pdf file.", rich_help_panel=SAVING)
+]
 
 
-def tokens_of(batch_tokens: str) -> int | None:
-    """The number that --batch-tokens gives; None for auto.
+def parse_batch_tokens(text: str) -> int | None:
+    """Return the value of --batch-tokens as a number, or None for "auto".
 
     Raises:
-        ValueError: it is neither.
+        UserError: the value is neither.
     """
-    if batch_tokens == "auto":
+    if text == "auto":
         return None
-    if not batch_tokens.isdecimal() or int(batch_tokens) < 1:
-        raise UserError(f"--batch-tokens {batch_tokens}: auto, or a number of tokens, is needed.")
-    return int(batch_tokens)
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch-tokens must be auto or a positive integer, got {text}.")
+    return int(text)
 
 
-def listed(text: str) -> list[str]:
-    """The entries of a list like "mean,cls"."""
+def parse_list(text: str) -> list[str]:
+    """Return the entries of a comma-separated list such as "mean,cls"."""
     return [entry.strip() for entry in text.split(",") if entry.strip()]

@@ -1,4 +1,4 @@
-"""mlx-esm perplexity"""
+"""The command `mlx-esm perplexity`."""
 
 from __future__ import annotations
 
@@ -6,42 +6,28 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.options import (
-    Activations,
-    Aligned,
-    BatchTokens,
-    Device,
-    Dtype,
-    Fasta,
-    Long,
-    Model,
-    Output,
-    Quiet,
-    Revision,
-    Strict,
-    tokens_of,
-)
+from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
 
 def command(
-    fasta: Fasta,
-    model: Model,
-    output: Output,
-    method: Annotated[str, typer.Option(help="exact (a pass for each residue), or one-pass, an estimate.")] = "exact",
-    revision: Revision = None,
-    dtype: Dtype = None,
-    activation_dtype: Activations = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    aligned: Aligned = False,
-    strict: Strict = False,
-    quiet: Quiet = False,
+    fasta: opt.Fasta,
+    model: opt.Model,
+    output: opt.Output,
+    method: Annotated[str, typer.Option(help="exact (one pass per residue) or one-pass (an estimate).")] = "exact",
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    activation_dtype: opt.ActivationDtype = None,
+    device: opt.Device = None,
+    long: opt.Long = "error",
+    batch_tokens: opt.BatchTokens = "auto",
+    aligned: opt.Aligned = False,
+    strict: opt.Strict = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Pseudo-perplexity: how well the model foresees each residue from all others; low is natural.
+    """Compute the pseudo-perplexity: how well the model predicts each residue from all others.
 
-    The output is a CSV file.
+    Natural proteins score low. Writes a CSV file.
 
     Example: mlx-esm perplexity proteins.fasta --model facebook/esm2_t6_8M_UR50D --output perplexity.csv
     """
@@ -58,7 +44,7 @@ def command(
             activation_dtype=activation_dtype,
             device=device,
             long=long,
-            batch_tokens=tokens_of(batch_tokens),
+            batch_tokens=opt.parse_batch_tokens(batch_tokens),
             aligned=aligned,
             strict=strict,
             progress=run.show,

@@ -1,4 +1,4 @@
-"""mlx-esm push"""
+"""The command `mlx-esm push`."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_esm_hf.cli.running import stderr, told
+from mlx_esm_hf.cli.running import reporting_errors, stderr
 
 if TYPE_CHECKING:
     from mlx_esm_hf.hub import Publication
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="A folder with a checkpoint.", exists=True, file_okay=False)],
-    repo: Annotated[str, typer.Argument(help="owner/name, or a name under your own.")],
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload model",
-    private: Annotated[bool, typer.Option("--private", help="Let a new repository be private.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder with a checkpoint.", exists=True, file_okay=False)],
+    repo: Annotated[str, typer.Argument(help="owner/name, or a name in your own namespace.")],
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload model",
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", "--branch", help="The branch; it is made if it is not there.")
+        str | None, typer.Option("--revision", "--branch", help="Branch to push to; created if it does not exist.")
     ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    base_model: Annotated[str | None, typer.Option(help="What it was made from, for the card.")] = None,
-    license: Annotated[str | None, typer.Option(help="Such as mit, for the card; by default the base model's.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Send nothing, list what would go.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the base model, for the model card.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence for the model card, such as mit. Default: the base model's.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Upload nothing; list what would be uploaded.")] = False,
 ) -> None:
     """Publish a checkpoint on the Hub: weights, config, tokenizer and a model card, in one commit.
 
-    The account is that of `hf auth login`, or of the token in HF_TOKEN. A README.md in the folder is the card, else one
-    that somebody wrote in the repository; else a card is written. If it is stopped, the same command sends only what is
-    missing.
+    Uses the account of `hf auth login` or the token in HF_TOKEN. A README.md in the folder becomes the model card; if
+    there is none, a hand-written card in the repository is kept; otherwise a card is generated. Run the same command
+    again to continue an interrupted push.
 
     Example: mlx-esm push my-model me/my-model --base-model facebook/esm2_t12_35M_UR50D
     """
-    with told(stderr(), lambda: "Stopped. The same command sends only what is missing."):
+    with reporting_errors(stderr(), lambda: "Stopped. Run the same command again to upload what is missing."):
         from mlx_esm_hf.hub import publish
 
         publication = publish(
@@ -48,20 +50,20 @@ def command(
             license=license,
             dry_run=dry_run,
         )
-    for line in listing(publication):
+    for line in file_list(publication):
         typer.echo(line)
 
 
-def listing(publication: Publication) -> list[str]:
-    """What is published, left out and deleted, a file a line, and where it is."""
+def file_list(publication: Publication) -> list[str]:
+    """Return one line per file that is published, left out or deleted, and a line with the total and the address."""
     lines = [f"{size:>15,}  {name}" for name, size in publication.files.items()]
     if publication.kept_card:
-        lines.append(f"{'stays':>15}  README.md")
+        lines.append(f"{'unchanged':>15}  README.md")
     lines += [f"{'deleted':>15}  {name}" for name in publication.deleted]
     lines += [f"{'left out':>15}  {name}: {why}" for name, why in publication.left_out.items()]
     if not publication.tokenizer:
-        lines.append(f"{'lacking':>15}  a tokenizer: tokenizer.save_pretrained puts it into the folder")
+        lines.append(f"{'missing':>15}  a tokenizer: add it with tokenizer.save_pretrained(folder)")
     total = f"{sum(publication.files.values()):,} bytes in {len(publication.files)} files"
     if publication.commit is None:
-        return [*lines, f"{total} would go to {publication.repo_id}. Nothing was sent."]
+        return [*lines, f"{total} would be uploaded to {publication.repo_id}. Nothing was uploaded."]
     return [*lines, f"{total}: {publication.commit.pr_url or publication.commit.commit_url}"]

@@ -1,6 +1,6 @@
-"""What a command shows while it runs, and how it ends.
+"""What a command shows while it runs, and its exit codes.
 
-Exit codes: 0, done; 1, an error; 3, done, but some of the input was left out; 130, stopped by Ctrl-C.
+Exit codes: 0, done; 1, an error; 3, done, but some records were left out; 130, stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAILED, LEFT_OUT, STOPPED = 1, 3, 130
 
 
 class Running:
-    """A command at work, on the terminal."""
+    """A running command on the terminal: its progress bar and its summary."""
 
     def __init__(self, console: Console, quiet: bool):
         self.console, self.quiet = console, quiet
@@ -37,7 +37,7 @@ class Running:
         self.task = self.bar.add_task("", total=None, speed="", doing="")
 
     def show(self, progress: Progress) -> None:
-        """Move the bar; the jobs call this."""
+        """Advance the progress bar. Jobs call this after each step."""
         self.residues += progress.computed
         speed = f"{self.residues / (time.perf_counter() - self.begin):,.0f} residues/s" if self.residues else ""
         self.bar.update(
@@ -45,10 +45,11 @@ class Running:
         )
 
     def finish(self, output: Path, report: Any) -> None:
-        """Say what was computed, changed and left out; exit with 3 if something was left out.
+        """Print what was computed, changed and left out, and exit with code 3 if records were left out.
 
         Args:
-            report: the `Report` that a job returns for an output.
+            output: the file or folder that was written.
+            report: the `Report` returned by the job.
         """
         if self.residues and not self.quiet:
             seconds = time.perf_counter() - self.begin
@@ -58,7 +59,7 @@ class Running:
             self.console.print(f"{report.replaced} letters outside the alphabet were read as X.")
         if report.gaps and not self.quiet:
             self.console.print(f"{report.gaps} gaps were dropped; --aligned keeps them.")
-        if report.left_out and not other_rank():
+        if report.left_out and not is_other_rank():
             for message in report.left_out:
                 self.console.print(f"Left out: {message}")
             raise typer.Exit(LEFT_OUT)
@@ -66,37 +67,42 @@ class Running:
 
 @contextmanager
 def running(output: Path | None, quiet: bool = False, source: str = "") -> Iterator[Running]:
-    """Around the work of a job: a progress bar on a terminal, and errors as messages.
+    """Run a job with a progress bar on a terminal, and print user errors without a traceback.
 
     Args:
         output: what the command writes.
-        quiet: print nothing but errors.
-        source: of the proteins.
+        quiet: print only errors.
+        source: where the proteins come from.
     """
-    run = Running(stderr(), quiet or other_rank())
-    with told(run.console, lambda: f"Stopped. What is done is kept in {output}; {going_on(source)}."), run.bar:
+    run = Running(stderr(), quiet or is_other_rank())
+    with (
+        reporting_errors(run.console, lambda: f"Stopped. Progress is saved in {output}; {resume_hint(source)}."),
+        run.bar,
+    ):
         yield run
 
 
-def going_on(source: str) -> str:
-    """Whether what was stopped can be taken up again."""
+def resume_hint(source: str) -> str:
+    """Return whether and how a stopped run can be resumed."""
     from mlx_esm_hf.data.proteins import is_stream
 
     if is_stream(source):
-        return "what is read only once cannot be taken up again"
-    return "the same command goes on from there"
+        return "input from a stream cannot be read again, so this run cannot be resumed"
+    return "run the same command again to resume"
 
 
 def stderr() -> Console:
+    """Return a console on standard error that prints text as it is."""
     return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
-def told(console: Console, stopped: Callable[[], str]) -> Iterator[None]:
-    """Around what may fail: errors as messages, and the exit codes; bugs keep their traceback.
+def reporting_errors(console: Console, stopped: Callable[[], str]) -> Iterator[None]:
+    """Print user errors as messages and exit with the right code; other exceptions are bugs and keep their traceback.
 
     Args:
-        stopped: what to say after Ctrl-C.
+        console: where to print.
+        stopped: returns the message after Ctrl-C.
     """
     try:
         yield
@@ -108,8 +114,31 @@ def told(console: Console, stopped: Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(STOPPED) from None
 
 
-def other_rank() -> bool:
-    """Whether another process of this run, the first rank, does the talking."""
+def is_other_rank() -> bool:
+    """Return whether rank 0 of this run, another process, prints the messages."""
     import mlx.core as mx
 
     return mx.distributed.init().rank() > 0
+
+
+def print_training_summary(output: Path, perplexity: bool = False) -> None:
+    """Print the last loss and the last validation metrics of a training's log.
+
+    Args:
+        output: the training's folder.
+        perplexity: also print the perplexity, for language models.
+    """
+    import json
+    import math
+
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    trained = next(line for line in reversed(lines) if "loss" in line)
+    typer.echo(f"{trained['step']} steps, {trained['tokens']:,} tokens; loss {trained['loss']:.3f}: {output}", err=True)
+    for line in reversed(lines):
+        if "eval_loss" in line:
+            metrics = {name: x for name, x in line.items() if name.startswith("eval_") and name != "eval_runtime"}
+            if perplexity:
+                metrics["perplexity"] = math.exp(line["eval_loss"])
+            text = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items())
+            typer.echo(f"validation: {text}", err=True)
+            return

@@ -1,4 +1,4 @@
-"""mlx-esm score"""
+"""The command `mlx-esm score`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,43 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli.options import Activations, BatchTokens, Device, Dtype, Long, Models, Quiet, Revision, tokens_of
+from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
 
 def command(
-    sequence: Annotated[str, typer.Option(help="The wild type, or a FASTA file with it.")],
-    model: Models,
-    output: Annotated[Path, typer.Option(help="The CSV file to write.")],
+    sequence: Annotated[str, typer.Option(help="The wild type: a sequence, or a FASTA file with it.")],
+    model: opt.Models,
+    output: Annotated[Path, typer.Option(help="CSV file to write.")],
     mutants: Annotated[
-        Path | None, typer.Argument(help="CSV with a column of mutations; without, all of them.", dir_okay=False)
+        Path | None,
+        typer.Argument(help="CSV file with a column of mutations. Default: all single mutations.", dir_okay=False),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="masked-marginals, wt-marginals (one pass), or pseudo-perplexity (of each mutant).")
+        str,
+        typer.Option(help="masked-marginals, wt-marginals (one pass) or pseudo-perplexity (of each mutant; slow)."),
     ] = "masked-marginals",
-    mutant_column: Annotated[str, typer.Option(help="Of the CSV file: A42G, or A42G:L7P.")] = "mutant",
-    first_residue: Annotated[int, typer.Option(help="The number of the first residue in the table.")] = 1,
-    picture: Annotated[Path | None, typer.Option(help="Without MUTANTS: a heat map, .png or .svg.")] = None,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    activation_dtype: Activations = None,
-    device: Device = None,
-    long: Long = "error",
-    batch_tokens: BatchTokens = "auto",
-    quiet: Quiet = False,
+    mutant_column: Annotated[
+        str, typer.Option(help="Column with the mutations, such as A42G or A42G:L7P.", rich_help_panel=opt.INPUT)
+    ] = "mutant",
+    first_residue: Annotated[
+        int, typer.Option(help="Number of the sequence's first residue in the table.", rich_help_panel=opt.INPUT)
+    ] = 1,
+    picture: Annotated[
+        Path | None, typer.Option(help="Plot a heat map to a .png or .svg file (only without MUTANTS).")
+    ] = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = None,
+    activation_dtype: opt.ActivationDtype = None,
+    device: opt.Device = None,
+    long: opt.Long = "error",
+    batch_tokens: opt.BatchTokens = "auto",
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Score mutations without training on them: the higher, the more natural is the mutant to the model.
+    """Score the effects of mutations without training. A higher score means a mutant that the model finds more natural.
 
-    The output is the table with a column for each model, and their mean if they are several. Without MUTANTS all 20
-    residues at each position are scored.
+    Writes the table with one column per model, and their mean for several models. Without MUTANTS, all 20 residues at
+    each position are scored.
 
     Example: mlx-esm score mutants.csv --sequence MKTAYIAKQR --model facebook/esm1v_t33_650M_UR90S_1 --output scores.csv
     """
@@ -57,7 +65,7 @@ def command(
             activation_dtype=activation_dtype,
             device=device,
             long=long,
-            batch_tokens=tokens_of(batch_tokens),
+            batch_tokens=opt.parse_batch_tokens(batch_tokens),
             progress=run.show,
         )
     run.finish(output, Report(replaced=scores.replaced, left_out=scores.left_out))

@@ -1,4 +1,4 @@
-"""mlx-esm train"""
+"""The command `mlx-esm train`."""
 
 from __future__ import annotations
 
@@ -7,47 +7,67 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.cli import training_options as options
-from mlx_esm_hf.cli.options import Device, OptionalModel, Quiet, listed
-from mlx_esm_hf.cli.running import running
+from mlx_esm_hf.cli import options as opt
+from mlx_esm_hf.cli.running import print_training_summary, running
 from mlx_esm_hf.errors import UserError
 
 
 def command(
     proteins: Annotated[list[Path], typer.Argument(help="FASTA files, plain, gzipped or zstandard-compressed.")],
-    output: options.Folder,
-    model: OptionalModel = None,
+    output: opt.OutputFolder,
+    model: opt.OptionalModel = None,
     shape: Annotated[
-        str | None, typer.Option(help="Of a new ESM-2 instead: layers, hidden size and heads, such as 6,320,20.")
+        str | None,
+        typer.Option(help="Train a new ESM-2 of this shape: layers, hidden size and heads, such as 6,320,20."),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="How often each file is drawn from, such as 3,1.")] = None,
-    validation: Annotated[Path | None, typer.Option(help="FASTA to validate with.")] = None,
-    validation_share: Annotated[float, typer.Option(help="Without it, the share of the sequences held out.")] = 0.01,
-    context: Annotated[int, typer.Option(help="Most tokens of a piece of a protein.", min=3)] = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens to a batch.", min=1)] = 8192,
-    accumulate: options.Accumulate = 1,
-    steps: options.Steps = None,
-    epochs: options.Epochs = 1.0,
-    learning_rate: options.LearningRate = 4e-4,
-    schedule: options.Schedule = "linear",
-    warmup: options.Warmup = 0.05,
-    weight_decay: options.WeightDecay = 0.01,
-    clip: options.Clip = 1.0,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations.", min=1)] = 500,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 500,
-    keep: options.Keep = 2,
-    log_every: options.LogEvery = 10,
-    bf16: options.Bf16 = False,
-    gradient_checkpointing: options.GradientCheckpointing = False,
-    seed: options.Seed = 0,
-    picture: options.Picture = None,
-    device: Device = None,
-    quiet: Quiet = False,
+    seed: opt.Seed = 0,
+    weights: Annotated[
+        str | None, typer.Option(help="Sampling weight of each file, such as 3,1.", rich_help_panel=opt.DATA)
+    ] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="FASTA file to validate with.", rich_help_panel=opt.DATA)
+    ] = None,
+    validation_share: Annotated[
+        float,
+        typer.Option(
+            help="Fraction of the sequences to validate with, if --validation is not given.", rich_help_panel=opt.DATA
+        ),
+    ] = 0.01,
+    context: Annotated[
+        int,
+        typer.Option(
+            help="Maximum tokens of a crop; longer proteins are cropped at random.", min=3, rich_help_panel=opt.DATA
+        ),
+    ] = 512,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens per batch.", min=1, rich_help_panel=opt.OPTIMIZATION)
+    ] = 8192,
+    accumulate: opt.Accumulate = 1,
+    steps: opt.Steps = None,
+    epochs: opt.Epochs = 1.0,
+    learning_rate: opt.LearningRate = 4e-4,
+    schedule: opt.Schedule = "linear",
+    warmup: opt.Warmup = 0.05,
+    weight_decay: opt.WeightDecay = 0.01,
+    clip: opt.Clip = 1.0,
+    bf16: opt.Bf16 = False,
+    gradient_checkpointing: opt.GradientCheckpointing = False,
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps between evaluations.", min=1, rich_help_panel=opt.SAVING)
+    ] = 500,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints.", min=1, rich_help_panel=opt.SAVING)
+    ] = 500,
+    keep: opt.Keep = 2,
+    log_every: opt.LogEvery = 10,
+    picture: opt.Picture = None,
+    device: opt.Device = None,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Train a masked language model of proteins, from scratch (--shape) or further (--model), by ESM's objective.
+    """Train a masked language model with ESM's objective, from scratch (--shape) or from a checkpoint (--model).
 
-    The output is a folder with the model, which every other command takes, checkpoints and log.jsonl. A training that
-    was stopped goes on when the same command is given again.
+    Writes a folder with the model, which every other command accepts, its checkpoints and log.jsonl. Run the same
+    command again to resume an interrupted training.
 
     Example: mlx-esm train proteins.fasta --shape 6,320,20 --steps 2000 --output my-esm
     """
@@ -58,15 +78,15 @@ def command(
         from mlx_esm_hf.training.pretrain import pretrain
 
         if (model is None) == (shape is None):
-            raise UserError("Either --model, to train further, or --shape, of a new model, is needed.")
+            raise UserError("Pass either --model to continue training a model, or --shape to train a new one.")
         check_picture_of(picture)
         use_device(device)
         report = Report()
         pretrain(
             proteins,
             output,
-            model or shape_of(shape or ""),
-            weights=None if weights is None else numbers(weights),
+            model or parse_shape(shape or ""),
+            weights=None if weights is None else parse_weights(weights),
             validation=validation,
             validation_share=validation_share,
             context=context,
@@ -93,31 +113,32 @@ def command(
         if picture is not None:
             draw_losses(output, picture)
     if not quiet:
-        options.print_summary(output, perplexity=True)
+        print_training_summary(output, perplexity=True)
     run.finish(output, report)
 
 
-def shape_of(text: str) -> tuple[int, int, int]:
-    """Layers, hidden size and heads.
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Return the layers, hidden size and heads of --shape.
 
     Raises:
-        ValueError: the text is not of three such numbers.
+        UserError: the text is not three positive integers, or the hidden size does not suit the heads.
     """
-    parts = listed(text)
+    parts = opt.parse_list(text)
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--shape {text}: layers, hidden size and heads are needed, such as 6,320,20.")
+        raise UserError(f"--shape must be layers, hidden size and heads such as 6,320,20, got {text}.")
     layers, hidden_size, heads = (int(part) for part in parts)
     if hidden_size % (2 * heads):
         raise UserError(f"--shape {text}: the hidden size must be a multiple of twice the number of heads.")
     return layers, hidden_size, heads
 
 
-def numbers(text: str) -> list[float]:
-    """
+def parse_weights(text: str) -> list[float]:
+    """Return the numbers of --weights.
+
     Raises:
-        ValueError: what is no number.
+        UserError: an entry is not a number.
     """
     try:
-        return [float(part) for part in listed(text)]
+        return [float(part) for part in opt.parse_list(text)]
     except ValueError:
-        raise UserError(f"--weights {text}: numbers are needed, such as 3,1.") from None
+        raise UserError(f"--weights must be a comma-separated list of numbers such as 3,1, got {text}.") from None

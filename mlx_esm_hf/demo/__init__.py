@@ -1,6 +1,6 @@
-"""The small ESM-2 that comes with the package, for trying things out where there is no network and no patience.
+"""A small ESM-2 included in the package, for trying things out without a download.
 
-`examples/train_demo_model.py` made it; `README.md` in this folder is its card.
+`examples/train_demo_model.py` trained it; `README.md` in this folder is its model card.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 
 
 def demo_model() -> str:
-    """The folder of the model, for `from_pretrained` and `--model demo`. Says each time that it is no real model."""
+    """Return the demo model's folder, for `from_pretrained` and `--model demo`, and log that it is only a demo."""
     logger.warning(
-        "The demo model is for trying things out: it knows little about proteins. For answers name a real one, such as "
-        "facebook/esm2_t33_650M_UR50D."
+        "The demo model is for trying things out: it knows little about proteins. For real results use a published "
+        "model, such as facebook/esm2_t33_650M_UR50D."
     )
     return str(Path(__file__).parent)

@@ -24,19 +24,16 @@ from mlx_esm_hf.models.esmfold.modeling_esmfold import (
     DISTOGRAM_BINS,
     MLXEsmForProteinFolding,
     atom14_to_atom37,
-    encode_sequence,
 )
+from mlx_esm_hf.models.esmfold.protein import encode_sequence
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37, RESTYPES, RESTYPES_WITH_X
 from mlx_esm_hf.ops.pairs import NUMBERS_AT_A_TIME
 from mlx_esm_hf.runs.job import Arrays, Files, Item, OnProgress, Progress, Result, no_files, no_progress
 from mlx_esm_hf.runs.outputs import check_library, check_outputs, earlier_settings
 from mlx_esm_hf.runs.run import Run
+from mlx_esm_hf.runtime.costs import costs
 from mlx_esm_hf.runtime.device import use_device
 
-# Of a batch, by the device: fair-esm's, and where larger ones are no faster, as many as a kill may cost.
-BATCH_TOKENS = {"gpu": 1024, "cpu": 256}
-# What starting a batch costs, in pairs of residues computed in that time: measured on a CPU, for a GPU an estimate.
-START_PAIRS = {"gpu": 128**2, "cpu": 700}
 LINKER = "G" * 25  # between two chains, as fair-esm has it
 PAIR_STATES = 8  # that are in memory at a time, at most
 
@@ -285,7 +282,7 @@ class FoldingModel:
 
     def most_tokens(self, room: int, wanted: int) -> int:
         """The residues of a batch: as many as are wanted, or 0, as suit the device, if they fit into so many bytes."""
-        wanted = wanted or BATCH_TOKENS[mx.default_device().type.name]
+        wanted = wanted or costs().fold_batch_tokens
         return max(1, bisect_right(range(wanted + 1), room, key=self.bytes_needed) - 1)
 
     def predict(self, proteins: Sequence[np.ndarray]) -> list[Arrays]:
@@ -354,8 +351,8 @@ def predictions(model: FoldingModel, items: Sequence[Item], progress: OnProgress
     """The results of items, those of like length folded together; which one is told at each pass."""
     results: list[Arrays] = [{} for _ in items]
     lengths = [model.linked_length(item.content) for item in items]
-    start = START_PAIRS[mx.default_device().type.name]
-    for rows in by_length(lengths, model.batch_tokens, lambda length: length**2 / start):
+    launch = costs().fold_launch_pairs
+    for rows in by_length(lengths, model.batch_tokens, lambda length: length**2 / launch):
         first = items[rows[0]]
         others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
 

@@ -232,8 +232,8 @@ class Room:
         self.free = memory.free_memory() // distributed.size()
         earlier = earlier_settings(output).get("memory")
         # The ranks have to leave out the same proteins, and those that do not write may not see the output.
-        known = distributed.smallest(NO_LIMIT if earlier is None else earlier)
-        self.mebibytes = distributed.smallest(self.free >> 20) if known == NO_LIMIT else known
+        known = distributed.all_min(NO_LIMIT if earlier is None else earlier)
+        self.mebibytes = distributed.all_min(self.free >> 20) if known == NO_LIMIT else known
 
     @property
     def bytes(self) -> int:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from itertools import islice, product
-from string import ascii_lowercase, ascii_uppercase, digits
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +19,13 @@ import numpy as np
 from mlx_esm_hf import plots
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.esmfold.modeling_esmfold import aligned_error_centers
+from mlx_esm_hf.models.esmfold.protein import ONE_LETTER_CHAINS, pdb_text
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37, ATOM37_MASK, RESIDUE_NAMES, RESTYPES_WITH_X
 from mlx_esm_hf.runs.ids import FileNames
 from mlx_esm_hf.runs.job import Result
 from mlx_esm_hf.version import __version__
 
 ALPHA = ATOM37.index("CA")
-ONE_LETTER_CHAINS = ascii_uppercase + ascii_lowercase + digits
 PDB_RESIDUES, PDB_ATOMS = 9_999, 99_999  # that the columns of a PDB file have digits for, in a chain and in all
 TITLE = 200  # characters of an id that a file's title repeats
 UNQUOTED = r'[^ -~]|["\\]'
@@ -104,24 +104,11 @@ def refuse_for_pdb(aatype: np.ndarray, chain_index: np.ndarray) -> None:
 
 
 def pdb(result: Result) -> bytes:
-    """A PDB file; the B factor is each atom's pLDDT."""
-    import gemmi
-
-    structure = gemmi.Structure()
-    structure.info["_struct.title"] = title_of(result)
-    model = gemmi.Model(1)
-    for name, residues in chains_of(result).items():
-        chain = gemmi.Chain(name)
-        for number, residue in enumerate(residues, start=1):
-            if residue.atoms:
-                chain.add_residue(gemmi_residue(residue, number, name))
-        model.add_chain(chain)
-        entity = gemmi.Entity(name)
-        entity.entity_type, entity.polymer_type = gemmi.EntityType.Polymer, gemmi.PolymerType.PeptideL
-        entity.subchains, entity.full_sequence = [name], [residue.name for residue in residues]
-        structure.entities.append(entity)
-    structure.add_model(model)
-    return structure.make_pdb_string().encode("ascii")
+    """Return a PDB file; the B factor is each atom's pLDDT."""
+    aatype, chain_index, positions, plddt = (
+        result.arrays[name] for name in ("aatype", "chain_index", "positions", "plddt")
+    )
+    return pdb_text(aatype, chain_index, positions, ATOM37_MASK[aatype], plddt, title_of(result)).encode("ascii")
 
 
 def title_of(result: Result) -> str:
@@ -133,21 +120,6 @@ def entry_of(result: Result) -> str:
     """The id of an mmCIF file, which must be no word of the format."""
     name = result.name or FileNames().name(result.id)
     return f"_{name}" if name.lower().startswith(RESERVED) else name
-
-
-def gemmi_residue(residue: Residue, number: int, chain: str) -> Any:
-    """A residue as gemmi has it."""
-    import gemmi
-
-    made = gemmi.Residue()
-    made.name, made.seqid, made.subchain = residue.name, gemmi.SeqId(number, " "), chain
-    made.entity_type = gemmi.EntityType.Polymer
-    for atom in residue.atoms:
-        one = gemmi.Atom()
-        one.name, one.element, one.pos = atom.name, gemmi.Element(atom.element), gemmi.Position(*atom.position)
-        one.occ, one.b_iso = 1.0, atom.plddt
-        made.add_atom(one)
-    return made
 
 
 def mmcif(result: Result) -> bytes:

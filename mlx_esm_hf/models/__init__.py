@@ -1,1 +1,1 @@
-"""The networks, a folder for each family, named and laid out as in transformers' `models/`."""
+"""The networks, one folder per family, named and laid out as in transformers' `models/`."""

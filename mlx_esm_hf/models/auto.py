@@ -1,4 +1,4 @@
-"""The class that belongs to a checkpoint, by the `model_type` of its config; mirrors transformers' `AutoModel`."""
+"""Choose the model class by the `model_type` of a checkpoint's config; mirrors transformers' `AutoModel`."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from mlx_esm_hf.models.esmc.modeling_esmc import (
 
 
 class AutoClass:
-    """What the four below have in common. They are never made: `from_pretrained` returns a model of the right class."""
+    """Base of the Auto classes, which have no instances: `from_pretrained` returns a model of the matching class."""
 
-    models: ClassVar[dict[str, type[MLXPreTrainedModel]]]  # model_type: class
+    models: ClassVar[dict[str, type[MLXPreTrainedModel]]]  # {model_type: class}
 
     @classmethod
     def register(cls, config_class: type[PreTrainedConfig], model_class: type[MLXPreTrainedModel]) -> None:
-        """Let `from_pretrained` find a class of your own."""
+        """Add a model class for the `model_type` of a config class."""
         cls.models[config_class.model_type] = model_class
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        """A model with random weights."""
+        """Return a model with random weights."""
         return cls._class_for(config.model_type, type(config).__name__)(config, **kwargs)
 
     @classmethod
@@ -49,15 +49,22 @@ class AutoClass:
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint into the class of its `model_type`.
+        """Load a checkpoint into the class for its `model_type`.
 
-        The arguments, what is returned and what is raised are those of the class's own `from_pretrained`
-        (`MLXPreTrainedModel.from_pretrained`).
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            config: a config, Hub id or folder to use instead of the checkpoint's config.
+            kwargs: see `MLXPreTrainedModel.from_pretrained`.
+
+        Returns:
+            The result of `MLXPreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: no class is known for this `model_type`.
+            ValueError: no class is registered for this `model_type`. Other errors are those of
+                `MLXPreTrainedModel.from_pretrained`.
 
         Example:
+            >>> from mlx_esm_hf import MLXAutoModelForMaskedLM
             >>> model = MLXAutoModelForMaskedLM.from_pretrained("facebook/esm2_t6_8M_UR50D")
         """
         source = pretrained_model_name_or_path if config is None else config
@@ -66,7 +73,7 @@ class AutoClass:
         else:
             where = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
             hub = {name: kwargs[name] for name in where if name in kwargs}
-            if config is None:  # asked once, so that the class, its config and the weights are of one commit
+            if config is None:  # resolve once, so that config and weights belong to one commit
                 kwargs["revision"] = hub["revision"] = commit_of(str(source), **hub)
             model_type = read_config(str(source), **hub).get("model_type", "")
         model_class = cls._class_for(model_type, str(source))
@@ -76,7 +83,8 @@ class AutoClass:
     def _class_for(cls, model_type: Any, source: str) -> Any:
         if not isinstance(model_type, str) or model_type not in cls.models:
             raise UserError(
-                f"{source} has model_type {model_type!r}; {cls.__name__} knows {', '.join(map(repr, cls.models))}."
+                f"{cls.__name__} has no class for model_type {model_type!r} of {source}, expected one of "
+                f"{', '.join(map(repr, cls.models))}."
             )
         return cls.models[model_type]
 
@@ -92,7 +100,7 @@ class MLXAutoModel(AutoClass):
 
 
 class MLXAutoModelForMaskedLM(AutoClass):
-    """A model with its language-model head."""
+    """A model with a language-model head."""
 
     models: ClassVar = {
         MLXEsmConfig.model_type: MLXEsmForMaskedLM,
@@ -102,7 +110,7 @@ class MLXAutoModelForMaskedLM(AutoClass):
 
 
 class MLXAutoModelForSequenceClassification(AutoClass):
-    """A model with a classifier or regressor over the whole sequence."""
+    """A model with a classifier or regressor for whole sequences."""
 
     models: ClassVar = {
         MLXEsmConfig.model_type: MLXEsmForSequenceClassification,
@@ -112,7 +120,7 @@ class MLXAutoModelForSequenceClassification(AutoClass):
 
 
 class MLXAutoModelForTokenClassification(AutoClass):
-    """A model with a classifier over each token."""
+    """A model with a classifier for each token."""
 
     models: ClassVar = {
         MLXEsmConfig.model_type: MLXEsmForTokenClassification,

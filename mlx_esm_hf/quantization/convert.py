@@ -1,4 +1,4 @@
-"""A checkpoint in another precision: cast, quantized or dequantized, and compared with what it was made from."""
+"""Convert a checkpoint to another precision: cast, quantize or dequantize it, and compare it with the original."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import gc
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +44,7 @@ from mlx_esm_hf.quantization.layers import (
     replace_layers,
 )
 from mlx_esm_hf.quantization.report import Row, compare, table
+from mlx_esm_hf.runtime.files import new_folder
 from mlx_esm_hf.version import __version__
 
 CLASSES: dict[str, Any] = {
@@ -61,12 +60,12 @@ How = int | str | None  # bits, a mode, or None for full precision
 
 @dataclass
 class Conversion:
-    """What `convert` did.
+    """The result of `convert`.
 
     Attributes:
-        notes: in sentences.
-        rows: (what, before, after), a table.
-        publication: what was published, if anything was.
+        notes: what was done, in sentences.
+        rows: table of (quantity, before, after).
+        publication: what was published, if anything.
     """
 
     notes: list[str]
@@ -74,7 +73,7 @@ class Conversion:
     publication: Publication | None = None
 
     def markdown(self) -> str:
-        """For the model card."""
+        """Return notes and table for the model card."""
         table = ["| | before | after |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in self.rows)]
         return "\n".join([" ".join(self.notes), "", *table]) + "\n"
 
@@ -96,32 +95,35 @@ def convert(
     report: Source | None = None,
     upload_repo: str | None = None,
 ) -> Conversion:
-    """Write a checkpoint in another precision, with its tokenizer beside it. Arrays are read, converted and written one
-    by one, so that little more than the largest is in memory. Of a source in `.bin` that is so where there are kernels.
+    """Convert a checkpoint to another precision, and copy its tokenizer.
 
-    Without `quantize` or `dequantize` a checkpoint is written anew, in safetensors and under the published keys.
+    Arrays are read, converted and written one by one, so that memory holds little more than the largest (for `.bin`
+    files, only if the CPU kernels are available). Without `quantize` or `dequantize` the checkpoint is rewritten as
+    safetensors under the published keys.
 
     Args:
-        source: a repository on the Hub, or a folder.
-        output: a folder that is not there yet, or empty.
-        dtype: "float32", "float16" or "bfloat16", of what is not packed; by default the source's own.
-        quantize: pack the weights of the encoder. Embeddings, heads and the contact head stay as they are.
-        bits, group_size, mode: how, as in `mlx.core.quantize`; by default 4 bits in groups of 64. A layer whose width
-            the groups do not divide has smaller ones, and stays in full precision if there are none that do.
-        activation_dtype: "int8": what the packed layers are given is rounded to 8 bits, with a scale for each token and
-            group, whenever the model runs. For 4 and 8 bits; faster on a CPU than weights alone.
-        rules: {pattern of the path of a layer, as in a shell: bits (affine), a mode, or None for full precision}, such
-            as {"lm_head.*": 8, "*.layer.0.*": None}. The last one that fits counts.
-        dequantize: make a plain checkpoint of a quantized one, which transformers loads.
-        max_shard_size: in bytes, or such as "5GB".
+        source: Hub id or folder.
+        output: folder that is empty or does not exist.
+        dtype: "float32", "float16" or "bfloat16", for weights that are not quantized; by default the source's.
+        quantize: quantize the encoder's layers. Embeddings and heads stay in full precision.
+        bits: bits per weight, 4 by default; see `mlx.core.quantize`.
+        group_size: weights that share a scale, 64 by default. A layer whose width the group size does not divide gets
+            smaller groups, or stays in full precision if no group size divides it.
+        mode: "affine" (default), "mxfp4", "mxfp8" or "nvfp4".
+        activation_dtype: "int8" rounds the inputs of quantized layers to 8 bits, with a scale for each token and group,
+            whenever the model runs. For 4 and 8 bits; faster on a CPU.
+        rules: {shell pattern of a layer's path: bits (affine), a mode, or None for full precision}, such as
+            {"lm_head.*": 8, "*.layer.0.*": None}. The last match counts.
+        dequantize: turn a quantized checkpoint into a plain one, which transformers loads.
+        max_shard_size: in bytes, or a string such as "5GB".
         revision: branch, tag or commit of the source.
-        report: proteins, see `read_proteins`, on which the result is compared with the source, one after the other
-            (`fidelity.compare`). The numbers are in CONVERSION.json, too.
-        upload_repo: publish the result there, see `mlx_esm_hf.hub.publish`.
+        report: proteins, as for `read_proteins`, on which the result is compared with the source
+            (`mlx_esm_hf.quantization.report.compare`). CONVERSION.json has the numbers.
+        upload_repo: Hub repository to publish the result in, see `mlx_esm_hf.hub.publish`.
 
     Raises:
-        ValueError: options that do not go together, a spec that MLX does not have, a rule that fits no layer.
-        OSError: no such source, or `output` holds something; the Hub refused.
+        ValueError: options that contradict each other, an unsupported quantization, or a rule that matches no layer.
+        OSError: the source was not found, `output` is not empty, or the Hub refused.
         CheckpointError: the source is damaged.
 
     Example:
@@ -139,16 +141,16 @@ def convert(
         rules=rules,
     )
     usual = make_spec(bits, group_size, mode or "affine", activation_dtype)
-    exceptions = {pattern: packing_by(how, usual) for pattern, how in (rules or {}).items()}
+    exceptions = {pattern: spec_of_rule(how, usual) for pattern, how in (rules or {}).items()}
     commit = resolve_revision(source, revision or "main") or "main"
     config = read_config(source, revision=commit)
     if (quantize or dequantize) and bool(config.get("quantization")) == quantize:
-        raise UserError(f"{source} is {'quantized already' if quantize else 'not quantized'}.")
+        raise UserError(f"{source} is {'already quantized' if quantize else 'not quantized'}.")
     cls = class_of(config, source)
     proteins = None if report is None else read_for_report(report, source, commit)
     precision: Any = dtype or config.get("dtype") or config.get("torch_dtype") or stored_dtype(source, commit)
 
-    with new_folder(Path(output)) as folder:
+    with new_folder(Path(output).resolve()) as folder:
         model, info = load_network(cls, source, revision=commit, dtype=precision, lazy=True, output_loading_info=True)
         conversion = Conversion([f"Made from {origin(source, commit)} by mlx-esm-hf {__version__}."])
         if info["unexpected_keys"]:
@@ -157,13 +159,13 @@ def convert(
             conversion.notes += quantize_layers(model, usual, exceptions)
         if dequantize:
             dequantize_layers(model, model.dtype)
-            conversion.notes.append("The weights were dequantized: they are as coarse as they were.")
+            conversion.notes.append("The weights were dequantized and keep their quantized values.")
         whole = "Other weights" if block_of(model) else "The weights"
         conversion.notes.append(f"{whole} are {model.config.dtype}.")
         parameters = model.num_parameters()
         written, state = model.to_save(given_parameters(model))
         del model
-        gc.collect()  # parts of a model refer to it, and while it lives it holds all that is computed
+        gc.collect()  # a model is in reference cycles, and keeps every computed array alive
         save_safetensors(state, folder, max_shard_size)
         written.save_pretrained(folder)
         copy_others(source, commit, folder)
@@ -183,37 +185,38 @@ def convert(
 
 
 def read_for_report(proteins: Source, source: str, revision: str) -> list[Protein]:
-    """The proteins; that the report can be made turns out before the work.
+    """Read the proteins of the report before converting, so that errors come early.
 
     Raises:
-        ValueError: there are none, or some cannot be read.
-        OSError: there is no such file, or the source has no tokenizer.
+        ValueError: there are no proteins, or some cannot be read.
+        OSError: the file was not found, or the source has no tokenizer.
     """
     AutoTokenizer.from_pretrained(source, revision=revision)
     found = list(read_proteins(proteins, report=Report(strict=True)))
     if not found:
-        raise UserError("There are no proteins to compare the models on.")
+        raise UserError("The report has no proteins to compare the models on.")
     return found
 
 
 def check_options(dtype: str | None, quantize: bool, dequantize: bool, **spec: Any) -> None:
-    """
+    """Check options that can be checked before anything is read.
+
     Raises:
-        ValueError: an unknown dtype, or options that do not go together.
+        ValueError: an unknown dtype, or options that contradict each other.
     """
     if dtype is not None and dtype not in STORED_DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
+        raise UserError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}.")
     if quantize and dequantize:
-        raise UserError("quantize and dequantize are opposites: choose one.")
+        raise UserError("Pass either quantize or dequantize, not both.")
     if given := [name for name, value in spec.items() if value and not quantize]:
-        raise UserError(f"{', '.join(given)}: how to quantize, but quantize was not asked for.")
+        raise UserError(f"{', '.join(given)}: only valid with quantize.")
 
 
-def packing_by(how: How, usual: QuantSpec) -> QuantSpec | None:
-    """The spec that a rule asks for.
+def spec_of_rule(how: How, usual: QuantSpec) -> QuantSpec | None:
+    """Return the spec of a rule.
 
     Raises:
-        ValueError: MLX has no such spec.
+        ValueError: MLX does not support it.
     """
     if how is None:
         return None
@@ -224,62 +227,45 @@ def packing_by(how: How, usual: QuantSpec) -> QuantSpec | None:
 
 
 def class_of(config: dict[str, Any], source: str) -> Any:
-    """The class that loads all that a checkpoint holds.
+    """Return the auto class that loads everything in a checkpoint, its head included.
 
     Raises:
-        ValueError: the config does not say what it is.
+        ValueError: the config does not name its architecture.
     """
     if not config.get("architectures"):
         raise UserError(
-            f"The config.json of {source} names no architectures, so its head would be lost. Add what it is, such as "
+            f"The config.json of {source} has no `architectures`, so its head would be lost. Add it, such as "
             '"architectures": ["EsmForMaskedLM"].'
         )
     return CLASSES[task_head(config)]
 
 
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `output` when the block ends well, and vanishes when it fails.
-
-    Raises:
-        FileExistsError: there is something in `output`.
-    """
-    output = output.resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is there already. Nothing was written.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".converting-") as temporary:
-        folder = Path(temporary) / output.name
-        folder.mkdir()
-        yield folder
-        os.replace(folder, output)
-
-
 def quantize_layers(model: MLXPreTrainedModel, usual: QuantSpec, rules: Mapping[str, QuantSpec | None]) -> list[str]:
-    """Pack the layers of a model; returns what there is to say of it.
+    """Quantize the layers of a model and return notes about it.
 
     Raises:
-        ValueError: a rule fits no layer, or no layer can be packed.
+        ValueError: a rule matches no layer, or no layer can be quantized.
     """
     specs, too_narrow = choose_specs(model, usual, rules)
     if not specs:
-        widths = f" The groups divide none of the widths {sorted(set(too_narrow.values()))}." if too_narrow else ""
-        raise UserError(f"There is nothing to quantize.{widths}")
+        widths = f" No group size divides the widths {sorted(set(too_narrow.values()))}." if too_narrow else ""
+        raise UserError(f"No layer can be quantized.{widths}")
     replace_layers(model, specs)
     counts = Counter(specs.values()).most_common()
     kinds = [f"{count} to {p.bits} bits in groups of {p.group_size} ({kind_of(p)})" for p, count in counts]
     notes = [f"{len(specs)} layers are quantized: {', '.join(kinds)}."]
     if too_narrow:
-        notes.append(f"In full precision, since no group divides their width: {', '.join(too_narrow)}.")
+        notes.append(f"In full precision, because no group size divides their width: {', '.join(too_narrow)}.")
     return notes
 
 
 def kind_of(spec: QuantSpec) -> str:
+    """Return the mode of a spec, and its activation dtype if it has one."""
     return spec.mode if spec.activation_dtype is None else f"{spec.mode}, activation_dtype {spec.activation_dtype}"
 
 
 def stored_dtype(source: str, revision: str) -> mx.Dtype:
-    """That of a checkpoint's floating arrays, where its config does not say it."""
+    """Return the dtype of a checkpoint's floating-point arrays, for configs that lack it."""
     for path in checkpoint_files(source, revision=revision):
         for array in load_file(path).values():
             if mx.issubdtype(array.dtype, mx.floating):
@@ -288,24 +274,24 @@ def stored_dtype(source: str, revision: str) -> mx.Dtype:
 
 
 def given_parameters(model: MLXPreTrainedModel) -> dict[str, mx.array]:
-    """Those parameters that the source gave. What it lacks was drawn at random when the model was made."""
+    """Return the parameters that the source has. Those it lacks are random and are not written."""
     return {name: array for name, array in model.state_dict().items() if name not in model.newly_initialized}
 
 
 def copy_others(source: str, revision: str, folder: Path) -> None:
-    """Copy tokenizer and licence."""
+    """Copy the tokenizer and the licence."""
     for name in COPIED:
         if path := find_file(source, name, revision=revision):
             shutil.copyfile(path, folder / name)
 
 
 def weights_size(place: str, revision: str) -> int:
-    """Bytes of the files of a checkpoint's weights."""
+    """Return the size of a checkpoint's weight files in bytes."""
     return sum(os.path.getsize(path) for path in checkpoint_files(place, revision=revision))
 
 
 def origin(source: str, revision: str) -> str:
-    """Where a checkpoint is from, as the world may know it: of a folder its name alone."""
+    """Return where a checkpoint comes from, for publication: a Hub id with its commit, or just the folder's name."""
     if (repo_id := hub_id(source)) is None:
         return Path(source).resolve().name
     commit = getattr(revision, "resolved", None) or revision

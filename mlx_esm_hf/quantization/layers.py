@@ -1,8 +1,8 @@
-"""Packed weights: which layers of a model are quantized, and how.
+"""Which layers of a model are quantized, and how.
 
-`config.json` says it as mlx-lm does: {"quantization": {"group_size": 64, "bits": 4, "mode": "affine", ...}}, where a
-path of a layer, such as "esm.encoder.layer.0.attention.self.query", may have settings of its own, or false. Beside the
-packed "weight" such a layer has "scales" and, in the mode "affine", "biases"; see `mlx.core.quantize`.
+`config.json` has the same block as mlx-lm's: {"quantization": {"group_size": 64, "bits": 4, "mode": "affine", ...}}.
+The path of a layer, such as "esm.encoder.layer.0.attention.self.query", may be a key with settings of its own or
+false. A quantized layer has "weight", "scales" and, in mode "affine", "biases"; see `mlx.core.quantize`.
 """
 
 from __future__ import annotations
@@ -20,36 +20,43 @@ from mlx.utils import tree_unflatten
 from mlx_esm_hf.errors import CheckpointError, UserError
 from mlx_esm_hf.modeling_layers import Embedding, Linear, QuantizedLinear, dequantized_weight
 
-# What MLX can do, the defaults first.
+# What MLX supports, defaults first.
 GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
-INTEGER_BITS = (4, 8)  # of a weight, where activations may be rounded as well
-INTEGER_GROUP = 32  # the default there: one large activation costs its group precision, so groups are small
+INTEGER_BITS = (4, 8)  # bits of weights that can be multiplied with int8 inputs
+INTEGER_GROUP = 32  # default group size with int8 inputs: one large input degrades its whole group
 BITS = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 
 
 class QuantSpec(NamedTuple):
-    """How the weight of a layer is packed: `bits` a number, and scales for each `group_size` numbers of a row."""
+    """How a layer is quantized.
+
+    Attributes:
+        group_size: consecutive weights of a row that share a scale.
+        bits: bits per weight.
+        mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+        activation_dtype: "int8" if the layer's inputs are rounded to 8 bits.
+    """
 
     group_size: int
     bits: int
     mode: str = "affine"
-    activation_dtype: str | None = None  # "int8": what is multiplied with the weight is rounded to 8 bits
+    activation_dtype: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """As the config has them: activation_dtype only where they are rounded, since mlx-lm knows no such thing."""
+        """Return the settings for the config, without an `activation_dtype` of None, which mlx-lm does not know."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def make_spec(
     bits: int | None = None, group_size: int | None = None, mode: str = "affine", activation_dtype: str | None = None
 ) -> QuantSpec:
-    """A spec that there is, with the defaults of its mode.
+    """Return a spec with the defaults of its mode.
 
     Raises:
-        ValueError: there is no such spec.
+        ValueError: MLX does not support this combination.
     """
     if mode not in BITS:
-        raise UserError(f"mode {mode!r} is not one of {', '.join(BITS)}.")
+        raise UserError(f"mode must be one of {', '.join(BITS)}, got {mode!r}.")
     usual_group = INTEGER_GROUP if activation_dtype and mode == "affine" else GROUP_SIZES[mode][0]
     spec = QuantSpec(group_size or usual_group, bits or BITS[mode][0], mode, activation_dtype)
     for name, value, possible in (
@@ -57,32 +64,33 @@ def make_spec(
         ("group size", spec.group_size, GROUP_SIZES[mode]),
     ):
         if value not in possible:
-            raise UserError(f"{name} {value}: mode {mode!r} has {', '.join(map(str, sorted(possible)))}.")
+            known = ", ".join(map(str, sorted(possible)))
+            raise UserError(f"{name} must be one of {known} in mode {mode!r}, got {value}.")
     if activation_dtype not in (None, "int8"):
-        raise UserError(f"activation_dtype {activation_dtype!r}: there is 'int8' alone, or none.")
+        raise UserError(f"activation_dtype must be 'int8' or None, got {activation_dtype!r}.")
     if activation_dtype and (mode != "affine" or spec.bits not in INTEGER_BITS):
-        raise UserError(f"activation_dtype {activation_dtype!r} need mode 'affine' and 4 or 8 bits.")
+        raise UserError(f"activation_dtype {activation_dtype!r} needs mode 'affine' and 4 or 8 bits.")
     return spec
 
 
 def spec_for(width: int, wanted: QuantSpec) -> QuantSpec | None:
-    """`wanted`, with the largest group size up to its own that divides a row of `width` numbers; None, there is none.
+    """Return `wanted` with the largest group size, up to its own, that divides `width`; None if none does.
 
-    A group does not go beyond a row: 480 numbers, the width of ESM-2 35M, are no multiple of 64, but one of 32.
+    A group lies within a row. ESM-2 35M, for example, is 480 wide: a multiple of 32, but not of 64.
     """
     sizes = [size for size in GROUP_SIZES[wanted.mode] if size <= wanted.group_size and width % size == 0]
     return wanted._replace(group_size=max(sizes)) if sizes else None
 
 
 def spec_of(layer: nn.Module) -> QuantSpec | None:
-    """How a layer is packed; None if it is not."""
+    """Return how a layer is quantized; None if it is not."""
     if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         return QuantSpec(layer.group_size, layer.bits, layer.mode, getattr(layer, "activation_dtype", None))
     return None
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, layer) of all layers of a model that are quantized or could be."""
+    """Yield (path, layer) for all layers of a model that are or could be quantized."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) or spec_of(module):
             yield path, module
@@ -92,7 +100,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def block_of(model: nn.Module) -> dict[str, Any] | None:
-    """The block that says how a model is quantized; None if it is not."""
+    """Return the config block that describes how a model is quantized; None if it is not."""
     specs = {path: spec_of(layer) for path, layer in sorted(layers(model), key=lambda pair: pair[0])}
     used = Counter(spec for spec in specs.values() if spec)
     if not used:
@@ -103,10 +111,10 @@ def block_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def declare(config: Any, model: nn.Module) -> None:
-    """Let a config say how the model is quantized, or say nothing if it is not.
+    """Write into a config how the model is quantized, or remove the block if it is not.
 
-    The copy under the name `quantization_config` is mlx-lm's, too: by it the Hub tells a quantized repository, and
-    transformers refuses to load it, instead of reporting packed weights as weights of the wrong shape.
+    Like mlx-lm, also write a copy under `quantization_config`: the Hub uses it to recognize quantized repositories, and
+    transformers refuses to load them instead of reporting weights of the wrong shape.
     """
     block = block_of(model)
     for name in ("quantization", "quantization_config"):
@@ -116,29 +124,33 @@ def declare(config: Any, model: nn.Module) -> None:
 
 
 def declared_specs(config: Any, names: Iterable[str], prefix: str, source: str) -> dict[str, QuantSpec]:
-    """{path of a layer: how it is packed} for the layers of a checkpoint that have scales; neither with the prefix.
+    """Return {path without prefix: QuantSpec} for the layers of a checkpoint that have scales.
 
     Args:
-        names: of the checkpoint's parameters.
-        prefix: what a model with a head puts before the names of its base model.
+        config: the checkpoint's config.
+        names: names of the checkpoint's parameters.
+        prefix: base-model prefix of models with a head.
+        source: Hub id or folder, for messages.
 
     Raises:
-        CheckpointError: the config does not say how they are packed, or what it says cannot be.
-        ValueError: a checkpoint that was quantized for torch.
+        CheckpointError: the config does not describe the quantization, or describes an unsupported one.
+        ValueError: the checkpoint was quantized for torch.
     """
     block: Any = getattr(config, "quantization", None)
     for_torch = getattr(config, "quantization_config", None)
     if not block and isinstance(for_torch, dict) and "quant_method" in for_torch:
         method = for_torch["quant_method"]
-        raise UserError(f"{source} is quantized for torch ({method}), which MLX cannot read. Load one that is not.")
-    packed = sorted(name.removesuffix(".scales") for name in names if name.endswith(".scales"))
-    if packed and not isinstance(block, dict):
+        raise UserError(
+            f"{source} is quantized for torch ({method}), which MLX cannot read. Load the full-precision one."
+        )
+    quantized = sorted(name.removesuffix(".scales") for name in names if name.endswith(".scales"))
+    if quantized and not isinstance(block, dict):
         raise CheckpointError(
-            f"{source}: {packed[0]!r} and {len(packed) - 1} more layers are quantized, but the config has no "
-            "`quantization` that says how. Load it with the config that belongs to it."
+            f"{source}: {quantized[0]!r} and {len(quantized) - 1} more layers are quantized, but the config has no "
+            "`quantization` block. Load it with the config that belongs to it."
         )
     specs = {}
-    for path in packed:
+    for path in quantized:
         bare = path.removeprefix(f"{prefix}.")
         settings = block.get(f"{prefix}.{bare}", block.get(bare, block))
         try:
@@ -150,7 +162,7 @@ def declared_specs(config: Any, names: Iterable[str], prefix: str, source: str) 
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
-                f"{source}: the config's `quantization` does not say how {path!r} is packed ({error})."
+                f"{source}: the config's `quantization` block does not describe {path!r} ({error})."
             ) from error
     return specs
 
@@ -159,11 +171,15 @@ def declared_specs(config: Any, names: Iterable[str], prefix: str, source: str) 
 
 
 def replace_layers(model: nn.Module, specs: Mapping[str, QuantSpec], prefix: str = "") -> None:
-    """Put quantized layers into a model, for what `specs` names with or without the prefix; their weights are those
-    of the layers that were there, packed when they are needed.
+    """Replace layers of a model by quantized ones. Their weights are quantized lazily.
+
+    Args:
+        model: the model.
+        specs: {path, with or without the prefix: QuantSpec}.
+        prefix: base-model prefix of models with a head.
 
     Raises:
-        ValueError: the rows of a layer are no multiple of its group size.
+        ValueError: the width of a layer is not a multiple of its group size.
     """
 
     def settings(path: str, module: nn.Module) -> dict[str, Any] | bool:
@@ -175,10 +191,10 @@ def replace_layers(model: nn.Module, specs: Mapping[str, QuantSpec], prefix: str
 
 
 def quantize_activations(model: nn.Module, activation_dtype: str, source: str) -> None:
-    """Let the linear layers that can do it, those of 4 or 8 bits in the mode "affine", round what they are given.
+    """Set the `activation_dtype` of all quantized linear layers of 4 or 8 bits in mode "affine".
 
     Raises:
-        ValueError: there is no such layer, or no such rounding.
+        ValueError: the model has no such layer, or the dtype is not supported.
     """
     found = [(layer, spec) for _, layer in layers(model) if (spec := spec_of(layer))]
     fitting = [
@@ -190,15 +206,15 @@ def quantize_activations(model: nn.Module, activation_dtype: str, source: str) -
         kinds = sorted({f"{spec.bits} bits ({spec.mode})" for _, spec in found})
         has = f"has layers of {', '.join(kinds)}" if kinds else "is not quantized"
         raise UserError(
-            f"activation_dtype={activation_dtype!r} is for layers of 4 or 8 bits in mode 'affine', and {source} {has}. "
-            "mlx-esm convert --quantize --bits 8 makes a checkpoint that has them."
+            f"activation_dtype={activation_dtype!r} needs layers of 4 or 8 bits in mode 'affine', but {source} {has}. "
+            "Quantize it with mlx-esm convert --quantize --bits 8."
         )
     for layer, spec in fitting:
         layer.activation_dtype = make_spec(spec.bits, spec.group_size, spec.mode, activation_dtype).activation_dtype
 
 
 def has_int8_activations(model: nn.Module) -> bool:
-    """Whether a layer rounds what it is given."""
+    """Return whether any layer rounds its inputs to int8."""
     specs = [spec_of(layer) for _, layer in layers(model)]
     return any(spec is not None and spec.activation_dtype is not None for spec in specs)
 
@@ -206,16 +222,19 @@ def has_int8_activations(model: nn.Module) -> bool:
 def choose_specs(
     model: Any, usual: QuantSpec, rules: Mapping[str, QuantSpec | None]
 ) -> tuple[dict[str, QuantSpec], dict[str, int]]:
-    """Choose how to quantize the layers of a model: {path: QuantSpec}, and {path: width} of those no group size fits.
+    """Choose how to quantize the layers of a model.
 
     Args:
-        model: an `MLXPreTrainedModel`; the layers that its class calls `quantized` are packed, the others not. Those
-            that no checkpoint gave never are.
-        usual: how.
-        rules: {pattern of a path, as in a shell: how else, or None for full precision}; the last one that fits counts.
+        model: an `MLXPreTrainedModel`. By default the layers listed by its class in `quantized` are quantized. Layers
+            that the checkpoint lacked never are.
+        usual: the default spec.
+        rules: {shell pattern of a path: spec, or None for full precision}; the last match counts.
+
+    Returns:
+        {path: QuantSpec}, and {path: width} of the layers whose width no group size divides.
 
     Raises:
-        ValueError: a rule fits no layer.
+        ValueError: a rule matches no layer.
     """
     specs, too_narrow = {}, {}
     unused = set(rules)
@@ -235,12 +254,12 @@ def choose_specs(
             too_narrow[path] = width
     if unused:
         kinds = sorted({re.sub(r"\d+", "*", path) for path, _ in layers(model)})
-        raise UserError(f"No layer is called {min(unused)!r}. There are {', '.join(kinds)}.")
+        raise UserError(f"No layer matches {min(unused)!r}. The layers are {', '.join(kinds)}.")
     return specs, too_narrow
 
 
 def dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Put layers with whole weights of this dtype into the places of quantized ones."""
+    """Replace quantized layers by plain ones with weights of this dtype."""
     replaced = []
     for path, layer in layers(model):
         if spec_of(layer) is None:
@@ -248,11 +267,11 @@ def dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> None:
         weight = dequantized_weight(layer).astype(dtype)
         rows, columns = weight.shape
         if isinstance(layer, nn.QuantizedEmbedding):
-            whole: nn.Module = Embedding(rows, columns)
+            plain: nn.Module = Embedding(rows, columns)
         else:
-            whole = Linear(columns, rows, bias="bias" in layer)
-        whole.weight = weight
+            plain = Linear(columns, rows, bias="bias" in layer)
+        plain.weight = weight
         if "bias" in layer:
-            whole.bias = layer.bias
-        replaced.append((path, whole))
+            plain.bias = layer.bias
+        replaced.append((path, plain))
     model.update_modules(tree_unflatten(replaced))

@@ -1,7 +1,7 @@
-"""What another precision gains and costs: memory and speed, and how near its answers are to those of the original.
+"""Compare a converted checkpoint with the original: memory, speed, and how close its answers are.
 
-Each of the two models runs in a process of its own, one after the other, so that there is one in memory at a time, and
-the peak is its own. The process reads a `Task` from standard input and writes its answers into a folder.
+Each model runs in its own process, one after the other, so that peak memory and speed are comparable. The process reads
+a `Task` from standard input and writes its answers into a folder.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ from mlx_esm_hf.jobs.perplexity import counted_ids
 from mlx_esm_hf.jobs.protein_model import ProteinModel, load_protein_model
 from mlx_esm_hf.models import auto
 from mlx_esm_hf.runs.job import Arrays
+from mlx_esm_hf.runtime.device import device_name
 from mlx_esm_hf.runtime.memory import peak_memory
 
 Row = tuple[str, ...]  # what, before, after
 Figures = dict[str, Any]  # for JSON
 
-EVERY = 8  # of so many residues one is masked: as many as in training, about
-SCANNED = 128  # residues of the protein whose mutations are scanned, at most
-MAPPED, MAPS = 512, 20  # residues of a protein whose contacts are compared, and how many are: maps take long
-TOP = {"L/5": 0.2, "L/2": 0.5, "L": 1.0}  # how many contacts of a protein with L residues
-# transformers imports torch where it is installed, which would count as memory of the model.
+EVERY = 8  # one residue in EVERY is masked, about as many as in training
+SCANNED = 128  # maximum residues of the protein whose mutations are scanned
+MAPPED, MAPS = 512, 20  # contacts are compared for MAPS proteins of at most MAPPED residues, because maps are slow
+TOP = {"L/5": 0.2, "L/2": 0.5, "L": 1.0}  # number of contacts of a protein with L residues, as a fraction of L
+# Keeps transformers from importing torch, which would count as the model's memory.
 PROCESS = "import sys; sys.modules['torch'] = None; from mlx_esm_hf.quantization import report; report.main()"
 STATES, ANSWERS, MEASURED = "residues.f32", "answers.npz", "measured.json"
 
 
 class Task(NamedTuple):
-    """A model, by the name of its class in `models.auto`, and the proteins that it is shown."""
+    """A model, the name of its class in `models.auto`, and the proteins to run it on."""
 
     cls: str
     model: str
@@ -55,32 +56,32 @@ class Task(NamedTuple):
 
 
 def compare(cls: Any, before: str, after: str, revision: str, proteins: Sequence[str]) -> Figures:
-    """Run two checkpoints on the same proteins, and compare.
+    """Run two checkpoints on the same proteins and compare their answers.
 
-    A protein beyond the position table is seen in windows. What is compared:
+    Proteins longer than the position table are cut into windows. Compared are:
 
-    - embeddings of residues and of whole proteins, by their cosine;
-    - of a language model its log-probabilities at every 8th residue, all of which are masked at once, and its best
-      residue there and, in another pass, at residues that it sees; the effects of all mutations of one protein
-      (`scanned`), each position masked in turn, by Spearman's rank correlation;
-    - of a model with a trained contact head, how many of the most probable contacts are those of the original, in the
-      mean over the first 20 proteins of 512 residues at most;
-    - of a classifier its logits and its best class.
+    - embeddings of residues and of proteins, by cosine similarity;
+    - for language models: log-probabilities at every 8th residue, all masked at once; the top residue there and, in
+      another pass, at visible residues; and the effects of all mutations of one protein (`protein_to_scan`), each
+      position masked in turn, by Spearman's rank correlation;
+    - for models with a trained contact head: the fraction of the most probable contacts that both share, averaged over
+      the first 20 proteins of at most 512 residues;
+    - for classifiers: logits and the top class.
 
-    The speed and the peak memory are those of embedding, the memory that of the whole process.
+    Speed and peak memory are measured while embedding; peak memory is that of the whole process.
 
     Args:
         cls: an auto class that loads both.
-        before: a repository on the Hub, or a folder.
-        after: a folder; what is being computed lies beside it.
-        revision: of what is on the Hub.
-        proteins: cleaned sequences, one at least.
+        before: Hub id or folder.
+        after: folder. Temporary files are written next to it.
+        revision: revision of the Hub repository.
+        proteins: cleaned sequences, at least one.
 
     Raises:
-        RuntimeError: one of the models failed, with what it said.
+        RuntimeError: one of the models failed; the message has its last line.
     """
     commit = getattr(revision, "resolved", None) or revision
-    device = mx.default_device().type.name
+    device = device_name()
     with tempfile.TemporaryDirectory(dir=Path(after).parent) as folder:
         found = []
         for name, model in (("before", before), ("after", after)):
@@ -95,18 +96,19 @@ def compare(cls: Any, before: str, after: str, revision: str, proteins: Sequence
 
 
 def run(task: Task) -> None:
-    """Compute a task in a process of its own.
+    """Compute a task in its own process.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the process failed.
     """
     done = subprocess.run([sys.executable, "-c", PROCESS], input=json.dumps(task), capture_output=True, text=True)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"its process ended with status {done.returncode}"]
+        last = done.stderr.strip().splitlines()[-1:] or [f"its process exited with status {done.returncode}"]
         raise UserRuntimeError(f"The report failed on {task.model}: {last[0]}.")
 
 
 def read_answers(folder: Path) -> Arrays:
+    """Read the answers of a process, with the residues' embeddings mapped from their file."""
     with np.load(folder / ANSWERS) as file:
         answers = dict(file)
     answers["residues"] = np.memmap(folder / STATES, np.float32).reshape(-1, answers["proteins"].shape[-1])
@@ -117,18 +119,19 @@ def read_answers(folder: Path) -> Arrays:
 
 
 def main() -> None:
+    """Compute the task on standard input."""
     answer(Task(*json.load(sys.stdin)))
 
 
 def answer(task: Task) -> None:
-    """What a model says of all proteins, into the task's folder."""
+    """Run a model on all proteins and write its answers into the task's folder."""
     cls = getattr(auto, task.cls)
     model = load_protein_model(cls, task.model, revision=task.revision, device=task.device, long="window")
     folder = Path(task.folder)
     answers, measured = embeddings(model, task.proteins, folder / STATES)
     sequences = [model.encode(protein) for protein in task.proteins]
     if model.network.get_output_embeddings() is not None:
-        answers |= predictions(model, sequences) | mutation_scan(model, scanned(sequences))
+        answers |= predictions(model, sequences) | mutation_scan(model, protein_to_scan(sequences))
     elif cls is not auto.MLXAutoModel:
         answers["logits"] = classes(model, sequences)
     answers |= contacts(model, sequences)
@@ -137,10 +140,12 @@ def answer(task: Task) -> None:
 
 
 def embeddings(model: ProteinModel, proteins: Sequence[str], states: Path) -> tuple[Arrays, dict[str, float]]:
-    """The mean embedding of each protein [proteins, D], and what was measured; the states of residues [R, D] go into a
-    file, so that they take no memory."""
+    """Return the mean embedding of each protein [proteins, D], and memory and speed.
+
+    The embeddings of residues [R, D] are written to the file `states`, because they can be large.
+    """
     embed_all: Any = partial(embed, model=model, pooling=("mean", "residues"), strict=True)
-    list(embed_all([min(proteins, key=len)]))  # whatever is made when it is needed first
+    list(embed_all([min(proteins, key=len)]))  # warm up
     start, means = time.perf_counter(), []
     with open(states, "wb") as file:
         for result in embed_all(proteins):
@@ -158,33 +163,37 @@ def embeddings(model: ProteinModel, proteins: Sequence[str], states: Path) -> tu
 
 
 def predictions(model: ProteinModel, sequences: Sequence[np.ndarray]) -> Arrays:
-    """Of a language model: the best token of each residue that it `seen` [R], log-probabilities of those that are
-    masked [M, vocabulary], and what these are [M]."""
+    """Return a language model's predictions.
+
+    Returns:
+        "seen": the top token at each visible residue [R]; "masked": log-probabilities at the masked ones
+        [M, vocabulary]; "truth": the masked tokens [M].
+    """
     seen = [rows.argmax(axis=-1) for rows in model.blended_log_probabilities(sequences)]
     rows, truth, counted = [], [], counted_ids(model.vocabulary)
-    shown = [masked(ids, model.vocabulary.mask) for ids in sequences]
-    for ids, hidden, found in zip(sequences, shown, model.blended_log_probabilities(shown), strict=True):
-        chosen = (hidden != ids) & np.isin(ids, counted)
-        rows.append(found[chosen])
+    masked = [mask_every(ids, model.vocabulary.mask) for ids in sequences]
+    for ids, inputs, log_probabilities in zip(sequences, masked, model.blended_log_probabilities(masked), strict=True):
+        chosen = (inputs != ids) & np.isin(ids, counted)
+        rows.append(log_probabilities[chosen])
         truth.append(ids[chosen])
     return {"seen": np.concatenate(seen), "masked": np.concatenate(rows), "truth": np.concatenate(truth)}
 
 
-def masked(ids: np.ndarray, mask: int) -> np.ndarray:
-    """A sequence of ids with the mask at every 8th position, in the middle of each eight."""
-    shown = ids.copy()
-    shown[min(EVERY, len(ids)) // 2 :: EVERY] = mask
-    return shown
+def mask_every(ids: np.ndarray, mask: int) -> np.ndarray:
+    """Return token ids with every 8th one masked, in the middle of each eight."""
+    inputs = ids.copy()
+    inputs[min(EVERY, len(ids)) // 2 :: EVERY] = mask
+    return inputs
 
 
-def scanned(sequences: Sequence[np.ndarray]) -> np.ndarray:
-    """The longest of the sequences that have 128 residues at most; if there is none, the beginning of the shortest."""
+def protein_to_scan(sequences: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the longest sequence of at most 128 residues; if there is none, the first 128 of the shortest."""
     short = [ids for ids in sequences if len(ids) <= SCANNED]
     return max(short, key=len) if short else min(sequences, key=len)[:SCANNED]
 
 
 def mutation_scan(model: ProteinModel, ids: np.ndarray) -> Arrays:
-    """log p of each of the 20 residues minus that of the wild type, while the position is masked: [mutations]."""
+    """Return log p(mutant) − log p(wild type) for all single mutations, each position masked in turn: [mutations]."""
     positions = np.flatnonzero(np.isin(ids, counted_ids(model.vocabulary)))
     rows, wild_types = model.masked_log_probabilities(ids, positions.tolist()), ids[positions][:, None]
     mutants = model.vocabulary.ids_of(STANDARD)
@@ -193,7 +202,7 @@ def mutation_scan(model: ProteinModel, ids: np.ndarray) -> Arrays:
 
 
 def classes(model: ProteinModel, sequences: Sequence[np.ndarray]) -> np.ndarray:
-    """The logits of a classifier, a row for each protein or, of each window, for each residue."""
+    """Return the logits of a classifier: one row per protein or, for token classifiers, per residue of each window."""
     found: dict[tuple[int, int], np.ndarray] = {}
     for batch in model.batches(sequences):
         logits = np.array(model.network(batch.input_ids, batch.attention_mask).logits.astype(mx.float32))
@@ -204,9 +213,11 @@ def classes(model: ProteinModel, sequences: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def contacts(model: ProteinModel, sequences: Sequence[np.ndarray]) -> Arrays:
-    """The L most probable contacts of each protein as rows (number, i, j), most probable first; nothing, if the model
-    has no trained contact head."""
-    base = replace(model, network=model.network.base_model, batch_tokens=1)  # one by one: maps take memory
+    """Return the L most probable contacts of each protein as rows (number, i, j), most probable first.
+
+    Returns an empty dict if the model has no trained contact head.
+    """
+    base = replace(model, network=model.network.base_model, batch_tokens=1)  # one at a time, because maps are large
     try:
         check_head(base)
     except ValueError:
@@ -219,7 +230,7 @@ def contacts(model: ProteinModel, sequences: Sequence[np.ndarray]) -> Arrays:
 
 
 def memory_of(network: Any) -> int:
-    """Bytes of the parameters."""
+    """Return the size of the parameters in bytes."""
     parameters: Any = tree_flatten(network.parameters())
     return sum(array.nbytes for _, array in parameters)
 
@@ -228,7 +239,7 @@ def memory_of(network: Any) -> int:
 
 
 def differences(a: Arrays, b: Arrays) -> Figures:
-    """How far the answers `b` are from `a`."""
+    """Return how far the answers `b` are from `a`."""
     figures: Figures = {}
     for name, key in (("residues", "residue_cosine"), ("proteins", "protein_cosine")):
         cosines = cosine(a[name], b[name])
@@ -247,7 +258,7 @@ def differences(a: Arrays, b: Arrays) -> Figures:
         figures["mutations"] = {"count": len(a["mutations"]), "spearman": spearman(a["mutations"], b["mutations"])}
     if "logits" in a:
         figures["logit_difference"] = float(np.abs(a["logits"] - b["logits"]).mean(dtype=np.float64))
-        if a["logits"].shape[-1] > 1:  # else a regression
+        if a["logits"].shape[-1] > 1:  # not a regression
             figures["same_best_class"] = float((a["logits"].argmax(-1) == b["logits"].argmax(-1)).mean())
     if len(a.get("contacts", ())):
         figures["same_contacts"] = {
@@ -257,13 +268,13 @@ def differences(a: Arrays, b: Arrays) -> Figures:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of each row, [rows], float64."""
+    """Return the cosine similarity of corresponding rows: [rows], float64."""
     ab, aa, bb = (np.einsum("ij,ij->i", x, y, dtype=np.float64) for x, y in ((a, b), (a, a), (b, b)))
     return ab / np.sqrt(aa * bb)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The correlation of ranks; those of equal values are their mean."""
+    """Return Spearman's rank correlation; ties get their mean rank."""
 
     def ranks(x: np.ndarray) -> np.ndarray:
         _, places, counts = np.unique(x, return_inverse=True, return_counts=True)
@@ -273,8 +284,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def same_contacts(a: np.ndarray, b: np.ndarray, part: float) -> float:
-    """The share of a protein's most probable contacts by `b`, L x part of them, that are among as many by `a`; the
-    mean over proteins."""
+    """Return the fraction of the L · part most probable contacts that `a` and `b` share, averaged over proteins."""
     shares = []
     for number in np.unique(a[:, 0]):
         tops = [x[x[:, 0] == number, 1:] for x in (a, b)]
@@ -285,7 +295,7 @@ def same_contacts(a: np.ndarray, b: np.ndarray, part: float) -> float:
 
 
 def table(figures: Figures) -> list[Row]:
-    """The figures as rows."""
+    """Return the figures as rows of a table."""
     sides = [figures["before"], figures["after"]]
     rows: list[Row] = [
         ("memory of the weights", *(f"{side['weights_bytes'] / 1e6:,.1f} MB" for side in sides)),
@@ -293,16 +303,15 @@ def table(figures: Figures) -> list[Row]:
         ("residues per second", *(f"{side['residues_per_second']:,.0f}" for side in sides)),
     ]
     for name in ("residue", "protein"):
-        values = figures[f"{name}_cosine"]
-        for which, value in values.items():
+        for which, value in figures[f"{name}_cosine"].items():
             rows.append((f"{which} cosine of {name} embeddings", "", f"{value:.6f}"))
     if "pseudo_perplexity" in figures:
         perplexities = figures["pseudo_perplexity"]
-        shown = (f"{perplexities[name]:.3f}" for name in ("before", "after"))
-        rows.append((f"pseudo-perplexity, every {EVERY}th residue masked", *shown))
+        values = (f"{perplexities[name]:.3f}" for name in ("before", "after"))
+        rows.append((f"pseudo-perplexity, every {EVERY}th residue masked", *values))
         rows.append(("mean |Δ log p| at masked residues", "", f"{figures['log_probability_difference']:.4g}"))
         for where, share in figures["same_best_residue"].items():
-            rows.append((f"same best residue at {where} ones", "", f"{share:.2%}"))
+            rows.append((f"same top residue where {where}", "", f"{share:.2%}"))
         scan = figures["mutations"]
         rows.append((f"Spearman of the effects of {scan['count']} mutations", "", f"{scan['spearman']:.4f}"))
     else:
@@ -310,7 +319,7 @@ def table(figures: Figures) -> list[Row]:
     if "logit_difference" in figures:
         rows.append(("mean |Δlogit|", "", f"{figures['logit_difference']:.4g}"))
     if "same_best_class" in figures:
-        rows.append(("same best class", "", f"{figures['same_best_class']:.2%}"))
+        rows.append(("same top class", "", f"{figures['same_best_class']:.2%}"))
     for name, share in figures.get("same_contacts", {}).items():
         rows.append((f"same contacts among the top {name}", "", f"{share:.2%}"))
     return rows

@@ -15,7 +15,7 @@ from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.lock import locked
 from mlx_esm_hf.runs.run import MANIFEST, read_manifest
 from mlx_esm_hf.runtime import distributed
-from mlx_esm_hf.runtime.files import Write, part_of, place, remove_parts, replace_file, to_disk
+from mlx_esm_hf.runtime.files import Write, flush_to_disk, place_file, remove_temporary, replace_file, temporary_file
 
 PICTURES = (".png", ".svg", ".pdf")
 # What a file of this suffix is written with, and the extra that brings it.
@@ -23,7 +23,6 @@ LIBRARIES = {
     ".h5": ("h5py", "hdf5"),
     ".parquet": ("pyarrow", "parquet"),
     **dict.fromkeys(PICTURES, ("matplotlib", "plots")),
-    ".pdb": ("gemmi", "fold"),
     ".cif": ("modelcif", "fold"),
 }
 
@@ -159,7 +158,7 @@ def write_files(files: Mapping[Path, Write], shards: Path) -> None:
 
     for path, write in files.items():
         if is_written(path, written):
-            remove_parts(path)  # its other name, if a kill came right after it got this one
+            remove_temporary(path)  # its other name, if a kill came right after it got this one
         else:
             write_new(path, write, remember)
     discard(shards)
@@ -175,14 +174,14 @@ def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] |
         ValueError: something is there by now.
         OSError: the file cannot be written.
     """
-    remove_parts(path)
+    remove_temporary(path)
     try:
-        with part_of(path) as part:
+        with temporary_file(path) as part:
             write(part)
-            to_disk(part)
+            flush_to_disk(part)
             if remember is not None:
                 remember(path, part)
-            place(part, path)
+            place_file(part, path)
     except FileExistsError:
         raise UserError(f"{path} is there already, since the work began: move it away, then go on.") from None
     except OSError as error:

@@ -25,7 +25,7 @@ from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.job import Chunk, Files, Item, Job, OnProgress, Progress, Result, chunks
 from mlx_esm_hf.runs.shards import read_shard, shard_bytes, shard_items, shard_name
 from mlx_esm_hf.runtime import distributed
-from mlx_esm_hf.runtime.files import GO_ON, remove_all_parts, replace_file
+from mlx_esm_hf.runtime.files import RESUME_HINT, remove_all_temporary, replace_file
 
 MANIFEST, INDEX = "manifest.json", "index.csv"
 CHECKSUMS = "checksums.txt"  # as sha256sum has them, which can check them: sha256sum -c checksums.txt
@@ -45,25 +45,25 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
     """
     run = Run(folder, {"version": 1, "command": job.command, "settings": job.settings, "input": job.input})
     distributed.on_rank_0(run.open)
-    if distributed.total(int(run.finished)):
+    if distributed.all_sum(int(run.finished)):
         job.left_out[:] = run.manifest.get("left_out", [])
         return run
     turns, items, shards, files = chunks(job.items(), job.chunk_work), 0, 0, 0
     while turn := list(islice(turns, distributed.size())):
         items, shards = items + sum(len(chunk.items) for chunk in turn), shards + len(turn)
-        missing = [not distributed.total(int(distributed.rank() == 0 and run.has(chunk))) for chunk in turn]
+        missing = [not distributed.all_sum(int(distributed.is_rank_0() and run.has(chunk))) for chunk in turn]
         mine = distributed.rank() < len(turn) and missing[distributed.rank()]
         data = b""
         if mine:
             chunk = turn[distributed.rank()]
             data = shard_bytes(chunk, job.compute(chunk.items))
         for chunk, shard in zip(turn, distributed.gather(data, turn[0].number), strict=False):
-            if shard and distributed.rank() == 0:
+            if shard and distributed.is_rank_0():
                 run.add(shard_name(chunk.number), shard)
-        if distributed.rank() == 0:
+        if distributed.is_rank_0():
             files += sum(run.add_files(chunk, job.files) for chunk in turn)
         on_progress(Progress(residues(turn), residues(compress(turn, missing)), job.total))
-    if distributed.total(int(not job.input_is_same())):
+    if distributed.all_sum(int(not job.input_is_same())):
         distributed.on_rank_0(run.distrust)
         raise UserError(
             f"{job.input['name']} has changed while it was read, and nothing that was computed of it is trusted: "
@@ -105,7 +105,7 @@ class Run:
         if (self.folder / MANIFEST).exists():
             before = read_manifest(self.folder)
             self._refuse_another(before)
-            remove_all_parts(self.folder)
+            remove_all_temporary(self.folder)
             self.manifest = before
             self.checksums = read_checksums(self.folder / CHECKSUMS)
             if self.finished and not self._intact():
@@ -119,7 +119,7 @@ class Run:
         ):
             raise UserError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_all_parts(self.folder)
+        remove_all_temporary(self.folder)
         self._write_manifest()
 
     def _refuse_another(self, before: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OSError(f"{path} cannot be written ({error.strerror}). {GO_ON}") from error
+            raise OSError(f"{path} cannot be written ({error.strerror}). {RESUME_HINT}") from error
 
     def add_files(self, chunk: Chunk, files: Callable[[Item], Files]) -> int:
         """Make those files of a chunk's items that are missing or damaged, of its shard; returns how many there are."""

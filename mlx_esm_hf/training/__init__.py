@@ -1,1 +1,1 @@
-"""Training: the masked-language-model objective, data sets, `MLXTrainer`, adapters."""
+"""Training: data sets, `MLXTrainer`, adapters, and the jobs behind `mlx-esm train` and `mlx-esm finetune`."""

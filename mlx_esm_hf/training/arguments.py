@@ -1,4 +1,4 @@
-"""The settings of a training, under the names that transformers' `TrainingArguments` has for them."""
+"""Settings of a training, named as in transformers' `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -14,38 +14,45 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 @dataclass
 class MLXTrainingArguments:
-    """What `MLXTrainer` is told. Names, defaults and meaning are those of transformers' `TrainingArguments`. An
-    argument that is not here is a TypeError, since ignoring it would train something else.
+    """Settings of `MLXTrainer`, with the names, defaults and meaning of transformers' `TrainingArguments`.
+
+    An argument that is not listed here raises a TypeError, since ignoring it would change the training.
 
     Args:
-        output_dir: gets `checkpoint-<step>` folders and `log.jsonl`.
-        per_device_train_batch_size, per_device_eval_batch_size: items to a batch on each rank.
-        batch_tokens: not of transformers: tokens to a training batch instead of items, of like lengths.
-        gradient_accumulation_steps: batches to an optimiser step.
-        num_train_epochs: may be a fraction.
-        max_steps: optimiser steps; −1, as many as the epochs have.
-        learning_rate: at the top of the schedule.
+        output_dir: folder for the `checkpoint-<step>` folders and `log.jsonl`.
+        per_device_train_batch_size: items per training batch on each rank.
+        per_device_eval_batch_size: items per evaluation batch on each rank.
+        batch_tokens: tokens per training batch, padding included, instead of a number of items; items of similar length
+            share a batch. transformers has no such argument.
+        gradient_accumulation_steps: batches per optimizer step on each rank.
+        num_train_epochs: number of epochs; may be a fraction.
+        max_steps: number of optimizer steps; −1 means as many as the epochs have.
+        learning_rate: the peak of the schedule.
         lr_scheduler_type: "linear", "cosine", "constant" or "constant_with_warmup".
-        warmup_steps: steps over which the learning rate rises; below 1, the share of all steps.
-        warmup_ratio: that share under its older name.
-        weight_decay: AdamW's, for all parameters but biases and those of layer norms.
-        adam_beta1, adam_beta2, adam_epsilon: of AdamW, with bias correction.
-        max_grad_norm: gradients are scaled down to this norm; 0, never.
-        gradient_checkpointing: compute each layer again in the backward pass instead of keeping its inside in memory.
-        bf16: compute in bfloat16, from weights that are kept in float32.
-        eval_strategy, eval_steps: when to evaluate: "no", "steps" or "epoch".
-        save_strategy, save_steps: when to write a checkpoint, alike.
-        save_total_limit: checkpoints that are kept; the best one is kept beside the last.
-        logging_steps: steps between lines of the log.
-        load_best_model_at_end, metric_for_best_model, greater_is_better: which checkpoint is the best one, and whether
-            its weights are taken at the end. By default that of the least "eval_loss".
-        seed: of shuffling, masking and dropout.
-        disable_tqdm: show no progress bar. None: show one on a terminal.
-        report_to: "none". The log is a file.
-        push_to_hub, hub_model_id: publish the model at the end, under this id.
+        warmup_steps: steps over which the learning rate rises; below 1, the fraction of all steps.
+        warmup_ratio: this fraction under its older name.
+        weight_decay: weight decay of AdamW, for all parameters except biases and norms.
+        adam_beta1, adam_beta2, adam_epsilon: parameters of AdamW, which corrects the bias of the moments.
+        max_grad_norm: gradients are clipped to this norm; 0 turns clipping off.
+        gradient_checkpointing: recompute each layer in the backward pass instead of keeping its intermediates.
+        bf16: compute in bfloat16 with weights kept in float32.
+        eval_strategy: when to evaluate: "no", "steps" or "epoch".
+        eval_steps: steps between evaluations; by default `logging_steps`.
+        save_strategy: when to write a checkpoint: "no", "steps" or "epoch".
+        save_steps: steps between checkpoints.
+        save_total_limit: number of checkpoints to keep; the last and the best one are always kept.
+        logging_steps: steps between log lines.
+        load_best_model_at_end: load the weights of the best checkpoint at the end.
+        metric_for_best_model: the metric that chooses it; by default "eval_loss".
+        greater_is_better: whether a larger metric is better; by default yes, except for a loss or an error.
+        seed: seed of shuffling, masking and dropout.
+        disable_tqdm: hide the progress bar; None shows it on a terminal only.
+        report_to: must be "none". The log is a file.
+        push_to_hub: publish the model at the end.
+        hub_model_id: the repository to publish to.
 
     Raises:
-        ValueError: a setting that means nothing, or two that contradict each other.
+        ValueError: a setting is invalid, or two settings contradict each other.
     """
 
     output_dir: str | os.PathLike[str] = "trainer_output"
@@ -84,16 +91,16 @@ class MLXTrainingArguments:
     def __post_init__(self) -> None:
         for name in ("eval_strategy", "save_strategy"):
             if getattr(self, name) not in STRATEGIES:
-                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(STRATEGIES)}.")
+                raise UserError(f"{name} must be one of {', '.join(STRATEGIES)}, got {getattr(self, name)!r}.")
         if self.lr_scheduler_type not in SCHEDULES:
-            raise UserError(f"lr_scheduler_type={self.lr_scheduler_type!r} is not one of {', '.join(SCHEDULES)}.")
+            raise UserError(f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler_type!r}.")
         if self.report_to != "none":
             raise UserError(
-                f"report_to={self.report_to!r}: what is measured goes to {self.output_dir}/log.jsonl, and to nowhere "
-                "else. Leave this argument out, or say 'none'."
+                f"report_to must be 'none', got {self.report_to!r}: measurements are written to "
+                f"{self.output_dir}/log.jsonl only."
             )
         if self.warmup_steps and self.warmup_ratio:
-            raise UserError("warmup_steps and warmup_ratio are two names for one thing: give one of them.")
+            raise UserError("warmup_steps and warmup_ratio set the same thing: give only one of them.")
         counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
         counts += ["save_steps", "logging_steps"]
         counts += [
@@ -101,45 +108,48 @@ class MLXTrainingArguments:
         ]
         for name in counts:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: a whole number, 1 at least, is needed.")
+                raise UserError(f"{name} must be an integer of at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name}={getattr(self, name)}: a number that is not negative is needed.")
+                raise UserError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
         if self.eval_steps is None:
             self.eval_steps = self.logging_steps
         if self.load_best_model_at_end:
             self._check_best()
 
     def _check_best(self) -> None:
-        """A best model is one that was evaluated, and saved then."""
-        together = self.eval_strategy == self.save_strategy != "no"
-        if not together or (self.eval_strategy == "steps" and self.save_steps % (self.eval_steps or 1)):
+        """Raise if a checkpoint would be written without an evaluation at the same step."""
+        same = self.eval_strategy == self.save_strategy != "no"
+        if not same or (self.eval_strategy == "steps" and self.save_steps % (self.eval_steps or 1)):
             raise UserError(
-                "load_best_model_at_end needs each checkpoint to be evaluated: set eval_strategy and save_strategy "
-                "alike, and save_steps to a multiple of eval_steps."
+                "load_best_model_at_end needs an evaluation at each checkpoint: set eval_strategy and save_strategy to "
+                "the same value, and save_steps to a multiple of eval_steps."
             )
 
     @property
     def best_metric(self) -> str:
-        """Its name, as it is in the log."""
+        """Name, in the log, of the metric that chooses the best model."""
         name = self.metric_for_best_model or "loss"
         return name if name.startswith("eval_") else f"eval_{name}"
 
     @property
-    def more_is_better(self) -> bool:
-        """What `greater_is_better` says; by default more, unless it is a loss or (unlike in transformers) an error."""
+    def higher_is_better(self) -> bool:
+        """Whether a larger `best_metric` is better. Unlike in transformers, a smaller error is better by default."""
         if self.greater_is_better is not None:
             return self.greater_is_better
         return not self.best_metric.endswith(("loss", "_error"))  # such as root_mean_squared_error
 
-    def warmup(self, steps: int) -> int:
-        """Steps, of so many, over which the learning rate rises."""
+    def get_warmup_steps(self, steps: int) -> int:
+        """Return the number of warm-up steps of a training of `steps` steps."""
         wanted = self.warmup_steps or self.warmup_ratio
         return int(wanted) if wanted >= 1 else math.ceil(wanted * steps)
 
     def learning_rate_at(self, step: int, steps: int) -> float:
-        """That of an optimiser step, counted from 0, of so many; as transformers' schedules have it."""
-        warmup = 0 if self.lr_scheduler_type == "constant" else self.warmup(steps)
+        """Return the learning rate of a step, counted from 0, of a training of `steps` steps.
+
+        Source: the schedules of transformers, `transformers.optimization`.
+        """
+        warmup = 0 if self.lr_scheduler_type == "constant" else self.get_warmup_steps(steps)
         if step < warmup:
             return self.learning_rate * step / warmup
         left = (steps - step) / max(1, steps - warmup)

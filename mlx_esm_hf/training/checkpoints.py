@@ -1,14 +1,13 @@
-"""Checkpoints of a training: whole or not there, and all that is needed to go on to the same numbers.
+"""Training checkpoints. Each appears complete or not at all, and a training resumes from it to identical results.
 
-A checkpoint is an ordinary folder of a model, which `from_pretrained` reads here and in torch, or of adapters. It has
-two files more: `training.safetensors`, the weights that are trained with the states of the optimiser and of the random
-numbers, and `trainer_state.json`, how far the training got.
+A checkpoint is an ordinary model folder, which `from_pretrained` reads here and in torch, or an adapter folder, with
+two more files: `training.safetensors` contains the trainable weights, the optimizer and the random state;
+`trainer_state.json` contains the progress.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.write import write_safetensors
 from mlx_esm_hf.errors import CheckpointError, UserError
-from mlx_esm_hf.runtime.files import to_disk
+from mlx_esm_hf.runtime.files import remove_folder, replace_folder
 
 ARRAYS, STATE = "training.safetensors", "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -30,18 +29,20 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass
 class TrainerState:
-    """How far a training got; transformers' `TrainerState` has most of these names.
+    """The progress of a training, with the names of transformers' `TrainerState` where it has them.
 
     Attributes:
-        global_step: optimiser steps that were done.
-        epoch: how much of the data was seen, in epochs.
-        epochs_done, epoch_step: whole epochs, and steps of the one that runs.
-        loss_since_log: the sum of the losses of the steps since the last line of the log.
-        total_loss: that of all steps.
-        tokens: real tokens that went through the model.
+        global_step: optimizer steps done.
+        epoch: epochs done, as a fraction.
+        epochs_done: complete epochs.
+        epoch_step: steps done in the current epoch.
+        loss_since_log: sum of the losses of the steps since the last log line.
+        total_loss: sum of the losses of all steps.
+        tokens: real tokens seen.
         log_history: the lines of the log.
-        best_metric, best_model_checkpoint: of the best checkpoint, and its folder's name.
-        settings: what the numbers depend on; a training with others does not go on from here.
+        best_metric: metric of the best checkpoint.
+        best_model_checkpoint: folder name of the best checkpoint.
+        settings: everything that affects results; resuming with different settings is refused.
     """
 
     global_step: int = 0
@@ -58,45 +59,42 @@ class TrainerState:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a training, the oldest first."""
+    """Return the checkpoints in a training folder, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and (path / STATE).exists()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def write_checkpoint(folder: Path, state: TrainerState, arrays: Any, save_model: Callable[[Path], None]) -> Path:
-    """Write `checkpoint-<step>` into the folder of a training.
+    """Write `checkpoint-<step>` into a training folder and return its path.
 
     Args:
-        arrays: a tree of what the training goes on with.
+        folder: the training folder.
+        state: the progress.
+        arrays: a tree of the arrays that resuming needs.
         save_model: writes model and tokenizer into a folder.
     """
     path = folder / f"checkpoint-{state.global_step}"
-    part = folder / f".{path.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_model(part)
-    write_safetensors(part / ARRAYS, dict(tree_flatten(arrays)))
-    (part / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-    for file in part.iterdir():
-        to_disk(file)
-    _remove(path)
-    os.replace(part, path)
+    with replace_folder(path) as part:
+        save_model(part)
+        write_safetensors(part / ARRAYS, dict(tree_flatten(arrays)))
+        (part / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
     return path
 
 
 def read_state(path: Path) -> TrainerState:
-    """
+    """Return the progress stored in a checkpoint.
+
     Raises:
-        ValueError: the folder is no checkpoint of a training.
+        ValueError: the folder is not a training checkpoint.
     """
     try:
         return TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a checkpoint that a training can go on from ({error}).") from error
+        raise UserError(f"{path} is not a training checkpoint to resume from ({error}).") from error
 
 
 def read_arrays(path: Path) -> Any:
-    """The tree of arrays of a checkpoint.
+    """Return the tree of arrays stored in a checkpoint.
 
     Raises:
         ValueError: the file is damaged.
@@ -105,32 +103,23 @@ def read_arrays(path: Path) -> Any:
         arrays = load_files([str(path / ARRAYS)])
         mx.eval(arrays)
     except (OSError, CheckpointError, RuntimeError) as error:
-        raise UserError(f"{path / ARRAYS} is damaged ({error}): go on from an earlier checkpoint.") from error
+        raise UserError(f"{path / ARRAYS} is damaged ({error}): resume from an earlier checkpoint.") from error
     return tree_unflatten(list(arrays.items()))
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints until there are as many as the limit says, but not the last nor the best one."""
+    """Remove the oldest checkpoints until `limit` are left. The last and the best one are always kept."""
     found = checkpoints_in(folder)
     kept = {found[-1].name, best}
     for path in [path for path in found if path.name not in kept]:
         if limit is None or len(found) <= limit:
             return
-        _remove(path)
+        remove_folder(path)
         found.remove(path)
 
 
-def _remove(path: Path) -> None:
-    """A checkpoint is there as a whole, until it is gone."""
-    if path.exists():
-        gone = path.with_name(f".{path.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(path, gone)
-        shutil.rmtree(gone)
-
-
 def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left."""
+    """Remove incomplete checkpoints left by killed processes."""
     for pattern in (".checkpoint-*.part", ".checkpoint-*.gone"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A model fitted to labelled proteins: what `mlx-esm finetune` does."""
+"""Fine-tuning on labelled proteins, the job of `mlx-esm finetune`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.metrics import compute_metrics_for
 from mlx_esm_hf.training.run_folder import training_folder
 from mlx_esm_hf.training.tables import TASKS, LabelledProteins, read_table
-from mlx_esm_hf.training.token_store import held_out
+from mlx_esm_hf.training.token_store import is_held_out
 from mlx_esm_hf.training.trainer import MLXTrainer
 
-HOW = ("lora", "dora", "full", "head")
+METHODS = ("lora", "dora", "full", "head")
 USUAL_METRICS = {
     "single_label_classification": ("accuracy", "matthews_corrcoef"),
     "regression": ("spearman", "root_mean_squared_error"),
@@ -50,48 +50,52 @@ def finetune(
     report: Report | None = None,
     **arguments: Any,
 ) -> dict[str, float]:
-    """Fit a model to labelled proteins, and write it for `from_pretrained`, or its adapters in PEFT's layout.
+    """Fine-tune a model on labelled proteins and write it for `from_pretrained`, or its adapters in PEFT's layout.
 
-    A training that was stopped goes on when it is called again alike.
+    Calling it again with the same arguments resumes an interrupted run.
 
     Args:
-        table: `.csv`, `.tsv` or `.parquet`; see `read_table`.
-        output: a folder that is not there yet, or that of this training.
+        table: a `.csv`, `.tsv` or `.parquet` file; see `read_table`.
+        output: a new folder, or the folder of an interrupted run.
         model: a Hub repository or a folder.
-        task: "classification" or "regression" of whole proteins, or "residues", a class for each residue.
-        train: "lora" or "dora" (adapters, and the head), "full" (all), or "head" (all but the trunk's parameters).
-        validation: a table to validate with.
-        validation_share: without one, the share of the different sequences that is held out.
+        task: "classification" or "regression" of whole proteins, or "residues" for a class for each residue.
+        train: what to train: "lora" or "dora" (adapters and head), "full" (everything) or "head" (the head only).
+        validation: a table of validation data.
+        validation_share: without `validation`, the fraction of the distinct sequences to hold out.
+        sequence_column: the column of the sequences.
+        label_column: the column of the labels.
         metrics: scikit-learn's names, such as "accuracy" or "matthews_corrcoef"; by default those that suit the task.
-        rank, alpha, dropout, target_modules: of LoRA and DoRA; by default the projections to query, key and value get
-            an adapter.
-        merge: write the model with its adapters merged into it instead of the adapters.
-        report: takes what was changed and left out of the tables.
-        arguments: of `MLXTrainingArguments`.
+        rank: `r` of the adapters.
+        alpha: `lora_alpha` of the adapters.
+        dropout: `lora_dropout` of the adapters.
+        target_modules: the layers to adapt; by default the query, key and value projections.
+        merge: write the model with merged adapters instead of the adapters.
+        report: collects what was changed in the tables and which rows were skipped.
+        arguments: arguments of `MLXTrainingArguments`.
 
     Returns:
-        The metrics of the validation data.
+        The metrics on the validation data.
 
     Raises:
-        ValueError: a table or argument that means nothing, or an output that is something else.
+        ValueError: a table or an argument is invalid, or the output folder contains something else.
     """
-    if train not in HOW:
-        raise UserError(f"train={train!r} is not one of {', '.join(HOW)}.")
+    if train not in METHODS:
+        raise UserError(f"train must be one of {', '.join(METHODS)}, got {train!r}.")
     if task not in TASKS:
-        raise UserError(f"task={task!r} is not one of {', '.join(TASKS)}.")
+        raise UserError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
     report = report or Report()
-    with training_folder(output) as goes_on:
+    with training_folder(output) as resumes:
         tokenizer = load_tokenizer(model)
         vocabulary = Vocabulary(tokenizer, str(model))
         columns = {"sequence_column": sequence_column, "label_column": label_column}
         data = read_table(table, task, vocabulary, report, **columns)  # type: ignore[arg-type]
         if validation is None:
-            data, checked = divide(data, validation_share)
+            data, held_out = split_by_sequence(data, validation_share)
         else:
-            checked = read_table(validation, task, vocabulary, report, classes=data.classes, **columns)  # type: ignore
+            held_out = read_table(validation, task, vocabulary, report, classes=data.classes, **columns)  # type: ignore
         args = MLXTrainingArguments(output, **{"eval_strategy": "epoch", "save_strategy": "epoch"} | arguments)
-        network = load_for(task, model, data.classes, args.seed)
-        refuse_long(data, checked, network.max_tokens)
+        network = load_model_for(task, model, data.classes, args.seed)
+        check_lengths(data, held_out, network.max_tokens)
         if train in ("lora", "dora"):
             config = LoraConfig(
                 r=rank,
@@ -112,20 +116,20 @@ def finetune(
             args,
             data_collator=collator(tokenizer, return_tensors="np"),
             train_dataset=data,
-            eval_dataset=checked,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             compute_metrics=compute_metrics_for(problem, metrics or USUAL_METRICS[problem]),
         )
-        trainer.train(resume_from_checkpoint=goes_on)
-        measured = trainer.evaluate()
+        trainer.train(resume_from_checkpoint=resumes)
+        results = trainer.evaluate()
         if merge and train in ("lora", "dora"):
             merge_adapters(network)
         trainer.save_model()
-    return measured
+    return results
 
 
-def load_for(task: str, model: str, classes: Sequence[str], seed: int) -> Any:
-    """The model with a new head for these classes, or for a number; equal seeds give equal heads."""
+def load_model_for(task: str, model: str, classes: Sequence[str], seed: int) -> Any:
+    """Load a model with a new head for these classes, or for a number. Equal seeds give equal heads."""
     mx.random.seed(seed)
     if task == "regression":
         return MLXAutoModelForSequenceClassification.from_pretrained(
@@ -137,34 +141,39 @@ def load_for(task: str, model: str, classes: Sequence[str], seed: int) -> Any:
         model,
         num_labels=len(names),
         id2label=names,
-        label2id={name: number for number, name in names.items()},
+        label2id={name: index for index, name in names.items()},
         ignore_mismatched_sizes=True,
     )
 
 
-def divide(data: LabelledProteins, share: float) -> tuple[LabelledProteins, LabelledProteins]:
-    """Training and validation data, by the sequence: what stands twice in a table is on one side.
+def split_by_sequence(data: LabelledProteins, share: float) -> tuple[LabelledProteins, LabelledProteins]:
+    """Return training and validation data. All rows with the same sequence are on the same side.
+
+    Args:
+        data: the rows of a table.
+        share: fraction of the distinct sequences to validate with.
 
     Raises:
         ValueError: one of the two would be empty.
     """
-    checked = np.array([held_out(ids.tobytes(), share) for ids in data.ids])
-    if checked.all() or not checked.any():
+    held_out = np.array([is_held_out(ids.tobytes(), share) for ids in data.ids])
+    if held_out.all() or not held_out.any():
         raise UserError(
-            f"Of {len(checked)} proteins a share of {share} leaves nothing to train or to validate with: set another "
-            "share, or give a table to validate with."
+            f"With a validation share of {share}, {len(held_out)} proteins leave no training or no validation data: "
+            "set another share, or provide a validation table."
         )
-    return data.part(np.flatnonzero(~checked).tolist()), data.part(np.flatnonzero(checked).tolist())
+    return data.subset(np.flatnonzero(~held_out).tolist()), data.subset(np.flatnonzero(held_out).tolist())
 
 
-def refuse_long(data: LabelledProteins, checked: LabelledProteins, most: int | None) -> None:
-    """
+def check_lengths(data: LabelledProteins, held_out: LabelledProteins, max_tokens: int | None) -> None:
+    """Check that all proteins fit into the model's position table.
+
     Raises:
-        ValueError: a protein is longer than the model takes.
+        ValueError: a protein is longer.
     """
-    longest = max(data.lengths.max(), checked.lengths.max())
-    if most is not None and longest > most:
+    longest = max(data.lengths.max(), held_out.lengths.max())
+    if max_tokens is not None and longest > max_tokens:
         raise UserError(
-            f"The longest protein has {longest} tokens, the position table of the model ends at {most}: leave such "
-            "proteins out, or take ESM-2, which has no such limit."
+            f"The longest protein has {longest} tokens, but the model accepts at most {max_tokens}: remove such "
+            "proteins, or use ESM-2, which has no such limit."
         )

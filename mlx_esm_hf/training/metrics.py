@@ -1,11 +1,12 @@
-"""Metrics of fine-tuned models, by scikit-learn's names, in the form that trainers take as `compute_metrics`.
+"""Metrics of fine-tuned models with scikit-learn's names, in the form of a trainer's `compute_metrics`.
 
     >>> compute_metrics = compute_metrics_for("single_label_classification", ["accuracy", "mcc", "roc_auc"])
     >>> MLXTrainer(..., compute_metrics=compute_metrics)
 
-The numbers are scikit-learn's and scipy's (`pip install "mlx-esm-hf[train]"`). What is undefined is an error that says
-why, except where it is the model that has nothing to say yet: no division by zero (precision without a positive
-prediction is 0), and the correlation with constant predictions is NaN, as in the libraries.
+scikit-learn and scipy compute the values (`pip install "mlx-esm-hf[train]"`). A metric that is undefined for the labels
+raises an error that gives the reason. One that is undefined because of the predictions does not, since an untrained
+model may predict anything: precision without a positive prediction is 0, and the correlation with constant predictions
+is NaN, as in the libraries.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ AVERAGED = ("f1", "precision", "recall")
 AVERAGES = ("macro", "micro", "weighted")
 WITH_AVERAGE = tuple(f"{name}_{average}" for name in AVERAGED for average in AVERAGES)
 
-# {problem_type, as in the config of a model: names of its metrics}
+# {problem_type of a model's config: names of its metrics}
 METRICS = {
     "single_label_classification": (
         *("accuracy", "balanced_accuracy", "matthews_corrcoef", "roc_auc", "roc_auc_ovr", "average_precision"),
@@ -38,31 +39,30 @@ ALIASES = {"auroc": "roc_auc", "matthews_correlation": "matthews_corrcoef", "mcc
 
 
 def compute_metrics_for(problem_type: str, metrics: Sequence[str]) -> Callable[[Any], dict[str, float]]:
-    """A function from what a model has predicted for an evaluation set to {metric: value}.
+    """Return a function that computes metrics from the predictions for an evaluation set.
 
     Args:
-        problem_type: "single_label_classification", of sequences or of residues; "multi_label_classification" or
-            "regression"; the words of `config.problem_type`.
-        metrics: names from `METRICS`, or "mcc", "matthews_correlation" and "auroc". "f1", "precision", "recall",
-            "roc_auc" and "average_precision" of a single label are those of class 1 of two; of more classes name
-            "f1_macro", "roc_auc_ovr" and so on.
+        problem_type: a value of `config.problem_type`: "single_label_classification" (of sequences or residues),
+            "multi_label_classification" or "regression".
+        metrics: names from `METRICS` or `ALIASES`. For two classes, "f1", "precision", "recall", "roc_auc" and
+            "average_precision" are those of class 1. For more classes use "f1_macro", "roc_auc_ovr" and so on.
 
     Returns:
-        A function of an object such as transformers' `EvalPrediction`: `predictions` are the model's logits, or a tuple
-        that begins with them. A single label: [..., classes] for `label_ids` [...], where −100 is left out. Several
-        labels or regression: the shape of `label_ids`. It raises a ValueError where predictions or
-        labels hold NaN, or a metric is not defined for the labels.
+        A function from an object such as transformers' `EvalPrediction` to {metric: value}. Its `predictions` are the
+        model's logits, or a tuple that starts with them: [..., classes] for a single label, else the shape of
+        `label_ids`. A label of −100 is ignored. It raises a ValueError if predictions or labels contain NaN, or if a
+        metric is undefined for the labels.
 
     Raises:
-        ValueError: an unknown problem type or metric.
+        ValueError: the problem type or a metric is unknown.
         ImportError: scikit-learn or scipy is not installed.
     """
     if problem_type not in METRICS:
-        raise UserError(f"problem_type={problem_type!r} is none of {', '.join(METRICS)}.")
+        raise UserError(f"problem_type must be one of {', '.join(METRICS)}, got {problem_type!r}.")
     for name in metrics:
         if ALIASES.get(name, name) not in METRICS[problem_type]:
             known = ", ".join(METRICS[problem_type])
-            raise UserError(f"There is no metric {name!r} for {problem_type}, but {known}.")
+            raise UserError(f"Metric {name!r} not found for {problem_type}. It must be one of {known}.")
     try:
         import scipy.stats  # noqa: F401
         import sklearn.metrics  # noqa: F401
@@ -75,48 +75,50 @@ def compute_metrics_for(problem_type: str, metrics: Sequence[str]) -> Callable[[
             predictions = predictions[0]
         predictions = np.asarray(predictions, dtype=np.float64)
         if problem_type == "single_label_classification":
-            predictions, labels = _with_label(predictions, labels)
+            predictions, labels = _labelled_only(predictions, labels)
         elif predictions.size == labels.size:
             labels = labels.reshape(predictions.shape)
         else:
-            raise UserError(f"Predictions of shape {predictions.shape} do not fit labels of shape {labels.shape}.")
+            raise UserError(f"Expected predictions of the labels' shape {labels.shape}, got {predictions.shape}.")
         _check_values(predictions, labels)
-        of = {
-            "single_label_classification": _of_single_label,
-            "multi_label_classification": _of_labels,
-            "regression": _of_regression,
+        metric = {
+            "single_label_classification": _single_label_metric,
+            "multi_label_classification": _multi_label_metric,
+            "regression": _regression_metric,
         }[problem_type]
-        return {name: float(of(ALIASES.get(name, name), predictions, labels)) for name in metrics}
+        return {name: float(metric(ALIASES.get(name, name), predictions, labels)) for name in metrics}
 
     return compute_metrics
 
 
-def _with_label(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The logits [n, classes] of what has a label, and its labels [n]."""
+def _labelled_only(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits [n, classes] and labels [n] of the items that have a label."""
     if predictions.ndim != labels.ndim + 1 or predictions.shape[:-1] != labels.shape or predictions.shape[-1] < 2:
         raise UserError(
-            f"Predictions of shape {predictions.shape} are not the logits of two or more classes for labels of shape "
-            f"{labels.shape}."
+            f"Expected logits of two or more classes for labels of shape {labels.shape}, got predictions of shape "
+            f"{predictions.shape}."
         )
     labelled = labels != IGNORE_INDEX
     predictions, labels = predictions[labelled], labels[labelled]
     classes = predictions.shape[-1]
     if outside := sorted(set(labels[(labels < 0) | (labels >= classes)].tolist())):
-        raise UserError(f"The label {outside[0]} is outside of the {classes} classes that are predicted.")
+        raise UserError(
+            f"Labels must be from 0 to {classes - 1}, as the model predicts {classes} classes; got {outside[0]}."
+        )
     return predictions, labels
 
 
 def _check_values(predictions: np.ndarray, labels: np.ndarray) -> None:
     if not labels.size:
-        raise UserError("No item of the evaluation set has a label: there is nothing to measure.")
+        raise UserError("The evaluation set has no labels: there is nothing to measure.")
     if not np.isfinite(labels).all():
         raise UserError(f"{np.sum(~np.isfinite(labels))} labels of the evaluation set are NaN or infinite.")
     if wrong := np.sum(~np.isfinite(predictions)):
         raise UserError(f"{wrong} of {predictions.size} predictions are NaN or infinite: training has diverged.")
 
 
-def _of_single_label(name: str, logits: np.ndarray, labels: np.ndarray) -> float:
-    """A metric of logits [n, classes] and labels [n]."""
+def _single_label_metric(name: str, logits: np.ndarray, labels: np.ndarray) -> float:
+    """Compute a metric from logits [n, classes] and labels [n]."""
     from sklearn import metrics
 
     classes = logits.shape[-1]
@@ -128,46 +130,46 @@ def _of_single_label(name: str, logits: np.ndarray, labels: np.ndarray) -> float
     if name == "matthews_corrcoef":
         return metrics.matthews_corrcoef(labels, predicted)
     if name in WITH_AVERAGE:
-        return _averaged(name, labels, predicted)
+        return _averaged_metric(name, labels, predicted)
     if name == "roc_auc_ovr" and classes > 2:
         return _one_versus_rest(logits, labels)
     if classes > 2:
         others = [other for other in METRICS["single_label_classification"] if other.startswith(f"{name}_")]
-        advice = f"name {', '.join(others)}" if others else "leave it out"
-        raise UserError(f"{name} is of two classes, and the predictions are of {classes}: {advice}.")
+        advice = f"use {', '.join(others)}" if others else "leave it out"
+        raise UserError(f"{name} is for two classes, but the model predicts {classes}: {advice}.")
     if name in AVERAGED:
-        return _averaged(f"{name}_binary", labels, predicted)
-    return _ranked(name.removesuffix("_ovr"), labels, logits[:, 1] - logits[:, 0])
+        return _averaged_metric(f"{name}_binary", labels, predicted)
+    return _ranking_metric(name.removesuffix("_ovr"), labels, logits[:, 1] - logits[:, 0])
 
 
 def _one_versus_rest(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over the classes of how well each is told from the others, from logits [n, classes] and labels [n]."""
+    """Compute the mean AUROC of each class against the others, from logits [n, classes] and labels [n]."""
     from sklearn import metrics
 
     if absent := sorted(set(range(logits.shape[-1])) - set(labels.tolist())):
         raise UserError(
-            f"roc_auc_ovr is not defined: none of the {len(labels)} labels is class {absent[0]}. Evaluate on data with "
+            f"roc_auc_ovr is undefined: none of the {len(labels)} labels is class {absent[0]}. Evaluate on data with "
             "all classes, or leave it out."
         )
     odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return metrics.roc_auc_score(labels, odds / odds.sum(axis=-1, keepdims=True), multi_class="ovr")
 
 
-def _of_labels(name: str, logits: np.ndarray, labels: np.ndarray) -> float:
-    """A metric of logits and labels, 0 or 1, [n, labels]."""
+def _multi_label_metric(name: str, logits: np.ndarray, labels: np.ndarray) -> float:
+    """Compute a metric from logits and labels (0 or 1), each [n, labels]."""
     from sklearn import metrics
 
     labels, predicted = labels.astype(int), (logits > 0).astype(int)
     if name == "accuracy":
         return metrics.accuracy_score(labels, predicted)
     if name in WITH_AVERAGE:
-        return _averaged(name, labels, predicted)
+        return _averaged_metric(name, labels, predicted)
     columns = zip(labels.T, logits.T, strict=True)
-    return float(np.mean([_ranked(name, *column, f" for label {i}") for i, column in enumerate(columns)]))
+    return float(np.mean([_ranking_metric(name, *column, f" for label {i}") for i, column in enumerate(columns)]))
 
 
-def _averaged(name: str, labels: np.ndarray, predicted: np.ndarray) -> float:
-    """F1, precision or recall, with the average at the end of the name; what is divided by zero is 0."""
+def _averaged_metric(name: str, labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Compute F1, precision or recall; the name ends with the kind of average. A division by zero gives 0."""
     from sklearn import metrics
 
     kind, _, average = name.rpartition("_")
@@ -175,21 +177,21 @@ def _averaged(name: str, labels: np.ndarray, predicted: np.ndarray) -> float:
     return score(labels, predicted, average=average, zero_division=0)
 
 
-def _ranked(name: str, labels: np.ndarray, scores: np.ndarray, where: str = "") -> float:
-    """A metric of how labels, 0 or 1, [n] are ranked by scores [n]."""
+def _ranking_metric(name: str, labels: np.ndarray, scores: np.ndarray, where: str = "") -> float:
+    """Compute a metric of how scores [n] rank labels (0 or 1) [n]."""
     from sklearn import metrics
 
     if len(present := np.unique(labels)) < 2:
         raise UserError(
-            f"{name} is not defined{where}: all {len(labels)} labels are {present[0]}. Evaluate on data with both "
+            f"{name} is undefined{where}: all {len(labels)} labels are {present[0]}. Evaluate on data with both "
             "classes, or leave it out."
         )
     score = metrics.roc_auc_score if name == "roc_auc" else metrics.average_precision_score
     return score(labels, scores)
 
 
-def _of_regression(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """A metric of predicted and true numbers, [n] or [n, outputs]; the mean over the outputs."""
+def _regression_metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Compute a metric from predicted and true numbers, [n] or [n, outputs]; the mean over the outputs."""
     from scipy import stats
     from sklearn import metrics
 
@@ -202,8 +204,8 @@ def _of_regression(name: str, predictions: np.ndarray, labels: np.ndarray) -> fl
         return metrics.mean_absolute_error(labels, predictions)
     if (constant := np.ptp(labels, axis=0) == 0).any():
         raise UserError(
-            f"{name} is not defined: all {len(labels)} labels are {labels[0][constant][0]}. Evaluate on data in which "
-            "they differ, or leave it out."
+            f"{name} is undefined: all {len(labels)} labels are {labels[0][constant][0]}. Evaluate on data with "
+            "different labels, or leave it out."
         )
     if name == "r2":
         return metrics.r2_score(labels, predictions)

@@ -1,4 +1,4 @@
-"""AdamW, with the gradients clipped by their norm."""
+"""AdamW with gradient clipping."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_esm_hf import ops
 
-# Parameters that weight decay leaves alone, by their names; those that transformers' Trainer leaves alone.
+# Names of parameters without weight decay: the same as in transformers' Trainer.
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 
 class AdamW:
-    """AdamW as torch and transformers' `Trainer` have it; its `state` holds all that changes.
+    """AdamW with the formula of torch and of transformers' `Trainer`.
 
-    `mlx.optimizers.AdamW` goes through a parameter a dozen times where ours does so once (`ops.adamw`).
+    `ops.adamw` passes over each parameter once, where `mlx.optimizers.AdamW` needs about a dozen operations on it.
 
     Args:
-        parameters: those to be trained, as a tree.
-        max_grad_norm: gradients of a larger norm, over all of them, are scaled down to it; 0, none are.
-        weight_decay: of all parameters but biases and those of norms.
+        parameters: a tree of the parameters to train.
+        learning_rate: the initial learning rate. The loop sets `state["learning_rate"]` before each step.
+        betas: decay rates of the two moments.
+        epsilon: added to the denominator.
+        weight_decay: applied to all parameters except biases and norms.
+        max_grad_norm: gradients whose norm, over all parameters, is larger are scaled down to it; 0 turns this off.
+
+    Attributes:
+        state: everything that changes: step, learning rate and both moments.
     """
 
     def __init__(
@@ -45,9 +51,10 @@ class AdamW:
         }
 
     def update(self, model: nn.Module, gradients: Any) -> mx.array:
-        """Change the model's parameters; returns the norm of the gradients, before they are clipped.
+        """Update the model's parameters and return the norm of the gradients before clipping.
 
         Args:
+            model: the model whose trainable parameters are updated.
             gradients: a tree like that of the parameters.
         """
         state, named = self.state, dict[str, mx.array](tree_flatten(gradients))

@@ -1,4 +1,4 @@
-"""A masked language model of proteins, trained from scratch or further: what `mlx-esm train` does."""
+"""Training a masked language model, new or pretrained; the job of `mlx-esm train`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ from mlx_esm_hf.training.trainer import MLXTrainer
 
 
 def new_model(layers: int, hidden_size: int, heads: int, seed: int = 0) -> tuple[MLXEsmForMaskedLM, Any]:
-    """An ESM-2 of this shape with random weights, and its tokenizer.
+    """Return an ESM-2 of this shape with random weights, and its tokenizer.
 
     Args:
-        heads: of attention; the hidden size is a multiple of twice their number.
+        layers: number of layers.
+        hidden_size: width of the hidden states; must be a multiple of 2 × heads.
+        heads: number of attention heads.
+        seed: seed of the weights.
     """
     mx.random.seed(seed)
     tokenizer = esm2_tokenizer()
@@ -63,30 +66,37 @@ def pretrain(
     report: Report | None = None,
     **arguments: Any,
 ) -> TrainOutput:
-    """Train a masked language model by ESM's objective, and write it as a folder for `from_pretrained`.
+    """Train a masked language model with ESM's objective and write it as a folder for `from_pretrained`.
 
-    A training that was stopped goes on when it is called again alike.
+    Calling it again with the same arguments resumes an interrupted run.
 
     Args:
         proteins: FASTA files.
-        output: a folder that is not there yet, or that of this training.
-        model: a Hub repository or folder to go on from; or (layers, hidden size, heads) of a new ESM-2.
-        weights: how often each file is drawn from, in relation to the others; by default each by its size.
-        validation: a FASTA file to validate with.
-        validation_share: without one, the share of the sequences that is held out; 0, nothing is.
-        context: most tokens of a piece of a protein.
-        report: takes what was changed and left out of the files.
-        arguments: of `MLXTrainingArguments`.
+        output: a new folder, or the folder of an interrupted run.
+        model: a Hub repository or folder to train further, or (layers, hidden size, heads) of a new ESM-2.
+        weights: relative sampling frequency of each file; by default proportional to its size.
+        validation: a FASTA file of validation data.
+        validation_share: without `validation`, the fraction of the sequences to hold out; 0 means no validation.
+        context: maximum number of tokens of a crop of a protein.
+        report: collects what was changed in the files and which proteins were skipped.
+        arguments: arguments of `MLXTrainingArguments`.
+
+    Returns:
+        transformers' `TrainOutput`.
 
     Raises:
-        ValueError: no such file, no proteins in it, arguments that mean nothing, or an output that is something else.
+        ValueError: a file is missing or contains no proteins, an argument is invalid, or the output folder contains
+            something else.
     """
     report = report or Report()
     if weights is not None and (len(weights) != len(proteins) or min(weights) < 0 or sum(weights) <= 0):
-        raise UserError(f"weights {list(weights)}: one for each of the {len(proteins)} files is needed, none negative.")
+        raise UserError(
+            f"Expected a non-negative weight for each of the {len(proteins)} files, not all of them 0, "
+            f"got {list(weights)}."
+        )
     if not 0 <= validation_share < 1:
-        raise UserError(f"validation_share={validation_share}: a share below 1 is needed.")
-    with training_folder(output) as goes_on:
+        raise UserError(f"validation_share must be in [0, 1), got {validation_share}.")
+    with training_folder(output) as resumes:
         args = MLXTrainingArguments(output, **arguments)
         if isinstance(model, tuple):
             network, tokenizer = new_model(*model, seed=args.seed)
@@ -98,11 +108,11 @@ def pretrain(
         stores = [open_store(path, folder / str(i), vocabulary, report) for i, path in enumerate(proteins)]
         share = 0.0 if validation is not None else validation_share
         parts = [split(store, share) for store in stores]
-        held_out = [(store, numbers) for store, (_, numbers) in zip(stores, parts, strict=True) if len(numbers)]
+        held_out = [(store, indices) for store, (_, indices) in zip(stores, parts, strict=True) if len(indices)]
         if validation is not None:
             store = open_store(validation, folder / "validation", vocabulary, report)
             held_out = [(store, np.arange(len(store)))]
-        training = [(store, numbers) for store, (numbers, _) in zip(stores, parts, strict=True)]
+        training = [(store, indices) for store, (indices, _) in zip(stores, parts, strict=True)]
         trainer = MLXTrainer(
             network,
             args,
@@ -111,6 +121,6 @@ def pretrain(
             eval_dataset=MaskedProteins(held_out, vocabulary, context, args.seed + 1) if held_out else None,
             processing_class=tokenizer,
         )
-        result = trainer.train(resume_from_checkpoint=goes_on)
+        result = trainer.train(resume_from_checkpoint=resumes)
         trainer.save_model()
     return result

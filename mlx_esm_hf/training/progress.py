@@ -1,4 +1,4 @@
-"""The progress bar of a training: step, loss, tokens per second and the time that is left."""
+"""The progress bar of a training: step, loss, tokens per second and remaining time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class TrainingBar:
-    """
+    """A progress bar on standard error.
+
     Args:
-        steps: of the whole training.
-        done: those that were done before.
-        visible: None, on a terminal.
+        steps: steps of the whole training.
+        done: steps done before this call.
+        visible: whether to show the bar; None shows it on a terminal only.
     """
 
     def __init__(self, steps: int, done: int, visible: bool | None):
@@ -34,13 +35,16 @@ class TrainingBar:
 
     @property
     def tokens_per_second(self) -> float:
-        """Since the training began or went on."""
+        """Tokens per second since this process started or resumed the training."""
         return self._tokens / (time.perf_counter() - self._began)
 
     def show(self, step: int, loss: float, tokens: int) -> None:
-        """
+        """Show a finished step.
+
         Args:
-            tokens: those of this step.
+            step: its number, from 1.
+            loss: its loss.
+            tokens: real tokens of this step.
         """
         self._tokens += tokens
         text = f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s"

@@ -1,4 +1,4 @@
-"""The output folder of `mlx-esm train` and `mlx-esm finetune`: made, claimed by one process, and gone on with."""
+"""The output folder of `mlx-esm train` and `mlx-esm finetune`, locked by one process at a time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ DATA = "data"
 
 @contextmanager
 def training_folder(output: str | os.PathLike[str]) -> Iterator[bool]:
-    """Keep a folder for this training while the block runs; gives whether it holds a checkpoint to go on from.
+    """Lock a folder for one training while the block runs. Yields whether it contains a checkpoint to resume from.
 
     Raises:
-        ValueError: the folder holds something else, or a finished training; another process trains there.
+        ValueError: the folder contains something else or a finished training, or another process is training in it.
     """
     folder = Path(output)
     with locked(folder):
         names = [name for name in os.listdir(folder) if not name.startswith(".")] if folder.is_dir() else []
         if "config.json" in names:
-            raise UserError(f"{folder} holds a model already: choose another output, or remove it.")
+            raise UserError(f"{folder} already contains a model: choose another output, or remove the folder.")
         others = [name for name in names if name not in (DATA, LOG) and not NAME.fullmatch(name)]
         if others or (folder.exists() and not folder.is_dir()):
-            raise UserError(f"{folder} is there already, and is no training: choose another output, or remove it.")
+            raise UserError(f"{folder} already exists and is not a training: choose another output, or remove it.")
         yield bool(folder.is_dir() and checkpoints_in(folder))

@@ -1,7 +1,7 @@
-"""Proteins as token ids on the disk: read once from FASTA, then taken by number without being loaded.
+"""Token ids of proteins on disk: FASTA is parsed once, and proteins are then read by index from memory-mapped files.
 
-A store is a folder: `tokens.bin` has the ids of all proteins, one behind the other; `ends.npy` where each ends;
-`hashes.npy` a number for each sequence, by which proteins are split; `store.json` what they were made from.
+A store is a folder: `tokens.bin` contains the ids of all proteins, concatenated; `ends.npy` the end of each protein;
+`hashes.npy` a hash of each sequence, which decides the split; `store.json` what the store was made from.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from array import array
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.run import sha256_of
 from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.files import remove_temporary, replace_folder
 
 DESCRIPTION = "store.json"
 
@@ -28,9 +28,12 @@ DESCRIPTION = "store.json"
 class TokenStore:
     """The proteins of a FASTA file as token ids.
 
+    Args:
+        folder: written by `open_store`.
+
     Attributes:
         lengths: residues of each protein, int64 [proteins].
-        hashes: of each sequence, uint64 [proteins]: equal sequences have equal ones.
+        hashes: hash of each sequence, uint64 [proteins].
     """
 
     def __init__(self, folder: Path):
@@ -43,22 +46,23 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, number: int) -> np.ndarray:
-        """The ids of a protein's residues, int32 [residues]."""
-        end = int(self._ends[number])
-        return self._ids[end - int(self.lengths[number]) : end].astype(np.int32)
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the ids of a protein's residues, int32 [residues]."""
+        end = int(self._ends[index])
+        return self._ids[end - int(self.lengths[index]) : end].astype(np.int32)
 
 
 def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabulary, report: Report) -> TokenStore:
-    """The store of a FASTA file in a folder: the one that is there, if it was made of the same file, or a new one. Of
-    several ranks the first one makes it.
+    """Open the store of a FASTA file. Rank 0 makes it first unless the folder contains one made from the same file.
 
     Args:
-        source: FASTA of any size, plain, gzipped or zstandard-compressed.
-        report: takes what was changed and left out, when the file is read.
+        source: a FASTA file of any size, plain, gzipped or zstandard-compressed.
+        folder: the folder of the store.
+        vocabulary: the model's vocabulary.
+        report: collects what was changed and which proteins were skipped, if the file is read.
 
     Raises:
-        ValueError: what is no file, holds no proteins, or is not FASTA.
+        ValueError: the file is not found, is not FASTA, or contains no proteins.
     """
     distributed.on_rank_0(lambda: _make_store(source, folder, vocabulary, report))
     return TokenStore(folder)
@@ -66,25 +70,24 @@ def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabul
 
 def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabulary, report: Report) -> None:
     if is_stdin(source) or not os.path.isfile(source):
-        raise UserError(f"{source} is no file: training reads its proteins from FASTA files.")
+        raise UserError(f"{source} must be a FASTA file: training cannot read proteins from anything else.")
     wanted = {"sha256": sha256_of(source), "vocabulary": sorted(vocabulary.ids.items()), "version": 1}
     wanted = json.loads(json.dumps(wanted))
     try:
-        there = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        existing = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        there = {}
-    if any(there.get(key) != value for key, value in wanted.items()):
-        _write_store(source, folder, vocabulary, report, wanted)
+        existing = {}
+    if any(existing.get(key) != value for key, value in wanted.items()):
+        remove_temporary(folder)
+        with replace_folder(folder) as part:
+            _write_store(source, part, vocabulary, report, wanted)
 
 
 def _write_store(source: Source, folder: Path, vocabulary: Vocabulary, report: Report, wanted: dict[str, Any]) -> None:
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     dtype = np.dtype(np.uint8 if max(vocabulary.ids.values()) < 256 else np.uint16)
     ends, hashes = array("q"), array("Q")
     end = 0
-    with open(part / "tokens.bin", "wb") as file:
+    with open(folder / "tokens.bin", "wb") as file:
         for protein in read_proteins(source, report=report):
             try:
                 data = vocabulary.encode(protein.sequence).astype(dtype).tobytes()
@@ -96,35 +99,35 @@ def _write_store(source: Source, folder: Path, vocabulary: Vocabulary, report: R
             ends.append(end)
             hashes.append(hash_of(data))
     if not ends:
-        raise UserError("\n".join([f"{source} holds no proteins.", *report.left_out]))
-    np.save(part / "ends.npy", np.frombuffer(ends, np.int64))
-    np.save(part / "hashes.npy", np.frombuffer(hashes, np.uint64))
-    (part / DESCRIPTION).write_text(json.dumps(wanted | {"dtype": dtype.name}), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+        raise UserError("\n".join([f"{source} contains no proteins.", *report.left_out]))
+    np.save(folder / "ends.npy", np.frombuffer(ends, np.int64))
+    np.save(folder / "hashes.npy", np.frombuffer(hashes, np.uint64))
+    (folder / DESCRIPTION).write_text(json.dumps(wanted | {"dtype": dtype.name}), encoding="utf-8")
 
 
 def split(store: TokenStore, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the proteins to train with, and of those to validate with.
+    """Return the indices of the proteins to train with and of those to validate with.
 
-    It goes by the sequence, so what stands twice in a file is on one side, and stays there when the file grows.
+    The hash of the sequence decides. Duplicates are on the same side, and proteins stay there when the file grows.
 
     Args:
-        share: of the different sequences, to validate with.
+        store: the proteins.
+        share: fraction of the distinct sequences to validate with.
     """
     chosen = np.asarray(store.hashes) < threshold(share)
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
-def held_out(sequence: bytes, share: float) -> bool:
-    """Whether a sequence is one of this share of all."""
+def is_held_out(sequence: bytes, share: float) -> bool:
+    """Return whether a sequence is in the validation data, given their share of all sequences."""
     return hash_of(sequence) < threshold(share)
 
 
 def hash_of(sequence: bytes) -> int:
-    """Below 2^64; evenly spread over sequences, and the same on every machine."""
+    """Return a uniform hash below 2^64 that is identical on every machine."""
     return int.from_bytes(hashlib.blake2b(sequence, digest_size=8).digest(), "little")
 
 
 def threshold(share: float) -> int:
+    """Return the hash below which a sequence is held out."""
     return int(share * 2**64)

@@ -56,7 +56,7 @@ def test_embed_is_the_mean_over_residues(run, esm1b):
     result, output = run("".join(f">p{i % 3}\n{s}\n" for i, s in enumerate(sequences)), esm1b, "--batch-tokens", "20")
     assert result.exit_code == 0, result.output
     rows, metadata = means(output)
-    assert json.loads(metadata["ids"]) == ["p0", "p1", "p2", "p0"]  # in order, a name that comes twice kept
+    assert json.loads(metadata["ids"]) == ["p0", "p1", "p2", "p0"]  # in input order, duplicates kept
     assert json.loads(metadata["pooling"]) == ["mean"]
     model = EsmModel.from_pretrained(esm1b).eval()
     tokenizer = EsmTokenizer.from_pretrained(esm1b)
@@ -66,7 +66,7 @@ def test_embed_is_the_mean_over_residues(run, esm1b):
         np.testing.assert_allclose(row, states.mean(dim=0), atol=1e-5)
 
 
-def test_embed_esm1_has_no_eos_to_leave_out(run, tmp_path):
+def test_embed_esm1_without_eos(run, tmp_path):
     model = MLXEsmModel(MLXEsm1Config(**SIZE)).eval()
     model.save_pretrained(tmp_path / "esm1")
     Esm1Tokenizer().save_pretrained(tmp_path / "esm1")
@@ -76,12 +76,12 @@ def test_embed_esm1_has_no_eos_to_leave_out(run, tmp_path):
     np.testing.assert_allclose(means(output)[0][0], states.mean(axis=0), atol=1e-5)
 
 
-def test_embed_esm1_in_a_process_that_knows_nothing_of_it(tmp_path):
-    """Its tokenizer is found by the config's `model_type`, without an import by the user."""
+def test_embed_esm1_in_a_fresh_process(tmp_path):
+    """The tokenizer is found by the config's `model_type`, without an import by the user."""
     MLXEsmModel(MLXEsm1Config(**SIZE)).save_pretrained(tmp_path / "esm1")
     Esm1Tokenizer().save_pretrained(tmp_path / "esm1")
     (tmp_path / "in.fasta").write_text(">a\nMKTAYI\n")
-    command = [sys.executable, "-m", "mlx_esm_hf.cli", "embed", tmp_path / "in.fasta", "--model", tmp_path / "esm1"]
+    command = [sys.executable, "-m", "mlx_esm_hf", "embed", tmp_path / "in.fasta", "--model", tmp_path / "esm1"]
     done = subprocess.run([*command, "--output", tmp_path / "out.npz"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "LOAD REPORT" not in done.stderr
@@ -96,7 +96,7 @@ def test_embed_esm1_in_a_process_that_knows_nothing_of_it(tmp_path):
         ("MKT\n", "not FASTA"),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_written(run, esm1b, fasta, message):
+def test_invalid_input_writes_nothing(run, esm1b, fasta, message):
     result, output = run(fasta, esm1b)
     assert result.exit_code == 1
     assert re.search(message, result.output.replace("\n", " "))
@@ -105,24 +105,24 @@ def test_bad_input_is_named_and_nothing_is_written(run, esm1b, fasta, message):
 
 
 def npz(path):
-    """{name: shape} of the arrays."""
+    """Return {name: shape} of the arrays."""
     with np.load(path) as file:
         return {name: file[name].shape for name in file.files}
 
 
 def rows(path):
-    """Header and id of each row."""
+    """Return the header, and the id of each row."""
     with open(path, newline="") as file:
         header, *others = csv.reader(file)
     return header, [dict(zip(header, row, strict=True))["id"] for row in others]
 
 
 def titles(path):
-    """The ids of the records."""
+    """Return the ids of the records."""
     return [record.id for record in SeqIO.parse(path, "fasta")]
 
 
-# For each job: what it writes, its options, and what is then found in the file.
+# For each job: output file, options, reader of the file, expected content.
 JOBS = {
     "embed": ("out.npz", [], npz, {"ids": (2,), "mean": (2, SIZE["hidden_size"]), "metadata": ()}),
     "fill-mask": (
@@ -154,8 +154,8 @@ def test_each_job_writes_its_file(esm2, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [*JOBS, "score"])
-def test_a_config_that_asks_for_other_outputs(name, esm2, tmp_path):
-    """What is legal there, and only for scripts, changes no byte of a result."""
+def test_config_output_flags_do_not_change_results(name, esm2, tmp_path):
+    """Output flags in a config are for scripts; results of jobs are identical byte for byte."""
     model = tmp_path / "model"
     shutil.copytree(esm2, model)
     (tmp_path / "in.fasta").write_text(">a\nMK<mask>AYI\n>b\nGGAC<mask>\n")
@@ -174,7 +174,7 @@ def test_a_config_that_asks_for_other_outputs(name, esm2, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*JOBS, "score"])
-def test_rounding_needs_packed_weights(name, esm2, tmp_path):
+def test_activation_dtype_needs_quantized_weights(name, esm2, tmp_path):
     (tmp_path / "in.fasta").write_text(">a\nMK<mask>AYI\n")
     output, options = ("out.csv", []) if name == "score" else JOBS[name][:2]
     source = ["--sequence", "MKTAYI"] if name == "score" else [tmp_path / "in.fasta"]
@@ -186,20 +186,20 @@ def test_rounding_needs_packed_weights(name, esm2, tmp_path):
     )
 
 
-def test_rounding_is_asked_for_and_told(run, esm2, tmp_path):
+def test_activation_dtype(run, esm2, tmp_path):
     """--activation-dtype gives the results of a checkpoint converted with it, and says so in the metadata."""
     spec = {"quantize": True, "bits": 8, "group_size": 32}
     convert(esm2, tmp_path / "weights", **spec)
     convert(esm2, tmp_path / "rounding", activation_dtype="int8", **spec)
-    found, said = [], []
+    found, dtypes = [], []
     for model, *options in (("weights",), ("rounding",), ("weights", "--activation-dtype", "int8")):
         result, output = run(">a\nMKTAYIAKQR\n", tmp_path / model, *options)
         assert result.exit_code == 0, result.output
         embedding, metadata = means(output)
         found.append(embedding)
-        said.append(metadata.get("activation_dtype"))
+        dtypes.append(metadata.get("activation_dtype"))
         output.unlink()
-    assert said == [None, "int8", "int8"]
+    assert dtypes == [None, "int8", "int8"]
     plain, rounding, asked = found
     assert np.array_equal(asked, rounding) and not np.array_equal(asked, plain)
 
@@ -220,7 +220,7 @@ def test_help_has_an_example(name):
     assert result.exit_code == 0 and f"mlx-esm {name}" in result.output.replace("\n", " ")
 
 
-def test_what_was_changed_is_reported(run, esm1b):
+def test_changes_are_reported(run, esm1b):
     result, _ = run(">a\nmkjjt\n>b\nM-K\n>c\n\n", esm1b)
     assert result.exit_code == 3
     output = result.output.replace("\n", " ")
@@ -230,7 +230,7 @@ def test_what_was_changed_is_reported(run, esm1b):
     assert strict.exit_code == 1
 
 
-def test_quiet_says_nothing(run, esm1b):
+def test_quiet_prints_nothing(run, esm1b):
     result, output = run(">a\nMKT\n", esm1b, "--quiet")
     assert (result.exit_code, result.output) == (0, "") and output.exists()
 
@@ -238,20 +238,20 @@ def test_quiet_says_nothing(run, esm1b):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layers", "x"], "numbers are needed"),
+        (["--layers", "x"], "--layers must be a comma-separated list of integers"),
         (["--pooling", "sum"], "pooling sum: choose from"),
-        (["--batch-tokens", "many"], "a number of tokens"),
+        (["--batch-tokens", "many"], "--batch-tokens must be auto or a positive integer"),
         (["--long", "cut"], "not one of error, truncate, window"),
         (["--device", "tpu"], "not one of cpu, gpu"),
     ],
 )
-def test_wrong_options(run, esm1b, options, message):
+def test_invalid_options(run, esm1b, options, message):
     result, output = run(">a\nMKT\n", esm1b, *options)
     assert result.exit_code == 1 and not output.exists()
     assert message in result.output.replace("\n", " ")
 
 
-def test_model_that_is_nowhere(run, tmp_path, monkeypatch):
+def test_missing_model(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result, _ = run(">a\nMKT\n", tmp_path / "nowhere")
     assert result.exit_code == 1
@@ -259,11 +259,11 @@ def test_model_that_is_nowhere(run, tmp_path, monkeypatch):
 
 
 def test_env():
-    command = [sys.executable, "-m", "mlx_esm_hf.cli", "env"]
+    command = [sys.executable, "-m", "mlx_esm_hf", "env"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "100"})
     shown = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in done.stdout.splitlines())
     assert shown["mlx-esm-hf"] == __version__ and shown["mlx"] == version("mlx")
     assert shown["device"] == str(mx.default_device())
-    assert shown["kernels on the CPU"] == kernels.STATE
-    assert shown["BLAS on the CPU"] == blas.bind()
+    assert shown["CPU kernels"] == kernels.STATE
+    assert shown["CPU BLAS"] == blas.bind()
     assert re.fullmatch(r"\d+ GFLOP/s", shown["float32 matmul"])

@@ -1,4 +1,4 @@
-"""mlx-esm fold, as a command and under kill -9."""
+"""`mlx-esm fold` as a command, and under kill -9."""
 
 import csv
 import json
@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from safetensors.numpy import load_file
@@ -14,9 +13,7 @@ from typer.testing import CliRunner
 
 from mlx_esm_hf.cli import app
 from tests.jobs.models import write_folding_model
-
-# Without torch, which transformers would import: that takes seconds each time.
-COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from mlx_esm_hf.cli import app; app()"]
+from tests.processes import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +56,12 @@ def test_one_file(model, tmp_path):
         ("out.pdb", [], "holds the structure of one protein, and there are more"),
         ("out.pdb", ["--pictures"], "Pictures are files in a folder"),
         ("out", ["--formats", "mol2"], "formats mol2: choose from pdb, cif"),
-        ("out", ["--batch-tokens", "many"], "auto, or a number of tokens"),
+        ("out", ["--batch-tokens", "many"], "--batch-tokens must be auto or a positive integer"),
         ("out", ["--dtype", "float16"], "The folding trunk cannot be float16"),
         ("out", ["--num-recycles", "-1"], "the trunk would never run"),
     ],
 )
-def test_mistakes_are_told(model, tmp_path, output, options, message):
+def test_user_errors(model, tmp_path, output, options, message):
     (tmp_path / "in.fasta").write_text(">a\nMKTAYI\n>b\nGG\n")
     code, said = run(tmp_path / "in.fasta", "--model", model, "--output", tmp_path / output, *options)
     assert code == 1 and message in said and "Traceback" not in said
@@ -78,7 +75,7 @@ def test_help_has_an_example():
 
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory):
-    """12 proteins, every third with two chains."""
+    """Write 12 proteins; every third has two chains."""
     residues, path = random.Random(0), tmp_path_factory.mktemp("fasta") / "p.fasta"
     with path.open("w") as file:
         for i in range(12):
@@ -92,7 +89,7 @@ def arguments(fasta, model, output):
 
 
 def without_seconds(folder):
-    """{name: what a file says}, of all files, but not how long it took to compute."""
+    """Return {name: content} of all files, without the seconds that computing took."""
     found = {}
     for path in folder.iterdir():
         if path.name.startswith("shard-"):
@@ -101,7 +98,7 @@ def without_seconds(folder):
         elif path.name == "index.csv":
             with path.open(newline="") as file:
                 found[path.name] = [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
-        elif path.name == "checksums.txt":  # of shards and of the table, too
+        elif path.name == "checksums.txt":  # checksums of the shards and the table depend on the seconds
             lines = path.read_text().splitlines()
             found[path.name] = [line for line in lines if not line.endswith((".safetensors", "index.csv"))]
         elif path.name == "manifest.json":
@@ -112,15 +109,13 @@ def without_seconds(folder):
     return found
 
 
-def test_killed_in_the_middle_it_ends_with_the_same_files(fasta, model, tmp_path):
-    """Byte for byte, but for seconds in shards and table of what was folded again, and the memory that was free."""
+def test_killed_run_resumes_with_identical_files(fasta, model, tmp_path):
+    """Files are identical byte for byte, except for seconds and the free memory in the manifest."""
     assert run(*arguments(fasta, model, tmp_path / "whole"))[0] == 0
     output = tmp_path / "out"
-    killed = subprocess.Popen([*COMMAND, "fold", *map(str, arguments(fasta, model, output))], stderr=subprocess.DEVNULL)
-    while killed.poll() is None and len(list(output.glob("p*.pdb"))) < 4:
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    command = [sys.executable, "-m", "tests.abuse.child", "fold", *map(str, arguments(fasta, model, output))]
+    killed = subprocess.run(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT | {"KILL_BEFORE": r".*/\.p6\.pdb\..*"})
+    assert killed.returncode == -signal.SIGKILL
     assert 4 <= len(list(output.glob("p*.pdb"))) < 12
     kept = {path: path.read_bytes() for path in sorted(output.glob("shard-????????.safetensors"))[:-1]}
     assert run(*arguments(fasta, model, output))[0] == 0

@@ -19,11 +19,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def push(tmp_path):
-    """Run the command in a process of its own, against a Hub on this machine."""
+    """Return a function that runs the command in its own process against a loopback Hub."""
     hub = Hub()
 
     def push(*arguments, token="hf_me"):
-        command = [sys.executable, "-m", "mlx_esm_hf.cli", "push", *map(str, arguments)]
+        command = [sys.executable, "-m", "mlx_esm_hf", "push", *map(str, arguments)]
         variables = environment(endpoint, tmp_path / "home", HF_TOKEN=token)
         return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
 
@@ -38,7 +38,7 @@ def test_dry_run_then_push(push, folder):
     assert dry.returncode == 0, dry.stderr
     size = (folder / "model.safetensors").stat().st_size
     assert f"{size:,}  model.safetensors" in dry.stdout and "left out  optimizer.bin: no part of a" in dry.stdout
-    assert "would go to me/esm. Nothing was sent." in dry.stdout and not push.hub.repos
+    assert "would be uploaded to me/esm. Nothing was uploaded." in dry.stdout and not push.hub.repos
     done = push(folder, "esm", "--message", "Mine", "--private", "--base-model", "facebook/esm2", "--license", "mit")
     assert done.returncode == 0, done.stderr
     repo = push.hub.repos["me/esm"]
@@ -49,17 +49,17 @@ def test_dry_run_then_push(push, folder):
 
 
 def test_name_without_owner(push, folder):
-    assert "would go to me/esm. Nothing was sent." in push(folder, "esm", "--dry-run").stdout
+    assert "would be uploaded to me/esm. Nothing was uploaded." in push(folder, "esm", "--dry-run").stdout
     refused = push(folder, "esm", "--dry-run", token="hf_wrong")
     assert refused.returncode == 1 and "log in (`hf auth login`)" in refused.stderr
 
 
-def test_lacking_tokenizer(push, folder, tmp_path):
+def test_missing_tokenizer(push, folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path / name)
-    assert "lacking  a tokenizer: tokenizer.save_pretrained puts it" in push(tmp_path, "me/esm").stdout
-    assert "lacking" not in push(folder, "me/esm").stdout
-    assert "lacking" not in push(tmp_path, "me/esm").stdout  # the repository has one
+    assert "missing  a tokenizer: add it with tokenizer.save_pretrained" in push(tmp_path, "me/esm").stdout
+    assert "missing" not in push(folder, "me/esm").stdout
+    assert "missing" not in push(tmp_path, "me/esm").stdout  # the repository has one
 
 
 def test_branch_and_pull_request(push, folder):
@@ -70,7 +70,7 @@ def test_branch_and_pull_request(push, folder):
     assert "model.safetensors" in push.hub.repos["me/esm"].files("refs/pr/1")
 
 
-def test_errors_are_sentences(push, folder, tmp_path):
+def test_errors_have_no_traceback(push, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for done, said in (
         (push(tmp_path / "empty", "me/esm"), "holds no config.json: it is not a checkpoint. Nothing was sent."),

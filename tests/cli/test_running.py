@@ -1,4 +1,4 @@
-"""How a command ends: a sentence for a mistake, a traceback for a bug, neither for Ctrl-C."""
+"""How commands end: user errors print one line, bugs a traceback, Ctrl-C a note."""
 
 import io
 import subprocess
@@ -11,13 +11,13 @@ import pytest
 import typer
 from rich.console import Console
 
-from mlx_esm_hf.cli.options import tokens_of
+from mlx_esm_hf.cli.options import parse_batch_tokens
 from mlx_esm_hf.cli.running import Running, running
 from mlx_esm_hf.runs.job import Progress
 from mlx_esm_hf.runs.run import read_manifest
 from mlx_esm_hf.runtime import process
 from tests.jobs.models import write_model
-from tests.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT, RESTORE_SIGINT
 
 
 def raise_from_elsewhere():
@@ -36,16 +36,16 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
-def test_a_bug_keeps_its_traceback(bug, tmp_path, capsys):
+def test_bug_keeps_its_traceback(bug, tmp_path, capsys):
     with pytest.raises((TypeError, AttributeError, ValueError, RuntimeError)), running(tmp_path / "out"):
         bug()
     assert "Error:" not in capsys.readouterr().err
 
 
-def test_a_mistake_is_told_in_a_line(tmp_path, capsys, monkeypatch):
+def test_user_error_prints_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(process, "_owner", -1)
     for mistake, said in (
-        (lambda: tokens_of("many"), "--batch-tokens many: auto, or a number of tokens, is needed."),
+        (lambda: parse_batch_tokens("many"), "--batch-tokens must be auto or a positive integer, got many."),
         (process.check_process, "This process was forked from -1 after a model had been made there"),
         (lambda: np.zeros(1 << 50), "Unable to allocate"),
         (Path("/nowhere/in.fasta").read_bytes, "No such file or directory: '/nowhere/in.fasta'"),
@@ -56,17 +56,18 @@ def test_a_mistake_is_told_in_a_line(tmp_path, capsys, monkeypatch):
         assert caught.value.exit_code == 1 and line.startswith("Error: ") and said in line and line.count("\n") == 1
 
 
-# Ctrl-C comes when the module is looked for that the first argument names.
-INTERRUPTED = """
-import signal, sys
-sys.modules["torch"] = None  # which transformers would import: that takes seconds
+# Raises SIGINT when the module named by the first argument is imported.
+INTERRUPTED = f"""
+{RESTORE_SIGINT}
+import sys
+sys.modules["torch"] = None  # keeps transformers from importing torch, which takes seconds
 name = sys.argv.pop(1)
 class Interrupt:
     def find_spec(looked_for, *rest):
         if looked_for == name:
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupt)
-from mlx_esm_command import main
+from mlx_esm_hf.__main__ import main
 main()
 """
 
@@ -74,14 +75,13 @@ main()
 @pytest.mark.parametrize(
     "module",
     [
-        "mlx_esm_hf",
-        "mlx.core",
+        "mlx_esm_hf.cli",
         "typer",
         "mlx_esm_hf.jobs.embed",
         "mlx_esm_hf.ops.kernels",
     ],
 )
-def test_ctrl_c_while_importing_is_no_traceback(module, tmp_path):
+def test_ctrl_c_while_importing_has_no_traceback(module, tmp_path):
     (tmp_path / "in.fasta").write_text(">a\nMKT\n")
     arguments = ["embed", "in.fasta", "--model", write_model(tmp_path / "model"), "--output", "out.npz"]
     script = [sys.executable, "-c", INTERRUPTED, module, *arguments]
@@ -90,16 +90,17 @@ def test_ctrl_c_while_importing_is_no_traceback(module, tmp_path):
     assert not (tmp_path / "out.npz").exists()
 
 
-def test_a_bug_as_the_command_shows_it(tmp_path):
-    broken = "import mlx_esm_hf.jobs.embed as p; p.embed = len; from mlx_esm_command import main; main()"
+def test_bug_in_a_command_keeps_its_traceback(tmp_path):
+    broken = "import mlx_esm_hf.jobs.embed as p; p.embed = len; from mlx_esm_hf.__main__ import main; main()"
     script = [sys.executable, "-c", broken, "embed", "in.fasta", "--model", "m", "--output", "out.npz"]
     done = subprocess.run(script, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("TypeError: len() takes")
 
 
-def test_what_is_being_done_is_shown():
-    """Within a step, when no residues are done yet; an id may look like markup."""
+def test_progress_shows_the_current_item(monkeypatch):
+    """The text is shown before any residue is done, even if an id looks like markup."""
+    monkeypatch.setenv("TERM", "xterm")
     terminal = io.StringIO()
     run = Running(Console(file=terminal, force_terminal=True, width=200), quiet=False)
     with run.bar:

@@ -1,4 +1,4 @@
-"""`mlx-esm train` and `mlx-esm finetune`, from files to a model that the other commands take."""
+"""`mlx-esm train` and `mlx-esm finetune`, from files to a model that other commands load."""
 
 import json
 import math
@@ -33,14 +33,14 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_loss_that_is_no_number_is_told_in_a_line(tmp_path):
+def test_non_finite_loss_prints_one_line(tmp_path):
     options = ["--steps", 9, "--learning-rate", 1e30, "--warmup", 0, "--output", tmp_path / "out"]
     result = invoke("train", PROTEINS, *SMALL, *options)
     assert result.exit_code == 1
     assert re.match(r"Error: Step \d+: the loss is (nan|inf)", result.stderr), result.output
 
 
-def test_train_from_scratch_then_further_then_embed(tmp_path):
+def test_train_continue_and_embed(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     picture = tmp_path / "losses.png"
     options = ["--steps", 20, "--validation-share", 0.1, "--evaluate-every", 10, "--learning-rate", 3e-3]
@@ -66,8 +66,8 @@ def test_train_from_scratch_then_further_then_embed(tmp_path):
     assert load_file(output)["mean"].shape == (100, 32)
 
 
-def test_a_stopped_training_goes_on_by_the_same_command(tmp_path):
-    command = [sys.executable, "-m", "mlx_esm_hf.cli", "train", PROTEINS, *SMALL, "--steps", "12", "--save-every", "2"]
+def test_killed_training_resumes(tmp_path):
+    command = [sys.executable, "-m", "mlx_esm_hf", "train", PROTEINS, *SMALL, "--steps", "12", "--save-every", "2"]
     expected, folder = tmp_path / "expected", tmp_path / "out"
     subprocess.run([*command, "--output", expected], cwd=ROOT, check=True)
     process = subprocess.Popen([*command, "--output", folder], cwd=ROOT)
@@ -82,11 +82,11 @@ def test_a_stopped_training_goes_on_by_the_same_command(tmp_path):
     assert sorted(os.listdir(folder)) == sorted(os.listdir(expected))
 
 
-def test_two_ranks_train_what_one_trains(tmp_path):
+def test_two_ranks_train_like_one(tmp_path):
     options = [*SMALL, "--steps", "4", "--validation-share", "0.1", "--evaluate-every", "2"]
     result = invoke("train", PROTEINS, *options, "--accumulate", 2, "--output", tmp_path / "one")
     assert result.exit_code == 0, result.output
-    command = [sys.executable, "-m", "mlx_esm_hf.cli", "train", PROTEINS, *options, "--output", tmp_path / "two"]
+    command = [sys.executable, "-m", "mlx_esm_hf", "train", PROTEINS, *options, "--output", tmp_path / "two"]
     subprocess.run([*ON_TWO_RANKS, *command], cwd=ROOT, check=True, timeout=300)
     one, two = ([line.get("loss", line.get("eval_loss")) for line in log_of(tmp_path / n)] for n in ("one", "two"))
     assert len(one) == 6
@@ -97,37 +97,37 @@ def test_two_ranks_train_what_one_trains(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([PROTEINS], "Either --model, to train further, or --shape"),
-        ([PROTEINS, "--shape", "2,32"], "layers, hidden size and heads are needed"),
+        ([PROTEINS], "Pass either --model to continue training a model, or --shape"),
+        ([PROTEINS, "--shape", "2,32"], "--shape must be layers, hidden size and heads"),
         ([PROTEINS, "--shape", "2,30,4"], "a multiple of twice the number of heads"),
-        ([PROTEINS, "--shape", "2,32,4", "--weights", "1,2"], "one for each of the 1 files is needed"),
-        (["nowhere.fasta", "--shape", "2,32,4"], "nowhere.fasta is no file"),
-        ([PROTEINS, "--shape", "2,32,4", "--schedule", "wave"], "not one of linear, cosine"),
-        ([PROTEINS, "--shape", "2,32,4", "--validation-share", "1"], "a share below 1 is needed"),
+        ([PROTEINS, "--shape", "2,32,4", "--weights", "1,2"], "for each of the 1 files, not all of them 0, got"),
+        (["nowhere.fasta", "--shape", "2,32,4"], "nowhere.fasta must be a FASTA file"),
+        ([PROTEINS, "--shape", "2,32,4", "--schedule", "wave"], "must be one of linear, cosine"),
+        ([PROTEINS, "--shape", "2,32,4", "--validation-share", "1"], "validation_share must be in [0, 1), got 1.0"),
         ([PROTEINS, "--shape", "2,32,4", "--picture", "a.txt"], "pictures are told by the suffixes"),
     ],
 )
-def test_what_cannot_be_trained_is_a_sentence(arguments, message, tmp_path):
+def test_invalid_training_is_one_message(arguments, message, tmp_path):
     result = invoke("train", *arguments, "--output", tmp_path / "out", "--quiet")
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
 
 
-def test_an_output_that_is_something_else(tmp_path):
+def test_output_folder_in_use(tmp_path):
     (tmp_path / "notes.txt").write_text("keep")
     result = invoke("train", PROTEINS, *SMALL, "--steps", 1, "--output", tmp_path)
     assert result.exit_code == 1
-    assert "is there already, and is no training" in " ".join(result.output.split())
+    assert "already exists and is not a training" in " ".join(result.output.split())
     result = invoke("train", PROTEINS, *SMALL, "--steps", 1, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     again = invoke("train", PROTEINS, *SMALL, "--steps", 1, "--output", tmp_path / "out")
     assert again.exit_code == 1
-    assert "holds a model already" in again.output.replace("\n", " ")
+    assert "already contains a model" in again.output.replace("\n", " ")
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Peptides whose class is whether they have more K and R than D and E: composition alone tells."""
+    """Write peptides whose class, more K and R than D and E, follows from their composition."""
     rng, lines = np.random.default_rng(0), []
     for _ in range(160):
         sequence = "".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), rng.integers(8, 20)))
@@ -139,7 +139,7 @@ def table(tmp_path_factory):
 
 
 @pytest.mark.parametrize("train", ["lora", "dora", "full", "head"])
-def test_finetune_in_each_way(train, table, tmp_path):
+def test_finetune_each_method(train, table, tmp_path):
     base = write_model(tmp_path / "base")
     options = [
         "--train",
@@ -156,7 +156,7 @@ def test_finetune_in_each_way(train, table, tmp_path):
     result = invoke("finetune", table, "--model", base, *options, "--output", tmp_path / "out", "--quiet")
     assert result.exit_code == 0, result.output
     evaluated = [line for line in log_of(tmp_path / "out") if "eval_loss" in line]
-    assert len(evaluated) == 7  # after each epoch, and of the best model
+    assert len(evaluated) == 7  # after each epoch, and for the best model
     assert evaluated[-1]["eval_roc_auc"] == max(line["eval_roc_auc"] for line in evaluated[:-1])
     if train in ("lora", "dora"):
         model = MLXEsmForSequenceClassification.from_pretrained(base, num_labels=2)
@@ -196,4 +196,4 @@ def test_finetune_numbers_and_residues(table, tmp_path):
     options = ["--task", "residues", "--epochs", 4, "--learning-rate", 1e-2]
     result = invoke("finetune", letters, "--model", base, *options, "--output", tmp_path / "residues", "--quiet")
     assert result.exit_code == 0, result.output
-    assert log_of(tmp_path / "residues")[-1]["eval_matthews_corrcoef"] > 0.9  # the residue itself tells
+    assert log_of(tmp_path / "residues")[-1]["eval_matthews_corrcoef"] > 0.9  # the label follows from the residue

@@ -290,7 +290,7 @@ def test_layout(name):
     assert model.num_parameters() == count
     size = re.search(r"_(\d+)([MB])_", name)
     assert count == pytest.approx(int(size[1]) * {"M": 1e6, "B": 1e9}[size[2]], rel=0.1)
-    (row,) = re.findall(rf"^\| `{name}` \|.*$", (ROOT / "README.md").read_text(), re.M)
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", (ROOT / "docs" / "converting.md").read_text(encoding="utf-8"), re.M)
     assert f"| {count / 1e6:,.1f} M |" in row
 
 

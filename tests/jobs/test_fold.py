@@ -280,11 +280,10 @@ def test_options_that_are_refused(network, tmp_path, options, error, message):
 
 
 def test_a_library_that_is_not_installed(network, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gemmi" else name)
-    for output in ("out", "out.pdb"):
-        with pytest.raises(ValueError, match=r"pdb needs gemmi: pip install 'mlx-esm-hf\[fold\]'"):
-            fold(["MKTAYI"], network, tmp_path / output)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "modelcif" else name)
+    for output in ("out", "out.cif"):
+        with pytest.raises(ValueError, match=r"cif needs modelcif: pip install 'mlx-esm-hf\[fold\]'"):
+            fold(["MKTAYI"], network, tmp_path / output)
     fold(["MKTAYI"], network, tmp_path / "out.pdb")
 
 

@@ -1,4 +1,4 @@
-"""A family of its own kind fits in without a change of the package: 30 lines, and everything works on it."""
+"""A new family needs 30 lines and no change of the package."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,7 +52,7 @@ class ToyModel(MLXPreTrainedModel):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A saved model, and the family known to MLXAutoModel."""
+    """A saved model whose family is registered with MLXAutoModel."""
     monkeypatch.setattr(MLXAutoModel, "models", dict(MLXAutoModel.models))
     MLXAutoModel.register(ToyConfig, ToyModel)
     mx.random.seed(0)
@@ -62,7 +62,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_keys_and_bits(folder):
-    """Saved under the names of its own dialect, and read back bit for bit."""
+    """The model is saved with the keys of its dialect and loaded with identical bits."""
     mx.random.seed(0)
     state = ToyModel(ToyConfig()).state_dict()
     written = load_file(folder / "model.safetensors")
@@ -72,7 +72,7 @@ def test_keys_and_bits(folder):
     assert all(mx.array_equal(model.state_dict()[name], array) for name, array in state.items())
 
 
-def test_what_the_class_declares(folder):
+def test_class_attributes(folder):
     model = MLXAutoModel.from_pretrained(folder, dtype="float16")
     assert model.table.weight.dtype == mx.float16 and model.decay.dtype == mx.float32
     assert "decay" not in dict(model.named_parameters())
@@ -83,7 +83,7 @@ def test_what_the_class_declares(folder):
     assert MLXAutoModel.from_pretrained(folder).decay.item() == 0.5
     del arrays["h.1.bias"]
     save_file(arrays, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="ToyModel cannot do without, 'blocks.1.bias'"):
+    with pytest.raises(CheckpointError, match="lacks 1 parameters that ToyModel requires, such as 'blocks.1.bias'"):
         MLXAutoModel.from_pretrained(folder)
 
 
@@ -98,6 +98,8 @@ def test_embed(folder):
         assert np.allclose(result.arrays[f"mean.{layer}"], np.array(expected[0, 1:-1].mean(axis=0)), atol=1e-6)
 
 
-def test_a_task_it_has_no_class_for(folder):
-    with pytest.raises(ValueError, match="model_type 'toy'; MLXAutoModelForMaskedLM knows 'esm', 'esm1', 'esmc'"):
+def test_task_without_a_class(folder):
+    with pytest.raises(
+        ValueError, match="MLXAutoModelForMaskedLM has no class for model_type 'toy' .* 'esm', 'esm1', 'esmc'"
+    ):
         MLXAutoModelForMaskedLM.from_pretrained(folder)

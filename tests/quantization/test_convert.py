@@ -1,4 +1,4 @@
-"""Checkpoints in another precision: what torch and we make of them, and what is said of the difference."""
+"""`convert`: checkpoints in another precision, compared with torch, and the report."""
 
 import json
 import os
@@ -60,13 +60,13 @@ def rows(conversion):
 @pytest.mark.parametrize("task", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"])
 @pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_dtype(dtype, task, tmp_path):
-    """transformers loads, without a warning, the very numbers that its own cast gives."""
+    """transformers loads the result without a warning, with the values of its own cast."""
     model = torch_model(task, num_labels=3)
     model.save_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours", dtype=dtype)
     loaded, info = theirs(task).from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
     assert not any(info.values()) and loaded.dtype == getattr(torch, dtype)
-    frequencies = "rotary_embeddings.inv_freq"  # a buffer, which is never rounded
+    frequencies = "rotary_embeddings.inv_freq"  # a buffer, which is never cast
     expected = {k: v if k.endswith(frequencies) else v.to(loaded.dtype) for k, v in model.state_dict().items()}
     found = loaded.state_dict()
     assert_same_state(*({k: v for k, v in s.items() if not k.endswith(frequencies)} for s in (found, expected)))
@@ -83,7 +83,7 @@ def test_from_bin_in_shards_to_shards(tmp_path):
     assert_same_state(loaded.state_dict(), model.state_dict())
 
 
-def test_half_precision_stays(tmp_path):
+def test_half_precision_is_kept(tmp_path):
     write_model(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "half", dtype="float16")
     convert(tmp_path / "half", tmp_path / "again", quantize=True, group_size=32)
@@ -93,7 +93,7 @@ def test_half_precision_stays(tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float16"
 
 
-def test_half_precision_that_no_config_tells_of(tmp_path):
+def test_half_precision_without_dtype_in_the_config(tmp_path):
     model = torch_model().half()
     model.save_pretrained(tmp_path / "source")
     settings = json.loads((tmp_path / "source" / "config.json").read_text())
@@ -106,20 +106,20 @@ def test_half_precision_that_no_config_tells_of(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": True, "rules": {"*pooler*": 8}}])
-def test_nothing_random_is_written(options, tmp_path):
-    """What the source lacks, its result lacks: a head that nobody trained must not look like one that somebody did."""
+def test_random_parameters_are_not_written(options, tmp_path):
+    """Parameters that the source lacks are not written: a random head must not look like a trained one."""
     model = torch_model("Model")
     model.pooler = None
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("contact_head")}
     model.save_pretrained(tmp_path / "source", state_dict=state)
     convert(tmp_path / "source", tmp_path / "result", **options)
     _, info = MLXEsmModel.from_pretrained(tmp_path / "result", output_loading_info=True)
-    lacking = {f"pooler.dense.{name}" for name in ("weight", "bias")}
-    assert info["missing_keys"] == lacking | {f"contact_head.regression.{name}" for name in ("weight", "bias")}
+    missing = {f"pooler.dense.{name}" for name in ("weight", "bias")}
+    assert info["missing_keys"] == missing | {f"contact_head.regression.{name}" for name in ("weight", "bias")}
 
 
-def test_a_whole_repository(esm2, tmp_path):
-    """The tokenizer is the same, byte for byte, and all of it can be published; the model card stays behind."""
+def test_complete_repository(esm2, tmp_path):
+    """The tokenizer is copied byte for byte and everything can be published; the model card is left out."""
     (esm2 / "README.md").write_text("# Theirs")
     (esm2 / "LICENSE").write_text("MIT")
     (esm2 / "notes.txt").write_text("mine")
@@ -135,7 +135,7 @@ def test_a_whole_repository(esm2, tmp_path):
         assert (result / name).read_bytes() == (esm2 / name).read_bytes()
     assert AutoTokenizer.from_pretrained(result)("MKT")["input_ids"] == [0, 20, 15, 11, 2]
     assert "Made from esm2" in (result / "CONVERSION.md").read_text()
-    assert str(esm2.parent) not in (result / "CONVERSION.md").read_text()  # of a folder only its name is published
+    assert str(esm2.parent) not in (result / "CONVERSION.md").read_text()  # only a folder's name is published
 
 
 # Quantizing
@@ -155,29 +155,29 @@ SPECS = [
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_quantize_and_dequantize(spec, esm2, tmp_path):
-    """There, the packed numbers; and back, what torch computes of them."""
+    """The dequantized checkpoint gives in torch what the quantized one gives here."""
     affine = {"group_size": 32} if "bits" in spec else {}
-    conversion = convert(esm2, tmp_path / "packed", quantize=True, **spec, **affine)
-    model = MLXEsmForMaskedLM.from_pretrained(tmp_path / "packed")
+    conversion = convert(esm2, tmp_path / "quantized", quantize=True, **spec, **affine)
+    model = MLXEsmForMaskedLM.from_pretrained(tmp_path / "quantized")
     block = block_of(model)
     assert block.items() >= spec.items()
     assert re.match(rf"18 layers are quantized: \d+ to {block['bits']} bits in groups of ", conversion.notes[1])
-    back = convert(tmp_path / "packed", tmp_path / "plain", dequantize=True)
+    back = convert(tmp_path / "quantized", tmp_path / "plain", dequantize=True)
     assert back.notes[1:] == [
-        "The weights were dequantized: they are as coarse as they were.",
+        "The weights were dequantized and keep their quantized values.",
         "The weights are float32.",
     ]
     plain = transformers.EsmForMaskedLM.from_pretrained(tmp_path / "plain").eval()
     ids = AutoTokenizer.from_pretrained(tmp_path / "plain")(UBIQUITIN)["input_ids"]
     with torch.no_grad():
         outputs = plain(torch.tensor([ids])).logits.numpy()
-    packed = np.array(model([ids]).logits)
-    assert np.abs(packed - outputs).max() < 1e-4 * np.abs(outputs).max()
-    whole = np.array(MLXEsmForMaskedLM.from_pretrained(esm2)([ids]).logits)
-    assert np.abs(whole - outputs).max() > 1e-3  # it was not left as it is
+    logits = np.array(model([ids]).logits)
+    assert np.abs(logits - outputs).max() < 1e-4 * np.abs(outputs).max()
+    original = np.array(MLXEsmForMaskedLM.from_pretrained(esm2)([ids]).logits)
+    assert np.abs(original - outputs).max() > 1e-3  # it was quantized
 
 
-def test_more_bits_are_nearer(esm2, tmp_path):
+def test_more_bits_are_closer(esm2, tmp_path):
     def log_probabilities(folder):
         model = load_protein_model(mlx_esm_hf.MLXAutoModelForMaskedLM, str(folder))
         return np.concatenate(model.blended_log_probabilities([model.encode(protein) for protein in PROTEINS]))
@@ -189,7 +189,7 @@ def test_more_bits_are_nearer(esm2, tmp_path):
     assert differences == sorted(differences, reverse=True) and differences[-1] < differences[0] / 20
 
 
-def test_rules_and_groups_that_do_not_fit(tmp_path):
+def test_rules_and_smaller_groups(tmp_path):
     write_model(tmp_path / "source")
     rules = {"*word_embeddings": 8, "lm_head.*": "nvfp4", "*.layer.0.*": None}
     done = convert(tmp_path / "source", tmp_path / "result", quantize=True, bits=3, rules=rules)
@@ -206,50 +206,50 @@ def test_rules_and_groups_that_do_not_fit(tmp_path):
     ]
 
 
-def test_jobs_take_it(esm2, tmp_path):
-    convert(esm2, tmp_path / "packed", quantize=True, bits=8, group_size=32)
-    embed(PROTEINS, str(tmp_path / "packed"), tmp_path / "out.npz")
-    embed(PROTEINS, str(esm2), tmp_path / "whole.npz")
-    a, b = (np.load(tmp_path / name)["mean"] for name in ("out.npz", "whole.npz"))
+def test_jobs_accept_quantized_models(esm2, tmp_path):
+    convert(esm2, tmp_path / "quantized", quantize=True, bits=8, group_size=32)
+    embed(PROTEINS, str(tmp_path / "quantized"), tmp_path / "out.npz")
+    embed(PROTEINS, str(esm2), tmp_path / "original.npz")
+    a, b = (np.load(tmp_path / name)["mean"] for name in ("out.npz", "original.npz"))
     cosines = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     assert (cosines > 0.99).all() and not np.array_equal(a, b)
 
 
-def test_what_cannot_be(esm2, tmp_path):
+def test_invalid_options(esm2, tmp_path):
     for options, message in (
-        ({"bits": 4}, "bits: how to quantize, but quantize was not asked for"),
-        ({"rules": {"*": 8}, "mode": "mxfp4"}, "mode, rules: how to quantize"),
-        ({"quantize": True, "dequantize": True}, "opposites: choose one"),
-        ({"quantize": True, "bits": 7}, "bits 7"),
-        ({"quantize": True, "rules": {"*": "int8"}}, "mode 'int8' is not one of"),
-        ({"quantize": True, "rules": {"heads": 8}}, "No layer is called 'heads'"),
-        ({"quantize": True, "rules": {"*": None}}, "There is nothing to quantize."),
+        ({"bits": 4}, "bits: only valid with quantize"),
+        ({"rules": {"*": 8}, "mode": "mxfp4"}, "mode, rules: only valid with quantize"),
+        ({"quantize": True, "dequantize": True}, "Pass either quantize or dequantize"),
+        ({"quantize": True, "bits": 7}, "got 7"),
+        ({"quantize": True, "rules": {"*": "int8"}}, "mode must be one of affine, mxfp4, mxfp8, nvfp4, got 'int8'"),
+        ({"quantize": True, "rules": {"heads": 8}}, "No layer matches 'heads'"),
+        ({"quantize": True, "rules": {"*": None}}, "No layer can be quantized."),
         ({"quantize": True, "mode": "mxfp4", "rules": {"*embeddings": "mxfp4"}}, "quantized in mode 'affine'"),
         ({"dequantize": True}, "is not quantized"),
-        ({"dtype": "int8"}, "dtype 'int8' is not one of float32, float16, bfloat16"),
-        ({"report": []}, "There are no proteins"),
+        ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, got 'int8'"),
+        ({"report": []}, "The report has no proteins"),
         ({"report": ["M1"]}, "'1' has '1' at 2"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             convert(esm2, tmp_path / "result", **options)
-    assert not names(tmp_path)  # nothing is left, no temporary folder either
-    convert(esm2, tmp_path / "packed", quantize=True, group_size=32)
-    with pytest.raises(ValueError, match="packed is quantized already"):
-        convert(tmp_path / "packed", tmp_path / "result", quantize=True)
-    with pytest.raises(FileExistsError, match="packed is there already. Nothing was written"):
-        convert(esm2, tmp_path / "packed")
+    assert not names(tmp_path)  # not even a temporary folder is left
+    convert(esm2, tmp_path / "quantized", quantize=True, group_size=32)
+    with pytest.raises(ValueError, match="quantized is already quantized"):
+        convert(tmp_path / "quantized", tmp_path / "result", quantize=True)
+    with pytest.raises(FileExistsError, match="quantized already exists. Nothing was written"):
+        convert(esm2, tmp_path / "quantized")
     with pytest.raises(OSError, match="nowhere"):
         convert(tmp_path / "nowhere", tmp_path / "result")
-    assert names(tmp_path) == {"packed"}
+    assert names(tmp_path) == {"quantized"}
 
 
 @pytest.mark.parametrize("shard", ["5GB", "9KB"])
 def test_full_disk(shard, esm2, tmp_path):
-    """A file that cannot grow, one of several or the only one: nothing is left behind."""
+    """If a file cannot grow, one of several or the only one, nothing is left behind."""
     convert(esm2, tmp_path / "measured", quantize=True, group_size=32, max_shard_size=shard)
     sizes = sorted((file.stat().st_size for file in (tmp_path / "measured").glob("*.safetensors")), reverse=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] - 1, hard))  # Python ignores the signal that comes with it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] - 1, hard))  # Python ignores SIGXFSZ
     try:
         with pytest.raises(OSError, match=r"model.*\.safetensors cannot be written .* Is the disk full\?"):
             convert(esm2, tmp_path / "result", quantize=True, group_size=32, max_shard_size=shard)
@@ -258,16 +258,16 @@ def test_full_disk(shard, esm2, tmp_path):
     assert (len(sizes) > 2) == (shard == "9KB") and names(tmp_path) == {"measured"}
 
 
-def test_no_width_that_a_group_divides(tmp_path):
+def test_no_group_size_divides_the_widths(tmp_path):
     model = MLXEsmModel(config(hidden_size=12, intermediate_size=24))
     model.save_pretrained(tmp_path / "source")
     with pytest.raises(
-        ValueError, match=re.escape("nothing to quantize. The groups divide none of the widths [12, 24]")
+        ValueError, match=re.escape("No layer can be quantized. No group size divides the widths [12, 24]")
     ):
         convert(tmp_path / "source", tmp_path / "result", quantize=True)
 
 
-def test_into_the_folder_where_one_is(esm2, tmp_path, monkeypatch):
+def test_output_is_the_working_directory(esm2, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     convert(esm2, ".")
@@ -277,29 +277,29 @@ def test_into_the_folder_where_one_is(esm2, tmp_path, monkeypatch):
 def test_config_without_architectures(tmp_path):
     torch_model().save_pretrained(tmp_path / "source")
     config().save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match="names no architectures, so its head would be lost"):
+    with pytest.raises(ValueError, match="has no `architectures`, so its head would be lost"):
         convert(tmp_path / "source", tmp_path / "result")
 
 
 def test_publish(esm2, tmp_path, monkeypatch):
-    """From a repository to another, which says what it was made from; loaded from there."""
+    """Convert one repository into another, whose card names the first, and load it."""
     hub = Hub(users={"hf_me": "me"})
     monkeypatch.setenv("HF_TOKEN", "hf_me")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with serve(hub) as endpoint:
         use(monkeypatch, endpoint)
         mlx_esm_hf.hub.publish(esm2, "me/esm")
-        done = convert("me/esm", tmp_path / "packed", quantize=True, group_size=32, upload_repo="me/packed")
-        files = hub.repos["me/packed"].files()
-        assert set(files) == names(tmp_path / "packed") | {".gitattributes", "README.md"}
+        done = convert("me/esm", tmp_path / "quantized", quantize=True, group_size=32, upload_repo="me/quantized")
+        files = hub.repos["me/quantized"].files()
+        assert set(files) == names(tmp_path / "quantized") | {".gitattributes", "README.md"}
         card = files["README.md"].decode()
         assert "base_model: me/esm" in card and "quantized to 4 bits in groups of 32" in card
         commit = hub.repos["me/esm"].refs["main"]
         assert f"## Conversion\n\nMade from me/esm ({commit[:12]}) by mlx-esm-hf" in card and "| size on disk |" in card
-        assert done.publication.commit.oid == hub.repos["me/packed"].refs["main"]
+        assert done.publication.commit.oid == hub.repos["me/quantized"].refs["main"]
         ids = [[0, 20, 15, 11, 2]]
-        published = MLXEsmForMaskedLM.from_pretrained("me/packed")(ids).logits
-        assert mx.array_equal(published, MLXEsmForMaskedLM.from_pretrained(tmp_path / "packed")(ids).logits)
+        published = MLXEsmForMaskedLM.from_pretrained("me/quantized")(ids).logits
+        assert mx.array_equal(published, MLXEsmForMaskedLM.from_pretrained(tmp_path / "quantized")(ids).logits)
 
 
 # The report
@@ -315,7 +315,7 @@ def test_report_of_a_classifier(tmp_path):
     expected = np.mean([np.abs(np.array(a(**x).logits - b(**x).logits)).mean() for x in ids])
     table = rows(done)
     assert float(table["mean |Δlogit|"][1]) == pytest.approx(expected, rel=1e-3)
-    assert "same best class" in table and table["pseudo-perplexity"] == ["no language-model head", ""]
+    assert "same top class" in table and table["pseudo-perplexity"] == ["no language-model head", ""]
 
 
 def test_report_without_a_head(tmp_path):
@@ -323,27 +323,27 @@ def test_report_without_a_head(tmp_path):
     with_tokenizer(tmp_path / "a")
     coarse = convert(tmp_path / "a", tmp_path / "coarse", quantize=True, bits=2, group_size=32, report=PROTEINS)
     assert 0 < float(rows(coarse)["mean cosine of residue embeddings"][1]) < 0.99
-    assert "same best class" not in rows(coarse) and "mean |Δlogit|" not in rows(coarse)
+    assert "same top class" not in rows(coarse) and "mean |Δlogit|" not in rows(coarse)
 
 
 @pytest.mark.long
 def test_trained_language_model(tmp_path, capsys):
-    """8 bits keep the best residue at 99% of the masked positions of real proteins."""
+    """8 bits keep the top residue at 99% of the masked positions of real proteins."""
     if "MLX_ESM_SEED_WEIGHTS" not in os.environ:
-        pytest.skip("MLX_ESM_SEED_WEIGHTS has to name weights/esm1-202402151405.npz of usmanm/mlx-esm")
+        pytest.skip("MLX_ESM_SEED_WEIGHTS must name weights/esm1-202402151405.npz of usmanm/mlx-esm")
     mlx_esm_npz.convert(Path(os.environ["MLX_ESM_SEED_WEIGHTS"]), tmp_path / "trained")
     kept = {}
     for spec in SPECS:
         done = convert(tmp_path / "trained", tmp_path / str(spec), quantize=True, **spec, report=FASTA)
         table = rows(done)
-        kept[str(spec)] = float(table["same best residue at masked ones"][1].rstrip("%"))
+        kept[str(spec)] = float(table["same top residue where masked"][1].rstrip("%"))
         with capsys.disabled():
             print(f"\n{spec}", *(f"{what} {' '.join(values)}" for what, values in table.items()), sep="; ")
     assert kept["{'bits': 8}"] >= 99
     assert kept["{'bits': 2}"] < kept["{'bits': 3}"] < kept["{'bits': 4}"] < kept["{'bits': 6}"] < kept["{'bits': 8}"]
 
 
-def test_report_of_proteins_beyond_the_position_table(tmp_path):
+def test_report_with_long_proteins(tmp_path):
     write_model(tmp_path / "esm1b", family="ESM-1b", positions=42)
     proteins = [UBIQUITIN, UBIQUITIN[:42]]
     done = convert(tmp_path / "esm1b", tmp_path / "half", dtype="bfloat16", report=proteins)
@@ -364,7 +364,7 @@ def test_size(esm2, tmp_path):
 CONVERT_AND_LOAD = r"""
 import re, sys
 from pathlib import Path
-sys.modules["torch"] = None  # not needed
+sys.modules["torch"] = None  # torch is not needed
 what, source, target = sys.argv[1:]
 status = lambda name: int(re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 from mlx_esm_hf import MLXAutoModelForMaskedLM
@@ -406,7 +406,7 @@ LARGE = {
 
 
 @needs_cpu
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize(
     ("model", "format", "dtype", "limit"),
     [
@@ -419,8 +419,8 @@ LARGE = {
     ],
 )
 def test_memory(model, format, dtype, limit, tmp_path, capsys):
-    """Conversion takes the memory of its largest array; a 4-bit model of 76 residues stays below the limit, with all of
-    the process and those parts of the file that the system has in memory for it."""
+    """Converting needs the memory of the largest array. Running the 4-bit model on 76 residues stays below the limit,
+    including the whole process and the mapped pages of the file."""
     shape, model_class = LARGE[model]()
     with torch.device("meta"):
         sizes = [4 * parameter.numel() for parameter in model_class(shape).parameters()]  # in float32
@@ -431,19 +431,19 @@ def test_memory(model, format, dtype, limit, tmp_path, capsys):
     size = write_random(tmp_path / "source", format, dtype, shape, model_class)
 
     def run(what):
-        command = [sys.executable, "-c", CONVERT_AND_LOAD, what, tmp_path / "source", tmp_path / "packed"]
+        command = [sys.executable, "-c", CONVERT_AND_LOAD, what, tmp_path / "source", tmp_path / "quantized"]
         done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         return [int(number) for number in done.stdout.split()]
 
     (converting,) = run("convert")
     shutil.rmtree(tmp_path / "source")
-    loaded, peak, packed = run("load")
-    shutil.rmtree(tmp_path / "packed")
+    loaded, peak, quantized = run("load")
+    shutil.rmtree(tmp_path / "quantized")
     with capsys.disabled():
-        print(f"\n{model}: float32 {size / 1e6:.0f} MB, 4 bits {packed / 1e6:.0f} MB; memory added by conversion")
+        print(f"\n{model}: float32 {size / 1e6:.0f} MB, 4 bits {quantized / 1e6:.0f} MB; memory added by conversion")
         print(f"{converting / 1e6:.0f} MB, by loading {loaded / 1e6:.0f} MB; peak of a run {peak / 1e6:.0f} MB")
-    assert packed < 0.17 * size  # 4 bits, and two float32 for 64 numbers, of 32
-    assert loaded < packed + 0.05 * size
-    read = size if format == "bin" and kernels.native is None else 0  # without kernels a .bin is not mapped
+    assert quantized < 0.17 * size  # 4 of 32 bits, and two float32 per 64 weights
+    assert loaded < quantized + 0.05 * size
+    read = size if format == "bin" and kernels.native is None else 0  # without the kernels a .bin file is not mapped
     assert converting < 100e6 + 2 * max(sizes) + read
     assert peak < limit

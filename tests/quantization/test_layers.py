@@ -1,4 +1,4 @@
-"""Quantized models: packed, saved, loaded, and what else a model has to do with packed layers in it."""
+"""Quantized models: quantize, save and load them, and call what scripts call."""
 
 import json
 
@@ -57,7 +57,7 @@ def esm1():
     return MLXEsmForMaskedLM(MLXEsm1Config(**SMALL, initializer_range=0.1)).eval()
 
 
-def pack(model, spec=MODES["affine"], rules=None):
+def quantized(model, spec=MODES["affine"], rules=None):
     specs, _ = choose_specs(model, spec, rules or {})
     replace_layers(model, specs)
     return model
@@ -72,7 +72,7 @@ def edit_config(folder, **fields):
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-# How to pack
+# Specs
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_defaults_are_those_of_mlx(asked, spec):
     assert spec_of(layer) == QuantSpec(*spec)
 
 
-def test_groups_are_smaller_where_activations_are_rounded():
+def test_default_group_size_with_int8_activations():
     assert make_spec(8, activation_dtype="int8") == QuantSpec(32, 8, "affine", "int8")
     assert make_spec(8, 64, activation_dtype="int8") == QuantSpec(64, 8, "affine", "int8")
 
@@ -99,17 +99,17 @@ def test_groups_are_smaller_where_activations_are_rounded():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"bits": 7}, "bits 7: mode 'affine' has 2, 3, 4, 5, 6, 8"),
-        ({"group_size": 16}, "group size 16: mode 'affine' has 32, 64, 128"),
-        ({"mode": "mxfp4", "bits": 8}, "bits 8: mode 'mxfp4' has 4"),
-        ({"mode": "nvfp4", "group_size": 32}, "group size 32: mode 'nvfp4' has 16"),
-        ({"activation_dtype": "int4"}, "activation_dtype 'int4': there is 'int8' alone"),
-        ({"activation_dtype": "int8", "bits": 6}, "activation_dtype 'int8' need mode 'affine' and 4 or 8 bits"),
-        ({"activation_dtype": "int8", "mode": "mxfp8"}, "activation_dtype 'int8' need mode 'affine' and 4 or 8 bits"),
-        ({"mode": "int8"}, "mode 'int8' is not one of affine, mxfp4, mxfp8, nvfp4"),
+        ({"bits": 7}, "bits must be one of 2, 3, 4, 5, 6, 8 in mode 'affine', got 7"),
+        ({"group_size": 16}, "group size must be one of 32, 64, 128 in mode 'affine', got 16"),
+        ({"mode": "mxfp4", "bits": 8}, "bits must be one of 4 in mode 'mxfp4', got 8"),
+        ({"mode": "nvfp4", "group_size": 32}, "group size must be one of 16 in mode 'nvfp4', got 32"),
+        ({"activation_dtype": "int4"}, "activation_dtype must be 'int8' or None, got 'int4'"),
+        ({"activation_dtype": "int8", "bits": 6}, "activation_dtype 'int8' needs mode 'affine' and 4 or 8 bits"),
+        ({"activation_dtype": "int8", "mode": "mxfp8"}, "activation_dtype 'int8' needs mode 'affine' and 4 or 8 bits"),
+        ({"mode": "int8"}, "mode must be one of affine, mxfp4, mxfp8, nvfp4, got 'int8'"),
     ],
 )
-def test_packings_that_mlx_does_not_have(asked, message):
+def test_unsupported_specs(asked, message):
     with pytest.raises(ValueError, match=message):
         make_spec(**asked)
 
@@ -118,42 +118,42 @@ def test_packings_that_mlx_does_not_have(asked, message):
     ("width", "asked", "fitting"),
     [(1280, 128, 128), (480, 64, 32), (480, 128, 32), (1920, 64, 64), (320, 128, 64), (64, 32, 32), (600, 64, None)],
 )
-def test_groups_that_divide_a_row(width, asked, fitting):
+def test_group_size_divides_the_width(width, asked, fitting):
     found = spec_for(width, make_spec(group_size=asked))
     assert (found and found.group_size) == fitting
 
 
-def test_what_stays_in_full_precision():
-    model = pack(small(MLXEsmForTokenClassification))
-    packed = {path for path, layer in layers(model) if spec_of(layer)}
-    whole = {path for path, layer in layers(model) if not spec_of(layer)}
-    assert len(packed) == 2 * 6 and all(path.startswith("esm.encoder.layer.") for path in packed)
-    assert whole == {"classifier", "esm.contact_head.regression", "esm.embeddings.word_embeddings"}
-    assert all(isinstance(layer, QuantizedLinear) for path, layer in layers(model) if path in packed)
+def test_layers_in_full_precision():
+    model = quantized(small(MLXEsmForTokenClassification))
+    chosen = {path for path, layer in layers(model) if spec_of(layer)}
+    others = {path for path, layer in layers(model) if not spec_of(layer)}
+    assert len(chosen) == 2 * 6 and all(path.startswith("esm.encoder.layer.") for path in chosen)
+    assert others == {"classifier", "esm.contact_head.regression", "esm.embeddings.word_embeddings"}
+    assert all(isinstance(layer, QuantizedLinear) for path, layer in layers(model) if path in chosen)
 
 
 def test_rules():
     rules = {"*.query": make_spec(8, 32), "*.layer.1.*": None, "lm_head.*": MODES["nvfp4"]}
-    model = pack(small(tie_word_embeddings=False), MODES["affine"], rules)
+    model = quantized(small(tie_word_embeddings=False), MODES["affine"], rules)
     found = {path: spec_of(layer) for path, layer in layers(model)}
     assert found[QUERY] == make_spec(8, 32) and found[QUERY.replace("query", "key")] == MODES["affine"]
     assert not any(spec for path, spec in found.items() if ".layer.1." in path)
     assert found["lm_head.dense"] == found["lm_head.decoder"] == MODES["nvfp4"]
     with pytest.raises(
-        ValueError, match="No layer is called 'decoder'. There are .*, esm.encoder.layer.*.output.dense, "
+        ValueError, match="No layer matches 'decoder'. The layers are .*, esm.encoder.layer.*.output.dense, "
     ):
         choose_specs(small(), MODES["affine"], {"decoder": None})
 
 
-def test_width_that_no_group_divides():
+def test_width_no_group_size_divides():
     specs, too_narrow = choose_specs(small(hidden_size=40), MODES["affine"], {})
     assert set(too_narrow.values()) == {40} and len(too_narrow) == 10
     assert set(specs) == {f"esm.encoder.layer.{i}.output.dense" for i in (0, 1)}  # 128 wide
 
 
 def test_480_wide():
-    """ESM-2 35M: 64 divides only the rows of 1,920."""
-    model = pack(small(hidden_size=480, intermediate_size=1920, num_hidden_layers=1), make_spec(bits=4))
+    """In ESM-2 35M, 64 divides only the feed-forward width of 1,920."""
+    model = quantized(small(hidden_size=480, intermediate_size=1920, num_hidden_layers=1), make_spec(bits=4))
     block = block_of(model)
     assert (block["group_size"], block["bits"]) == (32, 4)
     assert block["esm.encoder.layer.0.output.dense"] == {"group_size": 64, "bits": 4, "mode": "affine"}
@@ -170,7 +170,7 @@ def test_480_wide():
 EVERYTHING = {"*word_embeddings": make_spec(8, 32), "lm_head.*": make_spec(8, 32)}
 MODELS = {
     "esm2": small,
-    "head of its own": lambda: small(tie_word_embeddings=False),
+    "untied head": lambda: small(tie_word_embeddings=False),
     "esm1b": lambda: small(position_embedding_type="absolute", max_position_embeddings=40),
     "esm1": esm1,
     "no head": lambda: small(MLXEsmModel),
@@ -182,8 +182,8 @@ MODELS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("made", MODELS)
 def test_save_load_save(made, mode, dtype, tmp_path):
-    """The same bytes again, and between the two the same answers to the bit."""
-    model = pack(MODELS[made]().to(dtype), MODES[mode])
+    """Saving a loaded model writes the same bytes, and both models give identical outputs."""
+    model = quantized(MODELS[made]().to(dtype), MODES[mode])
     model.save_pretrained(tmp_path / "a")
     again, info = type(model).from_pretrained(tmp_path / "a", dtype=dtype, output_loading_info=True)
     assert not any(info.values())
@@ -196,27 +196,27 @@ def test_save_load_save(made, mode, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_rounded_activations_are_remembered(bits, tmp_path):
-    """By the layers and by the config, in which a spec without them says nothing of them."""
-    weights_alone, rounding = (pack(small(), make_spec(bits, 32, activation_dtype=a)) for a in (None, "int8"))
+def test_activation_dtype_is_saved(bits, tmp_path):
+    """Layers and config keep it; without it, the config does not mention it."""
+    weights_only, rounding = (quantized(small(), make_spec(bits, 32, activation_dtype=a)) for a in (None, "int8"))
     rounding.save_pretrained(tmp_path)
     block = json.loads((tmp_path / "config.json").read_text())["quantization"]
     assert block == {"group_size": 32, "bits": bits, "mode": "affine", "activation_dtype": "int8"} | {
         path: False for path, layer in layers(rounding) if spec_of(layer) is None
     }
-    assert "activation_dtype" not in block_of(weights_alone)
+    assert "activation_dtype" not in block_of(weights_only)
     loaded = MLXEsmForMaskedLM.from_pretrained(tmp_path)
     assert np.array_equal(logits(loaded), logits(rounding))
-    difference = np.abs(logits(rounding) - logits(weights_alone)).max() / np.abs(logits(weights_alone)).max()
+    difference = np.abs(logits(rounding) - logits(weights_only)).max() / np.abs(logits(weights_only)).max()
     assert 1e-4 < difference < 0.1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("source", [MLXEsmForMaskedLM, MLXAutoModelForMaskedLM])
-def test_rounding_asked_for_at_loading(source, bits, tmp_path):
-    """The answers and the file are those of a checkpoint that was made so; the one that is loaded stays as it was."""
-    pack(small(), make_spec(bits, 32, activation_dtype="int8")).save_pretrained(tmp_path / "rounding")
-    pack(small(), make_spec(bits, 32)).save_pretrained(tmp_path / "weights")
+def test_activation_dtype_at_loading(source, bits, tmp_path):
+    """Outputs and files equal those of a checkpoint converted with it; the loaded checkpoint is unchanged."""
+    quantized(small(), make_spec(bits, 32, activation_dtype="int8")).save_pretrained(tmp_path / "rounding")
+    quantized(small(), make_spec(bits, 32)).save_pretrained(tmp_path / "weights")
     expected = MLXEsmForMaskedLM.from_pretrained(tmp_path / "rounding")
     loaded = source.from_pretrained(tmp_path / "weights", activation_dtype="int8")
     assert np.array_equal(logits(loaded), logits(expected)) and block_of(loaded) == block_of(expected)
@@ -227,40 +227,40 @@ def test_rounding_asked_for_at_loading(source, bits, tmp_path):
     assert not has_int8_activations(plain) and not np.array_equal(logits(plain), logits(loaded))
 
 
-def test_rounding_of_those_layers_that_can(tmp_path):
-    """Of 3 bits there are no products of integers, and ids are not rounded."""
+def test_activation_dtype_skips_unsupported_layers(tmp_path):
+    """3-bit layers have no int8 kernel, and embeddings have no inputs to round."""
     rules = {"*word_embeddings": make_spec(8, 32), "*.layer.0.*": make_spec(3, 32)}
-    pack(small(), make_spec(8, 32), rules).save_pretrained(tmp_path)
+    quantized(small(), make_spec(8, 32), rules).save_pretrained(tmp_path)
     loaded = MLXEsmForMaskedLM.from_pretrained(tmp_path, activation_dtype="int8")
     rounding = {path for path, layer in layers(loaded) if (spec := spec_of(layer)) and spec.activation_dtype}
-    packed = {path for path, layer in layers(loaded) if spec_of(layer)}
-    assert len(packed) == 13 and rounding == {path for path in packed if ".layer.1." in path}
+    chosen = {path for path, layer in layers(loaded) if spec_of(layer)}
+    assert len(chosen) == 13 and rounding == {path for path in chosen if ".layer.1." in path}
 
 
 @pytest.mark.parametrize(
     ("spec", "activation_dtype", "message"),
     [
-        (None, "int8", "mode 'affine', and .* is not quantized. mlx-esm convert --quantize --bits 8 makes"),
-        (make_spec(3, 32), "int8", r"mode 'affine', and .* has layers of 3 bits \(affine\). mlx-esm"),
-        (make_spec(mode="mxfp8"), "int8", r"mode 'affine', and .* has layers of 8 bits \(mxfp8\). mlx-esm"),
-        (make_spec(8, 32), "int4", "activation_dtype 'int4': there is 'int8' alone"),
+        (None, "int8", "mode 'affine', but .* is not quantized. Quantize it with mlx-esm convert"),
+        (make_spec(3, 32), "int8", r"mode 'affine', but .* has layers of 3 bits \(affine\)."),
+        (make_spec(mode="mxfp8"), "int8", r"mode 'affine', but .* has layers of 8 bits \(mxfp8\)."),
+        (make_spec(8, 32), "int4", "activation_dtype must be 'int8' or None, got 'int4'"),
     ],
 )
-def test_rounding_that_there_is_not(spec, activation_dtype, message, tmp_path):
-    model = small() if spec is None else pack(small(), spec)
+def test_unsupported_activation_dtype(spec, activation_dtype, message, tmp_path):
+    model = small() if spec is None else quantized(small(), spec)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         MLXEsmForMaskedLM.from_pretrained(tmp_path, activation_dtype=activation_dtype)
 
 
-@pytest.mark.parametrize("made", ["esm2", "head of its own", "esm1"])
-def test_embeddings_and_heads_too(made, tmp_path):
+@pytest.mark.parametrize("made", ["esm2", "untied head", "esm1"])
+def test_quantized_embeddings_and_heads(made, tmp_path):
     rules = {"*word_embeddings": make_spec(8, 32), "lm_head.*": make_spec(8, 32)}
     if made == "esm2":
-        assert isinstance(pack(small(), rules=rules).get_input_embeddings(), QuantizedEmbedding)
-    if made == "esm1":  # it has no lm_head.dense, and a decoder of its own
+        assert isinstance(quantized(small(), rules=rules).get_input_embeddings(), QuantizedEmbedding)
+    if made == "esm1":  # ESM-1 has no lm_head.dense, and an untied decoder
         rules["lm_head.decoder"] = rules.pop("lm_head.*")
-    model = pack(MODELS[made](), rules=rules)
+    model = quantized(MODELS[made](), rules=rules)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     again, info = MLXEsmForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
@@ -274,24 +274,24 @@ def test_embeddings_and_heads_too(made, tmp_path):
 @pytest.mark.parametrize("with_kernels", [True, False])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_scales_stay_in_half_precision(dtype, with_kernels, tmp_path, monkeypatch):
-    """By default, on a CPU: the rest is float32, and the answers are those of scales in float32."""
+    """On a CPU only the scales stay in half precision by default; outputs equal those of float32 scales."""
     if not with_kernels:
         monkeypatch.setattr(kernels, "native", None)
-    pack(small().to(dtype), rules={"*word_embeddings": make_spec(8, 32)}).save_pretrained(tmp_path)
+    quantized(small().to(dtype), rules={"*word_embeddings": make_spec(8, 32)}).save_pretrained(tmp_path)
     loaded = MLXEsmForMaskedLM.from_pretrained(tmp_path)
-    whole = MLXEsmForMaskedLM.from_pretrained(tmp_path, dtype="float32")
+    float32 = MLXEsmForMaskedLM.from_pretrained(tmp_path, dtype="float32")
     assert loaded.dtype == mx.float32
     for path, layer in layers(loaded):
         if spec_of(layer):
             expected = mx.float32 if path.endswith("word_embeddings") else getattr(mx, dtype)
             assert layer.scales.dtype == layer.biases.dtype == expected, path
     assert all(x.dtype != getattr(mx, dtype) for n, x in loaded.named_parameters() if n.split(".")[-1] == "weight")
-    np.testing.assert_allclose(logits(loaded), logits(whole), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits(loaded), logits(float32), rtol=1e-5, atol=1e-5)
 
 
-def test_float32_of_what_is_saved_in_float16(tmp_path):
-    """If it is asked for, scales and all are float32: the numbers are the same."""
-    model = pack(small().to("float16"))
+def test_float16_checkpoint_loaded_as_float32(tmp_path):
+    """With dtype="float32" the scales are float32 too, and their values are unchanged."""
+    model = quantized(small().to("float16"))
     model.save_pretrained(tmp_path)
     again = MLXEsmForMaskedLM.from_pretrained(tmp_path, dtype="float32")
     for (path, layer), (_, loaded) in zip(layers(model), layers(again), strict=True):
@@ -300,24 +300,24 @@ def test_float32_of_what_is_saved_in_float16(tmp_path):
             assert loaded.weight.dtype == mx.uint32 and mx.array_equal(loaded.weight, layer.weight), path
 
 
-def test_mlx_nn_quantize_is_enough(tmp_path):
+def test_mlx_nn_quantize(tmp_path):
     model = small()
     nn.quantize(model, 32, 8, class_predicate=lambda path, m: hasattr(m, "to_quantized") and "encoder" in path)
     model.save_pretrained(tmp_path)
     np.testing.assert_array_equal(logits(MLXEsmForMaskedLM.from_pretrained(tmp_path)), logits(model))
 
 
-def test_a_block_of_mlx_lm_names_no_layer_that_is_whole(tmp_path):
-    """What has scales in the file is packed, the rest is not."""
-    model = pack(small())
+def test_mlx_lm_config_block(tmp_path):
+    """mlx-lm does not list full-precision layers: layers with scales in the file are quantized."""
+    model = quantized(small())
     model.save_pretrained(tmp_path)
     edit_config(tmp_path, quantization={"group_size": 32, "bits": 4}, quantization_config=None)
     np.testing.assert_array_equal(logits(MLXEsmForMaskedLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_another_class(tmp_path):
-    """The encoder comes quantized, with the head or without; a new head is not."""
-    model = pack(small(), rules=EVERYTHING)
+    """The encoder stays quantized with any head; a new head is not quantized."""
+    model = quantized(small(), rules=EVERYTHING)
     model.save_pretrained(tmp_path / "lm")
     base = MLXAutoModel.from_pretrained(tmp_path / "lm")
     states = base(IDS, MASK).last_hidden_state
@@ -329,9 +329,9 @@ def test_another_class(tmp_path):
     assert mx.array_equal(once_more.esm(IDS, MASK).last_hidden_state, states)
 
 
-def test_plain_again_on_torch(tmp_path):
-    model = pack(small(), rules=EVERYTHING)
-    quantized = logits(model)
+def test_dequantized_checkpoint_in_torch(tmp_path):
+    model = quantized(small(), rules=EVERYTHING)
+    expected = logits(model)
     dequantize_layers(model, mx.float32)
     model.save_pretrained(tmp_path)
     assert "quantization" not in (tmp_path / "config.json").read_text()
@@ -339,20 +339,20 @@ def test_plain_again_on_torch(tmp_path):
     with torch.no_grad():
         outputs = theirs(torch.tensor(IDS), torch.tensor(MASK)).logits.numpy()
     real = np.array(MASK, bool)
-    np.testing.assert_allclose(outputs[real], quantized[real], atol=1e-5)
+    np.testing.assert_allclose(outputs[real], expected[real], atol=1e-5)
 
 
-def test_a_loaded_model_that_is_dequantized_says_nothing_of_it(tmp_path):
-    pack(small()).save_pretrained(tmp_path / "packed")
-    model = MLXEsmForMaskedLM.from_pretrained(tmp_path / "packed")
+def test_dequantized_model_has_no_quantization_block(tmp_path):
+    quantized(small()).save_pretrained(tmp_path / "quantized")
+    model = MLXEsmForMaskedLM.from_pretrained(tmp_path / "quantized")
     dequantize_layers(model, mx.float32)
     model.save_pretrained(tmp_path / "plain")
     assert "quantization" not in (tmp_path / "plain" / "config.json").read_text()
     np.testing.assert_array_equal(logits(MLXEsmForMaskedLM.from_pretrained(tmp_path / "plain")), logits(model))
 
 
-def test_transformers_says_that_it_is_quantized(tmp_path):
-    pack(small()).save_pretrained(tmp_path)
+def test_transformers_refuses_quantized_checkpoints(tmp_path):
+    quantized(small()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="quantization config from the arguments has no `quant_method`"):
         transformers.EsmForMaskedLM.from_pretrained(tmp_path)
 
@@ -362,7 +362,7 @@ def test_transformers_says_that_it_is_quantized(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    pack(small()).save_pretrained(tmp_path)
+    quantized(small()).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -376,11 +376,11 @@ def edit_weights(folder, **arrays):
     ("block", "message"),
     [
         (None, "'esm.encoder.layer.0.attention.output.dense' and 11 more layers are quantized, but the config has no"),
-        ({"bits": 4}, "does not say how 'esm.encoder.*' is packed .'group_size'"),
-        ({"bits": 4, "group_size": 17}, "group size 17: mode 'affine' has 32, 64, 128"),
-        ({"bits": "4", "group_size": 32}, "bits 4: mode 'affine' has"),
-        ({"bits": 4, "group_size": 32, "mode": [1]}, "does not say how"),
-        ({"bits": 4, "group_size": 32, QUERY: False}, f"does not say how '{QUERY}' is packed"),
+        ({"bits": 4}, "block does not describe 'esm.encoder.*' .'group_size'"),
+        ({"bits": 4, "group_size": 17}, "group size must be one of 32, 64, 128 in mode 'affine', got 17"),
+        ({"bits": "4", "group_size": 32}, "bits must be one of .* in mode 'affine', got 4"),
+        ({"bits": 4, "group_size": 32, "mode": [1]}, "does not describe"),
+        ({"bits": 4, "group_size": 32, QUERY: False}, f"does not describe '{QUERY}'"),
         ({"bits": 4, "group_size": 128}, "the config's `quantization` cannot be .*128"),
     ],
 )
@@ -396,8 +396,8 @@ def test_block_of_other_bits(folder):
         MLXEsmForMaskedLM.from_pretrained(folder)
 
 
-def test_config_of_the_model_that_it_was_made_from(folder):
-    with pytest.raises(CheckpointError, match="the config has no `quantization`"):
+def test_config_of_the_unquantized_model(folder):
+    with pytest.raises(CheckpointError, match="the config has no `quantization` block"):
         MLXEsmForMaskedLM.from_pretrained(folder, config=small().config)
 
 
@@ -407,7 +407,7 @@ def test_quantized_for_torch(folder):
         MLXEsmForMaskedLM.from_pretrained(folder)
 
 
-def test_scales_that_are_missing(folder):
+def test_missing_scales(folder):
     edit_weights(folder, **{f"{QUERY}.biases": None})
     with pytest.raises(CheckpointError, match="lacks 1 parameters .*query.biases"):
         MLXEsmForMaskedLM.from_pretrained(folder)
@@ -416,13 +416,13 @@ def test_scales_that_are_missing(folder):
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
-        ("weight", mx.float32, "holds mlx.core.float32, the parameter is packed as mlx.core.uint32"),
-        ("weight", mx.int32, "holds mlx.core.int32, the parameter is packed as"),
-        ("scales", mx.uint32, "holds whole numbers .mlx.core.uint32., the parameter is a floating one"),
-        ("bias", mx.uint32, "holds whole numbers"),
+        ("weight", mx.float32, "has dtype mlx.core.float32, expected mlx.core.uint32"),
+        ("weight", mx.int32, "has dtype mlx.core.int32, expected mlx.core.uint32"),
+        ("scales", mx.uint32, "has integer dtype mlx.core.uint32, expected a floating-point dtype"),
+        ("bias", mx.uint32, "has integer dtype"),
     ],
 )
-def test_whole_numbers_only_where_they_are_packed(name, dtype, message, folder):
+def test_wrong_dtype(name, dtype, message, folder):
     key = f"{QUERY}.{name}"
     model = MLXEsmForMaskedLM.from_pretrained(folder)
     wrong = model.state_dict()[key].astype(dtype)
@@ -433,8 +433,8 @@ def test_whole_numbers_only_where_they_are_packed(name, dtype, message, folder):
         model.load_state_dict({key: wrong}, strict=False)
 
 
-def test_config_of_another_width_is_noticed_before_a_model_is_built(tmp_path):
-    pack(small(), rules=EVERYTHING).save_pretrained(tmp_path)
+def test_config_of_another_width_is_refused_early(tmp_path):
+    quantized(small(), rules=EVERYTHING).save_pretrained(tmp_path)
     edit_config(tmp_path, hidden_size=10**12)
     with pytest.raises(RuntimeError, match=r"word_embeddings.weight: \(33, 64\) in the checkpoint"):
         MLXEsmForMaskedLM.from_pretrained(tmp_path)
@@ -444,17 +444,17 @@ def test_config_of_another_width_is_noticed_before_a_model_is_built(tmp_path):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_numbers_are_those_of_the_layers_that_were_packed(mode):
-    whole, packed = small(), pack(small(), MODES[mode], {"*word_embeddings": make_spec(8, 32)})
-    assert packed.num_parameters() == whole.num_parameters()
-    assert packed.num_parameters(exclude_embeddings=True) == whole.num_parameters(exclude_embeddings=True)
-    assert packed.dtype == mx.float32
-    assert sum(x.nbytes for _, x in packed.named_parameters()) < sum(x.nbytes for _, x in whole.named_parameters()) / 2
+def test_num_parameters_of_a_quantized_model(mode):
+    plain, model = small(), quantized(small(), MODES[mode], {"*word_embeddings": make_spec(8, 32)})
+    assert model.num_parameters() == plain.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+    assert model.dtype == mx.float32
+    assert sum(x.nbytes for _, x in model.named_parameters()) < sum(x.nbytes for _, x in plain.named_parameters()) / 2
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_cast(mode):
-    model = pack(small(), MODES[mode], {"*word_embeddings": make_spec(8, 32)})
+    model = quantized(small(), MODES[mode], {"*word_embeddings": make_spec(8, 32)})
     before = {name: x for name, x in model.named_parameters() if not mx.issubdtype(x.dtype, mx.floating)}
     assert model.half().dtype == mx.float16
     after = dict(model.named_parameters())
@@ -464,29 +464,29 @@ def test_cast(mode):
     assert outputs.logits.dtype == mx.float16 and np.isfinite(logits(model)).all()
 
 
-def test_state_dict_goes_around():
-    model = pack(small(), rules=EVERYTHING)
+def test_state_dict_round_trip():
+    model = quantized(small(), rules=EVERYTHING)
     state = dict(model.state_dict())
-    other = pack(small(), rules=EVERYTHING)
+    other = quantized(small(), rules=EVERYTHING)
     other.update({"esm": {"encoder": {"layer": [{"output": {"dense": {"scales": mx.zeros((64, 4))}}}]}}})
     assert not np.array_equal(logits(other), logits(model))
     assert other.load_state_dict(state) == ([], [])
     np.testing.assert_array_equal(logits(other), logits(model))
 
 
-def test_the_vocabulary_of_packed_embeddings_stays():
-    model = pack(small())
-    model.resize_token_embeddings(40)  # they are not packed unless asked
+def test_quantized_embeddings_cannot_be_resized():
+    model = quantized(small())
+    model.resize_token_embeddings(40)  # embeddings are not quantized by default
     assert logits(model).shape == (2, 9, 40)
     for rules in ({"*word_embeddings": MODES["affine"]}, {"lm_head.decoder": MODES["affine"]}):
-        model = pack(small(tie_word_embeddings="lm_head.decoder" not in rules), rules=rules)
+        model = quantized(small(tie_word_embeddings="lm_head.decoder" not in rules), rules=rules)
         with pytest.raises(ValueError, match="quantized embeddings cannot be resized"):
             model.resize_token_embeddings(40)
 
 
-def test_packed_numbers_are_never_trained():
-    """`mx.grad` would have a gradient for them, and an optimiser would write over them."""
-    model = pack(small(), rules=EVERYTHING).train()
+def test_quantized_weights_are_never_trained():
+    """They stay frozen: an optimizer would overwrite them."""
+    model = quantized(small(), rules=EVERYTHING).train()
     model.requires_grad_()
     trained = dict(tree_flatten(model.trainable_parameters()))
     assert f"{QUERY}.bias" in trained and "esm.encoder.layer.0.LayerNorm.weight" in trained
@@ -498,9 +498,9 @@ def test_packed_numbers_are_never_trained():
     assert np.isfinite(loss.item()) and f"{QUERY}.bias" in dict(tree_flatten(gradients))
 
 
-def test_contacts_of_a_packed_contact_head():
-    """That of ESM-2 3B has 1,440 numbers in a row, which 32 divides."""
-    model = pack(
+def test_quantized_contact_head():
+    """The contact head of ESM-2 3B has 1,440 weights, a multiple of 32."""
+    model = quantized(
         small(num_hidden_layers=4, hidden_size=128, num_attention_heads=8),
         rules={"*contact_head*": make_spec(8, 32)},
     )

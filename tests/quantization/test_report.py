@@ -1,4 +1,4 @@
-"""What is said of the difference between two checkpoints: the same numbers from torch, and from scipy."""
+"""The conversion report: every number is compared with torch and scipy."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from mlx_esm_hf import convert
 from mlx_esm_hf.models.auto import MLXAutoModel, MLXAutoModelForMaskedLM
-from mlx_esm_hf.quantization.report import compare, same_contacts, scanned, spearman, table
+from mlx_esm_hf.quantization.report import compare, protein_to_scan, same_contacts, spearman, table
 from tests.jobs.models import UBIQUITIN, write_model
 
 PROTEINS = [UBIQUITIN, "MKTAYIAKQR", "GG", "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"]
@@ -18,27 +18,27 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A language model, the same with 3 bits, and that as torch reads it."""
+    """Write a language model, its 3-bit version, and that version dequantized for torch."""
     folder = tmp_path_factory.mktemp("models")
-    write_model(folder / "whole")
-    convert(folder / "whole", folder / "packed", quantize=True, bits=3, group_size=32)
-    convert(folder / "packed", folder / "plain", dequantize=True)
+    write_model(folder / "original")
+    convert(folder / "original", folder / "quantized", quantize=True, bits=3, group_size=32)
+    convert(folder / "quantized", folder / "plain", dequantize=True)
     return folder
 
 
 @pytest.fixture(scope="module")
 def figures(folder):
-    return compare(MLXAutoModelForMaskedLM, str(folder / "whole"), str(folder / "packed"), "main", PROTEINS)
+    return compare(MLXAutoModelForMaskedLM, str(folder / "original"), str(folder / "quantized"), "main", PROTEINS)
 
 
 @pytest.fixture(scope="module")
 def peers(folder):
-    """The two in torch, and how they are given a protein."""
+    """Return both models in torch, and the tokenizer."""
     options = {"attn_implementation": "eager"}
     models = [
-        transformers.EsmForMaskedLM.from_pretrained(folder / name, **options).eval() for name in ("whole", "plain")
+        transformers.EsmForMaskedLM.from_pretrained(folder / name, **options).eval() for name in ("original", "plain")
     ]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "original")
     return models, tokenizer
 
 
@@ -67,9 +67,9 @@ def test_predictions(figures, peers):
     for sequence in PROTEINS:
         ids = torch.tensor([tokenizer(sequence)["input_ids"]])
         places = [1 + place for place in range(min(8, len(sequence)) // 2, len(sequence), 8)]
-        shown = ids.clone()
-        shown[0, places] = tokenizer.mask_token_id
-        a, b = (model(shown).logits[0].log_softmax(-1)[places] for model in models)
+        masked = ids.clone()
+        masked[0, places] = tokenizer.mask_token_id
+        a, b = (model(masked).logits[0].log_softmax(-1)[places] for model in models)
         deltas.append((a - b).abs())
         same.append(a.argmax(-1) == b.argmax(-1))
         for found, rows in zip(likelihoods, (a, b), strict=True):
@@ -86,7 +86,7 @@ def test_predictions(figures, peers):
 
 @torch.no_grad()
 def test_mutations(figures, peers):
-    """Of the longest protein within 128 residues, each position masked in turn."""
+    """Scan the longest protein of at most 128 residues, each position masked in turn."""
     models, tokenizer = peers
     ids, mutants = tokenizer(UBIQUITIN)["input_ids"], tokenizer.convert_tokens_to_ids(list(RESIDUES))
     rows = torch.tensor([ids] * len(UBIQUITIN))
@@ -121,12 +121,12 @@ def test_contacts(figures, peers):
 def test_memory_and_speed(figures, folder):
     before, after = figures["before"], figures["after"]
     assert after["weights_bytes"] < before["weights_bytes"] < before["peak_bytes"]
-    assert before["peak_bytes"] > 5e7  # of the whole process
+    assert before["peak_bytes"] > 5e7  # includes the whole process
     assert before["residues_per_second"] > 0 and after["residues_per_second"] > 0
 
 
-def test_the_same_model_is_the_same(folder):
-    figures = compare(MLXAutoModelForMaskedLM, *[str(folder / "whole")] * 2, "main", PROTEINS)
+def test_identical_models(folder):
+    figures = compare(MLXAutoModelForMaskedLM, *[str(folder / "original")] * 2, "main", PROTEINS)
     assert figures["residue_cosine"] == figures["protein_cosine"] == pytest.approx({"mean": 1, "min": 1}, abs=1e-7)
     assert figures["same_best_residue"] == {"masked": 1, "seen": 1} and figures["log_probability_difference"] == 0
     assert figures["mutations"]["spearman"] == pytest.approx(1)
@@ -134,9 +134,9 @@ def test_the_same_model_is_the_same(folder):
     assert ("same contacts among the top L/5", "", "100.00%") in table(figures)
 
 
-def test_a_failure_is_told(folder):
+def test_failure_names_the_model(folder):
     with pytest.raises(RuntimeError, match=r"The report failed on .*nowhere: .*nowhere"):
-        compare(MLXAutoModel, str(folder / "nowhere"), str(folder / "whole"), "main", PROTEINS)
+        compare(MLXAutoModel, str(folder / "nowhere"), str(folder / "original"), "main", PROTEINS)
 
 
 def test_spearman_with_ties():
@@ -145,14 +145,14 @@ def test_spearman_with_ties():
     assert spearman(a, a + b) == pytest.approx(stats.spearmanr(a, a + b).statistic)
 
 
-def test_same_contacts_are_the_mean_over_proteins():
+def test_same_contacts_averages_over_proteins():
     a = np.array([(0, 1, 9), (0, 2, 9), (3, 1, 8), (3, 1, 9)])
     b = np.array([(0, 2, 9), (0, 1, 9), (3, 1, 8), (3, 2, 9)])
     assert same_contacts(a, b, 1) == (1 + 0.5) / 2
     assert same_contacts(a, b, 0.5) == (0 + 1) / 2
 
 
-def test_what_is_scanned():
+def test_protein_to_scan():
     lengths = {(100, 128, 129): 128, (500, 200): 128, (3,): 3}
     for given, expected in lengths.items():
-        assert len(scanned([np.arange(length) for length in given])) == expected
+        assert len(protein_to_scan([np.arange(length) for length in given])) == expected

@@ -21,7 +21,7 @@ from mlx_esm_hf.runs.job import Item, Job, chunks, no_progress
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runs.run import Run, compute_run, read_manifest
 from tests.jobs.models import UBIQUITIN, write_model
-from tests.processes import ON_TWO_RANKS
+from tests.processes import ON_TWO_RANKS, RESTORE_SIGINT
 
 # Without torch, which transformers would import: that takes seconds each time.
 COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from mlx_esm_hf.cli import app; app()"]
@@ -93,8 +93,9 @@ def test_twenty_kills_leave_no_trace(fasta, folder, whole, tmp_path):
 
 
 # The command, with a Ctrl-C as soon as its first shard is written.
-INTERRUPTED = """
-import os, signal, sys
+INTERRUPTED = f"""
+{RESTORE_SIGINT}
+import os, sys
 sys.modules["torch"] = None
 from mlx_esm_hf.cli import app
 from mlx_esm_hf.runs.run import Run
@@ -185,10 +186,10 @@ def test_what_can_be_read_once_streams_and_does_not_resume(line, folder, tmp_pat
     fasta.write_bytes(gzip.compress(b">a\nMKT\n>b\nMKTAYI\n"))
     parts = {"command": shlex.join(COMMAND), "fasta": fasta, "pipe": tmp_path / "pipe"}
     line = line.format(**parts, rest=f"--model {folder} --output {output}")
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert [result.id for result in Run(output, read_manifest(output)).results()] == ["a", "b"]
-    again = subprocess.run(["bash", "-c", line.split("&&")[-1]], capture_output=True, text=True, timeout=120)
+    again = subprocess.run(["bash", "-c", line.split("&&")[-1]], capture_output=True, text=True, timeout=600)
     assert again.returncode == 1 and "cannot be taken up again" in again.stderr
 
 
@@ -331,7 +332,9 @@ def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*goes on"):
+    with pytest.raises(
+        OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*again to resume"
+    ):
         compute_run(small_job(), tmp_path / "out", no_progress)
     assert not Run(tmp_path / "out", read_manifest(tmp_path / "out")).finished
     assert len(digests(tmp_path / "out")) == 2

@@ -22,7 +22,7 @@ if __name__ == "__main__":
         use(model)
     child = multiprocessing.get_context(how).Process(target=use, args=(None if how != "fork" else model,))
     child.start()
-    child.join(60)
+    child.join(300)
     print("ended", child.exitcode)
 """
 

@@ -152,9 +152,7 @@ def test_kernels_and_openblas_keep_to_a_quota(monkeypatch):
 
 @pytest.mark.usefixtures("native")
 def test_env_says_the_number_and_why():
-    (row,) = [
-        line for line in run("-m", "mlx_esm_hf.cli", "env", OMP_NUM_THREADS="1").splitlines() if "threads of" in line
-    ]
+    (row,) = [line for line in run("-m", "mlx_esm_hf", "env", OMP_NUM_THREADS="1").splitlines() if "threads of" in line]
     assert row.split("  ")[1].strip().startswith("1 (the least of: cores ") and row.rstrip().endswith(
         "OMP_NUM_THREADS 1)"
     )

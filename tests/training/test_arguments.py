@@ -1,3 +1,5 @@
+"""`MLXTrainingArguments` compared with transformers' `TrainingArguments`."""
+
 import pytest
 import torch
 import transformers
@@ -7,10 +9,10 @@ from mlx_esm_hf.training.arguments import MLXTrainingArguments
 
 @pytest.mark.parametrize("warmup", [0, 7, 0.25])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
-def test_schedules_are_transformers(schedule, warmup):
+def test_schedules_equal_transformers(schedule, warmup):
     args = MLXTrainingArguments(learning_rate=0.3, lr_scheduler_type=schedule, warmup_steps=warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    steps = args.warmup(40) if schedule != "constant" else None
+    steps = args.get_warmup_steps(40) if schedule != "constant" else None
     scheduler = transformers.get_scheduler(schedule, optimizer, steps, 40)
     for step in range(40):
         assert args.learning_rate_at(step, 40) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
@@ -18,20 +20,20 @@ def test_schedules_are_transformers(schedule, warmup):
         scheduler.step()
 
 
-def test_defaults_are_transformers(tmp_path):
+def test_defaults_equal_transformers(tmp_path):
     theirs = transformers.TrainingArguments(tmp_path)
     ours = MLXTrainingArguments(tmp_path)
     names = [name for name in vars(ours) if hasattr(theirs, name)]
     values = {name: getattr(theirs, name) for name in names}
-    values = {name: getattr(value, "value", value) for name, value in values.items()}  # of their enumerations
+    values = {name: getattr(value, "value", value) for name, value in values.items()}  # some are enumerations
     differ = {name for name in names if getattr(ours, name) != values[name]}
-    # They report to whatever is installed, and fill in some of what is None.
+    # transformers reports to all installed integrations and replaces some values of None.
     assert differ <= {"report_to", "eval_steps", "disable_tqdm", "warmup_ratio", "output_dir"}
     assert len(names) >= 25
 
 
 @pytest.mark.parametrize(
-    ("metric", "more"),
+    ("metric", "higher"),
     [
         (None, False),
         ("loss", False),
@@ -40,11 +42,10 @@ def test_defaults_are_transformers(tmp_path):
         ("roc_auc", True),
     ],
 )
-def test_less_of_an_error_is_better(metric, more):
-    assert MLXTrainingArguments("out", metric_for_best_model=metric).more_is_better is more
-    assert (
-        MLXTrainingArguments("out", metric_for_best_model=metric, greater_is_better=not more).more_is_better is not more
-    )
+def test_a_lower_error_is_better(metric, higher):
+    assert MLXTrainingArguments("out", metric_for_best_model=metric).higher_is_better is higher
+    args = MLXTrainingArguments("out", metric_for_best_model=metric, greater_is_better=not higher)
+    assert args.higher_is_better is not higher
 
 
 def test_an_unknown_argument_is_an_error():
@@ -55,13 +56,13 @@ def test_an_unknown_argument_is_an_error():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eval_strategy": "sometimes"}, "not one of no, steps, epoch"),
-        ({"lr_scheduler_type": "polynomial"}, "not one of linear"),
+        ({"eval_strategy": "sometimes"}, "must be one of no, steps, epoch, got 'sometimes'"),
+        ({"lr_scheduler_type": "polynomial"}, "must be one of linear"),
         ({"report_to": "wandb"}, "log.jsonl"),
-        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "two names for one thing"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"load_best_model_at_end": True}, "set eval_strategy and save_strategy alike"),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "set the same thing"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be an integer of at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0, got nan"),
+        ({"load_best_model_at_end": True}, "set eval_strategy and save_strategy to the same value"),
         (
             {
                 "load_best_model_at_end": True,
@@ -74,6 +75,6 @@ def test_an_unknown_argument_is_an_error():
         ),
     ],
 )
-def test_settings_that_mean_nothing(arguments, message):
+def test_invalid_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MLXTrainingArguments("out", **arguments)

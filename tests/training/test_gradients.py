@@ -1,4 +1,4 @@
-"""Gradients against torch autograd, parameter by parameter."""
+"""Gradients of models compared with torch, parameter by parameter."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +15,7 @@ HEADS = ["ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"]
 
 
 def batch(head, rng):
-    """Rows of several lengths with labels; dropout is off, so both sides compute the same."""
+    """Return rows of several lengths with labels."""
     ids = rng.integers(4, 24, (6, 30))
     mask = np.arange(30) < np.array([[30], [4], [17], [30], [9], [22]])
     ids[:, 0], ids[~mask] = 0, 1
@@ -29,7 +29,7 @@ def batch(head, rng):
     return {"input_ids": ids, "attention_mask": mask.astype(np.int64), "labels": labels}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["ESM-1b", "ESM-2"])
 def test_every_parameter(family, head, checkpointing, tmp_path):
@@ -49,7 +49,7 @@ def test_every_parameter(family, head, checkpointing, tmp_path):
     gradients = nn.value_and_grad(ours, lambda: ours(**arrays).loss)()[1]
     found = {name: np.array(value) for name, value in tree_flatten(gradients)}
 
-    # Their names are ours, and what they give no gradient (the contact head) gets zeros.
+    # The names are the same. Parameters without a gradient in torch (the contact head) have zeros here.
     expected = {
         name: np.zeros(tuple(p.shape)) if p.grad is None else p.grad.numpy() for name, p in theirs.named_parameters()
     }
@@ -62,7 +62,7 @@ def test_every_parameter(family, head, checkpointing, tmp_path):
             assert np.linalg.norm(found[name] - expected[name]) <= 1e-4 * norm, name
 
 
-def test_the_inverse_frequencies_are_not_trained():
+def test_the_inverse_frequencies_are_not_trainable():
     model = mlx_esm_hf.MLXEsmForMaskedLM(mlx_esm_hf.MLXEsmConfig(**tiny("ESM-2")))
     model.train().unfreeze()
     assert not [name for name, _ in tree_flatten(model.trainable_parameters()) if "inv_freq" in name]

@@ -1,4 +1,4 @@
-"""Metrics, against values computed by hand."""
+"""Metrics compared with values computed by hand."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ def measure(problem_type, predictions, labels, *names):
 
 
 def logits(*positive):
-    """Of two classes, with the given logit for class 1 over class 0."""
+    """Return logits of two classes. The arguments are the differences, class 1 minus class 0."""
     return [[1.0, 1.0 + x] for x in positive]
 
 
@@ -35,13 +35,13 @@ def test_two_classes():
     names = ("accuracy", "balanced_accuracy", "precision", "recall", "f1", "matthews_corrcoef")
     # (2·2 − 1·1) / √(3·3·3·3) = 1/3
     assert measure(SINGLE, *TWO, *names) == pytest.approx((2 / 3, 2 / 3, 2 / 3, 2 / 3, 2 / 3, 1 / 3))
-    # Of nine pairs of a positive (2, 0.5, −1) and a negative (1, −3, −2) two are in the wrong order.
+    # Two of the nine pairs of a positive (2, 0.5, −1) and a negative (1, −3, −2) are in the wrong order.
     assert measure(SINGLE, *TWO, "roc_auc", "roc_auc_ovr") == pytest.approx((7 / 9, 7 / 9))
-    # Positives stand at ranks 1, 3 and 4.
+    # Positives have ranks 1, 3 and 4.
     assert measure(SINGLE, *TWO, "average_precision") == pytest.approx(((1 + 2 / 3 + 3 / 4) / 3,))
 
 
-def test_other_names():
+def test_aliases():
     assert measure(SINGLE, *TWO, "mcc", "matthews_correlation", "auroc") == pytest.approx((1 / 3, 1 / 3, 7 / 9))
 
 
@@ -54,13 +54,13 @@ def test_three_classes():
     names = ("accuracy", "precision_macro", "recall_macro", "f1_macro", "f1_micro", "precision_weighted")
     f1 = (2 / 3 + 1 + 2 / 3) / 3
     assert measure(SINGLE, *THREE, *names) == pytest.approx((0.8, 5 / 6, 5 / 6, f1, 0.8, (2 + 2 + 0.5) / 5))
-    # Class 0 has the probabilities .84 and .05 where it is right, elsewhere .09, .09, .11: 3 of 6 pairs in order.
-    # Class 1: .67 and .79, elsewhere .11, .24, .02: all. Class 2: .67, elsewhere .04, .24, .94, .11: 3 of 4.
+    # Class 0 has probabilities .84 and .05 for its items, .09, .09, .11 for others: 3 of 6 pairs in order.
+    # Class 1: .67 and .79, others .11, .24, .02: all pairs. Class 2: .67, others .04, .24, .94, .11: 3 of 4.
     assert measure(SINGLE, *THREE, "roc_auc_ovr") == pytest.approx(((1 / 2 + 1 + 3 / 4) / 3,))
 
 
 def test_residues():
-    """What has no label, −100, is left out, whatever is predicted for it."""
+    """Items without a label (−100) are ignored, whatever their predictions."""
     predictions, labels = np.full((2, 5, 3), np.nan), np.full((2, 5), -100)
     predictions[0, 1:4], labels[0, 1:4] = THREE[0][:3], THREE[1][:3]
     predictions[1, 1:3], labels[1, 1:3] = THREE[0][3:], THREE[1][3:]
@@ -69,42 +69,42 @@ def test_residues():
 
 def test_several_labels():
     predictions, labels = [[1, -1], [2, 1], [-1, 2], [3, -2]], [[1, 0], [0, 1], [0, 0], [1, 0]]
-    # Label 0: 2 true positives, 1 false one; label 1: 1 and 1.
+    # Label 0: 2 true and 1 false positives; label 1: 1 and 1.
     names = ("accuracy", "precision_macro", "recall_macro", "f1_micro")
     assert measure(MULTI, predictions, labels, *names) == pytest.approx((0.5, (2 / 3 + 1 / 2) / 2, 1, 6 / 8))
-    # Label 0: 1 stands below the negative 2, so 3 pairs of 4; label 1: 1 stands below 2, 2 of 3.
+    # Label 0: the positive 1 is below the negative 2: 3 of 4 pairs in order; label 1: 1 is below 2: 2 of 3.
     assert measure(MULTI, predictions, labels, "roc_auc") == pytest.approx(((3 / 4 + 2 / 3) / 2,))
 
 
 def test_regression():
     predictions, labels = [1.0, 2.0, 4.0, 3.0], [1.0, 3.0, 3.5, 4.5]
-    # Errors 0, −1, 0.5, −1.5; labels lie −2, 0, 0.5, 1.5 from their mean, 3.
+    # Errors are 0, −1, 0.5, −1.5; labels minus their mean of 3 are −2, 0, 0.5, 1.5.
     names = ("mean_squared_error", "root_mean_squared_error", "mean_absolute_error", "r2")
     expected = 3.5 / 4, math.sqrt(3.5 / 4), 3 / 4, 1 - 3.5 / 6.5
     assert measure(REGRESSION, predictions, labels, *names) == pytest.approx(expected)
-    # Ranks 1 2 4 3 and 1 2 3 4: 1 − 6 · 2 / (4 · 15). Products of the deviations 3 + 0 + 0.75 + 0.75 = 4.5.
+    # Ranks are 1 2 4 3 and 1 2 3 4: 1 − 6 · 2 / (4 · 15). Products of the deviations: 3 + 0 + 0.75 + 0.75 = 4.5.
     expected = 0.8, 4.5 / math.sqrt(5 * 6.5)
     assert measure(REGRESSION, predictions, labels, "spearman", "pearson") == pytest.approx(expected)
-    column = np.array(predictions)[:, None]  # what a model of one label returns
+    column = np.array(predictions)[:, None]  # the output of a model with one label
     assert measure(REGRESSION, column, labels, "spearman") == pytest.approx((0.8,))
     both = np.stack([predictions, labels], axis=1), np.stack([labels, labels], axis=1)
     assert measure(REGRESSION, *both, "spearman", "mean_squared_error") == pytest.approx((0.9, 3.5 / 8))
 
 
-def test_what_transformers_hands_over():
+def test_predictions_of_transformers():
     evaluated = transformers.EvalPrediction(predictions=(np.array(TWO[0]), "hidden states"), label_ids=np.array(TWO[1]))
     assert compute_metrics_for(SINGLE, ["accuracy"])(evaluated) == {"accuracy": pytest.approx(2 / 3)}
 
 
 @pytest.mark.parametrize("problem_type", METRICS)
-def test_every_name_is_computed(problem_type):
+def test_every_metric(problem_type):
     predictions, labels = {SINGLE: TWO, MULTI: (np.eye(4) - 0.5, np.eye(4)), REGRESSION: ([1, 2, 4], [1, 3, 3])}[
         problem_type
     ]
     assert np.isfinite(measure(problem_type, predictions, labels, *METRICS[problem_type])).all()
 
 
-# What is not defined
+# Undefined metrics
 
 
 def test_nothing_predicted_positive():
@@ -125,21 +125,21 @@ def test_constant_predictions():
             logits(1, 2),
             [1, 1],
             "auroc",
-            "roc_auc is not defined: all 2 labels are 1. Evaluate on data with both",
+            "roc_auc is undefined: all 2 labels are 1. Evaluate on data with both",
         ),
-        (SINGLE, logits(1, 2), [0, 0], "average_precision", "average_precision is not defined: all 2 labels are 0"),
+        (SINGLE, logits(1, 2), [0, 0], "average_precision", "average_precision is undefined: all 2 labels are 0"),
         (SINGLE, THREE[0][:2], [0, 1], "roc_auc_ovr", "none of the 2 labels is class 2"),
         (
             SINGLE,
             *THREE,
             "f1",
-            "f1 is of two classes, and the predictions are of 3: name f1_macro, f1_micro, f1_weighted",
+            "f1 is for two classes, but the model predicts 3: use f1_macro, f1_micro, f1_weighted",
         ),
-        (SINGLE, *THREE, "roc_auc", "predictions are of 3: name roc_auc_ovr"),
-        (SINGLE, *THREE, "average_precision", "predictions are of 3: leave it out"),
-        (SINGLE, logits(1, 2), [0, 2], "accuracy", "The label 2 is outside of the 2 classes"),
-        (SINGLE, logits(1, 2), [-1, 0], "accuracy", "The label -1 is outside of the 2 classes"),
-        (SINGLE, logits(1, 2), [-100, -100], "accuracy", "No item of the evaluation set has a label"),
+        (SINGLE, *THREE, "roc_auc", "the model predicts 3: use roc_auc_ovr"),
+        (SINGLE, *THREE, "average_precision", "the model predicts 3: leave it out"),
+        (SINGLE, logits(1, 2), [0, 2], "accuracy", "Labels must be from 0 to 1, .* got 2"),
+        (SINGLE, logits(1, 2), [-1, 0], "accuracy", "Labels must be from 0 to 1, .* got -1"),
+        (SINGLE, logits(1, 2), [-100, -100], "accuracy", "The evaluation set has no labels"),
         (
             SINGLE,
             logits(1, np.nan),
@@ -147,18 +147,24 @@ def test_constant_predictions():
             "accuracy",
             "1 of 4 predictions are NaN or infinite: training has diverged",
         ),
-        (SINGLE, [[1], [2]], [0, 1], "accuracy", r"shape \(2, 1\) are not the logits of two or more classes"),
+        (
+            SINGLE,
+            [[1], [2]],
+            [0, 1],
+            "accuracy",
+            r"Expected logits of two or more classes .* shape \(2, 1\)",
+        ),
         (SINGLE, logits(1, 2), [0, 1, 1], "accuracy", r"labels of shape \(3,\)"),
-        (MULTI, [[1, 2], [3, 4]], [[0, 1], [1, 1]], "roc_auc", "not defined for label 1: all 2 labels are 1"),
-        (REGRESSION, [1, 2], [3, 3], "spearman", "spearman is not defined: all 2 labels are 3"),
-        (REGRESSION, [1], [3], "r2", "r2 is not defined: all 1 labels are 3"),
+        (MULTI, [[1, 2], [3, 4]], [[0, 1], [1, 1]], "roc_auc", "undefined for label 1: all 2 labels are 1"),
+        (REGRESSION, [1, 2], [3, 3], "spearman", "spearman is undefined: all 2 labels are 3"),
+        (REGRESSION, [1], [3], "r2", "r2 is undefined: all 1 labels are 3"),
         (REGRESSION, [1, 2], [np.nan, 3], "spearman", "1 labels of the evaluation set are NaN or infinite"),
         (REGRESSION, [np.inf, 2], [4, 3], "r2", "1 of 2 predictions are NaN or infinite"),
-        (REGRESSION, [1, 2, 3], [4, 3], "r2", r"shape \(3,\) do not fit labels of shape \(2,\)"),
+        (REGRESSION, [1, 2, 3], [4, 3], "r2", r"labels' shape \(2,\), got \(3,\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_in_words(problem_type, predictions, labels, name, message):
+def test_errors_of_evaluation(problem_type, predictions, labels, name, message):
     with pytest.raises(ValueError, match=message):
         measure(problem_type, predictions, labels, name)
 
@@ -166,12 +172,20 @@ def test_in_words(problem_type, predictions, labels, name, message):
 @pytest.mark.parametrize(
     ("problem_type", "name", "message"),
     [
-        ("classification", "accuracy", "problem_type='classification' is none of single_label_classification, multi"),
-        (SINGLE, "spearman", "no metric 'spearman' for single_label_classification, but accuracy, balanced_accuracy"),
-        (REGRESSION, "accuracy", "no metric 'accuracy' for regression, but mean_squared_error"),
+        (
+            "classification",
+            "accuracy",
+            "must be one of single_label_classification, .* got 'classification'",
+        ),
+        (
+            SINGLE,
+            "spearman",
+            "'spearman' not found for single_label_classification. It must be one of accuracy, bal",
+        ),
+        (REGRESSION, "accuracy", "'accuracy' not found for regression. It must be one of mean_squared_error"),
     ],
 )
-def test_unknown_names(problem_type, name, message):
+def test_unknown_names_are_refused(problem_type, name, message):
     with pytest.raises(ValueError, match=message):
         compute_metrics_for(problem_type, [name])
 

@@ -1,3 +1,5 @@
+"""Token ids of proteins on disk."""
+
 import gzip
 import os
 
@@ -17,20 +19,20 @@ def vocabulary():
     return Vocabulary(esm2_tokenizer())
 
 
-def test_holds_what_the_file_holds(vocabulary, tmp_path):
-    packed = tmp_path / "proteins.fasta.gz"
+def test_a_store_contains_the_proteins_of_the_file(vocabulary, tmp_path):
+    compressed = tmp_path / "proteins.fasta.gz"
     with open(PROTEINS, "rb") as file:
-        packed.write_bytes(gzip.compress(file.read()))
+        compressed.write_bytes(gzip.compress(file.read()))
     expected = [vocabulary.encode(protein.sequence) for protein in read_proteins(PROTEINS)]
-    for path in (PROTEINS, packed):
+    for path in (PROTEINS, compressed):
         store = open_store(path, tmp_path / f"{os.path.basename(path)}.store", vocabulary, Report())
         assert len(store) == len(expected) == 100
         assert store.lengths.tolist() == [len(ids) for ids in expected]
-        for number, ids in enumerate(expected):
-            assert np.array_equal(store[number], ids)
+        for index, ids in enumerate(expected):
+            assert np.array_equal(store[index], ids)
 
 
-def test_is_made_once_and_again_when_the_file_is_another(vocabulary, tmp_path):
+def test_a_store_is_made_again_when_the_file_changes(vocabulary, tmp_path):
     fasta, folder = tmp_path / "a.fasta", tmp_path / "store"
     fasta.write_text(">a\nMKT\n>b\nM1T\n>c\nMKTAY\n")
     report = Report()
@@ -45,16 +47,16 @@ def test_is_made_once_and_again_when_the_file_is_another(vocabulary, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if ".part" in path.name] == []
 
 
-def test_what_is_no_proteins_is_said(vocabulary, tmp_path):
+def test_files_without_proteins_are_refused(vocabulary, tmp_path):
     empty = tmp_path / "empty.fasta"
     empty.write_text("")
-    with pytest.raises(ValueError, match="empty.fasta holds no proteins"):
+    with pytest.raises(ValueError, match="empty.fasta contains no proteins"):
         open_store(empty, tmp_path / "store", vocabulary, Report())
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="must be a FASTA file"):
         open_store(tmp_path / "nowhere.fasta", tmp_path / "store", vocabulary, Report())
 
 
-def test_equal_sequences_are_on_one_side(vocabulary, tmp_path):
+def test_duplicates_are_on_the_same_side(vocabulary, tmp_path):
     rng = np.random.default_rng(0)
     sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 30)) for _ in range(2000)]
     fasta = tmp_path / "a.fasta"

@@ -1,20 +1,21 @@
 """The ESM protein language models in MLX: ESM-1, ESM-1b, ESM-1v and ESM-2.
 
-Read from top to bottom it is the network: embeddings, attention, layer, encoder, heads, and the four models. Modules
-and parameters are named as in transformers' `models/esm/modeling_esm.py`, so a checkpoint's keys are parameter names.
-What differs between the families stands in the config.
+From top to bottom: embeddings, attention, layer, encoder, heads, and the four models. Modules and parameters have the
+names of transformers' `models/esm/modeling_esm.py`, so the keys of a checkpoint are parameter names. The config
+describes how the families differ.
 
 Papers: Rives et al. 2019 (ESM-1, ESM-1b; PNAS 2021, doi:10.1073/pnas.2016239118), Rao et al. 2020 (contacts;
 doi:10.1101/2020.12.15.422761), Meier et al. 2021 (ESM-1v; doi:10.1101/2021.07.09.450648), Lin et al. 2023 (ESM-2;
 Science, doi:10.1126/science.ade2574).
 
-In the shapes B is the batch, L the tokens, D the hidden size, H the heads, V the vocabulary.
+In shapes, B is the batch, L the tokens, D the hidden size, H the heads and V the vocabulary. A packed batch holds the
+T real tokens of all rows in one row, [1, T, D]; see `ops.Layout`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -25,7 +26,20 @@ from transformers import PreTrainedConfig
 from mlx_esm_hf import ops
 from mlx_esm_hf.checkpoint.names import Dialect
 from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, labels_at, to_numpy
-from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, checkpointed, dequantized_weight, first_token, linear
+from mlx_esm_hf.modeling_layers import (
+    ClassificationHead,
+    Embedding,
+    FrozenBuffers,
+    LayerNorm,
+    dequantized_weight,
+    each_layer,
+    first_token,
+    linear,
+    rotary_angles,
+    rotary_frequencies,
+    run_layers,
+    unpack_states,
+)
 from mlx_esm_hf.modeling_losses import classification_loss, cross_entropy
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
@@ -37,18 +51,19 @@ from mlx_esm_hf.modeling_outputs import (
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig, as_mlx_config, check_config
 from mlx_esm_hf.models.esm.names import FAIR_ESM, FAIR_ESM_1, TRANSFORMERS_4, TRANSFORMERS_5
+from mlx_esm_hf.models.esm.tokenization_esm import RESIDUE_IDS
 from mlx_esm_hf.runtime.memory import evaluate
 
-# The share of residues that ESM's training replaced by <mask>: 15% were selected, 80% of those masked.
+# Share of residues replaced by <mask> in ESM's training: 15% were selected, 80% of those masked.
 MASK_RATIO_TRAIN = 0.15 * 0.8
 
-# Elements of attention maps that the contact head takes in together, 16 MB: many heads of a short protein, one of a
-# long one.
+# Elements of attention maps that the contact head processes together (16 MB): many heads of a short protein, one head
+# of a long protein.
 MAPS_AT_A_TIME = 1 << 22
 
 
 def embedding(config: MLXEsmConfig, size: int) -> Embedding:
-    """An embedding table under transformers' initialisation: normal, the row of the padding token zero."""
+    """Return an embedding table with transformers' initialization: normal, with zeros for the padding token."""
     table = Embedding(size, config.hidden_size)
     table.weight = mx.random.normal((size, config.hidden_size), scale=config.initializer_range)
     if config.pad_token_id is not None:
@@ -57,46 +72,38 @@ def embedding(config: MLXEsmConfig, size: int) -> Embedding:
 
 
 def layer_norm(config: MLXEsmConfig) -> LayerNorm:
-    """Layer norm over the hidden size."""
+    """Return a layer norm over the hidden size."""
     return LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 # Positions
 
 
-class MLXEsmRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary position embedding (Su et al. 2021), [B, L, head_dim / 2].
+class MLXEsmRotaryEmbedding(FrozenBuffers):
+    """Cosines and sines of the rotary position embedding (Su et al. 2021): [B, L] to two arrays [B, L, head_dim / 2].
 
-    `inv_freq` is a buffer: it is loaded and saved, but never trained and never rounded to half precision. The stored
-    values are used, since a checkpoint may have been trained with rounded ones.
+    `inv_freq` is a buffer: it is loaded and saved, but never trained and never rounded to half precision. Its stored
+    values are used, since a checkpoint may have been trained with rounded values.
     """
+
+    frozen = ("inv_freq",)
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
-        head_dim = config.hidden_size // config.num_attention_heads
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        self.inv_freq = mx.array(1 / np.float32(config.rope_theta) ** exponents)
-
-    @property
-    def _no_grad(self) -> set[str]:
-        """Frozen for good: `unfreeze` of a whole model empties the sets of its modules."""
-        return {"inv_freq"}
-
-    @_no_grad.setter
-    def _no_grad(self, names: set[str]) -> None:
-        pass
+        self.inv_freq = rotary_frequencies(config.hidden_size // config.num_attention_heads, config.rope_theta)
 
     def __call__(self, position_ids: mx.array) -> tuple[mx.array, mx.array]:
-        # One float32 product, as in transformers: at position 1000 another order of rounding is visible.
-        angles = position_ids[..., None].astype(mx.float32) * self.inv_freq.astype(mx.float32)
-        return mx.cos(angles), mx.sin(angles)
+        """Return the cosines and sines for positions [B, L]."""
+        return rotary_angles(position_ids, self.inv_freq)
 
 
 def sinusoidal_positions(position_ids: mx.array, hidden_size: int, padding_idx: int) -> mx.array:
-    """ESM-1's position embedding [B, L, D]: sines, then cosines, zero at padding (fair-esm's
-    `SinusoidalPositionalEmbedding`)."""
+    """Return ESM-1's position embeddings [B, L, D]: sines, then cosines, zero at padding.
+
+    Source: fair-esm's `SinusoidalPositionalEmbedding`.
+    """
     half = hidden_size // 2
-    # The exponent is rounded to float32 before the exponential, as it was in training.
+    # Round the exponent to float32 before the exponential, as in training.
     exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / (half - 1))
     angles = position_ids[..., None].astype(mx.float32) * mx.array(np.exp(exponents.astype(np.float64)), mx.float32)
     positions = mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1)
@@ -106,7 +113,7 @@ def sinusoidal_positions(position_ids: mx.array, hidden_size: int, padding_idx: 
 
 
 def create_position_ids_from_input_ids(input_ids: mx.array, padding_idx: int) -> mx.array:
-    """Positions count the real tokens from padding_idx + 1; padding stays at padding_idx. [B, L]"""
+    """Return positions [B, L] that count the real tokens from padding_idx + 1; padding gets padding_idx."""
     real = (input_ids != padding_idx).astype(mx.int32)
     return mx.cumsum(real, axis=1) * real + padding_idx
 
@@ -115,8 +122,11 @@ def create_position_ids_from_input_ids(input_ids: mx.array, padding_idx: int) ->
 
 
 class MLXEsmEmbeddings(nn.Module):
-    """Token ids [B, L] to vectors [B, L, D], zero at padding: words under token dropout, positions where they are not
-    rotary, layer norm. They have the dtype that states are computed in (`ops.computing_dtype`)."""
+    """Token ids [B, L] to vectors [B, L, D], zero at padding, in the dtype of the activations.
+
+    The steps are word embeddings, token dropout, position embeddings (unless positions are rotary) and layer norm; the
+    config says which of them a family has.
+    """
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
@@ -130,6 +140,7 @@ class MLXEsmEmbeddings(nn.Module):
     def __call__(
         self, input_ids: mx.array, attention_mask: mx.array | None = None, position_ids: mx.array | None = None
     ) -> mx.array:
+        """Return the embeddings [B, L, D]."""
         config = self.config
         embeddings = self.word_embeddings(input_ids)
         embeddings = embeddings.astype(ops.computing_dtype(embeddings.dtype))
@@ -154,9 +165,9 @@ class MLXEsmEmbeddings(nn.Module):
         return embeddings
 
     def drop_tokens(self, embeddings: mx.array, input_ids: mx.array, attention_mask: mx.array | None) -> mx.array:
-        """Zero the <mask> tokens, and scale the others to the share of tokens that training left unmasked.
+        """Set <mask> tokens to zero and scale the others to the share of unmasked tokens in training.
 
-        A row in which nothing is left has nothing to scale; there transformers divides zero by zero.
+        A row with only <mask> tokens stays zero; transformers divides zero by zero there.
         """
         masked = input_ids == self.config.mask_token_id
         length = input_ids.shape[1] if attention_mask is None else attention_mask.sum(axis=-1)
@@ -167,9 +178,9 @@ class MLXEsmEmbeddings(nn.Module):
 
 
 class MLXEsmSelfAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) from [B, L, D], or [1, T, D] of a packed batch, to the same shape.
+    """Multi-head attention (Vaswani et al. 2017), [B, L, D], or packed [1, T, D], to the same shape.
 
-    ESM-1 has a learned key and value, `bias_k` and `bias_v`, beside those of the tokens.
+    ESM-1 has one learned key and value, `bias_k` and `bias_v`, in addition to those of the tokens.
     """
 
     def __init__(self, config: MLXEsmConfig):
@@ -192,16 +203,18 @@ class MLXEsmSelfAttention(nn.Module):
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
-        """The context [B, L, D], and the probabilities [B, H, L, L] if they are asked for.
+        """Return the context [B, L, D], and the attention probabilities [B, H, L, L] or None.
 
         Args:
-            layout: which tokens see which; None, all of a row.
+            hidden_states: [B, L, D].
+            layout: which tokens attend to each other; None for all tokens of a row.
             position_embeddings: cosines and sines of the rotary angles, [B, L, head_dim / 2] each.
+            output_attentions: return the probabilities.
         """
         query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         bias_kv = (self.bias_k, self.bias_v) if "bias_k" in self else None
         if not output_attentions and not (self.training and self.attention_dropout):
-            # What follows below, in one operation.
+            # The same as below in one fused operation.
             context = ops.attention(query, key, value, self.num_attention_heads, layout, position_embeddings, bias_kv)
             return context, None
 
@@ -209,12 +222,12 @@ class MLXEsmSelfAttention(nn.Module):
         attentions = self.dropout(ops.attention_probabilities(heads.query, heads.key, heads.mask))
         context = ops.merge_heads(attentions @ heads.value)
         if "bias_k" in self:
-            attentions = attentions[..., :-1]  # the learned key is no token
+            attentions = attentions[..., :-1]  # without the learned key
         return context, attentions if output_attentions else None
 
 
 class MLXEsmOutput(nn.Module):
-    """The projection back to the hidden size, and the residual: behind attention and behind the feed-forward."""
+    """Projection to the hidden size plus the residual, after attention and after the feed-forward."""
 
     def __init__(self, config: MLXEsmConfig, inputs: int):
         super().__init__()
@@ -223,6 +236,7 @@ class MLXEsmOutput(nn.Module):
         self.dropout = nn.Dropout(self.hidden_dropout)
 
     def __call__(self, hidden_states: mx.array, input_tensor: mx.array) -> mx.array:
+        """Project hidden states [B, L, inputs] and add `input_tensor` [B, L, D]."""
         if self.training and self.hidden_dropout:
             return self.dropout(self.dense(hidden_states)) + input_tensor
         return self.dense(hidden_states, residual=input_tensor)
@@ -244,25 +258,27 @@ class MLXEsmAttention(nn.Module):
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
+        """Return the hidden states [B, L, D], and the attention probabilities [B, H, L, L] or None."""
         context, attentions = self.self(self.LayerNorm(hidden_states), layout, position_embeddings, output_attentions)
         return self.output(context, hidden_states), attentions
 
 
 class MLXEsmIntermediate(nn.Module):
-    """The first half of the feed-forward: [B, L, D] to [B, L, intermediate_size], through GELU."""
+    """First half of the feed-forward with GELU: [B, L, D] to [B, L, intermediate_size]."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.dense = linear(config, config.hidden_size, config.intermediate_size)
 
     def __call__(self, hidden_states: mx.array) -> mx.array:
-        if self.training:  # its gradient needs what goes into GELU, which the fused operation does not keep
+        """Return the activations [B, L, intermediate_size]."""
+        if self.training:  # the gradient needs GELU's input, which the fused operation does not keep
             return ops.gelu(self.dense(hidden_states))
         return self.dense(hidden_states, activation="gelu")
 
 
 class MLXEsmLayer(nn.Module):
-    """A transformer layer, [B, L, D] to [B, L, D], with the layer norms before attention and feed-forward."""
+    """A transformer layer, [B, L, D] to [B, L, D], with layer norms before attention and feed-forward."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
@@ -278,12 +294,13 @@ class MLXEsmLayer(nn.Module):
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
+        """Return the hidden states [B, L, D], and the attention probabilities [B, H, L, L] or None."""
         hidden_states, attentions = self.attention(hidden_states, layout, position_embeddings, output_attentions)
         return self.output(self.intermediate(self.LayerNorm(hidden_states)), hidden_states), attentions
 
 
 class MLXEsmEncoder(nn.Module):
-    """The layers, and the layer norm behind the last one: [B, L, D], or [1, T, D] of a packed batch, to the same."""
+    """All layers and the final layer norm: [B, L, D], or packed [1, T, D], to the same shape."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
@@ -300,64 +317,51 @@ class MLXEsmEncoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> MLXBaseModelOutput:
-        # Only what is asked for is held: a reference to each layer's output would keep all of them in memory.
-        all_hidden_states = [hidden_states]
-        all_attentions: list[Any] = []
-        outputs = self.layers(hidden_states, layout, position_embeddings, output_attentions)
-        for hidden_states, attentions in outputs:
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
-            all_attentions.append(attentions)
+        """Return the last hidden state, and all hidden states and attentions if requested."""
+        hidden_states, inputs, attentions = run_layers(
+            self.layer,
+            hidden_states,
+            layout,
+            position_embeddings,
+            output_attentions,
+            output_hidden_states,
+            self.gradient_checkpointing and self.training,
+        )
         if "emb_layer_norm_after" in self:
             hidden_states = self.emb_layer_norm_after(hidden_states)
-        all_hidden_states[-1] = hidden_states  # the last one is behind the layer norm
         return MLXBaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
+            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
+            attentions=attentions,
         )
-
-    def layers(
-        self,
-        hidden_states: mx.array,
-        layout: ops.Layout | None,
-        position_embeddings: tuple[mx.array, mx.array] | None,
-        output_attentions: bool,
-    ) -> Iterator[tuple[mx.array, mx.array | None]]:
-        """The output of one layer after the other, [B, L, D], and its attentions [B, H, L, L], or None."""
-        for layer in self.layer:
-            if self.gradient_checkpointing and self.training and not output_attentions:
-                hidden_states, attentions = checkpointed(layer, layout, position_embeddings)(hidden_states), None
-            else:
-                hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
-            yield hidden_states, attentions
 
 
 class MLXEsmPooler(nn.Module):
-    """A dense layer and tanh on the state of <cls>: [B, L, D] to [B, D]."""
+    """Dense layer and tanh on the state of <cls>: [B, L, D] to [B, D]."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.dense = linear(config, config.hidden_size, config.hidden_size)
 
     def __call__(self, hidden_states: mx.array, attention_mask: mx.array | None = None) -> mx.array:
+        """Return the pooled states [B, D]."""
         return mx.tanh(self.dense(first_token(hidden_states, attention_mask)))
 
 
 def symmetrize(x: mx.array) -> mx.array:
-    """Each map [..., L, L] plus its transpose."""
+    """Add to each map [..., L, L] its transpose."""
     return x + x.swapaxes(-1, -2)
 
 
 def average_product_correct(x: mx.array) -> mx.array:
-    """Take the product of row and column sums, over the total, from each map [..., L, L] (Dunn et al. 2008)."""
+    """Subtract from each map [..., L, L] the product of its row and column sums over its total (Dunn et al. 2008)."""
     rows, columns = x.sum(axis=-1, keepdims=True), x.sum(axis=-2, keepdims=True)
-    total = rows.sum(axis=-2, keepdims=True)  # of the sums: L² numbers added one by one lose digits
+    total = rows.sum(axis=-2, keepdims=True)  # of the row sums: adding L² elements sequentially loses precision
     return x - rows * columns / mx.where(total == 0, 1, total)
 
 
 class MLXEsmContactPredictionHead(nn.Module):
-    """Logistic regression on all attention maps, symmetrised and corrected (Rao et al. 2020)."""
+    """Logistic regression on all attention maps, symmetrized and corrected (Rao et al. 2020)."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
@@ -366,12 +370,12 @@ class MLXEsmContactPredictionHead(nn.Module):
         self.regression = linear(config, config.num_hidden_layers * config.num_attention_heads, 1)
 
     def __call__(self, tokens: mx.array, attentions: Iterable[mx.array]) -> mx.array:
-        """Contact probabilities [B, residues, residues].
+        """Return contact probabilities [B, residues, residues].
 
         Args:
             tokens: [B, L].
-            attentions: [B, H, L, L] of each layer, zero at padding. They are taken one by one, and those of an
-                iterator need not be in memory together.
+            attentions: [B, H, L, L] of each layer, zero at padding. Pass an iterator to hold one layer's maps in memory
+                at a time.
         """
         residues = slice(1, None)
         real = mx.ones(tokens.shape, dtype=mx.bool_)
@@ -384,7 +388,7 @@ class MLXEsmContactPredictionHead(nn.Module):
         B, L = tokens.shape
         at_once = max(1, MAPS_AT_A_TIME // (B * L * L))
         for attention, weight in zip(attentions, weights, strict=True):
-            # Left to itself, MLX has the maps of many layers in memory at a time, and several steps of each.
+            # Without this, MLX keeps the maps of many layers in memory, and several intermediates of each.
             evaluate(attention)
             for first in range(0, attention.shape[1], at_once):
                 heads = slice(first, first + at_once)
@@ -394,47 +398,56 @@ class MLXEsmContactPredictionHead(nn.Module):
         return mx.sigmoid(logits)
 
 
+def left_padding_to_right(mask: mx.array) -> Callable[[mx.array, tuple[int, ...]], mx.array]:
+    """Return a function that rotates an array along the given axes of length L until each row's first token is first.
+
+    Args:
+        mask: bool [B, L], False at padding.
+    """
+    L = mask.shape[1]
+    first = mx.argmax(mask.astype(mx.int32), axis=1)
+    values = to_numpy(first)
+    if values is not None and not values.any():
+        return lambda x, axes: x
+    order = (mx.arange(L) + first[:, None]) % L
+
+    def rotate(x: mx.array, axes: tuple[int, ...]) -> mx.array:
+        for axis in axes:
+            shape = [len(order), *(1 for _ in range(x.ndim - 1))]
+            shape[axis] = L
+            x = mx.take_along_axis(x, order.reshape(shape), axis=axis)
+        return x
+
+    return rotate
+
+
 class MLXEsmLMHead(nn.Module):
-    """Scores over the vocabulary, [..., D] to [..., V]; ESM-1 projects directly, the others through a dense layer."""
+    """Scores over the vocabulary, [..., D] to [..., V]: dense, GELU, layer norm (not in ESM-1) and projection."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         if config.lm_head_transform:
             self.dense = linear(config, config.hidden_size, config.hidden_size)
             self.layer_norm = layer_norm(config)
-        self.decoder: Any = None  # tied by the model, which has the embedding
+        self.decoder: Any = None  # set by the model if it is tied to the embeddings
         if not config.tie_word_embeddings:
             self.decoder = linear(config, config.hidden_size, config.vocab_size, bias=False)
         if config.lm_head_bias:
             self.bias = mx.zeros(config.vocab_size)
 
     def __call__(self, features: mx.array) -> mx.array:
+        """Return the scores [..., V]."""
         if "dense" in self:
             features = self.layer_norm(ops.gelu(self.dense(features)))
         scores = self.decoder(features)
         return scores + self.bias if "bias" in self else scores
 
 
-class MLXEsmClassificationHead(nn.Module):
-    """Scores of a whole sequence from the state of <cls>: [B, L, D] to [B, num_labels]."""
-
-    def __init__(self, config: MLXEsmConfig):
-        super().__init__()
-        self.dense = linear(config, config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob or 0)
-        self.out_proj = linear(config, config.hidden_size, config.num_labels)
-
-    def __call__(self, features: mx.array, attention_mask: mx.array | None = None) -> mx.array:
-        x = self.dropout(first_token(features, attention_mask))
-        x = self.dropout(mx.tanh(self.dense(x)))
-        return self.out_proj(x)
-
-
 # The models
 
 
 class MLXEsmPreTrainedModel(MLXPreTrainedModel):
-    """What the models of the family have in common: how their checkpoints look, and contacts."""
+    """Base of the family's models: describes their checkpoints."""
 
     config_class = MLXEsmConfig
     base_model_prefix = "esm"
@@ -446,7 +459,7 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     adapted = ("query", "key", "value")
     input_embeddings = "embeddings.word_embeddings"
     folds: ClassVar[bool] = False
-    residues = {residue: 4 + place for place, residue in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO")}
+    residues = RESIDUE_IDS
 
     def __init__(self, config: PreTrainedConfig):
         config = as_mlx_config(config)
@@ -456,50 +469,10 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
 
     @property
     def max_tokens(self) -> int | None:
-        """The tokens that a learned table has positions for; the positions of the other families have no end."""
+        """Longest row that the position table has room for; None for the families without such a table."""
         if self.config.position_embedding_type != "absolute":
             return None
         return self.config.max_position_embeddings - self.config.pad_token_id - 1
-
-    def predict_contacts(self, tokens: Any, attention_mask: Any) -> mx.array:
-        """Contact probabilities of residue pairs.
-
-        Args:
-            tokens: [B, L] token ids.
-            attention_mask: [B, L], 1 for tokens and 0 for padding, on either side: the map of a left-padded row is
-                that of the same row padded on the right (transformers' is shifted).
-
-        Returns:
-            [B, residues, residues], where residues is L without <cls> and, except in ESM-1, <eos>.
-
-        Raises:
-            ValueError: the checkpoint had no contact head.
-
-        Source: Rao et al. 2020; `EsmModel.predict_contacts`.
-        """
-        base = self.base_model
-        base.refuse_untrained("contact_head", "contact prediction")
-        tokens, mask = as_array(tokens), as_array(attention_mask).astype(mx.bool_)
-        hidden_states, layout, position_embeddings = base.embed(tokens, attention_mask, keep_padding=True)
-
-        # Rows that are padded on the left are turned until <cls> is first.
-        first = mx.argmax(mask.astype(mx.int32), axis=1)
-        starts = to_numpy(first)
-        turned = starts is None or starts.any()
-        order = (mx.arange(tokens.shape[1]) + first[:, None]) % tokens.shape[1]
-        real = mask[:, None, :, None] & mask[:, None, None, :]
-
-        def attentions() -> Iterator[mx.array]:
-            for _, attention in base.encoder.layers(hidden_states, layout, position_embeddings, True):
-                attention = mx.where(real, attention, 0)
-                if turned:
-                    attention = mx.take_along_axis(attention, order[:, None, :, None], axis=2)
-                    attention = mx.take_along_axis(attention, order[:, None, None, :], axis=3)
-                yield attention
-
-        if turned:
-            tokens = mx.take_along_axis(tokens, order, axis=1)
-        return base.contact_head(tokens, attentions()).astype(self.dtype)
 
 
 class MLXEsmModel(MLXEsmPreTrainedModel):
@@ -507,9 +480,12 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
 
     Args:
         config: an `MLXEsmConfig`, `MLXEsm1Config` or transformers' `EsmConfig`.
-        add_pooling_layer: have a `pooler`.
+        add_pooling_layer: create a `pooler`.
 
     Example:
+        >>> from transformers import AutoTokenizer
+        >>> from mlx_esm_hf import MLXEsmModel
+        >>> tokenizer = AutoTokenizer.from_pretrained("facebook/esm2_t6_8M_UR50D")
         >>> model = MLXEsmModel.from_pretrained("facebook/esm2_t6_8M_UR50D")
         >>> inputs = tokenizer(["MKTAYIAKQR"], return_tensors="mlx")
         >>> model(**inputs).last_hidden_state.shape
@@ -535,19 +511,23 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MLXBaseModelOutputWithPooling | tuple:
-        """
+        """Run the model.
+
         Args:
-            input_ids: [B, L] token ids, as `mx.array`, NumPy, lists or torch tensors (all arguments alike).
+            input_ids: [B, L] token ids. Like all arguments, an `mx.array`, NumPy array, list or torch tensor.
             attention_mask: [B, L], 1 for tokens, 0 for padding.
             position_ids: [B, L] or [1, L]; by default tokens are counted.
-            inputs_embeds: [B, L, D] instead of `input_ids`; as in transformers 5 they enter the encoder as they are.
-            output_attentions, output_hidden_states, return_dict: by default the config's.
+            inputs_embeds: [B, L, D] instead of `input_ids`. As in transformers 5, the encoder gets them unchanged.
+            output_attentions: return attentions; default: the config's value.
+            output_hidden_states: return all hidden states; default: the config's value.
+            return_dict: return an output object instead of a tuple; default: the config's value.
 
-        At padding the outputs are finite and otherwise unspecified. The pooler reads each row's first real token.
+        Returns:
+            The output. At padding its values are finite but unspecified. The pooler reads each row's first real token.
 
         Raises:
-            ValueError: ids outside the vocabulary, rows longer than the position table, an empty batch, a mask of
-                another shape. Checked where the values are at hand, not while the call is being traced.
+            ValueError: ids outside the vocabulary, rows longer than the position table, an empty batch, or a mask of
+                the wrong shape. Values are not checked while the call is traced.
         """
         outputs, layout = self.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
@@ -556,12 +536,34 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         if self.pooler is not None:
             pooled = self.pooler(states, as_array(attention_mask)).astype(self.dtype)
         output = MLXBaseModelOutputWithPooling(
-            last_hidden_state=states.astype(self.dtype),
-            pooler_output=pooled,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            states.astype(self.dtype), pooled, outputs.hidden_states, outputs.attentions
         )
-        return output if self.returns_dict(return_dict) else output.to_tuple()
+        return self.output_or_tuple(output, return_dict)
+
+    def predict_contacts(self, tokens: Any, attention_mask: Any) -> mx.array:
+        """Return contact probabilities of residue pairs.
+
+        Args:
+            tokens: [B, L] token ids.
+            attention_mask: [B, L], 1 for tokens and 0 for padding, which may be on either side. The map of a row does
+                not depend on the side; transformers shifts the map of a left-padded row.
+
+        Returns:
+            [B, residues, residues], where residues is L without <cls> and, except in ESM-1, <eos>.
+
+        Raises:
+            ValueError: the checkpoint had no contact head.
+
+        Source: Rao et al. 2020; transformers' `EsmModel.predict_contacts`.
+        """
+        self.refuse_untrained("contact_head", "contact prediction")
+        tokens, mask = as_array(tokens), as_array(attention_mask).astype(mx.bool_)
+        hidden_states, layout, position_embeddings = self.embed(tokens, attention_mask, keep_padding=True)
+        layers = each_layer(self.encoder.layer, hidden_states, layout, position_embeddings, output_attentions=True)
+        real = mask[:, None, :, None] & mask[:, None, None, :]
+        rotate = left_padding_to_right(mask)
+        attentions = (rotate(mx.where(real, attention, 0), (2, 3)) for _, attention in layers)
+        return self.contact_head(rotate(tokens, (1,)), attentions).astype(self.dtype)
 
     def run_encoder(
         self,
@@ -573,30 +575,31 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         output_hidden_states: bool | None = None,
         labels: Any = None,
     ) -> tuple[Any, ops.Layout]:
-        """The encoder's output, as a head goes on with it, and the layout of the batch.
+        """Run embeddings and encoder, and return the encoder's output for a head, with the layout of the batch.
 
         Args:
-            labels: [B, L]. Where some at padding take part in the loss padding is computed, as in transformers.
+            input_ids: [B, L]. This and the next five arguments are those of `__call__`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            inputs_embeds: [B, L, D].
+            output_attentions: return attentions.
+            output_hidden_states: return all hidden states.
+            labels: [B, L]. If padding has labels, it is computed and takes part in the loss, as in transformers.
 
         Returns:
-            An `MLXBaseModelOutput`, whose `last_hidden_state` may be packed, [1, T, D]: the layout's `unpack` brings
-            it, or what a head has made of it, to [B, L, ...], and it has the dtype that states are computed in. Hidden
-            states and attentions are those of the batch, in the network's.
+            An `MLXBaseModelOutput` and the layout. `last_hidden_state` may be packed: apply a head to it, then the
+            layout's `unpack` to get [B, L, ...]. Its dtype is that of the activations. Hidden states and attentions are
+            unpacked and have the model's dtype.
         """
         config = self.config
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_padding = output_attentions or bool(self.training and config.attention_probs_dropout_prob)
         hidden_states, layout, position_embeddings = self.embed(
             input_ids, attention_mask, position_ids, inputs_embeds, keep_padding, labels
         )
         outputs = self.encoder(hidden_states, layout, position_embeddings, output_attentions, output_hidden_states)
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(layout.unpack(x).astype(self.dtype) for x in outputs.hidden_states)
-        if outputs.attentions is not None:
-            outputs.attentions = tuple(x.astype(self.dtype) for x in outputs.attentions)
+        unpack_states(outputs, layout, self.dtype)
         return outputs, layout
 
     def embed(
@@ -608,10 +611,15 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         keep_padding: bool = False,
         labels: Any = None,
     ) -> tuple[mx.array, ops.Layout, tuple[mx.array, mx.array] | None]:
-        """What the encoder takes: the embeddings in their layout, and the rotary angles of each token.
+        """Return the encoder's inputs: embeddings in their layout, the layout, and each token's rotary angles or None.
 
         Args:
-            keep_padding: compute padding, too. So it is where some of it has a label.
+            input_ids: [B, L]. This and the next three arguments are those of `__call__`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            inputs_embeds: [B, L, D].
+            keep_padding: compute padding as well.
+            labels: [B, L]; padding with a label is computed as well.
         """
         inputs = check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, self.tables())
         if inputs.input_ids is not None:
@@ -629,7 +637,7 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         return layout.pack(hidden_states), layout, position_embeddings
 
     def tables(self) -> Tables:
-        """The sizes that inputs have to fit."""
+        """Return the sizes that limit the inputs."""
         config = self.config
         rows = config.max_position_embeddings if config.position_embedding_type == "absolute" else None
         return Tables(config.vocab_size, config.hidden_size, config.pad_token_id, rows)
@@ -639,9 +647,12 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
     """ESM with its language-model head.
 
     Example:
+        >>> from transformers import AutoTokenizer
+        >>> from mlx_esm_hf import MLXEsmForMaskedLM
+        >>> tokenizer = AutoTokenizer.from_pretrained("facebook/esm2_t6_8M_UR50D")
         >>> model = MLXEsmForMaskedLM.from_pretrained("facebook/esm2_t6_8M_UR50D")
         >>> inputs = tokenizer("MKT<mask>YIAKQR", return_tensors="mlx")
-        >>> tokenizer.decode(model(**inputs).logits[0, 4].argmax().tolist())
+        >>> residue = tokenizer.decode(model(**inputs).logits[0, 4].argmax().tolist())
     """
 
     output_embeddings = "lm_head.decoder"
@@ -664,14 +675,21 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MLXMaskedLMOutput | tuple:
-        """
-        Args:
-            labels: [B, L] token ids; −100 is left out of the loss, which is the mean cross-entropy.
+        """Run the model.
 
-        The other arguments are those of `MLXEsmModel`.
+        Args:
+            input_ids: [B, L]. This and the other arguments except `labels` are those of `MLXEsmModel`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            inputs_embeds: [B, L, D].
+            labels: [B, L] token ids, −100 to exclude a token. The loss is the mean cross-entropy.
+            output_attentions: return attentions.
+            output_hidden_states: return all hidden states.
+            return_dict: return an output object instead of a tuple.
 
         Raises:
-            ValueError: the checkpoint had no language-model head, and it is neither trained nor given labels.
+            ValueError: the checkpoint had no language-model head, the model is not in training mode, and there are no
+                labels.
         """
         if labels is None and not self.training:
             self.refuse_untrained("lm_head", "predicting residues")
@@ -679,23 +697,23 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.lm_head(outputs.last_hidden_state)).astype(self.dtype)
-        output = MLXMaskedLMOutput(
-            loss=None if labels is None else cross_entropy(logits, labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if self.returns_dict(return_dict) else output.to_tuple()
+        loss = None if labels is None else cross_entropy(logits, labels)
+        output = MLXMaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self.output_or_tuple(output, return_dict)
+
+    def predict_contacts(self, tokens: Any, attention_mask: Any) -> mx.array:
+        """Return contact probabilities of residue pairs; see `MLXEsmModel.predict_contacts`."""
+        return self.esm.predict_contacts(tokens, attention_mask)
 
 
 class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
-    """ESM with a classifier or regressor over the whole sequence, on the state of its <cls> token."""
+    """ESM with a classifier or regressor for whole sequences, on the state of <cls>."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.num_labels = self.config.num_labels
         self.esm = MLXEsmModel(self.config, add_pooling_layer=False)
-        self.classifier = MLXEsmClassificationHead(self.config)
+        self.classifier = ClassificationHead(self.config, self.config.hidden_dropout_prob)
 
     def __call__(
         self,
@@ -708,28 +726,30 @@ class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MLXSequenceClassifierOutput | tuple:
-        """
-        Args:
-            labels: see `modeling_losses.classification_loss`.
+        """Run the model. The head reads each row's first real token.
 
-        The other arguments are those of `MLXEsmModel`. A left-padded row is read at its first real token.
+        Args:
+            input_ids: [B, L]. This and the other arguments except `labels` are those of `MLXEsmModel`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            inputs_embeds: [B, L, D].
+            labels: [B] or [B, num_labels]; see `modeling_losses.classification_loss`.
+            output_attentions: return attentions.
+            output_hidden_states: return all hidden states.
+            return_dict: return an output object instead of a tuple.
         """
         attention_mask = as_array(attention_mask)
         outputs, layout = self.esm.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
         )
         logits = self.classifier(layout.unpack(outputs.last_hidden_state), attention_mask).astype(self.dtype)
-        output = MLXSequenceClassifierOutput(
-            loss=None if labels is None else classification_loss(self.config, logits, as_array(labels)),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if self.returns_dict(return_dict) else output.to_tuple()
+        loss = None if labels is None else classification_loss(self.config, logits, as_array(labels))
+        output = MLXSequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self.output_or_tuple(output, return_dict)
 
 
 class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
-    """ESM with a classifier over each token, such as for secondary structure."""
+    """ESM with a classifier for each token, for example of secondary structure."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -749,20 +769,22 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MLXTokenClassifierOutput | tuple:
-        """
-        Args:
-            labels: [B, L] classes; −100 is left out of the loss, which is the mean cross-entropy.
+        """Run the model.
 
-        The other arguments are those of `MLXEsmModel`.
+        Args:
+            input_ids: [B, L]. This and the other arguments except `labels` are those of `MLXEsmModel`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            inputs_embeds: [B, L, D].
+            labels: [B, L] classes, −100 to exclude a token. The loss is the mean cross-entropy.
+            output_attentions: return attentions.
+            output_hidden_states: return all hidden states.
+            return_dict: return an output object instead of a tuple.
         """
         outputs, layout = self.esm.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.classifier(self.dropout(outputs.last_hidden_state))).astype(self.dtype)
-        output = MLXTokenClassifierOutput(
-            loss=None if labels is None else cross_entropy(logits, labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if self.returns_dict(return_dict) else output.to_tuple()
+        loss = None if labels is None else cross_entropy(logits, labels)
+        output = MLXTokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self.output_or_tuple(output, return_dict)

@@ -1,15 +1,15 @@
-"""The key dialects of ESM checkpoints. The canonical names are those that transformers 5 has in memory."""
+"""Key dialects of ESM checkpoints. Canonical names are those of transformers 5 in memory."""
 
 from mlx_esm_hf.checkpoint.names import Dialect
 
-# transformers 4.x, and the published repositories: the inverse frequencies once in each layer, position ids, and
-# sometimes a position table that a rotary model has no use for. This is what `save_pretrained` writes here.
+# transformers 4.x and the published repositories: inverse frequencies in each layer, position ids, and sometimes a
+# position table that a rotary model does not use. Our `save_pretrained` writes this dialect.
 TRANSFORMERS_4 = Dialect(
     renames=(("encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq", "rotary_embeddings.inv_freq"),),
     ignored=("embeddings.position_ids", "embeddings.position_embeddings.weight"),
 )
 
-# What `save_pretrained` of transformers 5 writes, besides an asterisk for the layer of the inverse frequencies.
+# Written by `save_pretrained` of transformers 5, with an asterisk for the layer of the inverse frequencies.
 TRANSFORMERS_5 = Dialect(
     renames=(
         ("{module}LayerNorm.gamma", "{module}LayerNorm.weight"),
@@ -17,7 +17,7 @@ TRANSFORMERS_5 = Dialect(
     )
 )
 
-# fair-esm 2.0 in memory: its `ESM2`, and `ProteinBertModel` for ESM-1b and ESM-1v.
+# fair-esm 2.0 in memory: `ESM2`, and `ProteinBertModel` for ESM-1b and ESM-1v.
 FAIR_ESM = Dialect(
     renames=(
         ("embed_tokens.weight", "embeddings.word_embeddings.weight"),
@@ -39,7 +39,7 @@ FAIR_ESM = Dialect(
     prefixed=False,
 )
 
-# The same for ESM-1, whose head has other names.
+# fair-esm's ESM-1, whose head has other names.
 FAIR_ESM_1 = Dialect(
     renames=(
         ("embed_out", "lm_head.decoder.weight"),

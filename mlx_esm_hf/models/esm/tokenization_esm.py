@@ -1,4 +1,4 @@
-"""The Hugging Face tokenizer of ESM-1b, ESM-1v and ESM-2, handed on, and the vocabulary of ESM-1 that it lacks."""
+"""The tokenizer of ESM-1, which transformers lacks, and that of ESM-1b, ESM-1v and ESM-2 without a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,32 +13,36 @@ from transformers import AutoTokenizer, EsmTokenizer
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config
 
-# fair-esm, `Alphabet.from_architecture("ESM-1")`: four special tokens, the residues, filler up to a multiple of
-# eight, and the tokens that are appended.
+RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO"
+
+# fair-esm's `Alphabet.from_architecture("ESM-1")`: four special tokens, residues, padding to a multiple of eight, and
+# appended tokens.
 ESM1_VOCABULARY = (
     *("<null_0>", "<pad>", "<eos>", "<unk>"),
-    *"LAGVSERTIDPKQNFYMHWCXBUZO.-",
+    *(RESIDUES + ".-"),
     *("<null_1>", "<cls>", "<mask>", "<sep>"),
 )
 
-
-# fair-esm, `Alphabet.from_architecture("ESM-1b")`: that of ESM-1b, ESM-1v and ESM-2.
+# fair-esm's `Alphabet.from_architecture("ESM-1b")`, which ESM-1b, ESM-1v and ESM-2 share.
 ESM2_VOCABULARY = (
     *("<cls>", "<pad>", "<eos>", "<unk>"),
-    *"LAGVSERTIDPKQNFYMHWCXBUZO.-",
+    *(RESIDUES + ".-"),
     *("<null_1>", "<mask>"),
 )
 
+# {residue: id}, the same in all published vocabularies of ESM and ESMC.
+RESIDUE_IDS = {residue: ESM2_VOCABULARY.index(residue) for residue in RESIDUES}
+
 
 def esm2_tokenizer() -> EsmTokenizer:
-    """The tokenizer that ESM-1b, ESM-1v and ESM-2 have, for a model that comes from no checkpoint."""
+    """Return the tokenizer of ESM-1b, ESM-1v and ESM-2, for a model without a checkpoint."""
     with vocabulary_file(ESM2_VOCABULARY) as path:
         return EsmTokenizer(path)
 
 
 @contextmanager
 def vocabulary_file(tokens: Iterable[str]) -> Iterator[str]:
-    """A `vocab.txt` for the time being."""
+    """Write a temporary `vocab.txt` and yield its path."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "vocab.txt")
         with open(path, "w", encoding="utf-8") as file:
@@ -47,12 +51,15 @@ def vocabulary_file(tokens: Iterable[str]) -> Iterator[str]:
 
 
 class Esm1Tokenizer(EsmTokenizer):
-    """`EsmTokenizer` with ESM-1's alphabet of 35 tokens: `<cls>` before the residues, nothing behind them.
+    """`EsmTokenizer` with ESM-1's alphabet of 35 tokens: `<cls>` before the residues and no `<eos>` after them.
 
     Args:
-        vocab_file: a `vocab.txt`, one token a line; ESM-1's own alphabet if None.
+        vocab_file: a `vocab.txt` with one token per line; None for ESM-1's alphabet.
+        eos_token: a token to append; None for ESM-1's format.
+        kwargs: see `EsmTokenizer`.
 
     Example:
+        >>> from mlx_esm_hf.models.esm.tokenization_esm import Esm1Tokenizer
         >>> Esm1Tokenizer()("MKT")["input_ids"]
         [32, 20, 15, 11]
     """
@@ -67,13 +74,13 @@ class Esm1Tokenizer(EsmTokenizer):
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
-        """1 for a special token, 0 for a residue: one entry for each token that the sequence has."""
+        """Return 1 for each special token and 0 for each residue of the tokenized sequence."""
         if already_has_special_tokens or self.eos_token_id is not None:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens)
         if token_ids_1 is not None:
-            raise UserError("ESM-1 has no token between two sequences: tokenize them one by one.")
+            raise UserError("ESM-1 has no separator token for a pair of sequences: tokenize them separately.")
         return [1] + [0] * len(token_ids_0)
 
 
-# AutoTokenizer.from_pretrained finds the tokenizer of a saved ESM-1, too.
+# Lets AutoTokenizer.from_pretrained load the tokenizer of a saved ESM-1.
 AutoTokenizer.register(MLXEsm1Config, slow_tokenizer_class=Esm1Tokenizer)

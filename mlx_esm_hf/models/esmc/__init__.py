@@ -1,1 +1,1 @@
-"""ESMC, which follows ESM-2."""
+"""ESMC (ESM Cambrian), the successor of ESM-2."""

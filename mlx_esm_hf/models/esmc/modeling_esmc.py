@@ -1,15 +1,16 @@
 """ESMC (ESM Cambrian) in MLX, the protein language models that follow ESM-2.
 
-Read from top to bottom it is the network: attention, feed-forward, layer, heads, and the four models. Modules and
-parameters are named as in transformers' `models/esmc/modeling_esmc.py`, so a checkpoint's keys are parameter names.
+From top to bottom: attention, feed-forward, layer, heads, and the four models. Modules and parameters have the names of
+transformers' `models/esmc/modeling_esmc.py`, so the keys of a checkpoint are parameter names.
 
-Beside ESM-2: nothing is dropped or scaled in the embeddings, query and key are normalised, the feed-forward is SwiGLU,
-there are no biases, each branch is divided before it is added, and a sequence may have several chains.
+Differences from ESM-2: embeddings are not dropped or scaled, query and key are normalized, the feed-forward is SwiGLU,
+layers have no biases, each branch is scaled before it is added to the residual, and a sequence may have several chains.
 
 Source: EvolutionaryScale 2024, ESM Cambrian (https://evolutionaryscale.ai/blog/esm-cambrian); the published code. Query
 and key norm: Dehghani et al. 2023 (arXiv:2302.05442). SwiGLU: Shazeer 2020 (arXiv:2002.05202).
 
-In the shapes B is the batch, L the tokens, D the hidden size, H the heads, V the vocabulary.
+In shapes, B is the batch, L the tokens, D the hidden size, H the heads and V the vocabulary. A packed batch holds the
+T real tokens of all rows in one row, [1, T, D]; see `ops.Layout`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, check_sequence_id, labels_at, to_numpy
-from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, checkpointed, first_token, linear
+from mlx_esm_hf.modeling_layers import (
+    ClassificationHead,
+    Embedding,
+    LayerNorm,
+    linear,
+    rotary_angles,
+    rotary_frequencies,
+    run_layers,
+    unpack_states,
+)
 from mlx_esm_hf.modeling_losses import classification_loss, cross_entropy
 from mlx_esm_hf.modeling_outputs import (
     MLXBaseModelOutput,
@@ -33,27 +42,19 @@ from mlx_esm_hf.modeling_outputs import (
     MLXTokenClassifierOutput,
 )
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
+from mlx_esm_hf.models.esm.tokenization_esm import RESIDUE_IDS
 from mlx_esm_hf.models.esmc.configuration_esmc import MLXEsmcConfig, as_mlx_config, check_config
 from mlx_esm_hf.models.esmc.names import ORIGINAL, TRANSFORMERS
 
-DEPTH = 36  # layers with which a branch is added as it is
-
-
-def rotary_angles(config: MLXEsmcConfig, position_ids: mx.array) -> tuple[mx.array, mx.array]:
-    """Cosines and sines of the rotary position embedding (Su et al. 2021), [B, L, head_dim / 2], float32."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = mx.array(1 / np.float32(config.rope_parameters["rope_theta"]) ** exponents)
-    angles = position_ids[..., None].astype(mx.float32) * frequencies
-    return mx.cos(angles), mx.sin(angles)
-
+UNSCALED_DEPTH = 36  # number of layers at which branches are not scaled
 
 # The network
 
 
 class MLXEsmcAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) from [B, L, D], or [1, T, D] of a packed batch, to the same shape.
+    """Multi-head attention (Vaswani et al. 2017), [B, L, D], or packed [1, T, D], to the same shape.
 
-    Query and key are normalised over the whole width, before they are split into heads and rotated.
+    Query and key are normalized over their whole width, before they are split into heads and rotated.
     """
 
     def __init__(self, config: MLXEsmcConfig):
@@ -78,16 +79,19 @@ class MLXEsmcAttention(nn.Module):
         residual: mx.array | None = None,
         output_scale: float = 1.0,
     ) -> tuple[mx.array, mx.array | None]:
-        """The states [B, L, D] times `output_scale`, plus `residual`; the probabilities [B, H, L, L] if
-        they are asked for.
+        """Return the states [B, L, D], and the attention probabilities [B, H, L, L] or None.
 
         Args:
-            layout: which tokens see which; None, all of a row.
+            hidden_states: [B, L, D].
+            layout: which tokens attend to each other; None for all tokens of a row.
             position_embeddings: cosines and sines of the rotary angles, [B, L, head_dim / 2] each.
+            output_attentions: return the probabilities.
+            residual: [B, L, D], added to the scaled states.
+            output_scale: factor of the states before the residual is added.
         """
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if not output_attentions and not (self.training and self.attention_dropout):
-            # What follows below, in one operation.
+            # The same as below in one fused operation.
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
             context = ops.attention(
                 query, key, value, self.num_attention_heads, layout, position_embeddings, norms=norms
@@ -98,13 +102,12 @@ class MLXEsmcAttention(nn.Module):
         heads = ops.split_heads(query, key, value, self.num_attention_heads, layout, position_embeddings)
         attentions = self.dropout(ops.attention_probabilities(heads.query, heads.key, heads.mask))
         context = ops.merge_heads(attentions @ heads.value)
-        return self.o_proj(
-            context, residual=residual, output_scale=output_scale
-        ), attentions if output_attentions else None
+        output = self.o_proj(context, residual=residual, output_scale=output_scale)
+        return output, attentions if output_attentions else None
 
 
 class MLXEsmcMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)) times `output_scale`, plus `residual`, [B, L, D] to [B, L, D]."""
+    """SwiGLU feed-forward: down(silu(gate(x)) · up(x)) · output_scale + residual, [B, L, D] to [B, L, D]."""
 
     def __init__(self, config: MLXEsmcConfig):
         super().__init__()
@@ -116,13 +119,16 @@ class MLXEsmcMLP(nn.Module):
     def __call__(
         self, hidden_states: mx.array, residual: mx.array | None = None, output_scale: float = 1.0
     ) -> mx.array:
+        """Return the states [B, L, D], scaled and with the residual added."""
         gated = ops.swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states))
         return self.down_proj(gated, residual=residual, output_scale=output_scale)
 
 
 class MLXEsmcLayer(nn.Module):
-    """A transformer layer, [B, L, D] to [B, L, D], with the layer norms before attention and feed-forward. Each of the
-    two is divided by √(layers / 36) before it is added."""
+    """A transformer layer, [B, L, D] to [B, L, D], with layer norms before attention and feed-forward.
+
+    The output of each is divided by √(layers / 36) before it is added to the residual.
+    """
 
     def __init__(self, config: MLXEsmcConfig):
         super().__init__()
@@ -130,7 +136,7 @@ class MLXEsmcLayer(nn.Module):
         self.mlp = MLXEsmcMLP(config)
         self.input_layernorm = LayerNorm(config.hidden_size)
         self.post_attention_layernorm = LayerNorm(config.hidden_size)
-        self.branch_scale = math.sqrt(DEPTH / config.num_hidden_layers)
+        self.branch_scale = math.sqrt(UNSCALED_DEPTH / config.num_hidden_layers)
 
     def __call__(
         self,
@@ -139,6 +145,7 @@ class MLXEsmcLayer(nn.Module):
         position_embeddings: tuple[mx.array, mx.array] | None = None,
         output_attentions: bool = False,
     ) -> tuple[mx.array, mx.array | None]:
+        """Return the hidden states [B, L, D], and the attention probabilities [B, H, L, L] or None."""
         hidden_states, attentions = self.self_attn(
             self.input_layernorm(hidden_states),
             layout,
@@ -161,29 +168,15 @@ class MLXEsmcMaskedLMHead(nn.Module):
         self.decoder = linear(config, config.hidden_size, config.vocab_size)
 
     def __call__(self, hidden_states: mx.array) -> mx.array:
+        """Return the scores [..., V]."""
         return self.decoder(self.layer_norm(ops.gelu(self.dense(hidden_states))))
-
-
-class MLXEsmcClassificationHead(nn.Module):
-    """Scores of a whole sequence from the state of <cls>: [B, L, D] to [B, num_labels]."""
-
-    def __init__(self, config: MLXEsmcConfig):
-        super().__init__()
-        self.dense = linear(config, config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.classifier_dropout or 0)
-        self.out_proj = linear(config, config.hidden_size, config.num_labels)
-
-    def __call__(self, features: mx.array, attention_mask: mx.array | None = None) -> mx.array:
-        x = self.dropout(first_token(features, attention_mask))
-        x = self.dropout(mx.tanh(self.dense(x)))
-        return self.out_proj(x)
 
 
 # The models
 
 
 class MLXEsmcPreTrainedModel(MLXPreTrainedModel):
-    """What the models of the family have in common: how their checkpoints look."""
+    """Base of the family's models: describes their checkpoints."""
 
     config_class = MLXEsmcConfig
     base_model_prefix = "esmc"
@@ -192,7 +185,7 @@ class MLXEsmcPreTrainedModel(MLXPreTrainedModel):
     quantized = ("layers.",)
     adapted = ("q_proj", "k_proj", "v_proj")
     input_embeddings = "embed_tokens"
-    residues = {residue: 4 + place for place, residue in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO")}
+    residues = RESIDUE_IDS
 
     def __init__(self, config: PreTrainedConfig):
         config = as_mlx_config(config)
@@ -208,6 +201,9 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         config: an `MLXEsmcConfig` or transformers' `EsmcConfig`.
 
     Example:
+        >>> from transformers import AutoTokenizer
+        >>> from mlx_esm_hf import MLXEsmcModel
+        >>> tokenizer = AutoTokenizer.from_pretrained("biohub/ESMC-300M")
         >>> model = MLXEsmcModel.from_pretrained("biohub/ESMC-300M")
         >>> inputs = tokenizer(["MKTAYIAKQR"], return_tensors="mlx")
         >>> model(**inputs).last_hidden_state.shape
@@ -233,26 +229,30 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MLXBaseModelOutput | tuple:
-        """
-        Args:
-            input_ids: [B, L] token ids, as `mx.array`, NumPy, lists or torch tensors (all arguments alike).
-            attention_mask: [B, L], 1 for tokens, 0 for padding.
-            position_ids: [B, L] or [1, L]; by default 0 to L − 1, across chains as well.
-            sequence_id: [B, L], the number of each token's chain; tokens of one chain see each other and no others.
-                −1 is padding, and `attention_mask` is not read.
-            output_attentions, output_hidden_states, return_dict: by default the config's.
+        """Run the model.
 
-        At padding the outputs are finite and otherwise unspecified.
+        Args:
+            input_ids: [B, L] token ids. Like all arguments, an `mx.array`, NumPy array, list or torch tensor.
+            attention_mask: [B, L], 1 for tokens, 0 for padding.
+            position_ids: [B, L] or [1, L]; default: 0 to L − 1, counted across chains.
+            sequence_id: [B, L], the chain of each token, −1 at padding. Tokens attend to tokens of their own chain
+                only. Replaces `attention_mask`.
+            output_attentions: return attentions; default: the config's value.
+            output_hidden_states: return all hidden states; default: the config's value.
+            return_dict: return an output object instead of a tuple; default: the config's value.
+
+        Returns:
+            The output. At padding its values are finite but unspecified.
 
         Raises:
-            ValueError: ids outside the vocabulary, an empty batch, a mask or chains of another shape. Checked where
-                the values are at hand, not while the call is being traced.
+            ValueError: ids outside the vocabulary, an empty batch, or a mask or chains of the wrong shape. Values are
+                not checked while the call is traced.
         """
         outputs, layout = self.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states
         )
         outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state).astype(self.dtype)
-        return outputs if self.returns_dict(return_dict) else outputs.to_tuple()
+        return self.output_or_tuple(outputs, return_dict)
 
     def run_encoder(
         self,
@@ -264,44 +264,45 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         output_hidden_states: bool | None = None,
         labels: Any = None,
     ) -> tuple[Any, ops.Layout]:
-        """The output, as a head goes on with it, and the layout of the batch.
+        """Run embeddings and layers, and return the output for a head, with the layout of the batch.
 
         Args:
-            labels: [B, L]. Where some at padding take part in the loss padding is computed, as in transformers.
+            input_ids: [B, L]. This and the next five arguments are those of `__call__`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            sequence_id: [B, L].
+            output_attentions: return attentions.
+            output_hidden_states: return all hidden states.
+            labels: [B, L]. If padding has labels, it is computed and takes part in the loss, as in transformers.
 
         Returns:
-            An `MLXBaseModelOutput`, whose `last_hidden_state` may be packed, [1, T, D]: the layout's `unpack` brings
-            it, or what a head has made of it, to [B, L, ...], and it has the dtype that states are computed in. Hidden
-            states and attentions are those of the batch, in the network's.
+            An `MLXBaseModelOutput` and the layout. `last_hidden_state` may be packed: apply a head to it, then the
+            layout's `unpack` to get [B, L, ...]. Its dtype is that of the activations. Hidden states and attentions are
+            unpacked and have the model's dtype.
         """
         config = self.config
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_padding = output_attentions or bool(self.training and config.attention_dropout)
         hidden_states, layout, position_embeddings = self.embed(
             input_ids, attention_mask, position_ids, sequence_id, keep_padding, labels
         )
-        # Only what is asked for is held: a reference to each layer's output would keep all of them in memory.
-        all_hidden_states: list[mx.array] = []
-        all_attentions: list[Any] = []
-        for layer in self.layers:
-            if output_hidden_states:
-                all_hidden_states.append(layout.unpack(hidden_states).astype(self.dtype))
-            if self.gradient_checkpointing and self.training and not output_attentions:
-                hidden_states, attentions = checkpointed(layer, layout, position_embeddings)(hidden_states), None
-            else:
-                hidden_states, attentions = layer(hidden_states, layout, position_embeddings, output_attentions)
-            all_attentions.append(attentions if attentions is None else attentions.astype(self.dtype))
+        hidden_states, inputs, attentions = run_layers(
+            self.layers,
+            hidden_states,
+            layout,
+            position_embeddings,
+            output_attentions,
+            output_hidden_states,
+            self.gradient_checkpointing and self.training,
+        )
         hidden_states = self.norm(hidden_states)
-        if output_hidden_states:  # the last one is behind the layer norm
-            all_hidden_states.append(layout.unpack(hidden_states).astype(self.dtype))
         outputs = MLXBaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
+            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
+            attentions=attentions,
         )
+        unpack_states(outputs, layout, self.dtype)
         return outputs, layout
 
     def embed(
@@ -313,10 +314,15 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         keep_padding: bool = False,
         labels: Any = None,
     ) -> tuple[mx.array, ops.Layout, tuple[mx.array, mx.array]]:
-        """What the layers take: the embeddings in their layout, and the rotary angles of each token.
+        """Return the layers' inputs: embeddings in their layout, the layout, and the rotary angles of each token.
 
         Args:
-            keep_padding: compute padding, too. So it is where some of it has a label.
+            input_ids: [B, L]. This and the next three arguments are those of `__call__`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            sequence_id: [B, L].
+            keep_padding: compute padding as well.
+            labels: [B, L]; padding with a label is computed as well.
         """
         config = self.config
         tables = Tables(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -333,7 +339,8 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
             keep_padding = keep_padding or labels_at(labels, values == 0)
         layout = ops.choose_layout(inputs.shape, mask, values, self.dtype, keep_padding, chains)
         positions = mx.arange(inputs.shape[1]) if inputs.position_ids is None else inputs.position_ids
-        position_embeddings = rotary_angles(config, layout.pack(mx.broadcast_to(positions, inputs.shape)))
+        frequencies = rotary_frequencies(config.head_dim, config.rope_parameters["rope_theta"])
+        position_embeddings = rotary_angles(layout.pack(mx.broadcast_to(positions, inputs.shape)), frequencies)
         return layout.pack(hidden_states), layout, position_embeddings
 
 
@@ -341,9 +348,12 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
     """ESMC with its language-model head.
 
     Example:
+        >>> from transformers import AutoTokenizer
+        >>> from mlx_esm_hf import MLXEsmcForMaskedLM
+        >>> tokenizer = AutoTokenizer.from_pretrained("biohub/ESMC-300M")
         >>> model = MLXEsmcForMaskedLM.from_pretrained("biohub/ESMC-300M")
         >>> inputs = tokenizer("MKT<mask>YIAKQR", return_tensors="mlx")
-        >>> tokenizer.decode(model(**inputs).logits[0, 4].argmax().tolist())
+        >>> residue = tokenizer.decode(model(**inputs).logits[0, 4].argmax().tolist())
     """
 
     output_embeddings = "lm_head.decoder"
@@ -365,14 +375,21 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MLXMaskedLMOutput | tuple:
-        """
-        Args:
-            labels: [B, L] token ids; −100 is left out of the loss, which is the mean cross-entropy, in float32.
+        """Run the model.
 
-        The other arguments are those of `MLXEsmcModel`.
+        Args:
+            input_ids: [B, L]. This and the other arguments except `labels` are those of `MLXEsmcModel`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            sequence_id: [B, L].
+            labels: [B, L] token ids, −100 to exclude a token. The loss is the mean cross-entropy, in float32.
+            output_attentions: return attentions.
+            output_hidden_states: return all hidden states.
+            return_dict: return an output object instead of a tuple.
 
         Raises:
-            ValueError: the checkpoint had no language-model head, and it is neither trained nor given labels.
+            ValueError: the checkpoint had no language-model head, the model is not in training mode, and there are no
+                labels.
         """
         if labels is None and not self.training:
             self.refuse_untrained("lm_head", "predicting residues")
@@ -380,23 +397,19 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.lm_head(outputs.last_hidden_state)).astype(self.dtype)
-        output = MLXMaskedLMOutput(
-            loss=None if labels is None else cross_entropy(logits.astype(mx.float32), labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if self.returns_dict(return_dict) else output.to_tuple()
+        loss = None if labels is None else cross_entropy(logits.astype(mx.float32), labels)
+        output = MLXMaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self.output_or_tuple(output, return_dict)
 
 
 class MLXEsmcForSequenceClassification(MLXEsmcPreTrainedModel):
-    """ESMC with a classifier or regressor over the whole sequence, on the state of its <cls> token."""
+    """ESMC with a classifier or regressor for whole sequences, on the state of <cls>."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.num_labels = self.config.num_labels
         self.esmc = MLXEsmcModel(self.config)
-        self.classifier = MLXEsmcClassificationHead(self.config)
+        self.classifier = ClassificationHead(self.config, self.config.classifier_dropout)
 
     def __call__(
         self,
@@ -409,28 +422,30 @@ class MLXEsmcForSequenceClassification(MLXEsmcPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MLXSequenceClassifierOutput | tuple:
-        """
-        Args:
-            labels: see `modeling_losses.classification_loss`.
+        """Run the model. The head reads each row's first real token.
 
-        The other arguments are those of `MLXEsmcModel`. A left-padded row is read at its first real token.
+        Args:
+            input_ids: [B, L]. This and the other arguments except `labels` are those of `MLXEsmcModel`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            sequence_id: [B, L].
+            labels: [B] or [B, num_labels]; see `modeling_losses.classification_loss`.
+            output_attentions: return attentions.
+            output_hidden_states: return all hidden states.
+            return_dict: return an output object instead of a tuple.
         """
         outputs, layout = self.esmc.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states
         )
         real = as_array(attention_mask) if sequence_id is None else as_array(sequence_id) >= 0
         logits = self.classifier(layout.unpack(outputs.last_hidden_state), real).astype(self.dtype)
-        output = MLXSequenceClassifierOutput(
-            loss=None if labels is None else classification_loss(self.config, logits, as_array(labels)),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if self.returns_dict(return_dict) else output.to_tuple()
+        loss = None if labels is None else classification_loss(self.config, logits, as_array(labels))
+        output = MLXSequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self.output_or_tuple(output, return_dict)
 
 
 class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
-    """ESMC with a classifier over each token, such as for secondary structure."""
+    """ESMC with a classifier for each token, for example of secondary structure."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -450,20 +465,22 @@ class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MLXTokenClassifierOutput | tuple:
-        """
-        Args:
-            labels: [B, L] classes; −100 is left out of the loss, which is the mean cross-entropy, in float32.
+        """Run the model.
 
-        The other arguments are those of `MLXEsmcModel`.
+        Args:
+            input_ids: [B, L]. This and the other arguments except `labels` are those of `MLXEsmcModel`.
+            attention_mask: [B, L].
+            position_ids: [B, L] or [1, L].
+            sequence_id: [B, L].
+            labels: [B, L] classes, −100 to exclude a token. The loss is the mean cross-entropy, in float32.
+            output_attentions: return attentions.
+            output_hidden_states: return all hidden states.
+            return_dict: return an output object instead of a tuple.
         """
         outputs, layout = self.esmc.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.score(self.dropout(outputs.last_hidden_state))).astype(self.dtype)
-        output = MLXTokenClassifierOutput(
-            loss=None if labels is None else cross_entropy(logits.astype(mx.float32), labels),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if self.returns_dict(return_dict) else output.to_tuple()
+        loss = None if labels is None else cross_entropy(logits.astype(mx.float32), labels)
+        output = MLXTokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return self.output_or_tuple(output, return_dict)

@@ -1,11 +1,10 @@
-"""The key dialects of ESMC checkpoints. The canonical names are those of transformers 5, in memory and in files."""
+"""Key dialects of ESMC checkpoints. Canonical names are those of transformers 5, in memory and in files."""
 
 from mlx_esm_hf.checkpoint.names import Dialect
 
 TRANSFORMERS = Dialect(renames=(), ignored=("rotary_emb.inv_freq",))
 
-# The open weights as they were published, for the `esm` package: all that is one array there and here.
-# `SEPARATED` says the rest.
+# The published open weights for the `esm` package: arrays that correspond one to one. `SEPARATED` lists the others.
 ORIGINAL = Dialect(
     renames=(
         ("embed.weight", "embed_tokens.weight"),
@@ -23,7 +22,7 @@ ORIGINAL = Dialect(
     prefixed=False,
 )
 
-# There one matrix has the rows of several: {ending of its key: the matrices here, from top to bottom}.
+# Matrices that stack several of ours: {suffix of the key: our matrices, from top to bottom}.
 SEPARATED = {
     ".attn.layernorm_qkv.1.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ".ffn.1.weight": ("mlp.gate_proj", "mlp.up_proj"),

@@ -1,4 +1,4 @@
-"""The Hugging Face tokenizer of ESMC, handed on: `<cls>` and `<eos>` around a sequence, `|` between its chains."""
+"""transformers' tokenizer of ESMC: `<cls>` and `<eos>` around a sequence, `|` between its chains."""
 
 from transformers import EsmcTokenizer
 

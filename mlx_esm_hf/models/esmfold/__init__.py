@@ -1,1 +1,1 @@
-"""ESMFold: structures from an ESM-2 language model."""
+"""ESMFold: structure prediction with an ESM-2 language model."""

@@ -1,8 +1,8 @@
-"""The residues as ESMFold builds them: their atoms, in the rigid groups that torsion angles turn.
+"""Atoms of the residues, in the rigid groups that torsion angles rotate.
 
 Ideal positions and names are AlphaFold 2's (Jumper et al. 2021, Supplement 1.8.4; doi:10.1038/s41586-021-03819-2). The
-arrays at the end follow from the table. Their first axis is the residue, in the order of `RESTYPES_WITH_X`; X has no
-atoms.
+arrays at the end are computed from the table. Their first axis is the residue, in the order of `RESTYPES_WITH_X`; X has
+no atoms.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 RESTYPES = "ARNDCQEGHILKMFPSTWYV"
 RESTYPES_WITH_X = RESTYPES + "X"
 
-# The order of an array that has a place for every kind of atom.
+# Order of atoms in arrays with one entry for every kind of atom.
 ATOMS = (
     "N CA C CB O CG CG1 CG2 OG OG1 SG CD CD1 CD2 ND1 ND2 OD1 OD2 SD CE CE1 CE2 CE3 NE NE1 NE2 OE1 OE2 CH2 NH1 NH2 OH "
     "CZ CZ2 CZ3 NZ OXT"
 )
 ATOM37 = ATOMS.split()
 
-# Of each residue the name, the letter and the atoms along its side chain: each four of them in a row have a χ angle
-# between them. Below, for each atom, its name, its rigid group and its position in the frame of that group, in Å.
-# Groups are 0 backbone, 1 ω, 2 φ, 3 ψ, 4 to 7 χ1 to χ4. The axis of a group is its x axis, its origin that axis's end.
+# For each residue: name, letter and atoms along its side chain, of which every four consecutive ones define a χ angle.
+# Then for each atom: name, rigid group and position in the frame of that group, in Å. Groups are 0 backbone, 1 ω, 2 φ,
+# 3 ψ, 4 to 7 χ1 to χ4. A group rotates around its x axis, whose end is the origin.
 TABLE = """
 ALA A
   N 0 -0.525 1.363 0; CA 0 0 0 0; C 0 1.526 0 0; O 3 0.627 1.062 0; CB 0 -0.529 -0.774 -1.205
@@ -87,11 +87,11 @@ VAL V N CA CB CG1
 
 
 class Residue(NamedTuple):
-    """A line of the table."""
+    """A residue of the table."""
 
     name: str  # three letters
-    atoms: dict[str, tuple[int, np.ndarray]]  # group and position by name, in the order of `atom14`
-    chain: list[str]  # the atoms that its χ angles are between
+    atoms: dict[str, tuple[int, np.ndarray]]  # {name: (group, position)}, in the order of `atom14`
+    chain: list[str]  # atoms that define the χ angles
 
 
 def _read_table() -> dict[str, Residue]:
@@ -112,7 +112,7 @@ RESIDUE_NAMES = [RESIDUES[letter].name for letter in RESTYPES] + ["UNK"]
 
 
 def _frame(x: np.ndarray, y: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """The transformation [4, 4] from a frame with this x axis and origin, `y` lying in its xy plane."""
+    """Return the transformation [4, 4] of a frame with this x axis and origin and with `y` in its xy plane."""
     x = x / np.linalg.norm(x)
     y = y - (y @ x) * x
     y = y / np.linalg.norm(y)
@@ -122,16 +122,16 @@ def _frame(x: np.ndarray, y: np.ndarray, origin: np.ndarray) -> np.ndarray:
 
 
 def _default_frames(residue: Residue) -> np.ndarray:
-    """Each group's frame in the one it hangs on, at an angle of 0 [8, 4, 4]; zeros for χ angles that there are not."""
+    """Return each group's frame relative to its parent group at angle 0, [8, 4, 4]; zeros for missing χ angles."""
     at = {name: position for name, (_, position) in residue.atoms.items()}
     frames = np.zeros((8, 4, 4))
     frames[0] = frames[1] = np.eye(4)
     frames[2] = _frame(at["N"] - at["CA"], np.array([1.0, 0, 0]), at["N"])
     frames[3] = _frame(at["C"] - at["CA"], at["CA"] - at["N"], at["C"])
     for i, (first, second, end, _) in enumerate(zip(*(residue.chain[i:] for i in range(4)), strict=False)):
-        if i == 0:  # it hangs on the backbone
+        if i == 0:  # its parent is the backbone
             frames[4] = _frame(at[end] - at[second], at[first] - at[second], at[end])
-        else:  # its axis begins at the origin of the one before
+        else:  # its axis starts at the origin of its parent
             frames[4 + i] = _frame(at[end], np.array([-1.0, 0, 0]), at[end])
     return frames
 

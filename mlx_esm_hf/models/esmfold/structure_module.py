@@ -1,9 +1,11 @@
-"""ESMFold's structure module: from the states of residues and of their pairs to atoms (AlphaFold 2's; Jumper et al.
-2021, Supplement 1.8; doi:10.1038/s41586-021-03819-2).
+"""ESMFold's structure module, which is AlphaFold 2's: from the states of residues and pairs to atoms.
 
-Read from top to bottom it is invariant point attention, the transition, the torsion angles, the atoms that follow from
-frames and angles, and the module itself. It computes in float32, whatever the dtype of the trunk. In the shapes B is
-the batch, L the residues, H the heads, P the points of a head.
+From top to bottom: invariant point attention, the transition, torsion angles, atoms from frames and angles, and the
+module. It computes in float32, whatever the dtype of the trunk.
+
+Source: Jumper et al. 2021, Supplement 1.8 (doi:10.1038/s41586-021-03819-2), whose algorithm numbers are used here.
+
+In shapes, B is the batch, L the residues, H the heads and P the points of a head.
 """
 
 from __future__ import annotations
@@ -17,21 +19,24 @@ import mlx.nn as nn
 from mlx_esm_hf import ops
 from mlx_esm_hf.modeling_layers import LayerNorm, Linear
 from mlx_esm_hf.models.esmfold import residue_constants
-from mlx_esm_hf.models.esmfold.rigid import Rigid, rotate, rotation_of, turned
+from mlx_esm_hf.models.esmfold.rigid import Rigid, rotate, rotate_quaternion, rotation_of
 
 
 def points(coordinates: mx.array, rigids: Rigid, heads: int) -> mx.array:
-    """The points [B, L, H, P, 3] of a projection [B, L, 3 · H · P], first all x, then y, then z, out of each frame."""
+    """Return the points [B, L, H, P, 3], in the global frame, of projections [B, L, 3 · H · P] in each residue's frame.
+
+    A projection holds all x coordinates, then all y, then all z.
+    """
     x = mx.stack(list(mx.split(coordinates, 3, axis=-1)), axis=-1)
     B, L = x.shape[:2]
     return rigids.expand().apply(x).reshape(B, L, heads, -1, 3)
 
 
 def squared_distances(a: mx.array, b: mx.array) -> mx.array:
-    """Σ |a_ip − b_jp|² over the points p [B, H, L, L], of points [B, L, H, P, 3].
+    """Return Σ_p |a_ip − b_jp|², [B, H, L, L], for points [B, L, H, P, 3].
 
-    One coordinate after the other: all differences at once would be 3 · P times the memory, and as a product of
-    matrices they would lose the digits of points that are close to each other.
+    Coordinates are added one by one: all differences at once would need 3 · P times the memory, and a matrix product
+    would lose precision for points that are close together.
     """
     a, b = (x.swapaxes(1, 2).flatten(3) for x in (a, b))
     total = mx.array(0.0)
@@ -42,7 +47,7 @@ def squared_distances(a: mx.array, b: mx.array) -> mx.array:
 
 
 class MLXEsmFoldInvariantPointAttention(nn.Module):
-    """Attention that does not change when all frames are moved together (Algorithm 22)."""
+    """Attention that is invariant under a common rigid motion of all frames (Algorithm 22)."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -57,11 +62,12 @@ class MLXEsmFoldInvariantPointAttention(nn.Module):
         self.linear_out = Linear(H * (config.pairwise_dim + config.ipa_dim + 4 * config.num_v_points), c_s)
 
     def __call__(self, s: mx.array, z: mx.array, rigids: Rigid, mask: mx.array) -> mx.array:
-        """
+        """Return the update of the residue states.
+
         Args:
             s: [B, L, sequence_dim].
             z: [B, L, L, pairwise_dim].
-            rigids: a frame for each residue [B, L].
+            rigids: the frame of each residue, [B, L].
             mask: [B, L], 1 for residues, 0 for padding.
 
         Returns:
@@ -84,7 +90,7 @@ class MLXEsmFoldInvariantPointAttention(nn.Module):
         scores = scores + config.inf * (mask[:, None, :, None] * mask[:, None, None, :] - 1)
         attention = ops.softmax(scores)
 
-        def attended(x: mx.array) -> mx.array:  # [B, L, H, ...] to [B, L, H, their product]
+        def attended(x: mx.array) -> mx.array:  # [B, L, H, ...] to [B, L, H, flattened]
             return (attention @ x.flatten(3).swapaxes(1, 2)).swapaxes(1, 2)
 
         o = attended(value).flatten(2)
@@ -97,7 +103,7 @@ class MLXEsmFoldInvariantPointAttention(nn.Module):
 
 
 class MLXEsmFoldTransitionLayer(nn.Module):
-    """Three dense layers and the residual: [B, L, sequence_dim] to the same."""
+    """Three dense layers and the residual: [B, L, sequence_dim] to the same shape."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -106,12 +112,13 @@ class MLXEsmFoldTransitionLayer(nn.Module):
         self.linear_3 = Linear(config.sequence_dim, config.sequence_dim)
 
     def __call__(self, s: mx.array) -> mx.array:
+        """Return the updated states."""
         hidden = self.linear_2(self.linear_1(s, activation="relu"), activation="relu")
         return self.linear_3(hidden, residual=s)
 
 
 class MLXEsmFoldTransition(nn.Module):
-    """The layers, dropout and layer norm."""
+    """Transition layers, dropout and layer norm: [B, L, sequence_dim] to the same shape."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -120,24 +127,26 @@ class MLXEsmFoldTransition(nn.Module):
         self.layer_norm = LayerNorm(config.sequence_dim)
 
     def __call__(self, s: mx.array) -> mx.array:
+        """Return the updated states."""
         for layer in self.layers:
             s = layer(s)
         return self.layer_norm(self.dropout(s))
 
 
 class MLXEsmFoldBackboneUpdate(nn.Module):
-    """How each frame is turned and moved: [B, L, sequence_dim] to [B, L, 6] (Algorithm 23)."""
+    """Rotation and translation of each frame: [B, L, sequence_dim] to [B, L, 6] (Algorithm 23)."""
 
     def __init__(self, config: Any):
         super().__init__()
         self.linear = Linear(config.sequence_dim, 6)
 
     def __call__(self, s: mx.array) -> mx.array:
+        """Return a rotation vector and a translation for each residue."""
         return self.linear(s)
 
 
 class MLXEsmFoldAngleResnetBlock(nn.Module):
-    """ReLU and dense, twice, and the residual: [B, L, resnet_dim] to the same."""
+    """ReLU and dense, twice, and the residual: [B, L, resnet_dim] to the same shape."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -145,11 +154,12 @@ class MLXEsmFoldAngleResnetBlock(nn.Module):
         self.linear_2 = Linear(config.resnet_dim, config.resnet_dim)
 
     def __call__(self, a: mx.array) -> mx.array:
+        """Return the updated activations."""
         return self.linear_2(self.linear_1(nn.relu(a), activation="relu"), residual=a)
 
 
 class MLXEsmFoldAngleResnet(nn.Module):
-    """The torsion angles as (sine, cosine) [B, L, 7, 2], before they are normalised and after (Algorithm 20)."""
+    """Torsion angles as (sine, cosine), [B, L, 7, 2], before and after normalization (Algorithm 20)."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -160,6 +170,7 @@ class MLXEsmFoldAngleResnet(nn.Module):
         self.linear_out = Linear(config.resnet_dim, 2 * config.num_angles)
 
     def __call__(self, s: mx.array, s_initial: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the angles before and after normalization."""
         a = self.linear_in(nn.relu(s), residual=self.linear_initial(nn.relu(s_initial)))
         for layer in self.layers:
             a = layer(a)
@@ -170,23 +181,25 @@ class MLXEsmFoldAngleResnet(nn.Module):
 
 
 def torsion_angles_to_frames(backbone: Rigid, angles: mx.array, aatype: mx.array) -> Rigid:
-    """The frames [B, L, 8] of the rigid groups of each residue (Algorithm 24).
+    """Return the frames [B, L, 8] of the rigid groups of each residue (Algorithm 24).
+
+    The rotation of a group that the residue lacks is zero.
 
     Args:
         backbone: [B, L].
         angles: [B, L, 7, 2], sine and cosine.
-        aatype: [B, L]. A group that a residue lacks has a rotation of zeros.
+        aatype: [B, L].
     """
     sine, cosine = (
         mx.concatenate([mx.full((*aatype.shape, 1), first), angles[..., i]], axis=-1)
-        for i, first in enumerate((0.0, 1.0))  # the backbone's group is not turned
+        for i, first in enumerate((0.0, 1.0))  # the backbone group is not rotated
     )
     default = mx.array(residue_constants.DEFAULT_FRAMES)[aatype]
     x, y, z = (default[..., :3, i] for i in range(3))
     sine, cosine = sine[..., None], cosine[..., None]
     rotation = mx.stack([x, cosine * y + sine * z, cosine * z - sine * y], axis=-1)
     groups = [Rigid(rotation[..., i, :, :], default[..., i, :3, 3]) for i in range(8)]
-    for i in (5, 6, 7):  # each χ angle after the first hangs on the one before
+    for i in (5, 6, 7):  # each χ group after the first is relative to the previous one
         groups[i] = groups[i - 1].compose(groups[i])
     rotation = mx.stack([group.rotation for group in groups], axis=2)
     translation = mx.stack([group.translation for group in groups], axis=2)
@@ -194,7 +207,7 @@ def torsion_angles_to_frames(backbone: Rigid, angles: mx.array, aatype: mx.array
 
 
 def frames_to_atom14(frames: Rigid, aatype: mx.array) -> mx.array:
-    """The atoms [B, L, 14, 3] of residues whose groups have these frames [B, L, 8]; zeros where there is no atom."""
+    """Return atom positions [B, L, 14, 3] for frames [B, L, 8] of the rigid groups, with zeros for missing atoms."""
     group = mx.array(residue_constants.ATOM14_GROUPS)[aatype]
     rotation = mx.take_along_axis(frames.rotation, group[..., None, None], axis=2)
     translation = mx.take_along_axis(frames.translation, group[..., None], axis=2)
@@ -204,7 +217,7 @@ def frames_to_atom14(frames: Rigid, aatype: mx.array) -> mx.array:
 
 
 class MLXEsmFoldStructureModule(nn.Module):
-    """Blocks of one set of weights that turn and move a frame for each residue, and the atoms after each."""
+    """Blocks with shared weights that update a frame for each residue, and the atoms after each block."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -220,7 +233,8 @@ class MLXEsmFoldStructureModule(nn.Module):
         self.angle_resnet = MLXEsmFoldAngleResnet(config)
 
     def __call__(self, s: mx.array, z: mx.array, aatype: mx.array, mask: mx.array) -> dict[str, mx.array]:
-        """
+        """Run all blocks.
+
         Args:
             s: [B, L, sequence_dim].
             z: [B, L, L, pairwise_dim].
@@ -228,8 +242,8 @@ class MLXEsmFoldStructureModule(nn.Module):
             mask: [B, L].
 
         Returns:
-            `frames`, `sidechain_frames`, `unnormalized_angles`, `angles`, `positions` and `states` of each block, as
-            in `MLXEsmForProteinFoldingOutput`.
+            `frames`, `sidechain_frames`, `unnormalized_angles`, `angles`, `positions` and `states` of each block; see
+            `MLXEsmForProteinFoldingOutput`.
         """
         scale = self.config.trans_scale_factor
         mask = mask.astype(mx.float32)
@@ -243,7 +257,7 @@ class MLXEsmFoldStructureModule(nn.Module):
             s = self.layer_norm_ipa(self.ipa_dropout(s + self.ipa(s, z, rigids, mask)))
             s = self.transition(s)
             update = self.bb_update(s)
-            quaternion = turned(quaternion, update[..., :3])
+            quaternion = rotate_quaternion(quaternion, update[..., :3])
             rigids = Rigid(rotation_of(quaternion), rigids.apply(update[..., 3:]))
 
             in_angstrom = Rigid(rigids.rotation, rigids.translation * scale)
@@ -259,7 +273,7 @@ class MLXEsmFoldStructureModule(nn.Module):
                     "states": s,
                 }
             )
-            # A block's gradient reaches the frames before it through their translations alone.
+            # A block's gradient flows to previous frames through their translations only.
             quaternion = mx.stop_gradient(quaternion)
             rigids = Rigid(mx.stop_gradient(rigids.rotation), rigids.translation)
         return {name: mx.stack([block[name] for block in blocks]) for name in blocks[0]}

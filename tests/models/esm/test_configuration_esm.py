@@ -1,4 +1,4 @@
-"""The configs: transformers' own where ESM is, and what ESM-1 has besides."""
+"""Configs of ESM, compared with transformers', and of ESM-1."""
 
 import json
 
@@ -20,8 +20,8 @@ ESM2 = {**VOCABULARY, **SIZE}
         {"num_labels": 3, "problem_type": "regression", "tie_word_embeddings": False, "dtype": "float16"},
     ],
 )
-def test_saves_what_transformers_saves(fields, tmp_path):
-    """The same config.json, whichever of the two classes wrote it and whichever reads it."""
+def test_saves_the_same_file_as_transformers(fields, tmp_path):
+    """Both classes write the same config.json and read each other's."""
     MLXEsmConfig(**ESM2, **fields).save_pretrained(tmp_path / "ours")
     EsmConfig(**ESM2, **fields).save_pretrained(tmp_path / "theirs")
     ours, theirs = ((tmp_path / name / "config.json").read_text() for name in ("ours", "theirs"))
@@ -31,7 +31,7 @@ def test_saves_what_transformers_saves(fields, tmp_path):
         assert type(read[0]) is MLXEsmConfig and read[0].to_diff_dict() == read[1].to_diff_dict()
 
 
-# Of `facebook/esmfold_v1`, but its `esm_type` and its `chunk_size`; they are all that transformers 4 accepts.
+# Fields of `facebook/esmfold_v1` except `esm_type` and `chunk_size`; transformers 4 accepts no others.
 ESMFOLD = {
     "esm_type": None,
     "fp16_esm": True,
@@ -76,7 +76,7 @@ STRUCTURE_MODULE = {
 
 
 def test_saves_the_settings_of_folding_as_transformers_4_does(tmp_path):
-    """Without the fields that every config has in transformers 5, which reads it all the same."""
+    """It leaves out the generic fields that transformers 5 writes but does not need."""
     config = MLXEsmConfig(**ESM2, is_folding_model=True)
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["esmfold_config"]
@@ -95,7 +95,7 @@ def test_plain_config_is_accepted():
 
 
 def test_esm1_defaults():
-    """Those of esm1_t34_670M_UR50S."""
+    """The defaults are those of esm1_t34_670M_UR50S."""
     config = MLXEsm1Config()
     assert config.model_type == "esm1" and config.position_embedding_type == "sinusoidal"
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (35, 1280, 34)
@@ -115,40 +115,40 @@ def test_esm1_saves_its_own_fields(field, tmp_path):
         assert read.to_diff_dict() == config.to_diff_dict()
 
 
-def test_esm_never_saves_what_transformers_does_not_know():
+def test_esm_saves_no_fields_unknown_to_transformers():
     saved = MLXEsmConfig(**ESM2).to_dict()
     assert not saved.keys() & set(ESM1_FIELDS) and saved.keys() == EsmConfig(**ESM2).to_dict().keys()
 
 
 @pytest.mark.parametrize("field", ESM1_FIELDS)
 def test_esm1_fields_are_refused_elsewhere(field):
-    """transformers would ignore the field, and compute something else from the same config."""
+    """transformers would ignore the field and compute something else from the same config."""
     changed = not getattr(MLXEsmConfig(**ESM2), field)
-    with pytest.raises(ValueError, match=f"{field}: only ESM-1 has this, .* Use MLXEsm1Config"):
+    with pytest.raises(ValueError, match=f"{field} must not be set for model_type 'esm': .* Use MLXEsm1Config"):
         MLXEsmConfig(**ESM2, **{field: changed})
     MLXEsmConfig(**ESM2, **{field: not changed})
 
 
 def test_positions():
-    with pytest.raises(ValueError, match="position_embedding_type: only ESM-1 has this"):
+    with pytest.raises(ValueError, match="position_embedding_type must not be set for model_type 'esm'"):
         MLXEsmConfig(**ESM2, position_embedding_type="sinusoidal")
     for config in (MLXEsmConfig, MLXEsm1Config):
-        with pytest.raises(ValueError, match=r"position_embedding_type='relative_key' is not one of \('absolute'"):
+        with pytest.raises(ValueError, match=r"must be one of \('absolute'.* got 'relative_key'"):
             config(**ESM2, position_embedding_type="relative_key")
 
 
 def test_other_models_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="has model_type 'bert'; this library reads 'esm', 'esm1'"):
+    with pytest.raises(ValueError, match="expected model_type 'esm' or 'esm1', got 'bert'"):
         MLXEsmConfig.from_dict(BertConfig().to_dict())
-    with pytest.raises(ValueError, match="has model_type 'bert'"):
+    with pytest.raises(ValueError, match="got 'bert'"):
         as_mlx_config(BertConfig())
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has model_type 'bert'"):
+    with pytest.raises(ValueError, match="got 'bert'"):
         MLXEsmConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("option", ["is_decoder", "add_cross_attention", "is_folding_model"])
-def test_what_is_not_there(option):
+def test_unsupported_options(option):
     config = EsmConfig(**ESM2)
     setattr(config, option, True)
     with pytest.raises(ValueError, match=f"{option}=True is not supported"):
@@ -156,11 +156,11 @@ def test_what_is_not_there(option):
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "pad_token_id", "mask_token_id"])
-def test_what_a_model_needs(field):
-    with pytest.raises(ValueError, match="has to give vocab_size, pad_token_id and mask_token_id"):
+def test_required_fields(field):
+    with pytest.raises(ValueError, match="must set vocab_size, pad_token_id and mask_token_id"):
         MLXEsmModel(MLXEsmConfig(**ESM2 | {field: None}))
 
 
-def test_heads_divide_the_hidden_size():
-    with pytest.raises(ValueError, match=r"hidden size \(32\) is not a multiple .* \(5\)"):
+def test_hidden_size_is_a_multiple_of_the_heads():
+    with pytest.raises(ValueError, match=r"hidden_size \(32\) must be a multiple .* \(5\)"):
         MLXEsmModel(MLXEsmConfig(**ESM2 | {"num_attention_heads": 5}))

@@ -1,7 +1,7 @@
-"""Metal's and CUDA's way through the models, and half precision, held to torch in the same precision.
+"""The GPU backend and half precision, compared with torch in the same precision.
 
-MLX's own fused operations, which `ops.gpu` calls, give right answers on a CPU as well, slowly. So where there is no GPU
-these tests take its way on the CPU; where a GPU is the default device they run on it.
+MLX's fused operations, which `ops.gpu` calls, give correct results on a CPU as well, but slowly. These tests use the
+GPU if it is the default device. Otherwise they run the GPU backend on the CPU.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make `ops` take a backend for everything, "gpu" or "cpu". Its own choice, which comes first, are our kernels
-    where they are there, in half precision, too."""
+    """Make `ops` use one backend, "gpu" or "cpu", for everything. Its own choice is our kernels if they are built."""
     backends: dict[str, ModuleType] = {"gpu": gpu, "cpu": cpu}
 
     def take(name: str) -> None:
@@ -79,12 +78,12 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture(scope="module")
 def get_peers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Peers]:
-    """Peers by family, head and precision, each made once."""
+    """Cached peers by family, head and precision."""
 
     @functools.cache
     def in_float32(family: str, head: str) -> Peers:
         if family == "ESM-1":
-            # fair-esm's token dropout makes float32 of half precision, which its layers then refuse.
+            # fair-esm's token dropout converts half precision to float32, which its layers do not accept.
             return fair_esm_peers(family, token_dropout=False)
         return peers(tmp_path_factory.mktemp(head), family, head)
 
@@ -104,7 +103,7 @@ def title(model: Peers, backend: str) -> str:
 
 
 def torch_answers(peer: torch.nn.Module, head: str, inputs: dict[str, Any], right: dict[str, Any]) -> Answers:
-    """What transformers reads at position 0 is that of the batch padded on the right."""
+    """Take the outputs that transformers reads at position 0 from the batch padded on the right."""
     result = answers(peer, inputs)
     if right is not inputs:
         other = answers(peer, right)
@@ -118,7 +117,7 @@ def torch_answers(peer: torch.nn.Module, head: str, inputs: dict[str, Any], righ
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_outputs(take: Callable, get_peers: Callable, precision: str, family: str, head: str, padding: str) -> None:
     model = get_peers(family, head, precision)
-    lengths = LENGTHS * (2 if HEADS[head][0] == "ForSequenceClassification" else 1)  # few numbers a row: more rows
+    lengths = LENGTHS * (2 if HEADS[head][0] == "ForSequenceClassification" else 1)  # few elements per row: more rows
     inputs = batch(padding, lengths=lengths)
     right = batch("right", lengths=lengths) if padding == "left" else inputs
     theirs = torch_answers(model.torch, head, inputs, right)
@@ -129,7 +128,7 @@ def test_outputs(take: Callable, get_peers: Callable, precision: str, family: st
         hold_all(model, family, inputs, theirs, (f", {backend}", float64), precision=precision)
 
 
-@pytest.mark.parametrize("padding", ["none", "right"])  # fair-esm counts padding on the left among the positions
+@pytest.mark.parametrize("padding", ["none", "right"])  # fair-esm counts left padding in positions
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_outputs_of_esm1(take: Callable, get_peers: Callable, precision: str, padding: str) -> None:
     model = get_peers("ESM-1", "lm", precision)
@@ -157,7 +156,7 @@ def test_a_cpu_computes_in_float32(
     kernels_there: bool,
     attentions: bool,
 ) -> None:
-    """What it returns is what the same weights in float32 give, rounded once."""
+    """The result is that of the same weights in float32, rounded once."""
     if not kernels_there:
         monkeypatch.setattr(kernels, "native", None)
     half = get_peers(family, head, precision).mlx
@@ -181,7 +180,7 @@ def test_batches_are_packed(dtype: mx.Dtype) -> None:
 @pytest.mark.parametrize("given", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_inputs_embeds_of_another_dtype(get_peers: Callable, precision: str, given: str) -> None:
-    """They become what the network computes in; it answers in its own dtype."""
+    """They are cast to the dtype of the activations; outputs have the model's dtype."""
     model = get_peers("ESM-2", "lm", precision).mlx
     inputs = batch("right")
     ids, mask = (mx.array(inputs[name]) for name in ("input_ids", "attention_mask"))
@@ -198,7 +197,7 @@ def test_inputs_embeds_of_another_dtype(get_peers: Callable, precision: str, giv
 def loss_of(model: Any, inputs: dict[str, Any]) -> Any:
     if isinstance(model, torch.nn.Module):
         inputs = for_torch(inputs, model)
-    if isinstance(model, ProteinBertModel):  # has no loss of its own
+    if isinstance(model, ProteinBertModel):  # it returns no loss
         logits = model(inputs["input_ids"])["logits"]
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
     return model(**inputs).loss
@@ -213,7 +212,7 @@ def losses(model: Any, batches: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_loss(take: Callable, get_peers: Callable, precision: str, family: str, head: str) -> None:
-    """Several as one output: a single number's error is a matter of luck."""
+    """Compare several losses as one output: the error of a single number depends on luck."""
     model = get_peers(family, head, precision)
     batches = [batch(seed=seed, head=head) for seed in range(8)]
     theirs = losses(model.torch, batches)
@@ -226,7 +225,7 @@ def test_loss(take: Callable, get_peers: Callable, precision: str, family: str, 
 
 
 def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The gradients of the loss by the name of their parameter, but for the contact head, which has no part in it."""
+    """Return {parameter: gradient of the loss}, without the contact head, which does not affect the loss."""
     model.train()
     if isinstance(model, torch.nn.Module):
         model.zero_grad()
@@ -260,13 +259,13 @@ def test_gradients(take: Callable, get_peers: Callable, precision: str, family: 
     Some are few numbers, such as the bias of a regression: how they are rounded is a matter of luck.
     """
     model = get_peers(family, head, precision)
-    # At padding ESM-1v's layer norm divides by the root of 1e-12, of which torch's float16 backward makes NaN.
+    # At padding ESM-1v's layer norm divides by the root of 1e-12, for which torch's float16 backward returns NaN.
     padding = "none" if (family, precision) == ("ESM-1v", "float16") else "right"
     batches = [batch(padding, seed=seed, head=head) for seed in range(4)]
     theirs = gradients_of(model.torch, batches)
     with true_float64():
         float64 = gradients_of(model.float64, batches)
-    # The gradient of a key's bias is a difference of numbers of the size that its weight's has.
+    # The gradient of a key's bias is a difference of numbers of the size of its weight's gradient.
     scales = {name: np.abs(float64[name.replace("key.bias", "key.weight")]).max() for name in float64}
     for backend in names_of_backends(precision):
         take(backend)
@@ -283,7 +282,7 @@ def test_gradients(take: Callable, get_peers: Callable, precision: str, family: 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients_at_padding_are_finite(take: Callable, get_peers: Callable, precision: str) -> None:
-    """Of ESM-1v, where torch's are NaN in float16."""
+    """ESM-1v's gradients, which are NaN in torch in float16."""
     model = get_peers("ESM-1v", "lm", precision)
     for backend in names_of_backends(precision):
         take(backend)

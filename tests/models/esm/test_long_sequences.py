@@ -1,4 +1,4 @@
-"""Positions far beyond those of the other tests: rotary angles, the whole position table, and attention in blocks."""
+"""Long sequences: large rotary angles, the whole position table, and attention in blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ESM-1's tokenizer against fair-esm's alphabet; the others' is transformers' own."""
+"""ESM-1's tokenizer compared with fair-esm's alphabet. The other models use transformers' tokenizer."""
 
 import pytest
 import transformers
@@ -17,7 +17,7 @@ TOKENIZER = Esm1Tokenizer()
 RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
 
 
-def test_the_others_are_transformers():
+def test_other_models_use_transformers_tokenizer():
     assert mlx_esm_hf.EsmTokenizer is transformers.EsmTokenizer
 
 
@@ -38,7 +38,7 @@ def test_special_tokens_are_those_of_the_config():
 @settings(max_examples=50)
 @given(st.lists(st.lists(st.sampled_from([*RESIDUES, "<mask>"]), min_size=1, max_size=20), min_size=1, max_size=4))
 def test_tokens(proteins):
-    """Of a padded batch, as fair-esm's batch converter makes them."""
+    """A padded batch has the same ids as with fair-esm's batch converter."""
     sequences = ["".join(protein) for protein in proteins]
     _, _, expected = ALPHABET.get_batch_converter()([("", sequence) for sequence in sequences])
     batch = TOKENIZER(sequences, padding=True, return_special_tokens_mask=True)
@@ -46,13 +46,13 @@ def test_tokens(proteins):
     assert batch["attention_mask"] == expected.ne(ALPHABET.padding_idx).long().tolist()
     special = {ALPHABET.cls_idx, ALPHABET.padding_idx}
     for ids, mask in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
-        # <mask>, too, is special to a tokenizer that is asked about finished ids, as it is in a padded batch
+        # A tokenizer also reports <mask> as special in finished ids, which a padded batch has.
         assert mask == [int(id in special) for id in ids]
 
 
 @pytest.mark.parametrize("sequence", ["", "M", "MKT", "MK<mask>T", "M" * 2000])
 def test_special_tokens_mask(sequence):
-    """One entry for each token; `EsmTokenizer` without an <eos> returns one more."""
+    """The mask has one entry per token; `EsmTokenizer` without an <eos> returns one more."""
     ids = TOKENIZER(sequence)["input_ids"]
     mask = TOKENIZER.get_special_tokens_mask(ids[1:])
     assert mask == [1] + [0] * (len(ids) - 1)
@@ -61,7 +61,7 @@ def test_special_tokens_mask(sequence):
 
 
 def test_pairs_have_no_separator():
-    with pytest.raises(ValueError, match="tokenize them one by one"):
+    with pytest.raises(ValueError, match="tokenize them separately"):
         TOKENIZER.get_special_tokens_mask([5], [6])
 
 
@@ -73,7 +73,7 @@ def test_arrays(kind):
 
 
 def test_save_and_load(tmp_path):
-    """Through the class, and through AutoTokenizer, which finds it by the config or by its own file."""
+    """The class and AutoTokenizer load it, from the model's config or from the tokenizer's file."""
     TOKENIZER.save_pretrained(tmp_path / "alone")
     TOKENIZER.save_pretrained(tmp_path / "model")
     MLXEsm1Config(**SIZE).save_pretrained(tmp_path / "model")
@@ -92,7 +92,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_another_vocabulary(tmp_path):
-    """Such as another port's; an <eos> is put behind the residues and has its place in the mask."""
+    """A vocabulary with an <eos>, which is appended to the residues and included in the mask."""
     (tmp_path / "vocab.txt").write_text("\n".join(("<cls>", "<pad>", "<eos>", "<unk>", "A", "<mask>")))
     tokenizer = Esm1Tokenizer(tmp_path / "vocab.txt", eos_token="<eos>")
     assert tokenizer("AA")["input_ids"] == [0, 4, 4, 2]

@@ -1,4 +1,4 @@
-"""The same small ESMC in MLX and in torch; what `tests/parity.py` is for ESM."""
+"""The same small ESMC in MLX and torch, like `tests/parity.py` for ESM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 import mlx_esm_hf
 from tests.parity import HEADS, LENGTHS, Answers, Peers, as_numpy, batch, for_torch, hold, randomize
 
-# Sizes that fill no vector of the kernels, or have one head more or less.
+# Sizes that are not multiples of the kernels' vectors, and different numbers of heads.
 SIZES = (
     {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 72},
     {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 160},
@@ -27,7 +27,7 @@ def config(head: str = "lm", **overrides: Any) -> transformers.EsmcConfig:
 
 
 def torch_model(head: str = "lm", **overrides: Any) -> Any:
-    """A model of transformers in which no parameter has the value that it is initialised with."""
+    """Return a model of transformers in which every parameter differs from its initial value."""
     model = getattr(transformers, f"Esmc{HEADS[head][0]}")(config(head, **overrides)).eval()
     model.set_attn_implementation("eager")
     randomize(model, seed=len(head))
@@ -35,7 +35,7 @@ def torch_model(head: str = "lm", **overrides: Any) -> Any:
 
 
 def peers(folder: Path, head: str = "lm", **overrides: Any) -> Peers:
-    """A model of transformers, saved by transformers and loaded from there in MLX."""
+    """Return a model that transformers saved, and the same model loaded in MLX."""
     model = torch_model(head, **overrides)
     model.save_pretrained(folder)
     mlx = getattr(mlx_esm_hf, f"MLXEsmc{HEADS[head][0]}").from_pretrained(folder)
@@ -43,27 +43,27 @@ def peers(folder: Path, head: str = "lm", **overrides: Any) -> Peers:
 
 
 def chain_batch(head: str = "model", seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> dict[str, np.ndarray]:
-    """A batch of `parity.batch` whose rows have one to four chains, two of which are not in one piece."""
+    """Return a batch of `parity.batch` with one to four chains per row, two of which are not contiguous."""
     inputs = batch("right", seed=seed, head=head, lengths=lengths)
     real = inputs.pop("attention_mask").astype(bool)
     columns = np.arange(real.shape[1])
     rows = [columns // max(1, length // (1 + row % 4)) for row, length in enumerate(lengths)]
     chains = np.array(rows)
     chains[2] = columns % 3
-    chains[3, :2] = 7  # no order in the numbers
+    chains[3, :2] = 7  # chain ids are not sorted
     inputs["sequence_id"] = np.where(real, chains, -1)
     return inputs
 
 
 def real_tokens(inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """Which are no padding, bool [B, L]."""
+    """Return the mask of real tokens, bool [B, L]."""
     if "sequence_id" in inputs:
         return inputs["sequence_id"] >= 0
     return inputs.get("attention_mask", np.ones(inputs["input_ids"].shape)).astype(bool)
 
 
 def answers(model: Any, inputs: dict[str, np.ndarray], attentions: bool = True) -> Answers:
-    """What a model of transformers, or ours, says at real tokens: {output: [array] or the arrays of all layers}."""
+    """Return a model's outputs at real tokens: {output: [array] or the arrays of all layers}."""
     arrays = for_torch(inputs, model) if isinstance(model, torch.nn.Module) else inputs
     with torch.no_grad():
         output = dict(model(**arrays, output_hidden_states=True, output_attentions=attentions))
@@ -71,7 +71,7 @@ def answers(model: Any, inputs: dict[str, np.ndarray], attentions: bool = True) 
     found: Answers = {}
     for name, value in output.items():
         layers = [as_numpy(x) for x in (value if isinstance(value, tuple) else (value,))]
-        if name == "attentions":  # of real queries, to all keys
+        if name == "attentions":  # from real queries to all keys
             layers = [x.swapaxes(1, 2)[real] for x in layers]
         elif layers[0].shape[:2] == real.shape and layers[0].ndim == 3:
             layers = [x[real] for x in layers]
@@ -82,7 +82,7 @@ def answers(model: Any, inputs: dict[str, np.ndarray], attentions: bool = True) 
 def hold_answers(
     model: Peers, title: str, inputs: dict[str, Any], theirs: Answers, float64: Answers, **how: str
 ) -> None:
-    """All outputs against float64 and torch's own error, with attentions and by the shorter way without them."""
+    """Compare all outputs with float64 and torch's error, with attentions and with fused attention."""
     complete, brief = answers(model.mlx, inputs), answers(model.mlx, inputs, attentions=False)
     assert complete.keys() == theirs.keys() == brief.keys() | {"attentions"}
     for ours in complete, brief:

@@ -1,4 +1,4 @@
-"""Adapters on ESMC, with PEFT on transformers' ESMC as the oracle, there and back."""
+"""Adapters on ESMC, compared with PEFT on transformers' ESMC, and saved and loaded in both directions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import mlx_esm_hf
 from mlx_esm_hf.training.adapters import load_adapter, merge_adapters, save_adapter
 from tests.models.esmc.peers import answers, chain_batch, hold_answers, torch_model
 from tests.parity import HEADS, Peers, for_torch, hold, one_thread, true_float64
-from tests.training.test_adapters import (
+from tests.training.adapters.helpers import (
     KINDS,
     TASKS,
     arrays_of,
     close,
     mlx_gradients,
+    randomize_adapters,
     torch_gradients,
-    train_by_chance,
 )
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -43,12 +43,12 @@ def base_model(folder: Path, head: str) -> Any:
 
 
 def adapted(folder: Path, head: str, kind: str) -> Peers:
-    """A model with adapters in PEFT, that it has saved under `adapter`, and the same loaded here."""
+    """Return a model with adapters that PEFT saved under `adapter`, and the same model loaded in MLX."""
     base = torch_model(head)
     base.save_pretrained(folder / "base")
     settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "task_type": TASKS.get(head)} | KINDS[kind]
     model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
-    train_by_chance(model)
+    randomize_adapters(model)
     model.save_pretrained(folder / "adapter")
     ours = load_adapter(base_model(folder, head), folder / "adapter")
     return Peers(ours, model.base_model.model, copy.deepcopy(model.base_model.model).double())
@@ -68,7 +68,7 @@ def test_outputs(tmp_path: Path, head: str, kind: str) -> None:
 @every_kind
 @every_head
 def test_gradients(tmp_path: Path, head: str, kind: str) -> None:
-    """Of A, B, the magnitudes and the heads; of nothing else."""
+    """Only A, B, the magnitudes and the heads have gradients."""
     model, inputs = adapted(tmp_path, head, kind), chain_batch(head)
     ours, theirs = mlx_gradients(model.mlx, inputs), torch_gradients(model.torch, inputs)
     with true_float64():
@@ -83,7 +83,7 @@ def test_gradients(tmp_path: Path, head: str, kind: str) -> None:
 @every_kind
 @every_head
 def test_there_and_back(tmp_path: Path, head: str, kind: str) -> None:
-    """What is saved here has the same arrays, and PEFT answers from it as before."""
+    """PEFT loads the adapter that we save, with identical arrays and outputs."""
     model, inputs = adapted(tmp_path, head, kind), chain_batch(head)
     save_adapter(model.mlx, tmp_path / "ours")
     written, expected = arrays_of(tmp_path / "ours"), arrays_of(tmp_path / "adapter")
@@ -98,7 +98,7 @@ def test_there_and_back(tmp_path: Path, head: str, kind: str) -> None:
 
 @every_kind
 def test_merged(tmp_path: Path, kind: str) -> None:
-    """An ordinary model, which transformers loads."""
+    """The merged model is an ordinary model that transformers loads."""
     model, inputs = adapted(tmp_path, "lm", kind), chain_batch("lm")
     merge_adapters(model.mlx).save_pretrained(tmp_path / "merged")
     theirs = transformers.EsmcForMaskedLM.from_pretrained(tmp_path / "merged").eval()

@@ -1,4 +1,4 @@
-"""Every job on a small ESMC, and proteins of several chains in each."""
+"""Every job on a small ESMC, including proteins with several chains."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def model(folder: str) -> MLXAutoModelForMaskedLM:
 
 
 def ids_of(sequence: str) -> np.ndarray:
-    """As transformers' tokenizer makes them, [1, tokens]."""
+    """Return the ids of transformers' tokenizer, [1, tokens]."""
     return np.array([EsmcTokenizer()(sequence)["input_ids"]])
 
 
 def log_probabilities(model, sequence: str) -> np.ndarray:
-    """[positions, vocabulary], those of <cls> and <eos> left out."""
+    """Return log-probabilities [positions, vocabulary] without <cls> and <eos>."""
     logits = np.array(model(ids_of(sequence)).logits[0, 1:-1], np.float64)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
@@ -64,7 +64,7 @@ def masked(sequence: str, place: int) -> str:
 
 
 def test_embed(folder: str, model) -> None:
-    """One row a residue, and the number of its chain; what is pooled is pooled over residues."""
+    """Results have one row per residue, with its chain; pooling is over residues."""
     one, two = embed(["MKTA", CHAINS], folder, pooling=["residues", "mean", "max", "cls", "chains"])
     states = np.array(model.esmc(ids_of(CHAINS)).last_hidden_state[0])
     residues = states[1:-1][REAL]
@@ -87,7 +87,7 @@ def test_chains_in_files(tmp_path: Path, folder: str, suffix: str) -> None:
 
 
 def test_fill_mask(folder: str, model) -> None:
-    """Positions are those of residues."""
+    """Positions count residues."""
     (result,) = fill_mask(["MKTAYI|A<mask>QR"], folder, top_k=3)
     row = log_probabilities(model, "MKTAYI|A<mask>QR")[8]
     assert result.arrays["positions"].tolist() == [7] and result.arrays["tokens"][0, 0] == row.argmax()
@@ -96,7 +96,7 @@ def test_fill_mask(folder: str, model) -> None:
 
 @pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "pseudo-perplexity"])
 def test_score(folder: str, model, method: str) -> None:
-    """Numbers of residues run on across chains: A7 is the first of the second."""
+    """Residue numbers continue across chains: A7 is the first residue of the second chain."""
     (row,) = score(["A7G"], CHAINS, folder, method=method).rows
     vocabulary = EsmcTokenizer().get_vocab()
     if method == "pseudo-perplexity":
@@ -119,7 +119,7 @@ def test_all_mutations(folder: str) -> None:
 
 
 def test_perplexity(folder: str, model) -> None:
-    """The break between chains is not predicted."""
+    """The separator between chains is not predicted."""
     (result,) = perplexity([CHAINS], folder)
     vocabulary = EsmcTokenizer().get_vocab()
     rows = [log_probabilities(model, masked(CHAINS, p))[p, vocabulary[CHAINS[p]]] for p in np.flatnonzero(REAL)]
@@ -128,7 +128,7 @@ def test_perplexity(folder: str, model) -> None:
 
 @pytest.mark.parametrize("order", ["confidence", "left-to-right", "gibbs"])
 def test_generate(folder: str, order: str) -> None:
-    """The break stays, and what is kept is counted in residues."""
+    """The separator stays, and `keep` counts residues."""
     (design,) = generate([CHAINS], folder, order=order, sweeps=1, fixed="1-3,7")
     assert len(design.sequence) == 11 and design.sequence[6] == "|"
     assert design.sequence[:3] == "MKT" and design.sequence[7] == "A" and "<mask>" not in design.sequence
@@ -161,7 +161,7 @@ def test_convert(tmp_path: Path, folder: str) -> None:
 
 
 def test_pipeline(folder: str) -> None:
-    """The same proposals as transformers' own."""
+    """The predictions are those of transformers' pipeline."""
     ours = pipeline("fill-mask", model=folder)("MKTAYI|A<mask>QR")
     theirs = transformers.pipeline("fill-mask", model=folder)("MKTAYI|A<mask>QR")
     assert [one["token"] for one in ours] == [one["token"] for one in theirs]
@@ -175,7 +175,7 @@ def proteins(count: int) -> list[str]:
 
 @pytest.mark.parametrize("train", ["lora", "dora", "full"])
 def test_finetune(tmp_path: Path, folder: str, train: str) -> None:
-    """The adapters go on query, key and value, without being told."""
+    """By default adapters are added to query, key and value."""
     table = tmp_path / "table.csv"
     table.write_text("sequence,label\n" + "".join(f"{s},{'ab'[n % 2]}\n" for n, s in enumerate(proteins(24))))
     measured = finetune(table, tmp_path / "out", folder, train=train, num_train_epochs=1, metrics=["accuracy"])

@@ -1,4 +1,4 @@
-"""ESMC against transformers, its own properties, and what its interface promises."""
+"""ESMC models compared with transformers, their properties, and their interface."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="module")
 def get_peers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Peers]:
-    """`peers`, each made once. Whoever changes one makes it with `peers`."""
+    """Cached `peers`. A test that changes a model must call `peers` itself."""
 
     @functools.cache
     def get(head: str = "lm", precision: str = "float32") -> Peers:
@@ -55,7 +55,7 @@ def get_peers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Peers]:
 
 @pytest.fixture
 def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make `ops` take a backend for everything, "gpu" or "cpu"; on a GPU it has its own."""
+    """Make `ops` use one backend, "gpu" or "cpu", for everything; on a GPU keep its own choice."""
     backends: dict[str, ModuleType] = {"gpu": gpu, "cpu": cpu}
 
     def take(name: str) -> None:
@@ -82,7 +82,7 @@ def hold_peers(model: Peers, inputs: dict[str, Any], backend: str = "", **how: s
 @pytest.mark.parametrize("kind", ["none", "right", "chains"])
 @pytest.mark.parametrize("head", HEADS_OF_CLASSES)
 def test_outputs(get_peers: Callable[..., Peers], head: str, kind: str) -> None:
-    lengths = LENGTHS * (2 if HEADS[head][0] == "ForSequenceClassification" else 1)  # few numbers a row: more rows
+    lengths = LENGTHS * (2 if HEADS[head][0] == "ForSequenceClassification" else 1)  # few elements per row: more rows
     hold_peers(get_peers(head), make_batch(kind, head, lengths=lengths))
 
 
@@ -109,7 +109,7 @@ def test_position_ids(get_peers: Callable[..., Peers], rows: int) -> None:
 def test_backends(
     take: Callable, get_peers: Callable[..., Peers], backend: str, precision: str, head: str, kind: str
 ) -> None:
-    """Metal's and CUDA's way, and half precision, held to torch's own in that precision."""
+    """The GPU backend and half precision, compared with torch in the same precision."""
     model = get_peers(head, precision)
     take(backend)
     hold_peers(model, make_batch(kind, head), f", {backend}", precision=precision)
@@ -125,7 +125,7 @@ def losses(model: Any, batches: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.parametrize("kind", ["right", "chains"])
 @pytest.mark.parametrize("head", WITH_LOSS)
 def test_loss(get_peers: Callable[..., Peers], head: str, kind: str) -> None:
-    """Several losses as one output: a single number's error is too much a matter of luck."""
+    """Compare several losses as one output: the error of a single number depends on luck."""
     model, batches = get_peers(head), [make_batch(kind, head, seed) for seed in range(8)]
     with true_float64():
         float64 = losses(model.float64, batches)
@@ -135,7 +135,7 @@ def test_loss(get_peers: Callable[..., Peers], head: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["right", "chains"])
 @pytest.mark.parametrize("head", ["lm", "token"])
 def test_labels_at_padding_count(get_peers: Callable[..., Peers], head: str, kind: str) -> None:
-    """As in transformers, for whom padding is a token like others: `labels=input_ids` is what many scripts pass."""
+    """As in transformers, labels at padding take part in the loss: many scripts pass `labels=input_ids`."""
     model, inputs = get_peers(head), make_batch(kind, head)
     inputs["labels"] = inputs["input_ids"] % model.torch.config.num_labels if head == "token" else inputs["input_ids"]
     expected = model.torch(**for_torch(inputs, model.torch)).loss.item()
@@ -143,7 +143,7 @@ def test_labels_at_padding_count(get_peers: Callable[..., Peers], head: str, kin
 
 
 def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The gradient of the loss by each parameter."""
+    """Return {parameter: gradient of the loss}."""
     model.train()
     if isinstance(model, torch.nn.Module):
         model.zero_grad()
@@ -156,7 +156,7 @@ def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def hold_gradients(model: Peers, batches: list[dict[str, Any]], title: str) -> None:
-    """Several batches as one, as with losses: some parameters are a single number."""
+    """Compare several batches as one, as with losses: some parameters are a single number."""
 
     def stacked(peer: Any) -> dict[str, np.ndarray]:
         of_batches = [gradients(peer, inputs) for inputs in batches]
@@ -195,13 +195,13 @@ def test_gradient_checkpointing(get_peers: Callable[..., Peers], kind: str) -> N
 
 @pytest.mark.parametrize("biases", ["attention_bias", "mlp_bias"])
 def test_biases(tmp_path: Path, biases: str) -> None:
-    """No published ESMC has them, but a config can."""
+    """Biases are optional in the config; no published ESMC has them."""
     model = peers(tmp_path, "lm", **{biases: True})
     hold_peers(model, batch("right"))
 
 
 def test_tuples(get_peers: Callable[..., Peers]) -> None:
-    """return_dict=False gives transformers' tuple, in its order."""
+    """return_dict=False returns transformers' tuple, in the same order."""
     for head in HEADS_OF_CLASSES:
         model, inputs = get_peers(head), batch("right", head=head)
         asked = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
@@ -215,8 +215,8 @@ def test_tuples(get_peers: Callable[..., Peers]) -> None:
 # Properties
 
 
-def test_chains_are_alone(get_peers: Callable[..., Peers]) -> None:
-    """What a chain is does not depend on the other, which stands before it and moves only its positions."""
+def test_chains_are_independent(get_peers: Callable[..., Peers]) -> None:
+    """The states of a chain do not depend on other chains, which only shift its positions."""
     model = get_peers("model").mlx
     first, second = np.arange(4, 14)[None], np.arange(9, 24)[None]
     together = np.concatenate([first, second], axis=1)
@@ -228,8 +228,8 @@ def test_chains_are_alone(get_peers: Callable[..., Peers]) -> None:
     assert not np.allclose(states, model(together).last_hidden_state, atol=1e-3)
 
 
-def test_one_chain_is_a_mask(get_peers: Callable[..., Peers]) -> None:
-    """With a single chain `sequence_id` says what `attention_mask` says, which it takes the place of."""
+def test_sequence_id_of_one_chain_equals_the_mask(get_peers: Callable[..., Peers]) -> None:
+    """`sequence_id` replaces `attention_mask`; with a single chain the results are equal."""
     model, inputs = get_peers("single_label").mlx, batch("right")
     real = inputs["attention_mask"]
     expected = model(**inputs).logits
@@ -248,8 +248,8 @@ def test_packing_changes_nothing(take: Callable, get_peers: Callable[..., Peers]
 
 
 @pytest.mark.parametrize("kind", ["right", "chains"])
-def test_row_of_nothing(get_peers: Callable[..., Peers], kind: str) -> None:
-    """It is finite, and leaves the other rows alone."""
+def test_row_without_residues(get_peers: Callable[..., Peers], kind: str) -> None:
+    """Its outputs are finite, and other rows do not change."""
     model, inputs = get_peers().mlx, make_batch(kind)
     before = np.array(model(**inputs).logits)
     empty = {name: 1 if name == "input_ids" else -1 if name == "sequence_id" else 0 for name in inputs}
@@ -261,7 +261,7 @@ def test_row_of_nothing(get_peers: Callable[..., Peers], kind: str) -> None:
 
 
 def test_left_padding(get_peers: Callable[..., Peers]) -> None:
-    """The classifier reads the first real token; positions are those of the columns, as in transformers."""
+    """The classifier reads the first real token; positions count columns, as in transformers."""
     model, inputs = get_peers("single_label").mlx, batch("left")
     for row, length in enumerate(inputs["attention_mask"].sum(axis=1)):
         columns = slice(inputs["input_ids"].shape[1] - length, None)
@@ -285,7 +285,7 @@ def test_dropout() -> None:
 @pytest.mark.parametrize("attentions", [False, True], ids=["", "attentions"])
 @pytest.mark.parametrize("head", HEADS_OF_CLASSES)
 def test_a_cpu_computes_in_float32(head: str, attentions: bool) -> None:
-    """A model in bfloat16 returns what the same weights in float32 give, rounded once."""
+    """The result of a bfloat16 model is that of the same weights in float32, rounded once."""
     half = build(head).bfloat16()
     whole = copy.deepcopy(half).float()
     inputs = batch("right") | {"output_hidden_states": True, "output_attentions": attentions}
@@ -296,17 +296,17 @@ def test_a_cpu_computes_in_float32(head: str, attentions: bool) -> None:
         np.testing.assert_allclose(as_numpy(ours), wanted, 2**-8, 1e-5 * np.abs(wanted).max(), err_msg=name)
 
 
-# What it is made of
+# Parameters
 
 
 def build(head: str = "lm", **overrides: Any) -> Any:
-    """A new model of random weights, in evaluation mode."""
+    """Create a model with random weights, in evaluation mode."""
     return getattr(mlx_esm_hf, f"MLXEsmc{HEADS[head][0]}")(config(head, **overrides)).eval()
 
 
 @pytest.mark.parametrize("head", HEADS_OF_CLASSES)
-def test_initialisation(head: str) -> None:
-    """Each parameter has the name and shape that transformers gives it, and is drawn as transformers draws it."""
+def test_initialization(head: str) -> None:
+    """Each parameter has the name, shape and initialization of transformers'."""
     std = 0.05
     settings = {"hidden_size": 96, "intermediate_size": 200, "num_attention_heads": 4, "initializer_range": std}
     model, other = build(head, **settings), getattr(transformers, f"Esmc{HEADS[head][0]}")(config(head, **settings))
@@ -326,7 +326,7 @@ def test_initialisation(head: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS_OF_CLASSES)
 def test_round_trip(tmp_path: Path, head: str) -> None:
-    """From transformers and back, bit for bit, under the same keys; and loaded there without a word."""
+    """A model from transformers and back has the same keys and bits, and transformers reports nothing."""
     model = torch_model(head)
     model.save_pretrained(tmp_path / "theirs")
     ours = getattr(mlx_esm_hf, f"MLXAutoModel{HEADS[head][0].removeprefix('Model')}").from_pretrained(
@@ -343,7 +343,7 @@ def test_round_trip(tmp_path: Path, head: str) -> None:
 
 
 def test_base_model_and_head(tmp_path: Path) -> None:
-    """A base model goes into one with a head, and the other way round."""
+    """A base model loads into a model with a head, and the reverse."""
     model = build("lm")
     model.esmc.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "head")
@@ -351,7 +351,7 @@ def test_base_model_and_head(tmp_path: Path) -> None:
     assert not info["missing_keys"] and mx.array_equal(base.norm.weight, model.esmc.norm.weight)
     whole = MLXEsmcForMaskedLM.from_pretrained(tmp_path / "base")
     assert {name.partition(".")[0] for name in whole.newly_initialized} == {"lm_head"}
-    with pytest.raises(ValueError, match="had no lm_head: predicting residues would answer from random weights"):
+    with pytest.raises(ValueError, match="had no lm_head, so predicting residues would use random weights"):
         whole([[0, 5, 2]])
 
 
@@ -378,14 +378,14 @@ def test_containers(get_peers: Callable[..., Peers]) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"input_ids": [[0, 64, 2]]}, r"input_ids\[0, 1\] is 64: not a token of the vocabulary, which has 64"),
+        ({"input_ids": [[0, 64, 2]]}, r"input_ids\[0, 1\] is 64, expected 0 to 63"),
         ({"input_ids": [0, 5, 2]}, "input_ids must be"),
-        ({"input_ids": [[0, 5, 2]], "attention_mask": [[1, 1]]}, "attention_mask has the shape"),
+        ({"input_ids": [[0, 5, 2]], "attention_mask": [[1, 1]]}, "attention_mask must have the shape of the input"),
         (
             {"input_ids": [[0, 5, 2]], "sequence_id": [[0, 0]]},
-            r"sequence_id has the shape \(1, 2\), the input \(1, 3\)",
+            r"sequence_id must have the shape of the input, \(1, 3\), got \(1, 2\)",
         ),
-        ({"input_ids": [[0, 5, 2]], "sequence_id": [[0.0, 0.0, 1.0]]}, "sequence_id must be whole numbers"),
+        ({"input_ids": [[0, 5, 2]], "sequence_id": [[0.0, 0.0, 1.0]]}, "sequence_id must be integers"),
     ],
 )
 def test_bad_inputs(get_peers: Callable[..., Peers], arguments: dict[str, Any], message: str) -> None:
@@ -396,14 +396,17 @@ def test_bad_inputs(get_peers: Callable[..., Peers], arguments: dict[str, Any], 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
-        ({"head_dim": 16}, "4 heads of 16, and a hidden size of 32"),
-        ({"num_attention_heads": 32}, "heads of 1: rotary positions need an even number"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type = 'linear'"),
-        ({"pad_token_id": 64}, "pad_token_id = 64"),
-        ({"mask_token_id": None}, "has to give pad_token_id and mask_token_id"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu' .* got 'gelu'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
+        ({"head_dim": 16}, r"must be hidden_size \(32\), got 16 times 4"),
+        ({"num_attention_heads": 32}, "head_dim must be even for rotary positions, got 1"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type must be 'default', got 'linear'",
+        ),
+        ({"pad_token_id": 64}, "pad_token_id must be between 0 and 63, got 64"),
+        ({"mask_token_id": None}, "must set pad_token_id and mask_token_id"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1 .* got 0"),
     ],
 )
 def test_bad_configs(settings: dict[str, Any], message: str) -> None:
@@ -414,11 +417,11 @@ def test_bad_configs(settings: dict[str, Any], message: str) -> None:
 
 def test_config_of_another_family(tmp_path: Path) -> None:
     transformers.EsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type 'esm', and this class reads 'esmc'"):
+    with pytest.raises(ValueError, match="MLXEsmcConfig expected model_type 'esmc', got 'esm'"):
         MLXEsmcConfig.from_pretrained(tmp_path)
 
 
-def test_config_is_that_of_transformers(tmp_path: Path) -> None:
+def test_config_matches_transformers(tmp_path: Path) -> None:
     ours = MLXEsmcConfig(hidden_size=960, num_hidden_layers=30, num_attention_heads=15, intermediate_size=2560)
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)

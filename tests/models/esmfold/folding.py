@@ -1,6 +1,7 @@
-"""A small folding model in transformers, whose weights make every part of it count, and ours beside it.
+"""A small folding model of transformers with weights that make every part count, and the same model in MLX.
 
-Freshly drawn it would test little: its biases are zero, its norms the identity, and all residues lie within a few Å.
+A freshly initialized model would test little: its biases are zero, its norms the identity, and all residues lie within
+a few Å.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.tiny import tiny_folding
 
 
 def perturb(model: Any, seed: int = 0) -> Any:
-    """The model with weights of a size that keeps states at theirs, and nothing that is 0 or 1."""
+    """Set random weights that keep the scale of the states, with no weight 0 or 1, and return the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -47,7 +48,7 @@ class Peers(NamedTuple):
 
 
 def peers(folder: Path, **overrides: Any) -> Peers:
-    """Ours is loaded from what transformers has written to `folder`; `overrides` are those of `tiny_folding`."""
+    """Save a model of transformers in `folder` and load it in MLX; `overrides` are those of `tiny_folding`."""
     theirs = perturb(EsmForProteinFolding(EsmConfig(**tiny_folding(**overrides))).eval())
     theirs.save_pretrained(folder)
     ours = MLXEsmForProteinFolding.from_pretrained(folder)
@@ -55,7 +56,7 @@ def peers(folder: Path, **overrides: Any) -> Peers:
 
 
 def residues(lengths: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Residues with an X among them, a mask with padding on the right, and positions with jumps, [B, L] each."""
+    """Return residues (one of them X), a mask with padding on the right, and positions with jumps, [B, L] each."""
     random = np.random.default_rng(seed)
     B, L = len(lengths), max(lengths)
     mask = (np.arange(L) < np.array(lengths)[:, None]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""ESMFold beside transformers': every output, every part alone with its gradient, and what is right here alone."""
+"""ESMFold compared with transformers: every output, every part with its gradient, and deliberate differences."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from transformers.models.esm.modeling_esmfold import EsmFoldingTrunk
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
 from mlx_esm_hf.errors import CheckpointError
-from mlx_esm_hf.models.esmfold import modeling_esmfold
 from mlx_esm_hf.models.esmfold.residue_constants import RESIDUES, RESTYPES
+from mlx_esm_hf.models.esmfold.trunk import recycle_bins
 from mlx_esm_hf.ops import pairs
 from tests.bar import hold_to_bar
 from tests.checkpoints import python_of_transformers_4
@@ -56,7 +56,7 @@ PAIRS = {"s_z", "distogram_logits", "ptm_logits", "aligned_confidence_probs", "p
 
 
 def real(name: str, value: Any, row: int, length: int) -> np.ndarray:
-    """A field's values for the residues of one protein."""
+    """Return a field's values for the residues of one protein."""
     value = np.asarray(value)
     if value.ndim == 0:
         return value
@@ -67,7 +67,7 @@ def real(name: str, value: Any, row: int, length: int) -> np.ndarray:
 
 
 def hold_outputs(models: Peers, lengths: list[int], num_recycles: int | None, **more: Any) -> None:
-    """Each field of the residues that are no padding; pTM is compared where there is one protein."""
+    """Compare each field at real residues; pTM is compared for a single protein only."""
     ids, mask, positions = residues(lengths)
     ours = models.ours(ids, mask, positions, num_recycles=num_recycles)
     inputs = [torch.tensor(x) for x in (ids, mask, positions)]
@@ -78,7 +78,7 @@ def hold_outputs(models: Peers, lengths: list[int], num_recycles: int | None, **
         assert ours[name].shape == ((len(lengths),) if name == "ptm" else theirs[name].shape), name
         if name == "ptm":
             if len(lengths) == 1:
-                # A mean of probabilities, so that 1 is its scale: how small it is for one protein says nothing of them.
+                # A mean of probabilities, so its scale is 1, however small it is for this protein.
                 hold_to_bar(ours.ptm[0], theirs.ptm, float64.ptm, name, scale=1)
             continue
         trio = (
@@ -102,7 +102,7 @@ def test_padded_batch(models: Peers, chunk_size: int | None) -> None:
     models.ours.trunk.set_chunk_size(None)
 
 
-def test_chunks_change_nothing(models: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_does_not_change_results(models: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask, positions = residues([19, 12])
     whole = models.ours(ids, mask, positions, num_recycles=1)
     monkeypatch.setattr(pairs, "NUMBERS_AT_A_TIME", 1)
@@ -112,17 +112,16 @@ def test_chunks_change_nothing(models: Peers, monkeypatch: pytest.MonkeyPatch) -
         for name in ("positions", "s_z"):
             assert np.abs(real(name, chunked[name], 0, 19) - real(name, whole[name], 0, 19)).max() < 1e-3
     models.ours.set_chunk_size(None)
-    with pytest.raises(ValueError, match="chunk_size=0: it must be 1 at least"):
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, or None, got 0"):
         models.ours.set_chunk_size(0)
 
 
 def test_recycles(models: Peers) -> None:
-    """None is as many passes as the config says; each pass changes the structure, and the last one alone has a
-    gradient."""
+    """None runs as many passes as the config says, and each pass changes the structure."""
     ids = residues([12])[0]
     default, three, two = (models.ours(ids, num_recycles=n).positions for n in (None, 2, 1))
     assert mx.array_equal(default, three) and mx.abs(three - two).max() > 0.5
-    with pytest.raises(ValueError, match="num_recycles=-1"):
+    with pytest.raises(ValueError, match="num_recycles must be at least 0, got -1"):
         models.ours(ids, num_recycles=-1)
 
 
@@ -130,13 +129,13 @@ def test_recycles(models: Peers) -> None:
 
 
 def pair(x: np.ndarray) -> np.ndarray:
-    """Of a mask [B, L], that of the pairs."""
+    """Return the mask of pairs [B, L, L] for a mask [B, L]."""
     return x[:, :, None] * x[:, None]
 
 
 Call = Callable[..., Any]
 POSITIONS = np.array([[0, 1, 2, 3, 12, 13, 14, 15, 30], [5, 6, 7, 8, 9, 11, 0, 0, 0]])
-# Where it is, the inputs (s, z, or both), how ours and theirs are called with them and a mask, the output's kind.
+# {part: (path, kinds of the inputs, call of our module, call of theirs, kind of the output)}
 PARTS: dict[str, tuple[str, str, Call, Call, str]] = {
     "triangle multiplication, outgoing": (
         *("trunk.blocks.0.tri_mul_out", "z"),
@@ -206,7 +205,7 @@ def module_at(model: Any, path: str) -> Any:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_part(models: Peers, part: str) -> None:
-    """Its output for residues that are no padding, and the gradients of its inputs and weights."""
+    """Compare its output at real residues, and the gradients of its inputs and weights."""
     path, kinds, call_ours, call_theirs, result = PARTS[part]
     random = np.random.default_rng(1)
     B, L = 2, 9
@@ -256,7 +255,7 @@ def test_part(models: Peers, part: str) -> None:
 
 
 class Given(torch.nn.Module):
-    """In the place of the trunk: what it returns."""
+    """Stands in for the trunk and returns given states."""
 
     def __init__(self, structure: dict[str, torch.Tensor]):
         super().__init__()
@@ -266,12 +265,12 @@ class Given(torch.nn.Module):
         return self.structure
 
 
-SAID = ["distogram_logits", "lm_logits", "lddt_head", "plddt", "ptm_logits", "ptm", "predicted_aligned_error"]
-SAID_BY = ("distogram_head", "lm_head", "lddt_head", "ptm_head")
+HEAD_OUTPUTS = ["distogram_logits", "lm_logits", "lddt_head", "plddt", "ptm_logits", "ptm", "predicted_aligned_error"]
+HEADS = ("distogram_head", "lm_head", "lddt_head", "ptm_head")
 
 
 def test_heads(models: Peers) -> None:
-    """What is said of given states, and the gradients of the states and of the heads' weights."""
+    """Compare the outputs for given states, and the gradients of the states and the heads' weights."""
     random, L = np.random.default_rng(6), 9
     shapes = {"s_s": (1, L, 64), "s_z": (1, L, L, 32), "states": (3, 1, L, 48)}
     given = {name: 2 * random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -286,39 +285,39 @@ def test_heads(models: Peers) -> None:
         }
         model.trunk = Given(states)
         output = model(torch.tensor(ids))
-        for name in SAID:
+        for name in HEAD_OUTPUTS:
             weights.setdefault(name, random.normal(size=output[name].shape).astype(np.float32))
-        sum((output[name] * torch.tensor(weights[name])).sum() for name in SAID).backward()
-        trained = [p.grad for name, p in sorted(model.named_parameters()) if name.startswith(SAID_BY)]
+        sum((output[name] * torch.tensor(weights[name])).sum() for name in HEAD_OUTPUTS).backward()
+        trained = [p.grad for name, p in sorted(model.named_parameters()) if name.startswith(HEADS)]
         gradients = [*(states[name].grad for name in given), *trained]
-        return [*(output[name].detach().numpy() for name in SAID), *(g.numpy() for g in gradients)]
+        return [*(output[name].detach().numpy() for name in HEAD_OUTPUTS), *(g.numpy() for g in gradients)]
 
     theirs, float64 = torch_results(models.theirs), torch_results(models.float64)
-    parameters = {name: models.ours.parameters()[name] for name in SAID_BY}
+    parameters = {name: models.ours.parameters()[name] for name in HEADS}
 
     def loss(parameters: Any, states: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         models.ours.update(parameters)
         output = models.ours.heads(states, mx.ones((1, L), dtype=mx.int32))
         output["ptm"] = output["ptm"][0]
-        return sum((output[name] * mx.array(weights[name])).sum() for name in SAID), output
+        return sum((output[name] * mx.array(weights[name])).sum() for name in HEAD_OUTPUTS), output
 
     states = {name: mx.array(x) for name, x in given.items()}
     (_, output), found = mx.value_and_grad(loss, argnums=(0, 1))(parameters, states)
     models.ours.update(parameters)
     gradients = [*(found[1][name] for name in given), *(g for _, g in sorted(tree_flatten(found[0])))]
-    ours = [np.array(x) for x in (*(output[name] for name in SAID), *gradients)]
-    assert len(ours) == len(theirs) == len(SAID) + 3 + 14
-    scale = max(np.abs(x).max() for x in float64[len(SAID) :])
+    ours = [np.array(x) for x in (*(output[name] for name in HEAD_OUTPUTS), *gradients)]
+    assert len(ours) == len(theirs) == len(HEAD_OUTPUTS) + 3 + 14
+    scale = max(np.abs(x).max() for x in float64[len(HEAD_OUTPUTS) :])
     for number, trio in enumerate(zip(ours, theirs, float64, strict=True)):
-        hold_to_bar(*trio, label=str(number), scale=1 if number < len(SAID) else scale)
+        hold_to_bar(*trio, label=str(number), scale=1 if number < len(HEAD_OUTPUTS) else scale)
 
 
-RECYCLED = ("recycle_s_norm", "recycle_z_norm", "recycle_disto")  # what each of the states is given to
+RECYCLED = ("recycle_s_norm", "recycle_z_norm", "recycle_disto")  # layers that receive the recycled states
 
 
 @pytest.mark.parametrize("before", [0, 1, 2, 3])
 def test_one_pass(models: Peers, before: int) -> None:
-    """A pass from the states and bins that the original's passes before it came to: no error is carried along."""
+    """Compare one pass from the states and bins of transformers' previous passes, so that errors do not accumulate."""
     ids, mask, positions = residues([33])
     s = np.random.default_rng(7).normal(size=(1, 33, 64)).astype(np.float32)
     states = [np.zeros_like(s), np.zeros((1, 33, 33, 32), dtype=np.float32), np.zeros((1, 33, 33), dtype=np.int64)]
@@ -326,7 +325,7 @@ def test_one_pass(models: Peers, before: int) -> None:
 
     @torch.no_grad()
     def torch_pass(model: Any, states: list[np.ndarray], num_recycles: int = 0) -> Any:
-        """The trunk as it stands, with states in the place of the zeros that it begins with, if any are given."""
+        """Run the trunk with the given states, if any, instead of its initial zeros."""
         trunk, dtype = model.trunk, model.esm_s_combine.dtype
         given = [torch.tensor(x, dtype=None if x.dtype == np.int64 else dtype) for x in states]
         hooks = [
@@ -350,25 +349,25 @@ def test_one_pass(models: Peers, before: int) -> None:
     assert len(ours) == 8
     length = np.linalg.norm(float64["unnormalized_angles"], axis=-1, keepdims=True)
     for name in ours:
-        # Dividing by a small length makes a large error of a small one, for which nobody is to blame.
+        # Dividing by a small length amplifies a small error.
         factor = np.minimum(length, 1) if name == "angles" else 1
         hold_to_bar(*(np.asarray(output[name]) * factor for output in (ours, theirs, float64)), label=name)
 
 
 def test_recycle_bins() -> None:
-    """Those of the original, for distances that no rounding moves over a boundary."""
+    """The bins match transformers' for distances that rounding does not move across a boundary."""
     random = np.random.default_rng(8)
     backbone = random.normal(size=(2, 60, 1, 3)) * 6 + random.normal(size=(2, 60, 3, 3))
     theirs = EsmFoldingTrunk.distogram(torch.tensor(backbone), 3.375, 21.375, 15)
     beside = EsmFoldingTrunk.distogram(torch.tensor(backbone * (1 + 1e-5)), 3.375, 21.375, 15)
     clear = (theirs == beside).numpy()
-    ours = np.array(modeling_esmfold.recycle_bins(mx.array(backbone.astype(np.float32))))
+    ours = np.array(recycle_bins(mx.array(backbone.astype(np.float32))))
     assert clear.mean() > 0.99 and (ours == theirs.numpy())[clear].all()
     assert set(np.unique(ours)) == set(range(15))
 
 
 def test_whole_gradient(models: Peers) -> None:
-    """Of everything that is trained, through the last pass."""
+    """Compare the gradients of all trained parameters, through the last pass."""
     ids, mask, positions = residues([11])
     random = np.random.default_rng(2)
     weight = random.normal(size=(1, 11, 11, 32)).astype(np.float32)
@@ -391,7 +390,7 @@ def test_whole_gradient(models: Peers) -> None:
     assert not [name for name in ours if name.startswith("esm.")]
     float32, float64 = theirs(models.theirs), theirs(models.float64)
     for name, exact in float64.items():
-        if name == "embedding.weight":  # torch takes the row of alanine for padding, and never trains it
+        if name == "embedding.weight":  # torch uses alanine's row as padding and does not train it
             ours[name], float32[name], exact = ours[name][1:], float32[name][1:], exact[1:]
         hold_to_bar(np.array(ours[name]), float32[name], exact, name, scale=np.abs(exact).max() + 1)
 
@@ -399,7 +398,7 @@ def test_whole_gradient(models: Peers) -> None:
 # Batches, chains and masked residues
 
 
-def test_confidence_of_a_batch_is_that_of_each_protein(models: Peers) -> None:
+def test_confidence_of_a_protein_does_not_depend_on_its_batch(models: Peers) -> None:
     sequences = ["MKTAYIAKQR", "ACDEFGHIKLMNPQRSTVWYXACDE", "W"]
     batch = models.ours.infer(sequences, num_recycles=1)
     for row, sequence in enumerate(sequences):
@@ -412,7 +411,7 @@ def test_confidence_of_a_batch_is_that_of_each_protein(models: Peers) -> None:
 
 
 def test_chains(models: Peers) -> None:
-    """fair-esm's rules: linkers between chains, positions that jump, a linker is of the chain before it."""
+    """As in fair-esm, linkers join chains, positions jump, and a linker belongs to the chain before it."""
     output = models.ours.infer(["MK:GXA", "W"], num_recycles=0, residue_index_offset=100, chain_linker="GGG")
     letters = RESTYPES + "X"
     assert "".join(letters[i] for i in np.array(output.aatype)[0]) == "MKGGGGXA"
@@ -421,7 +420,9 @@ def test_chains(models: Peers) -> None:
     atoms = np.array(output.atom37_atom_exists).sum(axis=-1)
     assert atoms.tolist() == [[8, 9, 0, 0, 0, 4, 0, 5], [14, *[0] * 7]]
     far = models.ours.infer("MK:GXA", num_recycles=0, residue_index_offset=1000, chain_linker="GGG")
-    assert np.allclose(far.positions[:, 0], output.positions[:, 0, :8], atol=1e-3)  # far is far
+    assert np.allclose(
+        far.positions[:, 0], output.positions[:, 0, :8], atol=1e-3
+    )  # beyond the largest bin, the distance has no effect
     near = models.ours.infer("MK:GXA", num_recycles=0, residue_index_offset=None, chain_linker="GGG")
     assert not np.allclose(near.positions[:, 0], output.positions[:, 0, :8], atol=0.1)
     assert np.array(models.ours.infer("MK:A", num_recycles=0, chain_linker=None).aatype).shape == (1, 3)
@@ -430,7 +431,7 @@ def test_chains(models: Peers) -> None:
 
 
 def test_masking_pattern(models: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers', once its stem alone sees the mask and nothing is kept for a loss."""
+    """Compare with transformers after fixing it to mask the stem's input only, without labels for a loss."""
     ids, mask, positions = residues([20])
     pattern = np.zeros_like(ids)
     pattern[:, 3:9] = 1
@@ -446,12 +447,12 @@ def test_masking_pattern(models: Peers, monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("s_s", "positions", "plddt"):
         hold_to_bar(ours[name], theirs[name], float64[name], name)
     assert mx.abs(ours.s_s - models.ours(ids, mask, positions, num_recycles=0).s_s).max() > 0.1
-    with pytest.raises(ValueError, match="masking_pattern has the shape"):
+    with pytest.raises(ValueError, match="masking_pattern must have the shape of input_ids"):
         models.ours(ids, masking_pattern=pattern[:, :3])
 
 
 def test_without_the_stem(models: Peers) -> None:
-    """`esm_ablate_sequence` in transformers: zeros in place of the stem's states."""
+    """With `esm_ablate_sequence`, the stem's states are zeros, as in transformers."""
     ids = residues([8])[0]
     stems = [model.config.esmfold_config for model in models[:3]]
     for config in stems:
@@ -476,7 +477,7 @@ def test_pdb(models: Peers) -> None:
     alone = models.ours.infer_pdb("W", num_recycles=0)
     assert alone == models.ours.infer_pdbs(["W"], num_recycles=0)[0]
     assert [line[:30] for line in alone.splitlines()] == [line[:30] for line in second.splitlines()]
-    with pytest.raises(ValueError, match="infer_pdb folds one sequence"):
+    with pytest.raises(ValueError, match="infer_pdb expects one sequence"):
         models.ours.infer_pdb(["W"])
 
 
@@ -486,13 +487,17 @@ PROTEINS = st.lists(st.text(RESTYPES + "X", min_size=1, max_size=9), min_size=1,
 @settings(max_examples=12, deadline=None)
 @given(PROTEINS, st.integers(0, 2))
 def test_backbones_in_files_are_ideal(models: Peers, chains: list[str], num_recycles: int) -> None:
-    """Bond lengths and angles of each residue in a file are those of the table, as far as its three digits tell."""
+    """Bond lengths and angles in PDB files match the table, up to the precision of three decimals."""
     pdb = models.ours.infer_pdb(":".join(chains), num_recycles=num_recycles)
     found = list(PDBParser(QUIET=True).get_structure("protein", io.StringIO(pdb)).get_residues())
     assert seq1("".join(residue.resname for residue in found)) == "".join(chains).replace("X", "")
     for residue in found:
         table = {name: np.array(place) for name, (_, place) in RESIDUES[seq1(residue.resname)].atoms.items()}
-        table["O"] = table["C"] + (table["O"][0], np.hypot(*table["O"][1:]), 0)  # however it is turned around CA-C
+        table["O"] = table["C"] + (
+            table["O"][0],
+            np.hypot(*table["O"][1:]),
+            0,
+        )  # independent of its rotation around CA-C
         atoms = {name: residue[name].coord for name in ("N", "CA", "C", "O")}
         for a, b in (("N", "CA"), ("CA", "C"), ("C", "O")):
             assert abs(np.linalg.norm(atoms[a] - atoms[b]) - np.linalg.norm(table[a] - table[b])) < 2e-3
@@ -501,34 +506,34 @@ def test_backbones_in_files_are_ideal(models: Peers, chains: list[str], num_recy
 
 
 def angle(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
-    """At b, in degrees."""
+    """Return the angle at b in degrees."""
     a, c = a - b, c - b
     return float(np.degrees(np.arccos(a @ c / np.linalg.norm(a) / np.linalg.norm(c))))
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize("sequence", ["", "MK:", "mkt", "MK-T", "MK T", "MKÄ"])
-def test_no_protein(models: Peers, sequence: str) -> None:
-    with pytest.raises(ValueError, match="cannot be folded: a protein is written in capital letters"):
+def test_invalid_sequences(models: Peers, sequence: str) -> None:
+    with pytest.raises(ValueError, match="cannot be folded: a protein must be capital letters"):
         models.ours.infer(sequence)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"input_ids": [[0, 21]]}, "input_ids has 21: folding takes residues, 0 to 20"),
-        ({"input_ids": [[-1, 2]]}, "input_ids has -1"),
-        ({"input_ids": [0, 1]}, r"whole numbers \[B, L\]"),
-        ({"input_ids": [[0.0]]}, r"whole numbers \[B, L\]"),
-        ({"input_ids": [[0, 1]], "attention_mask": [[0, 1]]}, "Pad on the right"),
-        ({"input_ids": [[0, 1, 2]], "attention_mask": [[1, 0, 1]]}, "Pad on the right"),
-        ({"input_ids": [[0, 1]], "attention_mask": [[0, 0]]}, "must begin at the first place"),
+        ({"input_ids": [[0, 21]]}, "input_ids must be residues, 0 to 20 .* got 21"),
+        ({"input_ids": [[-1, 2]]}, "input_ids must be residues, 0 to 20 .* got -1"),
+        ({"input_ids": [0, 1]}, r"input_ids must be integers \[batch, length\]"),
+        ({"input_ids": [[0.0]]}, r"input_ids must be integers \[batch, length\]"),
+        ({"input_ids": [[0, 1]], "attention_mask": [[0, 1]]}, "padding on the right only"),
+        ({"input_ids": [[0, 1, 2]], "attention_mask": [[1, 0, 1]]}, "padding on the right only"),
+        ({"input_ids": [[0, 1]], "attention_mask": [[0, 0]]}, "must start with 1"),
         ({"input_ids": [[0, 1]], "attention_mask": [[1, 2]]}, "1 for residues and 0 for padding"),
-        ({"input_ids": [[0, 1]], "attention_mask": [[1]]}, "attention_mask has the shape"),
-        ({"input_ids": [[0, 1]], "position_ids": [[0, 1, 2]]}, "position_ids has the shape"),
-        ({"input_ids": [[0, 1]], "position_ids": [[0.0, 1.0]]}, "position_ids must be whole numbers"),
+        ({"input_ids": [[0, 1]], "attention_mask": [[1]]}, "attention_mask must have the shape of input_ids"),
+        ({"input_ids": [[0, 1]], "position_ids": [[0, 1, 2]]}, "position_ids must have the shape of input_ids"),
+        ({"input_ids": [[0, 1]], "position_ids": [[0.0, 1.0]]}, "position_ids must be integers"),
     ],
 )
 def test_refused_inputs(models: Peers, arguments: dict[str, Any], message: str) -> None:
@@ -538,14 +543,14 @@ def test_refused_inputs(models: Peers, arguments: dict[str, Any], message: str) 
 
 def test_refused_configs() -> None:
     fields = tiny_folding()
-    with pytest.raises(ValueError, match="MLXEsmForProteinFolding folds"):
+    with pytest.raises(ValueError, match="Use MLXEsmForProteinFolding"):
         MLXEsmForMaskedLM(MLXEsmConfig(**fields))
-    with pytest.raises(ValueError, match="a language model, which does not fold"):
+    with pytest.raises(ValueError, match="a language model, which cannot fold"):
         MLXEsmForProteinFolding(MLXEsmConfig(**fields | {"is_folding_model": False}))
     with pytest.raises(ValueError, match="vocab_list lacks <mask>"):
         MLXEsmForProteinFolding(MLXEsmConfig(**fields | {"vocab_list": fields["vocab_list"][:-1]}))
     fields["esmfold_config"]["trunk"]["structure_module"]["num_angles"] = 5
-    with pytest.raises(ValueError, match="num_angles = 5"):
+    with pytest.raises(ValueError, match="num_angles must be 7, got 5"):
         MLXEsmForProteinFolding(MLXEsmConfig(**fields))
 
 
@@ -554,7 +559,7 @@ def test_refused_configs() -> None:
 
 @pytest.mark.parametrize("stem", ["float32", "float16"])
 def test_round_trip(request: pytest.FixtureRequest, stem: str, tmp_path: Any) -> None:
-    """transformers loads what is written here, and has the same bits in the same dtypes."""
+    """transformers loads the files that we save, with the same bits and dtypes."""
     models = request.getfixturevalue("models" if stem == "float32" else "half_stem")
     models.ours.save_pretrained(tmp_path)
     back, info = EsmForProteinFolding.from_pretrained(tmp_path, output_loading_info=True)
@@ -570,8 +575,8 @@ def test_round_trip(request: pytest.FixtureRequest, stem: str, tmp_path: Any) ->
     assert frequencies == {f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq" for i in range(3)}
 
 
-def test_layout_of_transformers_4(half_stem: Peers, tmp_path: Any) -> None:
-    """Inverse frequencies in each layer, position ids, and no contact head."""
+def test_files_of_transformers_4(half_stem: Peers, tmp_path: Any) -> None:
+    """They have inverse frequencies in each layer, position ids, and no contact head."""
     state = {}
     for name, value in half_stem.theirs.state_dict().items():
         if name == "esm.rotary_embeddings.inv_freq":
@@ -602,7 +607,7 @@ model.save_pretrained(back)
 @pytest.mark.long
 @pytest.mark.parametrize("stem", ["float32", "float16"])
 def test_there_and_back_through_transformers_4(request: pytest.FixtureRequest, stem: str, tmp_path: Any) -> None:
-    """The last 4.x loads what is written here, and from what it writes the same bits are loaded here."""
+    """The last 4.x loads the files that we save, and we load the files that it saves, with identical bits."""
     ours = request.getfixturevalue("models" if stem == "float32" else "half_stem").ours
     ours.save_pretrained(tmp_path / "ours")
     python = python_of_transformers_4(tmp_path)
@@ -619,13 +624,13 @@ def test_part_of_a_checkpoint(models: Peers, tmp_path: Any) -> None:
     state = {name: x for name, x in models.theirs.state_dict().items() if ".tri_mul_in." not in name}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     models.theirs.config.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot do without, 'trunk.blocks.0.tri_mul_in"):
+    with pytest.raises(CheckpointError, match="requires, such as 'trunk.blocks.0.tri_mul_in"):
         MLXEsmForProteinFolding.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [None, "auto", "float32", "bfloat16"])
 def test_dtypes(half_stem: Peers, dtype: str | None) -> None:
-    """The stem is float16 whatever the trunk is; frames and atoms are float32."""
+    """The stem stays float16 for any dtype of the trunk; frames and atoms are float32."""
     model = MLXEsmForProteinFolding.from_pretrained(half_stem.folder, dtype=dtype)
     trunk = mx.bfloat16 if dtype == "bfloat16" else mx.float32
     assert model.dtype == trunk
@@ -637,7 +642,7 @@ def test_dtypes(half_stem: Peers, dtype: str | None) -> None:
 
 
 def test_float16_trunk_is_refused(half_stem: Peers) -> None:
-    with pytest.raises(ValueError, match="The folding trunk cannot be float16: the sums"):
+    with pytest.raises(ValueError, match="The folding trunk cannot be float16: its triangle"):
         MLXEsmForProteinFolding.from_pretrained(half_stem.folder, dtype="float16")
     with pytest.raises(ValueError, match="The folding trunk cannot be float16"):
         half_stem.ours.half()
@@ -645,7 +650,7 @@ def test_float16_trunk_is_refused(half_stem: Peers) -> None:
 
 @needs_cpu
 def test_half_stem_computes_in_float32_on_a_cpu(half_stem: Peers) -> None:
-    """As the same weights, cast: half precision would show in the third digit."""
+    """The result is that of the weights cast to float32; half precision would differ in the third digit."""
     widened = copy.deepcopy(half_stem.theirs).float()
     exact = copy.deepcopy(half_stem.theirs).double()
     ids = residues([21])[0]
@@ -657,8 +662,8 @@ def test_half_stem_computes_in_float32_on_a_cpu(half_stem: Peers) -> None:
     assert half_stem.ours.esm.embeddings.word_embeddings.weight.dtype == mx.float16
 
 
-def test_stem_is_never_there_twice() -> None:
-    """On a CPU one of its twelve layers at a time is in float32."""
+def test_stem_is_cast_layer_by_layer() -> None:
+    """On a CPU one of its twelve layers at a time is cast to float32."""
     sizes = {"hidden_size": 256, "num_hidden_layers": 12, "intermediate_size": 1024}
     model = MLXEsmForProteinFolding(MLXEsmConfig(**tiny_folding(fp16_esm=True) | sizes)).eval()
     mx.eval(model.parameters())
@@ -671,14 +676,14 @@ def test_stem_is_never_there_twice() -> None:
 
 
 def test_lazy(half_stem: Peers) -> None:
-    """Weights that stay in the file until they are needed give the same structure."""
+    """Weights that are read only when they are needed give the same structure."""
     ids = residues([9])[0]
     lazy = MLXEsmForProteinFolding.from_pretrained(half_stem.folder, lazy=True)
     assert mx.array_equal(lazy(ids).positions, half_stem.ours(ids).positions)
 
 
 def test_published_size() -> None:
-    """Of `facebook/esmfold_v1`: its parameters, its keys, and a stem of half the bytes. Nothing is computed."""
+    """`facebook/esmfold_v1` has these numbers of parameters and keys, and a float16 stem. Nothing is computed."""
     sizes = {
         "hidden_size": 2560,
         "num_hidden_layers": 36,

@@ -1,4 +1,4 @@
-"""The tables against transformers', which are DeepMind's."""
+"""Residue tables compared with transformers', which are DeepMind's."""
 
 import numpy as np
 import torch

@@ -1,11 +1,11 @@
-"""Rigid bodies by their properties."""
+"""Properties of rigid bodies."""
 
 import mlx.core as mx
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_esm_hf.models.esmfold.rigid import Rigid, multiply, rotate, rotation_of, turned
+from mlx_esm_hf.models.esmfold.rigid import Rigid, multiply, rotate, rotate_quaternion, rotation_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -36,7 +36,7 @@ def test_rotations_are_rotations(seed: int) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(SEEDS)
-def test_there_and_back(seed: int) -> None:
+def test_inverse(seed: int) -> None:
     rigid, x = random_rigid(seed, 4), random_points(seed, 4)
     assert close(rigid.invert_apply(rigid.apply(x)), x)
     wide = random_points(seed, 4, 7)
@@ -46,7 +46,7 @@ def test_there_and_back(seed: int) -> None:
 @settings(max_examples=25, deadline=None)
 @given(SEEDS)
 def test_composition(seed: int) -> None:
-    """One after the other is their composition, a product of homogeneous matrices, in any order of brackets."""
+    """Composition applies one after the other, equals the product of homogeneous matrices and is associative."""
     a, b, c = (random_rigid(seed + i, 3) for i in range(3))
     x = random_points(seed, 3)
     assert close(a.compose(b).apply(x), a.apply(b.apply(x)))
@@ -59,20 +59,20 @@ def test_composition(seed: int) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(SEEDS)
-def test_a_quaternion_is_turned_by_what_it_is_given(seed: int) -> None:
-    """As the rotation of the normalised change, applied first; and by nothing where the change is none."""
+def test_rotate_quaternion(seed: int) -> None:
+    """It composes with the rotation of the normalized change; a zero change has no effect."""
     random = np.random.default_rng(seed)
     start = mx.array([1.0, 0.0, 0.0, 0.0])
     first, second = (mx.array(random.normal(size=3).astype(np.float32)) for _ in range(2))
-    one = turned(start, first)
+    one = rotate_quaternion(start, first)
     assert abs(float((one * one).sum()) - 1) < 1e-6
-    both = rotation_of(turned(one, second))
-    assert close(both, multiply(rotation_of(one), rotation_of(turned(start, second))), 1e-5)
-    assert close(turned(one, mx.zeros(3)), one, 1e-6)
+    both = rotation_of(rotate_quaternion(one, second))
+    assert close(both, multiply(rotation_of(one), rotation_of(rotate_quaternion(start, second))), 1e-5)
+    assert close(rotate_quaternion(one, mx.zeros(3)), one, 1e-6)
 
 
-def test_a_quarter_turn() -> None:
-    """Around x: y becomes z."""
+def test_quarter_turn() -> None:
+    """A quarter turn around x maps y to z."""
     half = 0.5**0.5
     rotation = rotation_of(mx.array([half, half, 0.0, 0.0]))
     assert close(rotate(rotation, mx.array([0.0, 1.0, 0.0])), mx.array([0.0, 0.0, 1.0]), 1e-6)

@@ -1,4 +1,4 @@
-"""The structure module against transformers', and what holds of every structure that it makes."""
+"""The structure module compared with transformers', and properties of its structures."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def for_mlx() -> dict[str, mx.array]:
 
 
 def test_invariant_point_attention(models: Peers) -> None:
-    """Its output, and the gradients of inputs, frames and weights. transformers' points are float32 in each model."""
+    """Compare output and gradients of inputs, frames and weights. transformers' points are float32 in every dtype."""
     weight = np.random.default_rng(4).normal(size=(B, L, 48)) * inputs()["mask"][..., None]
     wanted = ["s", "z", "translation"]
 
@@ -103,7 +103,7 @@ def test_invariant_point_attention(models: Peers) -> None:
 
 
 def test_frames_and_atoms() -> None:
-    """From backbone frames and angles to the frames of all groups, and to atoms, with the gradients of both."""
+    """Compare the frames of all groups and the atoms for backbone frames and angles, with the gradients of both."""
     random = np.random.default_rng(5)
     weight = random.normal(size=(B, L, 14, 3))
 
@@ -140,8 +140,8 @@ def test_frames_and_atoms() -> None:
         hold_to_bar(ours, theirs, float64, str(number))
 
 
-def test_moving_all_frames_changes_nothing(models: Peers) -> None:
-    """Invariant point attention is invariant."""
+def test_invariance(models: Peers) -> None:
+    """A rigid motion of all frames does not change invariant point attention."""
     x = for_mlx()
     rigid, turn = our_rigid(x), rotation_of(mx.array([0.5, -0.5, 0.1, 0.7]))
     moved = Rigid(
@@ -152,12 +152,12 @@ def test_moving_all_frames_changes_nothing(models: Peers) -> None:
     before, after = (ipa(x["s"], x["z"], r, x["mask"]) for r in (rigid, moved))
     real = x["mask"][..., None]
     assert mx.abs((before - after) * real).max() < 1e-3 * mx.abs(before).max()
-    other = Rigid(rigid.rotation, rigid.translation * 1.1)  # which is no motion
+    other = Rigid(rigid.rotation, rigid.translation * 1.1)  # not a rigid motion
     assert mx.abs((before - ipa(x["s"], x["z"], other, x["mask"])) * real).max() > 1e-2
 
 
 def test_backbones_are_ideal(models: Peers) -> None:
-    """Bond lengths and the angle at CA are those of the table, in every residue of every structure."""
+    """Bond lengths and the angle at CA match the table in every residue of every structure."""
     ids = np.arange(20)[None]
     output = models.ours(ids, num_recycles=1)
     nitrogen, alpha, carbon = (np.array(output.positions)[-1, 0, :, i].astype(np.float64) for i in range(3))

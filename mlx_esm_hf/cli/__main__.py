@@ -1,3 +1,0 @@
-from mlx_esm_hf.cli import app
-
-app()
