@@ -18,8 +18,8 @@
 # Everything runs offline on the model that comes with the package. It is **too small to predict contacts**: all its
 # probabilities are close to one half, and its top predictions are right about as often as random pairs. Of the top
 # predictions of Meta's smallest ESM-2 (8 million parameters) about one in three is right here. Set `MODEL` to a Hub
-# repository, such as `facebook/esm2_t33_650M_UR50D`, to see contacts. The stored picture `docs/images/contacts.png` comes
-# from a fine-tuned ESM-2 of 8 million parameters, not from the bundled model.
+# repository, such as `facebook/esm2_t33_650M_UR50D`, to see contacts. The stored picture `docs/images/contacts.png`
+# comes from a fine-tuned ESM-2 of 8 million parameters, not from the bundled model.
 #
 # `ubiquitin_1ubi.pdb` holds the main chain and the Cβ atoms of PDB entry 1UBI (wwPDB, public domain, CC0 1.0).
 #
