@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_esm_hf import plots
 from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stream, read_proteins, tokens
 from mlx_esm_hf.data.windows import Window, ramp
 from mlx_esm_hf.errors import UserError
@@ -279,21 +280,10 @@ def precision(probabilities: np.ndarray, known: np.ndarray, fraction: float = 1.
 def draw(
     probabilities: np.ndarray, path: str | os.PathLike[str], title: str = "", known: np.ndarray | None = None
 ) -> None:
-    """The map, and below the diagonal the known contacts with the precision, if there are any."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5.5), layout="constrained")
-    axes = figure.subplots()
-    ends = (0.5, len(probabilities) + 0.5)
-    image = axes.imshow(probabilities, cmap="Blues", vmin=0, vmax=1, origin="lower", extent=(*ends, *ends))
+    """Write the map as a picture, with the known contacts and the precision if there is a structure."""
+    top: list[tuple[int, int, float]] = []
     if known is not None:
-        i, j = np.nonzero(np.tril(np.nan_to_num(known), -SEPARATION))
-        axes.scatter(j + 1, i + 1, s=4, color="tab:red", label="known contacts (above: predicted)")
-        axes.legend(loc="upper left", fontsize=8)
+        top = top_contacts(np.where(np.isnan(known), -1, probabilities))
         at_l = precision(probabilities, known)
         title += f"\nprecision of the top L: {at_l['all']:.2f}, long range {at_l['long']:.2f}"
-    axes.set_title(title.strip(), fontsize=10)
-    axes.set_xlabel("residue")
-    axes.set_ylabel("residue")
-    figure.colorbar(image, label="probability of a contact")
-    figure.savefig(path, dpi=150)
+    plots.contact_map(probabilities, known, top, title).savefig(path, dpi=plots.DPI)

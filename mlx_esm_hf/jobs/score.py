@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_esm_hf import plots
 from mlx_esm_hf.data.mutations import Substitution, parse, read_table, suggest_first_residue
 from mlx_esm_hf.data.proteins import CHAIN_BREAK, STANDARD, Report, clean, read_proteins, tokens
 from mlx_esm_hf.errors import UserError
@@ -326,10 +327,12 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any
         table.writerows(rows)
 
 
-def heat_map(scores: Scores, path: str | os.PathLike[str], mutant_column: str = "mutant") -> None:
-    """The scores of all 20 residues at each position as a picture (of what `score` returns without a list)."""
-    from matplotlib.figure import Figure
+def scan_grid(scores: Scores, mutant_column: str = "mutant") -> tuple[np.ndarray, list[str], int]:
+    """Return the last score column of a scan (`mutants=None`) as a grid.
 
+    Returns:
+        The scores [20 residues, positions], the wild type at each position, and the number of the first position.
+    """
     values: dict[tuple[int, str], float] = {}
     wild_types: dict[int, str] = {}
     for row in scores.rows:
@@ -339,16 +342,10 @@ def heat_map(scores: Scores, path: str | os.PathLike[str], mutant_column: str = 
             wild_types[int(mutant[1:-1])] = mutant[0]
     places = sorted(wild_types)
     grid = np.array([[values[place, residue] for place in places] for residue in STANDARD])
-    figure = Figure(figsize=(max(6, len(places) / 8), 5), layout="constrained")
-    axes = figure.subplots()
-    bound = np.abs(grid).max() or 1
-    image = axes.imshow(grid, cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto")
-    axes.set_yticks(range(20), list(STANDARD))
-    step = max(1, len(places) // 60)
-    axes.set_xticks(
-        range(0, len(places), step), [f"{wild_types[p]}{p}" for p in places[::step]], rotation=90, fontsize=7
-    )
-    axes.set_xlabel("wild type and position")
-    axes.set_ylabel("mutant")
-    figure.colorbar(image, label="log p(mutant) - log p(wild type)")
-    figure.savefig(path, dpi=150)
+    return grid, [wild_types[place] for place in places], places[0]
+
+
+def heat_map(scores: Scores, path: str | os.PathLike[str], mutant_column: str = "mutant") -> None:
+    """Write the scores of a scan as a picture."""
+    grid, wild_type, first_residue = scan_grid(scores, mutant_column)
+    plots.mutation_scan(grid, wild_type, STANDARD, first_residue).savefig(path, dpi=plots.DPI)

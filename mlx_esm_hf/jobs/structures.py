@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_esm_hf import plots
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.esmfold.modeling_esmfold import aligned_error_centers
 from mlx_esm_hf.models.esmfold.protein import ONE_LETTER_CHAINS, pdb_text
@@ -245,41 +246,14 @@ def chain_ends(result: Result) -> np.ndarray:
 
 
 def plddt_picture(result: Result) -> bytes:
-    """pLDDT along the chains, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(np.arange(1, result.length + 1), alpha_plddt(result), linewidth=1)
-    for level in (50, 70, 90):  # AlphaFold's: below, very low; low; confident; above, very high
-        axes.axhline(level, color="lightgray", linewidth=0.8, zorder=0)
-    for end in chain_ends(result):
-        axes.axvline(end, color="black", linewidth=0.8)
-    axes.set(xlabel="residue", ylabel="pLDDT", ylim=(0, 100), xlim=(0.5, result.length + 0.5))
-    axes.set_title(f"{result.id[:60]}: mean pLDDT {result.arrays['mean_plddt'][0]:.1f}", fontsize=10, parse_math=False)
-    return png(figure)
+    """Return pLDDT along the chains as PNG."""
+    title = f"{result.id[:60]}: mean pLDDT {result.arrays['mean_plddt'][0]:.1f}"
+    return plots.png(plots.plddt_curve(alpha_plddt(result), chain_ends(result), title))
 
 
 def aligned_error_picture(result: Result) -> bytes:
-    """The predicted aligned error, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.subplots()
-    ends, largest = (0.5, result.length + 0.5), float(aligned_error_centers()[-1])
-    image = axes.imshow(
-        result.arrays["predicted_aligned_error"], cmap="Greens_r", vmin=0, vmax=largest, extent=(*ends, *ends[::-1])
-    )
-    for end in chain_ends(result):
-        axes.axvline(end, color="black", linewidth=0.8)
-        axes.axhline(end, color="black", linewidth=0.8)
-    axes.set(xlabel="scored residue", ylabel="aligned residue")
-    axes.set_title(f"{result.id[:60]}: pTM {result.arrays['ptm'][0]:.2f}", fontsize=10, parse_math=False)
-    figure.colorbar(image, label="expected position error (Å)")
-    return png(figure)
-
-
-def png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
+    """Return the predicted aligned error as PNG."""
+    title = f"{result.id[:60]}: pTM {result.arrays['ptm'][0]:.2f}"
+    largest = float(aligned_error_centers()[-1])
+    error = result.arrays["predicted_aligned_error"]
+    return plots.png(plots.aligned_error(error, largest, chain_ends(result), title))
