@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from mlx_esm_hf import EsmcTokenizer, MLXAutoModelForMaskedLM
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
-from mlx_esm_hf.data.proteins import read_proteins
+from mlx_esm_hf.data.source import read_proteins
 
 # Of an output's scale. In float32 two implementations differ by some 1e-6 of it, and where one is wrong by far more.
 BAR = 1e-4

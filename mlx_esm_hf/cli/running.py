@@ -38,10 +38,14 @@ class Running:
 
     def show(self, progress: Progress) -> None:
         """Move the bar; the jobs call this."""
-        self.residues += progress.computed
+        self.residues += progress.residues_computed
         speed = f"{self.residues / (time.perf_counter() - self.begin):,.0f} residues/s" if self.residues else ""
         self.bar.update(
-            self.task, total=progress.total, advance=progress.residues, speed=speed, doing=escape(progress.doing)
+            self.task,
+            total=progress.residues_total,
+            advance=progress.residues_done,
+            speed=speed,
+            doing=escape(progress.doing),
         )
 
     def finish(self, output: Path, report: Any) -> None:
@@ -80,9 +84,9 @@ def running(output: Path | None, quiet: bool = False, source: str = "") -> Itera
 
 def going_on(source: str) -> str:
     """Whether what was stopped can be taken up again."""
-    from mlx_esm_hf.data.proteins import is_stream
+    from mlx_esm_hf.data.source import ProteinSource
 
-    if is_stream(source):
+    if ProteinSource.open(source).is_stream:
         return "what is read only once cannot be taken up again"
     return "the same command goes on from there"
 

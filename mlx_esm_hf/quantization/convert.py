@@ -21,7 +21,8 @@ from transformers.utils.hub import resolve_revision
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
 from mlx_esm_hf.checkpoint.write import save_safetensors
-from mlx_esm_hf.data.proteins import Protein, Report, Source, read_proteins
+from mlx_esm_hf.data.proteins import Protein, Report
+from mlx_esm_hf.data.source import Proteins, read_proteins
 from mlx_esm_hf.dtypes import STORED_DTYPES
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.hub.card import task_head
@@ -93,7 +94,7 @@ def convert(
     dequantize: bool = False,
     max_shard_size: int | str = "5GB",
     revision: str | None = None,
-    report: Source | None = None,
+    report: Proteins | None = None,
     upload_repo: str | None = None,
 ) -> Conversion:
     """Write a checkpoint in another precision, with its tokenizer beside it. Arrays are read, converted and written one
@@ -182,7 +183,7 @@ def convert(
     return conversion
 
 
-def read_for_report(proteins: Source, source: str, revision: str) -> list[Protein]:
+def read_for_report(proteins: Proteins, source: str, revision: str) -> list[Protein]:
     """The proteins; that the report can be made turns out before the work.
 
     Raises:

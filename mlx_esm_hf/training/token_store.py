@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Report, Source, is_stdin, read_proteins
+from mlx_esm_hf.data.proteins import Report
+from mlx_esm_hf.data.source import STDIN, Proteins, read_proteins
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.run import sha256_of
@@ -65,7 +66,7 @@ def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabul
 
 
 def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabulary, report: Report) -> None:
-    if is_stdin(source) or not os.path.isfile(source):
+    if source == STDIN or not os.path.isfile(source):
         raise UserError(f"{source} is no file: training reads its proteins from FASTA files.")
     wanted = {"sha256": sha256_of(source), "vocabulary": sorted(vocabulary.ids.items()), "version": 1}
     wanted = json.loads(json.dumps(wanted))
@@ -77,7 +78,9 @@ def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabu
         _write_store(source, folder, vocabulary, report, wanted)
 
 
-def _write_store(source: Source, folder: Path, vocabulary: Vocabulary, report: Report, wanted: dict[str, Any]) -> None:
+def _write_store(
+    source: Proteins, folder: Path, vocabulary: Vocabulary, report: Report, wanted: dict[str, Any]
+) -> None:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
