@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from typing import IO, Any
 
@@ -19,7 +21,6 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 
 from mlx_esm_hf.data.proteins import Protein, Report, clean, clean_chains, quoted
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.runs.run import sha256_of
 
 STDIN = "-"
 
@@ -39,7 +40,7 @@ class ProteinSource:
         path: the path of a file or stream, `-` for standard input; None for Python objects.
         objects: the Python objects; see `read_proteins`.
         can_reread: whether it is a file, which can be read more than once and has a checksum.
-        checksum: the checksum of something that is not a file but fully described by the settings of a job.
+        resumable: whether a run on objects can be resumed, because the settings of its job determine them.
         aligned: keep gaps.
         chains: a protein may have several chains, separated by `:`.
     """
@@ -48,7 +49,7 @@ class ProteinSource:
     path: str | None = None
     objects: Iterable[Any] = ()
     can_reread: bool = False
-    checksum: str | None = None
+    resumable: bool = False
     aligned: bool = False
     chains: bool = False
 
@@ -79,14 +80,16 @@ class ProteinSource:
         """Whether it is standard input or a pipe, which can be read only once."""
         return self.path is not None and not self.can_reread
 
-    def describe(self) -> dict[str, str]:
-        """Return the name and the SHA-256 checksum of the source as it is now, for the manifest of a run.
-
-        There is no checksum, and the run cannot be resumed, if the source can be read only once.
-        """
+    @cached_property
+    def sha256(self) -> str | None:
+        """The checksum of a file when it was first asked for; None for a source whose runs cannot be resumed."""
         if self.path is not None and self.can_reread:
-            return {"name": self.name, "sha256": sha256_of(self.path)}
-        return {"name": self.name} if self.checksum is None else {"name": self.name, "sha256": self.checksum}
+            return sha256_of(self.path)
+        return "" if self.resumable else None
+
+    def has_changed(self) -> bool:
+        """Return whether a file has changed since its checksum was first asked for."""
+        return self.path is not None and self.can_reread and sha256_of(self.path) != self.sha256
 
     def read(self, report: Report | None = None) -> Iterator[Protein]:
         """Yield the proteins in order, cleaned; those that cannot be read are left out.
@@ -140,6 +143,15 @@ def read_proteins(
         ['MKTAYI', 'MK']
     """
     return ProteinSource.open(proteins, aligned, chains).read(report)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 checksum of a file, of the compressed bytes if it is compressed."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _standard_input() -> IO[bytes]:

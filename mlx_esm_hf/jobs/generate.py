@@ -180,10 +180,8 @@ def generate(
     if length is not None and length < 1:
         raise UserError(f"length must be at least 1, got {length}.")
     if proteins is None:
-        # The settings determine these proteins, so a run on them can be resumed without a checksum.
-        source = ProteinSource(
-            "length", objects=[("design", "<mask>" * int(length or 0))], checksum="", aligned=aligned
-        )
+        design = ("design", "<mask>" * int(length or 0))
+        source = ProteinSource("length", objects=[design], resumable=True, aligned=aligned)
     else:
         source = ProteinSource.open(proteins, aligned)
     plan = Plan(order, sweeps, samples, seed, None if fixed is None else parse_positions(fixed))

@@ -63,7 +63,7 @@ class ProteinItems:
         strict: raise an error for a bad record instead of leaving it out.
 
     Attributes:
-        describe: describes the source, for the manifest of a run.
+        has_changed: tells whether the source has changed while it was read.
         report: what was changed and left out while the items were read.
         total: the residues of all items; None unless `survey` counted them.
     """
@@ -82,7 +82,7 @@ class ProteinItems:
         has_files: bool = False,
         strict: bool = False,
     ) -> None:
-        self.source, self.describe = source, source.describe
+        self.source, self.has_changed = source, source.has_changed
         self.model, self.result_bytes = model, result_bytes
         self.suffix = None if output is None else Path(output).suffix
         self.work, self.check, self.copies = work, check, copies
@@ -94,6 +94,12 @@ class ProteinItems:
     def left_out(self) -> list[str]:
         """A message for each protein that was left out."""
         return self.report.left_out
+
+    @property
+    def input(self) -> dict[str, str]:
+        """Describe the source for the manifest of a run."""
+        name, sha256 = self.source.name, self.source.sha256
+        return {"name": name} if sha256 is None else {"name": name, "sha256": sha256}
 
     def survey(self) -> None:
         """Read a file once before the work, to check all its proteins and count their residues.

@@ -103,8 +103,12 @@ class Items(Protocol):
     def total(self) -> int | None:
         """The residues of all items; None if unknown."""
 
-    def describe(self) -> dict[str, str]:
-        """Describe the input as it is now, for the manifest. A run can be resumed if this has a "sha256"."""
+    @property
+    def input(self) -> dict[str, str]:
+        """The description of the input for the manifest. A run can be resumed if it has a "sha256"."""
+
+    def has_changed(self) -> bool:
+        """Return whether the input has changed while it was read."""
 
 
 @dataclass
@@ -113,12 +117,12 @@ class ItemList:
 
     Attributes:
         items: the items.
-        description: describes the input for the manifest.
+        input: the description of the input for the manifest.
         left_out: see `Items`.
     """
 
     items: list[Item]
-    description: dict[str, str]
+    input: dict[str, str]
     left_out: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Item]:
@@ -129,9 +133,9 @@ class ItemList:
         """The residues of all items."""
         return sum(item.length for item in self.items)
 
-    def describe(self) -> dict[str, str]:
-        """Return the description of the input."""
-        return self.description
+    def has_changed(self) -> bool:
+        """Return False, as items in memory do not change."""
+        return False
 
 
 @dataclass

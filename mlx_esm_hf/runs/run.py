@@ -105,12 +105,11 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
         on_progress: called after each step.
 
     Raises:
-        UserError: there are no items; the folder contains something else, or a run with other
-            settings or input; the input changed while it was read.
+        UserError: there are no items; the folder contains something else, or a run with other settings or input; the
+            input changed while it was read.
         OSError: the folder cannot be created or written.
     """
-    source = job.items.describe()
-    run = Run(folder, {"version": 1, "command": job.command, "settings": job.settings, "input": source})
+    run = Run(folder, {"version": 1, "command": job.command, "settings": job.settings, "input": job.items.input})
     distributed.on_rank_0(run.open)
     if distributed.total(int(run.finished)):
         job.items.left_out[:] = run.manifest.get("left_out", [])
@@ -129,12 +128,12 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
         if distributed.rank() == 0:
             files += sum(run.add_files(chunk, job.files) for chunk in step)
         on_progress(Progress(residues_in(step), residues_in(compress(step, missing)), job.items.total))
-    changed = job.items.describe() != source
+    changed = job.items.has_changed()
     if distributed.total(int(changed)):
         distributed.on_rank_0(run.drop_checksums)
         raise UserError(
-            f"{source['name']} has changed while it was read, so the results computed from it are not used. Remove "
-            f"{folder}, then start again."
+            f"{job.items.input['name']} has changed while it was read, so the results computed from it are not used. "
+            f"Remove {folder}, then start again."
         )
     distributed.on_rank_0(lambda: run.finish({"items": items, "shards": shards, "files": files}, job))
     return run
@@ -215,7 +214,9 @@ class Run:
 
     def _is_intact(self, name: str) -> bool:
         path = self.folder / name
-        return name in self.checksums and path.is_file() and sha256_of(path) == self.checksums[name]
+        if name not in self.checksums or not path.is_file():
+            return False
+        return hashlib.sha256(path.read_bytes()).hexdigest() == self.checksums[name]
 
     def _intact(self) -> bool:
         """Return whether all files of a finished run exist and are intact."""
@@ -308,15 +309,6 @@ class Run:
                 continue
             for result in read_shard(path):
                 yield (result.number, result.id, result.length, path.name), job.columns(result)
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 checksum of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def shard_name(number: int) -> str:

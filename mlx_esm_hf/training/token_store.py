@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from mlx_esm_hf.data.proteins import Report
-from mlx_esm_hf.data.source import STDIN, Proteins, read_proteins
+from mlx_esm_hf.data.source import STDIN, Proteins, read_proteins, sha256_of
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.runs.run import sha256_of
 from mlx_esm_hf.runtime import distributed
 
 DESCRIPTION = "store.json"
