@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.runtime.device import half_precision_is_slow
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def resolve_dtype(requested: Any, configured: Any, stored: list[mx.Dtype]) -> mx
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, 'auto', or their objects; got {requested!r}.")
         return dtype
     dtype = as_dtype(configured) or (stored[0] if stored else mx.float32)
-    if dtype in (mx.float16, mx.bfloat16) and mx.default_device() == mx.cpu:
+    if dtype in (mx.float16, mx.bfloat16) and half_precision_is_slow():
         warn_once(
             "The checkpoint is in half precision, which is slower on the CPU, so it is loaded as float32 (except for "
             "quantized weights). Pass dtype= to keep half precision and use half the memory."

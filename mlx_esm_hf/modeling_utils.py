@@ -19,7 +19,7 @@ from mlx_esm_hf import loading
 from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files
-from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors
+from mlx_esm_hf.checkpoint.write import remove_stale_shards, save_safetensors
 from mlx_esm_hf.dtypes import as_dtype, cast_error, name_of, resolve_dtype, warn_once
 from mlx_esm_hf.errors import CheckpointError, UserError, UserRuntimeError
 from mlx_esm_hf.hub.publish import hub_id, publish
@@ -34,6 +34,7 @@ from mlx_esm_hf.quantization.layers import (
     replace_layers,
     spec_of,
 )
+from mlx_esm_hf.runtime.files import replace_files
 from mlx_esm_hf.runtime.process import check_process
 
 Model = TypeVar("Model", bound="MLXPreTrainedModel")

@@ -23,8 +23,7 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
 )
-
-GPU = ("gpu", "cuda", "mps")
+from mlx_esm_hf.runtime.device import use_torch_device
 
 
 def pipeline(
@@ -60,7 +59,7 @@ def pipeline(
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     if device is not None:
-        mx.set_default_device(device_named(device))
+        use_torch_device(device)
     pipeline_class, auto_class = TASKS[task]
     if isinstance(model, MLXPreTrainedModel):
         if tokenizer is None:
@@ -76,22 +75,6 @@ def pipeline(
         tokenizer = load_tokenizer(os.fspath(tokenizer), **shared)
     refuse_other_tokenizer(tokenizer, network.config, network.residues, network.config._name_or_path)
     return pipeline_class(network.eval(), tokenizer, batch_size)
-
-
-def device_named(device: int | str) -> mx.Device:
-    """Convert a device of torch to MLX's.
-
-    Raises:
-        UserError: the device does not exist.
-    """
-    name = str(device).partition(":")[0]
-    if name in ("cpu", "-1"):
-        return mx.Device(mx.cpu)
-    if name not in GPU and not name.isdecimal():
-        raise UserError(f"device must be cpu, -1, {', '.join(GPU)} or a number, got {device!r}.")
-    if not mx.is_available(mx.gpu):
-        raise UserError(f"device={device!r}: MLX has no GPU here. Leave it out, or use 'cpu'.")
-    return mx.Device(mx.gpu, int(name) if name.isdecimal() else 0)
 
 
 class Pipeline:

@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_esm_hf import MLXEsmForMaskedLM, ops
+from mlx_esm_hf import MLXEsmForMaskedLM
 from mlx_esm_hf.modeling_layers import (
     Embedding,
     LayerNorm,
@@ -14,7 +14,7 @@ from mlx_esm_hf.modeling_layers import (
     QuantizedLinear,
     dequantized_weight,
 )
-from mlx_esm_hf.ops import gpu
+from mlx_esm_hf.ops import dispatch, gpu
 from tests.parity import batch, config
 
 ACTIVATIONS = {None: lambda x: x, "gelu": nn.gelu, "relu": nn.relu}
@@ -28,7 +28,7 @@ def close(a, b, tolerance=1e-5):
 @pytest.fixture(params=["this device", "gpu backend"])
 def backend(request, monkeypatch):
     if request.param == "gpu backend":
-        monkeypatch.setattr(ops, "backend_of", lambda *arrays: gpu)
+        monkeypatch.setattr(dispatch, "backend_of", lambda *arrays: gpu)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

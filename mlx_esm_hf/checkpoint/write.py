@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +29,6 @@ SAFETENSORS_DTYPES = {
     mx.int64: "I64",
 }
 UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-
-
-@contextmanager
-def replace_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` when the block ends well, and vanish when it fails."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        yield Path(temporary)
-        for file in sorted(Path(temporary).iterdir()):
-            os.replace(file, folder / file.name)
 
 
 def write_safetensors(path: Path, arrays: dict[str, mx.array]) -> None:

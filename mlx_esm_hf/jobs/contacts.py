@@ -23,14 +23,12 @@ from mlx_esm_hf.runs.formats import write_npz
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs, check_picture
 from mlx_esm_hf.runs.run import Run, WriteRun
+from mlx_esm_hf.runtime.costs import costs
 
 SEPARATION = 6  # least distance of the two residues of a contact in the sequence (Rao et al. 2020, section 3.1)
 RANGES = {"all": (6, None), "short": (6, 12), "medium": (12, 24), "long": (24, None)}
 DISTANCE = 8.0  # Å between Cβ atoms
 ATTENTION_TOKENS = 512  # most tokens of a batch: attention maps grow with the square of the length
-# What starting a batch costs, in pairs of tokens that are computed in that time. Measured on a CPU, in rows of 130
-# tokens: 3,300 with 8M, 4,300 with 150M. For a GPU an estimate, by which as many rows go together as may.
-START_PAIRS = {"gpu": 512**2, "cpu": 64**2}
 
 
 def contacts(
@@ -167,9 +165,9 @@ def maps(model: ProteinModel, sequences: Sequence[np.ndarray]) -> list[Arrays]:
     """Return the contact maps of proteins, given by their ids [positions]."""
     totals = [np.zeros((len(ids), len(ids)), np.float32) for ids in sequences]
     weights: dict[int, np.ndarray] = {}  # for proteins in several windows
-    start = START_PAIRS[mx.default_device().type.name]
+    launch = costs().contact_launch_pairs
     # Attention maps include padding even if batches are packed otherwise.
-    for batch in model.batches(sequences, row_cost=lambda tokens: tokens**2 / start):
+    for batch in model.batches(sequences, row_cost=lambda tokens: tokens**2 / launch):
         predicted = np.array(model.network.predict_contacts(batch.input_ids, batch.attention_mask).astype(mx.float32))
         for window, one in zip(batch.windows, predicted, strict=True):
             index, size = window.sequence, window.length

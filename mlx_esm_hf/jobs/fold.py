@@ -32,12 +32,9 @@ from mlx_esm_hf.ops.pairs import NUMBERS_AT_A_TIME
 from mlx_esm_hf.runs.job import Arrays, Files, Item, Job, OnProgress, Progress, Result, no_files, no_progress
 from mlx_esm_hf.runs.outputs import check_library, check_outputs, earlier_settings
 from mlx_esm_hf.runs.run import Run, WriteRun
+from mlx_esm_hf.runtime.costs import costs
 from mlx_esm_hf.runtime.device import use_device
 
-# Of a batch, by the device: fair-esm's, and where larger ones are no faster, as many as a kill may cost.
-BATCH_TOKENS = {"gpu": 1024, "cpu": 256}
-# What starting a batch costs, in pairs of residues computed in that time: measured on a CPU, for a GPU an estimate.
-START_PAIRS = {"gpu": 128**2, "cpu": 700}
 LINKER = "G" * 25  # between two chains, as in fair-esm
 PAIR_STATES = 8  # most copies of the pair states in memory at a time
 
@@ -298,7 +295,7 @@ class FoldingModel:
             free: bytes of memory that a batch may need.
             wanted: residues of a batch if they fit; 0 for as many as suit the device.
         """
-        wanted = wanted or BATCH_TOKENS[mx.default_device().type.name]
+        wanted = wanted or costs().fold_batch_tokens
         return max(1, bisect_right(range(wanted + 1), free, key=self.bytes_needed) - 1)
 
     def predict(self, proteins: Sequence[np.ndarray]) -> list[Arrays]:
@@ -369,8 +366,8 @@ def predictions(model: FoldingModel, items: Sequence[Item], progress: OnProgress
     """Return the arrays of items, folded in batches of similar length; progress names the batch at each pass."""
     results: list[Arrays] = [{} for _ in items]
     lengths = [model.linked_length(item.content) for item in items]
-    start = START_PAIRS[mx.default_device().type.name]
-    for rows in by_length(lengths, model.batch_tokens, lambda length: length**2 / start):
+    launch = costs().fold_launch_pairs
+    for rows in by_length(lengths, model.batch_tokens, lambda length: length**2 / launch):
         first = items[rows[0]]
         others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
 

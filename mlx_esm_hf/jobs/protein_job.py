@@ -214,8 +214,8 @@ class MemoryLimit:
         self.free = memory.free_memory() // distributed.size()
         earlier = earlier_settings(output).get("memory")
         # All ranks must leave out the same proteins, but only rank 0 is certain to see the output.
-        known = distributed.smallest(NO_LIMIT if earlier is None else earlier)
-        self.mebibytes = distributed.smallest(self.free >> 20) if known == NO_LIMIT else known
+        known = distributed.all_min(NO_LIMIT if earlier is None else earlier)
+        self.mebibytes = distributed.all_min(self.free >> 20) if known == NO_LIMIT else known
 
     @property
     def bytes(self) -> int:

@@ -24,12 +24,8 @@ from mlx_esm_hf.models.auto import MLXAutoModel
 from mlx_esm_hf.quantization.layers import has_int8_activations
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runtime import distributed, memory
-from mlx_esm_hf.runtime.device import use_device
-
-# What starting a batch costs, in tokens that are computed in that time. An H200 starts a batch of 650M in 11 ms, in
-# which it computes some 1,400 tokens in bfloat16 and 300 in float32: 1,024 suits bfloat16, in which bulk work on a GPU
-# is mostly done. For a CPU an estimate.
-START_TOKENS = {"gpu": 1024, "cpu": 16}
+from mlx_esm_hf.runtime.costs import costs
+from mlx_esm_hf.runtime.device import device_name, use_device
 
 CHUNK_BATCHES = 16  # batches of a chunk: enough to sort proteins by length
 
@@ -139,8 +135,8 @@ class ProteinModel:
         """Return the cost of a row, see `by_length`; None if batches are packed and padding costs nothing."""
         if ops.packs(self.network.dtype):
             return None
-        start = START_TOKENS[mx.default_device().type.name]
-        return lambda tokens: tokens / start
+        launch = costs().launch_tokens
+        return lambda tokens: tokens / launch
 
     def log_probabilities(
         self, sequences: Sequence[np.ndarray], windows: Sequence[Window] | None = None
@@ -254,8 +250,8 @@ def agreed(batch_tokens: int, wanted: int) -> int:
         wanted: what the caller or an earlier run wants; 0 for no preference. Only rank 0 is certain to see the output
             of an earlier run.
     """
-    decided = wanted > 0 or distributed.rank() == 0
-    return distributed.smallest(batch_tokens if decided else 1 << 30)
+    decided = wanted > 0 or distributed.is_rank_0()
+    return distributed.all_min(batch_tokens if decided else 1 << 30)
 
 
 def load_network(cls: Any, model: str, **options: Any) -> Any:
@@ -297,7 +293,7 @@ def settings_of(model: Any) -> dict[str, Any]:
         "revision": model.revision,
         "weights": fingerprint(model.network),
         "dtype": str(model.network.dtype).removeprefix("mlx.core."),
-        "device": mx.default_device().type.name,
+        "device": device_name(),
         "batch_tokens": model.batch_tokens,
     }
     if has_int8_activations(model.network):

@@ -196,7 +196,7 @@ def _score(
         results = list(stream(job))
     else:
         run = compute_run(job, folder, on_progress)
-        if distributed.rank() > 0:  # rank 0 writes the table
+        if not distributed.is_rank_0():  # rank 0 writes the table
             return {}, len(ids)
         results = list(run.results())
     if method == "pseudo-perplexity":

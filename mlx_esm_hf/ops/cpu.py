@@ -1,8 +1,8 @@
-"""Linux CPUs: compositions of MLX operations that avoid those whose CPU loops are slow.
+"""The backend for CPUs: compositions of MLX operations that avoid the slow ones.
 
-`mx.erf` takes about 45 ns an element and `mx.exp`, inside `mx.softmax` or alone, about 20, where a multiplication
-takes 0.6. So both functions are spelled out in additions and multiplications, at float32's own accuracy. Other
-dtypes keep MLX's operations.
+On a CPU, `mx.erf` takes about 45 ns per element and `mx.exp`, alone or in `mx.softmax`, about 20 ns; a multiplication
+takes 0.6 ns. Both functions are therefore written as additions and multiplications, with the accuracy of float32. Other
+dtypes use MLX's operations.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-# Scores of attention that are held at a time, in elements: 4 MB, which stay in the processor's cache. On ESM-2 8M and
-# 600 residues this takes half the time of 16 MB.
+# Attention scores computed at a time, in elements (4 MB). They stay in the processor's cache: for ESM-2 8M and 600
+# residues this takes half the time of 16 MB.
 SCORES_AT_A_TIME = 1 << 20
 
 SUM_BLOCK = 32
 
 # The upper tail of the normal distribution for a >= 0 is e^(-a²/2) P(a) / Q(a). Fitted by weighted least squares on
-# 1,200 Chebyshev nodes of [0, 6], so that the error of a times the tail is at most 6.9e-9.
+# 1,200 Chebyshev nodes of [0, 6]. The error of a times the tail is at most 6.9e-9.
 TAIL_P = (0.5000004313331821, 0.19536151675441155, 0.03707046742248422, -0.00010750251376181039)
 TAIL_Q = (1.0, 1.1886239477562983, 0.5224212044247064, 0.088594318123727)
 
-# 2^f on |f| <= 1/2, fitted alike; largest relative error 7.5e-8.
+# 2^f for |f| <= 1/2, fitted in the same way. The largest relative error is 7.5e-8.
 EXP2 = (1.0000000716542266, 0.6931469670506254, 0.24022119725322993, 0.05550713296586601, 0.009675541274876368,
         0.0013276464528452075)  # fmt: skip
-ROUND = 1.5 * 2**23  # adding it leaves the nearest integer in the low bits of a float32
+ROUND = 1.5 * 2**23  # after adding it, the low bits of a float32 hold the nearest integer
 
 
 def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
+    """Return the polynomial in x with these coefficients, constant term first."""
     y = coefficients[-1] * x + coefficients[-2]
     for c in coefficients[-3::-1]:
         y = y * x + c
@@ -38,7 +39,7 @@ def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
 
 
 def _exp2(t: mx.array) -> mx.array:
-    """2^t for t <= 0; what would be smaller than float32's smallest normal number becomes that number."""
+    """Return 2^t for t <= 0, at least the smallest normal float32."""
     t = mx.maximum(t, -126.0)
     shifted = t + ROUND
     power = _polynomial(EXP2, t - (shifted - ROUND))
@@ -47,7 +48,7 @@ def _exp2(t: mx.array) -> mx.array:
 
 @mx.custom_function
 def _exp(x: mx.array) -> mx.array:
-    """e^x for x <= 0."""
+    """Return e^x for x <= 0."""
     return _exp2(x * math.log2(math.e))
 
 
@@ -57,15 +58,15 @@ def _exp_vjp(_: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 
 
 def _normal(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """|x|, e^(-x²/2) and the tail Φ(-|x|)."""
-    size = mx.minimum(mx.abs(x), 12.0)  # where the tail is 2e-33, and P and Q are far from overflowing
+    """Return |x|, e^(-x²/2) and the tail Φ(-|x|)."""
+    size = mx.minimum(mx.abs(x), 12.0)  # there the tail is 2e-33, and P and Q do not overflow
     bell = _exp2(size * size * (-0.5 * math.log2(math.e)))
     return size, bell, bell * (_polynomial(TAIL_P, size) / _polynomial(TAIL_Q, size))
 
 
 @mx.custom_function
 def _gelu(x: mx.array) -> mx.array:
-    """x Φ(x) as max(x, 0) - |x| Φ(-|x|), in which nothing cancels."""
+    """Return x Φ(x), computed as max(x, 0) - |x| Φ(-|x|), which avoids cancellation."""
     size, _, tail = _normal(x)
     return mx.maximum(x, 0.0) - size * tail
 
@@ -77,7 +78,7 @@ def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
 
 
 def gelu(x: mx.array) -> mx.array:
-    """`ops.gelu`."""
+    """Compute `ops.gelu`."""
     if x.dtype == mx.float32:
         return _gelu(x)  # type: ignore[return-value]
     if x.dtype == mx.float64:
@@ -86,7 +87,7 @@ def gelu(x: mx.array) -> mx.array:
 
 
 def _exp_of_size(x: mx.array) -> mx.array:
-    """e^-|x|, of which x / (1 + e^-x) and its gradient are made, since it cannot overflow."""
+    """Return e^-|x|, from which x / (1 + e^-x) and its gradient are built because it cannot overflow."""
     return _exp2(mx.abs(x) * -math.log2(math.e))
 
 
@@ -104,7 +105,7 @@ def _silu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """`ops.swiglu`."""
+    """Compute `ops.swiglu`."""
     if gate.dtype == mx.float64:
         return gate * mx.sigmoid(gate) * up
     silu: mx.array = _silu(gate.astype(mx.float32))  # type: ignore[assignment]
@@ -112,9 +113,10 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def _sum(x: mx.array) -> mx.array:
-    """Over the last axis, which is kept: first in blocks, since one number after the other loses digits."""
+    """Return the sum over the last axis, which is kept. Summing in blocks first loses less precision."""
     x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % SUM_BLOCK)])
-    sums = x.reshape(-1, SUM_BLOCK) @ mx.ones((SUM_BLOCK, 1))  # one product: of many small ones BLAS makes many calls
+    # One large product: a batch of small ones would be as many BLAS calls.
+    sums = x.reshape(-1, SUM_BLOCK) @ mx.ones((SUM_BLOCK, 1))
     return sums.reshape(*x.shape[:-1], -1).sum(axis=-1, keepdims=True)
 
 
@@ -123,8 +125,10 @@ def _mean(x: mx.array) -> mx.array:
 
 
 def _centre(x: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-    """x without its mean, and one over its standard deviation. MLX sums one by one, which at a width of 320 errs by
-    three times as much."""
+    """Return x minus its mean, and 1 / its standard deviation.
+
+    At a width of 320 the error is a third of that of `mx.mean`, which sums element by element.
+    """
     centred = x - _mean(x)
     return centred, mx.rsqrt(_mean(centred * centred) + eps)
 
@@ -145,6 +149,7 @@ def _normalize(eps: float) -> Callable[[mx.array], mx.array]:
 
 
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float) -> mx.array:
+    """Compute `ops.layer_norm`."""
     if x.dtype != mx.float32:
         return mx.fast.layer_norm(x, weight, bias, eps)
     y = _normalize(eps)(x) * weight
@@ -152,13 +157,13 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array | None, eps: float)
 
 
 def _softmax_terms(scores: mx.array) -> tuple[mx.array, mx.array]:
-    """Numerator and denominator."""
+    """Return the numerator and the denominator of the softmax over the last axis."""
     terms: mx.array = _exp(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))  # type: ignore[assignment]
     return terms, _sum(terms)
 
 
 def softmax(x: mx.array) -> mx.array:
-    """`ops.softmax`."""
+    """Compute `ops.softmax`."""
     if x.dtype != mx.float32:
         return mx.softmax(x, axis=-1, precise=True)
     if x.size <= SCORES_AT_A_TIME:
@@ -185,7 +190,7 @@ def _attention(query: mx.array, key: mx.array, value: mx.array, added: mx.array 
 def scaled_dot_product_attention(
     query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None, bias: mx.array | None = None
 ) -> mx.array:
-    """Attention of heads that `split_heads` has made ready, [B, H, L, d]; bias [B or 1, H, L, S]."""
+    """Return attention [B, H, L, d] of heads from `split_heads`, with a bias [B or 1, H, L, S] added to the scores."""
     B, H, L, _ = query.shape
     S = key.shape[2]
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
@@ -200,14 +205,14 @@ def scaled_dot_product_attention(
         for r in _blocks(L, rows):
             of_rows = added
             if added is not None:
-                of_rows = added[h, r] if added.shape[1] > 1 else added[h]  # padding is hidden from all queries alike
+                of_rows = added[h, r] if added.shape[1] > 1 else added[h]  # padding is hidden from every query
             blocks.append(_attention(query[h, r], key[h], value[h], of_rows))
         parts.append(mx.concatenate(blocks, axis=1))
     return mx.unflatten(mx.concatenate(parts), 0, (B, H))
 
 
 def _added_to_scores(mask: mx.array | None, bias: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
-    """Mask [B, 1, 1 or L, S] and bias [B or 1, H, L, S] as one that is added to the scores; None without either."""
+    """Return the mask [B, 1, 1 or L, S] and the bias [B or 1, H, L, S] as one array to add to the scores, or None."""
     if mask is None:
         return bias
     return mx.where(mask, 0.0 if bias is None else bias, mx.finfo(dtype).min).astype(dtype)

@@ -1,4 +1,4 @@
-"""What surrounds attention: the split of features into heads, rotary positions, ESM-1's learned key and value."""
+"""Steps around attention: splitting features into heads, rotary positions, the learned key and value of ESM-1."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import mlx.core as mx
 
 from mlx_esm_hf.ops.layout import Layout
 
-Rotary = tuple[mx.array, mx.array]  # cosines and sines
-Norms = tuple[mx.array, mx.array, float]  # the weights of the layer norms of query and key, and their eps
+Rotary = tuple[mx.array, mx.array]  # cosines, sines
+Norms = tuple[mx.array, mx.array, float]  # weights of the layer norms of query and key, eps
 
 
 class Heads(NamedTuple):
-    """Arguments of the backends' `scaled_dot_product_attention`: the query is scaled, query and key are rotated."""
+    """Arguments of a backend's `scaled_dot_product_attention`. The query is scaled; query and key are rotated."""
 
     query: mx.array  # [B, H, L, d]
-    key: mx.array  # [B, H, S, d], where S is L, or L + 1 with a learned key
+    key: mx.array  # [B, H, S, d]; S is L, or L + 1 with a learned key
     value: mx.array  # [B, H, S, d]
-    mask: mx.array | None  # bool [B, 1, 1, S] or, of chains, [B, 1, L, S], False hides a key
+    mask: mx.array | None  # bool [B, 1, 1, S], or [B, 1, L, S] with chains; False hides a key
 
 
 def split_heads(
@@ -30,7 +30,7 @@ def split_heads(
     rotary: Rotary | None = None,
     bias_kv: tuple[mx.array, mx.array] | None = None,
 ) -> Heads:
-    """From [B, L, D] to [B, heads, L, D / heads], ready to be multiplied; arguments as those of `ops.attention`."""
+    """Split [B, L, D] into heads [B, heads, L, D / heads], then scale and rotate. Arguments as in `ops.attention`."""
     mask = None if layout is None else layout.visible
     if mask is not None:
         mask = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
@@ -49,16 +49,23 @@ def split_heads(
 
 
 def merge_heads(x: mx.array) -> mx.array:
-    """[B, heads, L, d] to [B, L, heads · d]"""
+    """Merge heads: [B, heads, L, d] to [B, L, heads · d]."""
     return x.swapaxes(1, 2).flatten(2)
 
 
 def apply_rotary_pos_emb(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate each head of x [B, H, L, d], whose halves are the coordinates, by angles [B, L, d / 2] (Su et al. 2021).
+    """Rotate each head of x by the angle of its position.
 
-    In float32, which cos and sin are, whatever the dtype of x.
+    The two halves of a head are the coordinates. The rotation is computed in float32, the dtype of cos and sin.
+
+    Args:
+        x: [B, H, L, d].
+        cos: cosines of the angles, [B, L, d / 2].
+        sin: sines of the angles, [B, L, d / 2].
+
+    Source: Su et al. (2021).
     """
     cos, sin = cos[:, None], sin[:, None]
     half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]  # not mx.split, which mx.compile of two forwards stumbles over
+    x1, x2 = x[..., :half], x[..., half:]  # not mx.split: it breaks mx.compile of two forward passes
     return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

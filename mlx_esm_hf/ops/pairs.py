@@ -1,100 +1,145 @@
-"""What the trunk of a folding network does to the states of pairs of residues, [B, L, L, C], `z` below.
+"""Operations on the pair states [B, L, L, C] of a folding network, called `z` below.
 
-Each operation begins with a layer norm, whose result is called z' here, and may add a residual. Layers and norms are
-given as (weight, bias), of which the bias may be None. On Linux CPUs an operation is one kernel, between whose steps
-only a few pairs are in memory. Elsewhere, and for gradients, it is what is spelled out here, some rows of pairs at a
-time.
+Each operation begins with a layer norm, whose result is called z' here, and can add a residual. On Linux CPUs each
+operation is one kernel that holds only a few pairs in memory at a time. Elsewhere, and for gradients, it is computed as
+written here, a few rows of pairs at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_esm_hf import ops
 from mlx_esm_hf.ops import kernels
+from mlx_esm_hf.ops.dispatch import backend_of, layer_norm, linear, plain_backend, upcast
 from mlx_esm_hf.runtime.memory import evaluate
-
-Layer = tuple[mx.array, mx.array | None]
 
 EPS = 1e-5  # of the layer norms
 
-SMALL = 1 << 17  # numbers of a weight that stays in a processor's cache
+CACHED_WEIGHT = 1 << 17  # elements of a weight that fits in the processor's cache
 
-# Numbers that an operation makes at a time (16 MB): what stays in the cache is faster, and bounds the memory.
-NUMBERS_AT_A_TIME = 1 << 22
+# Elements that an operation computes at a time (16 MB). This bounds the memory, and is faster: they stay in the cache.
+ELEMENTS_AT_A_TIME = 1 << 22
+
+
+class Affine(NamedTuple):
+    """The parameters of a linear layer or a layer norm."""
+
+    weight: mx.array
+    bias: mx.array | None
 
 
 def by_rows(function: Callable[..., mx.array], rows: int, *arrays: mx.array | None) -> mx.array:
-    """function(*arrays), of `rows` rows [B, rows, ...] at a time."""
+    """Return function(*arrays), computed on `rows` rows of the arrays [B, L, ...] at a time."""
     L = next(x for x in arrays if x is not None).shape[1]
     if rows >= L:
         return function(*arrays)
     results = []
     for first in range(0, L, rows):
         results.append(function(*(None if x is None else x[:, first : first + rows] for x in arrays)))
-        evaluate(results[-1])  # left to itself, MLX has the inside of several in memory
+        evaluate(results[-1])  # otherwise MLX holds the intermediates of several blocks in memory
     return mx.concatenate(results, axis=1)
 
 
-def rows_at_a_time(numbers: int) -> int:
-    """How many, of which each makes so many numbers."""
-    return max(1, NUMBERS_AT_A_TIME // numbers)
+def rows_at_a_time(elements: int) -> int:
+    """Return how many rows to compute at a time if each needs this many elements."""
+    return max(1, ELEMENTS_AT_A_TIME // elements)
 
 
-def computed(kernel: Callable[..., mx.array], plain: Callable[..., mx.array], *arrays: Any) -> mx.array:
-    """kernel(*arrays) where there are kernels, with the gradient of plain(*arrays); elsewhere plain(*arrays).
+def fused(
+    kernel: Callable[..., mx.array], plain: Callable[..., mx.array], *arguments: mx.array | Affine | None
+) -> mx.array:
+    """Return kernel(*arguments) with the gradient of plain(*arguments), or plain(*arguments) without kernels.
 
-    Its dtype is that of the first array.
+    The result has the dtype of the first argument.
     """
-    dtype, arrays = arrays[0].dtype, tuple(ops.upcast(*arrays))
-    if ops.backend_of(*arrays) is not kernels:
-        return plain(*arrays)
-    given = [x for x in arrays if x is not None]
+    arrays = flatten(arguments)
+    arrays32 = upcast(*arrays)
+    if backend_of(*arrays32) is not kernels.native:
+        return plain(*arguments)
 
-    def all_of(function: Callable[..., mx.array], given: tuple[mx.array, ...]) -> mx.array:
-        rest = iter(given)
-        return function(*(None if x is None else next(rest) for x in arrays))
+    # MLX's custom functions take arrays only.
+    def on_arrays(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        return lambda *present: function(*unflatten(arguments, present))
 
-    function: Any = mx.custom_function(lambda *given: all_of(kernel, given))
-    function.vjp(lambda given, dy, _: mx.vjp(lambda *given: all_of(plain, given), list(given), [dy])[1])
-    return function(*given).astype(dtype)
+    function: Any = mx.custom_function(on_arrays(kernel))
+    function.vjp(lambda present, dy, _: mx.vjp(on_arrays(plain), list(present), [dy])[1])
+    return function(*(x for x in arrays32 if x is not None)).astype(arrays[0].dtype)
+
+
+def flatten(arguments: Sequence[mx.array | Affine | None]) -> list[Any]:
+    """Return the arrays of the arguments, with None for those that are absent."""
+    return [x for argument in arguments for x in (argument if isinstance(argument, tuple) else (argument,))]
+
+
+def unflatten(arguments: Sequence[mx.array | Affine | None], present: Sequence[mx.array]) -> list[Any]:
+    """Return arguments of the same structure that hold other arrays, given without the absent ones."""
+    rest = iter(present)
+    return [
+        Affine(*(None if x is None else next(rest) for x in argument))  # type: ignore[arg-type]
+        if isinstance(argument, tuple)
+        else (None if argument is None else next(rest))
+        for argument in arguments
+    ]
 
 
 def gated_linear(
     z: mx.array,
-    norm: Layer,
-    gate: Layer,
-    layer: Layer,
+    norm: Affine,
+    gate: Affine,
+    layer: Affine,
     x: mx.array | None = None,
-    x_norm: Layer | None = None,
+    x_norm: Affine | None = None,
     mask: mx.array | None = None,
     residual: mx.array | None = None,
     channels_first: bool = False,
 ) -> mx.array:
-    """sigmoid(gate(z')) · layer(z') · mask + residual; where there is an x, layer(x_norm(x)) instead of layer(z').
+    """Return sigmoid(gate(z')) · layer(z') · mask + residual, with layer(x_norm(x)) instead of layer(z') if x is given.
 
     Args:
+        z: [B, L, L, C].
+        norm: the layer norm of z.
+        gate: a linear layer.
+        layer: a linear layer.
         x: [C, B, L, L].
+        x_norm: the layer norm of x.
         mask: [B, L, L].
         residual: [B, L, L, outputs]; not with `channels_first`.
+        channels_first: whether to return [outputs, B, L, L].
 
     Returns:
         [B, L, L, outputs], or [outputs, B, L, L] with `channels_first`.
     """
 
-    def kernel(z, norm, norm_bias, gate, gate_bias, layer, layer_bias, x, x_norm, x_norm_bias, mask, residual):
-        of_x = None if x is None else (x_norm, x_norm_bias, EPS)
-        layers = (norm, norm_bias, EPS), (gate, gate_bias), (layer, layer_bias)
-        return kernels.gated_linear(z, *layers, x, of_x, mask, residual, channels_first)
+    def kernel(
+        z: mx.array,
+        norm: Affine,
+        gate: Affine,
+        layer: Affine,
+        x: mx.array | None,
+        x_norm: Affine | None,
+        mask: mx.array | None,
+        residual: mx.array | None,
+    ) -> mx.array:
+        x_norm_eps = None if x_norm is None else (*x_norm, EPS)
+        return kernels.native.gated_linear(z, (*norm, EPS), gate, layer, x, x_norm_eps, mask, residual, channels_first)
 
-    def plain(z, norm, norm_bias, gate, gate_bias, layer, layer_bias, x, x_norm, x_norm_bias, mask, residual):
-        def step(z, x, mask, residual):
-            z = ops.layer_norm(z, norm, norm_bias, EPS)
-            x = z if x is None else ops.layer_norm(x, x_norm, x_norm_bias, EPS)
-            y = ops.linear(x, layer, layer_bias) * mx.sigmoid(ops.linear(z, gate, gate_bias))
+    def plain(
+        z: mx.array,
+        norm: Affine,
+        gate: Affine,
+        layer: Affine,
+        x: mx.array | None,
+        x_norm: Affine | None,
+        mask: mx.array | None,
+        residual: mx.array | None,
+    ) -> mx.array:
+        def step(z: mx.array, x: mx.array | None, mask: mx.array | None, residual: mx.array | None) -> mx.array:
+            z = layer_norm(z, *norm, EPS)
+            x = z if x is None or x_norm is None else layer_norm(x, *x_norm, EPS)
+            y = linear(x, *layer) * mx.sigmoid(linear(z, *gate))
             y = y if mask is None else y * mask[..., None]
             return y if residual is None else y + residual
 
@@ -102,84 +147,125 @@ def gated_linear(
         y = by_rows(step, rows_at_a_time(z[:, :1].size), z, x, mask, residual)
         return mx.moveaxis(y, -1, 0) if channels_first else y
 
-    return computed(kernel, plain, z, *norm, *gate, *layer, x, *(x_norm or (None, None)), mask, residual)
+    return fused(kernel, plain, z, norm, gate, layer, x, None if x is None else x_norm, mask, residual)
 
 
 def triangle_attention(
     z: mx.array,
     mask: mx.array,
-    norm: Layer,
+    norm: Affine,
     bias: mx.array,
     query: mx.array,
     key: mx.array,
     value: mx.array,
-    gate: Layer,
-    output: Layer,
+    gate: Affine,
+    output: Affine,
     residual: mx.array | None = None,
     ending: bool = False,
     rows: int | None = None,
 ) -> mx.array:
-    """In each row of pairs, output(sigmoid(gate(z')) · attention of z' with a bias that all rows share) + residual.
+    """Return output(sigmoid(gate(z')) · attention(z')) + residual, with attention inside each row of pairs.
 
     Args:
+        z: [B, L, L, C].
         mask: [B, L], 0 for a residue that is hidden as a key.
-        bias: [H, C], from z' to the bias of each head, which is that of query j and key k in all rows for z'_jk.
-        query, key, value: [C, C].
-        ending: rows and columns of z are exchanged before and after.
-        rows: how many to compute at a time, outside of the kernel; None, as many as `NUMBERS_AT_A_TIME` allows.
+        norm: the layer norm of z.
+        bias: [H, C], from z' to the bias of each head. All rows share it: z'_jk gives that of query j and key k.
+        query: weight [C, C].
+        key: weight [C, C].
+        value: weight [C, C].
+        gate: a linear layer.
+        output: a linear layer.
+        residual: [B, L, L, C].
+        ending: whether to attend inside columns instead of rows.
+        rows: how many rows to compute at a time without kernels; by default as many as `ELEMENTS_AT_A_TIME` allows.
 
     Returns:
         [B, L, L, C].
     """
 
-    def kernel(z, mask, norm, norm_bias, bias, query, key, value, gate, gate_bias, output, output_bias, residual):
-        return kernels.triangle_attention(
-            z, mask, (norm, norm_bias, EPS), bias, query, key, value, (gate, gate_bias), (output, output_bias),
-            residual, ending,
-        )  # fmt: skip
+    def kernel(
+        z: mx.array,
+        mask: mx.array,
+        norm: Affine,
+        bias: mx.array,
+        query: mx.array,
+        key: mx.array,
+        value: mx.array,
+        gate: Affine,
+        output: Affine,
+        residual: mx.array | None,
+    ) -> mx.array:
+        return kernels.native.triangle_attention(
+            z, mask, (*norm, EPS), bias, query, key, value, gate, output, residual, ending
+        )
 
-    def plain(z, mask, norm, norm_bias, bias, query, key, value, gate, gate_bias, output, output_bias, residual):
+    def plain(
+        z: mx.array,
+        mask: mx.array,
+        norm: Affine,
+        bias: mx.array,
+        query: mx.array,
+        key: mx.array,
+        value: mx.array,
+        gate: Affine,
+        output: Affine,
+        residual: mx.array | None,
+    ) -> mx.array:
         if ending:
             z, residual = z.swapaxes(1, 2), None if residual is None else residual.swapaxes(1, 2)
-        wide = rows_at_a_time(z[:, :1].size)
-        added = by_rows(lambda z: ops.linear(ops.layer_norm(z, norm, norm_bias, EPS), bias), wide, z)
-        # A finite number: in rows of nothing but padding −∞ would become NaN, which spreads.
-        added = added.transpose(0, 3, 1, 2) + (1e9 * (mask.astype(z.dtype) - 1))[:, None, None, :]
+        head_biases = by_rows(lambda z: linear(layer_norm(z, *norm, EPS), bias), rows_at_a_time(z[:, :1].size), z)
+        # Not −∞: in rows of nothing but padding that would become NaN, which spreads.
+        hidden = 1e9 * (mask.astype(z.dtype) - 1)
+        scores_bias = head_biases.transpose(0, 3, 1, 2) + hidden[:, None, None, :]
+        attend = plain_backend().scaled_dot_product_attention
 
-        def step(z, residual):
-            z = ops.layer_norm(z, norm, norm_bias, EPS)
-            q, k, v = (mx.unflatten(ops.linear(z, w), -1, (len(bias), -1)).swapaxes(2, 3) for w in (query, key, value))
+        def step(z: mx.array, residual: mx.array | None) -> mx.array:
+            z = layer_norm(z, *norm, EPS)
+            q, k, v = (mx.unflatten(linear(z, w), -1, (len(bias), -1)).swapaxes(2, 3) for w in (query, key, value))
             q = q * q.shape[-1] ** -0.5
-            attend = ops.plain_backend().scaled_dot_product_attention
-            y = mx.stack([attend(q[b], k[b], v[b], None, added[b : b + 1]) for b in range(len(z))])
-            y = y.swapaxes(2, 3).flatten(3) * mx.sigmoid(ops.linear(z, gate, gate_bias))
-            return ops.linear(y, output, output_bias, residual)
+            y = mx.stack([attend(q[b], k[b], v[b], None, scores_bias[b : b + 1]) for b in range(len(z))])
+            y = y.swapaxes(2, 3).flatten(3) * mx.sigmoid(linear(z, *gate))
+            return linear(y, *output, residual)
 
-        y = by_rows(step, rows or rows_at_a_time(added.size), z, residual)
+        y = by_rows(step, rows or rows_at_a_time(scores_bias.size), z, residual)
         return y.swapaxes(1, 2) if ending else y
 
-    return computed(kernel, plain, z, mask, *norm, bias, query, key, value, *gate, *output, residual)
+    return fused(kernel, plain, z, mask, norm, bias, query, key, value, gate, output, residual)
 
 
 def transition(
-    x: mx.array, norm: Layer, expand: Layer, shrink: Layer, residual: mx.array | None = None, rows: int | None = None
+    x: mx.array,
+    norm: Affine,
+    expand: Affine,
+    shrink: Affine,
+    residual: mx.array | None = None,
+    rows: int | None = None,
 ) -> mx.array:
-    """shrink(ReLU(expand(x'))) + residual, [B, L, ..., C].
+    """Return shrink(ReLU(expand(x'))) + residual, where x' is the layer norm of x.
 
     Args:
-        rows: as in `triangle_attention`.
+        x: [B, L, ..., C].
+        norm: the layer norm of x.
+        expand: a linear layer.
+        shrink: a linear layer.
+        residual: [B, L, ..., C].
+        rows: see `triangle_attention`.
+
+    Returns:
+        [B, L, ..., C].
     """
 
-    def kernel(x, norm, norm_bias, expand, expand_bias, shrink, shrink_bias, residual):
-        return kernels.transition(x, (norm, norm_bias, EPS), (expand, expand_bias), (shrink, shrink_bias), residual)
+    def kernel(x: mx.array, norm: Affine, expand: Affine, shrink: Affine, residual: mx.array | None) -> mx.array:
+        return kernels.native.transition(x, (*norm, EPS), expand, shrink, residual)
 
-    def plain(x, norm, norm_bias, expand, expand_bias, shrink, shrink_bias, residual):
-        def step(x, residual):
-            x = ops.layer_norm(x, norm, norm_bias, EPS)
-            return ops.linear(ops.linear(x, expand, expand_bias, activation="relu"), shrink, shrink_bias, residual)
+    def plain(x: mx.array, norm: Affine, expand: Affine, shrink: Affine, residual: mx.array | None) -> mx.array:
+        def step(x: mx.array, residual: mx.array | None) -> mx.array:
+            return linear(linear(layer_norm(x, *norm, EPS), *expand, activation="relu"), *shrink, residual)
 
-        return by_rows(step, rows or rows_at_a_time(len(expand) * x[:, :1, ..., 0].size), x, residual)
+        elements = len(expand.weight) * x[:, :1, ..., 0].size
+        return by_rows(step, rows or rows_at_a_time(elements), x, residual)
 
-    arrays = x, *norm, *expand, *shrink, residual
-    # The kernel reads the weights again for every few tokens, which they have to be small for.
-    return computed(kernel, plain, *arrays) if expand[0].size <= SMALL else plain(*arrays)
+    if expand.weight.size > CACHED_WEIGHT:  # the kernel reads the weights again for every few tokens
+        return plain(x, norm, expand, shrink, residual)
+    return fused(kernel, plain, x, norm, expand, shrink, residual)

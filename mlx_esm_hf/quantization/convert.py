@@ -6,10 +6,8 @@ import gc
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +45,7 @@ from mlx_esm_hf.quantization.layers import (
     replace_layers,
 )
 from mlx_esm_hf.quantization.report import Row, compare, table
+from mlx_esm_hf.runtime.files import new_folder
 from mlx_esm_hf.version import __version__
 
 CLASSES: dict[str, Any] = {
@@ -149,7 +148,7 @@ def convert(
     proteins = None if report is None else read_for_report(report, source, commit)
     precision: Any = dtype or config.get("dtype") or config.get("torch_dtype") or stored_dtype(source, commit)
 
-    with new_folder(Path(output)) as folder:
+    with new_folder(Path(output).resolve()) as folder:
         model, info = load_network(cls, source, revision=commit, dtype=precision, lazy=True, output_loading_info=True)
         conversion = Conversion([f"Made from {origin(source, commit)} by mlx-esm-hf {__version__}."])
         if info["unexpected_keys"]:
@@ -236,24 +235,6 @@ def class_of(config: dict[str, Any], source: str) -> Any:
             '"architectures": ["EsmForMaskedLM"].'
         )
     return CLASSES[task_head(config)]
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `output` when the block ends well, and vanishes when it fails.
-
-    Raises:
-        FileExistsError: there is something in `output`.
-    """
-    output = output.resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is there already. Nothing was written.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".converting-") as temporary:
-        folder = Path(temporary) / output.name
-        folder.mkdir()
-        yield folder
-        os.replace(folder, output)
 
 
 def quantize_layers(model: MLXPreTrainedModel, usual: QuantSpec, rules: Mapping[str, QuantSpec | None]) -> list[str]:

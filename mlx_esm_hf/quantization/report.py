@@ -29,6 +29,7 @@ from mlx_esm_hf.jobs.perplexity import counted_ids
 from mlx_esm_hf.jobs.protein_model import ProteinModel, load_protein_model
 from mlx_esm_hf.models import auto
 from mlx_esm_hf.runs.job import Arrays
+from mlx_esm_hf.runtime.device import device_name
 from mlx_esm_hf.runtime.memory import peak_memory
 
 Row = tuple[str, ...]  # what, before, after
@@ -80,7 +81,7 @@ def compare(cls: Any, before: str, after: str, revision: str, proteins: Sequence
         RuntimeError: one of the models failed, with what it said.
     """
     commit = getattr(revision, "resolved", None) or revision
-    device = mx.default_device().type.name
+    device = device_name()
     with tempfile.TemporaryDirectory(dir=Path(after).parent) as folder:
         found = []
         for name, model in (("before", before), ("after", after)):

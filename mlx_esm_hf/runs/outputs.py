@@ -15,7 +15,16 @@ from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.lock import locked
 from mlx_esm_hf.runs.manifest import MANIFEST, read_manifest
 from mlx_esm_hf.runtime import distributed
-from mlx_esm_hf.runtime.files import Write, part_of, place, remove_parts, replace_file, to_disk
+from mlx_esm_hf.runtime.files import (
+    Write,
+    flush_to_disk,
+    place_file,
+    remove_folder,
+    remove_temporary,
+    removed_name,
+    replace_file,
+    temporary_file,
+)
 
 PICTURES = (".png", ".svg", ".pdf")
 # {suffix: the library that writes such files, and the extra that installs it}
@@ -175,10 +184,10 @@ def write_files(files: Mapping[Path, Write], shards: Path) -> None:
 
     for path, write in files.items():
         if is_written(path, written):
-            remove_parts(path)  # a second name of the file, if a kill came right after it got this one
+            remove_temporary(path)  # a second name of the file, if a kill came right after it got this one
         else:
             write_new(path, write, remember)
-    discard(shards)
+    remove_folder(shards)
 
 
 def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] | None = None) -> None:
@@ -193,14 +202,14 @@ def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] |
         UserError: a file of this name already exists.
         OSError: the file cannot be written.
     """
-    remove_parts(path)
+    remove_temporary(path)
     try:
-        with part_of(path) as part:
+        with temporary_file(path) as part:
             write(part)
-            to_disk(part)
+            flush_to_disk(part)
             if remember is not None:
                 remember(path, part)
-            place(part, path)
+            place_file(part, path)
     except FileExistsError:
         raise UserError(f"{path} was created while this command ran. Move it away and run again.") from None
     except OSError as error:
@@ -227,18 +236,6 @@ def identity(path: Path) -> list[int]:
     return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
-def discard(folder: Path) -> None:
-    """Remove shards that are no longer needed. They are renamed first, so that no remainder looks like a run."""
-    remove_gone(folder)
-    os.replace(folder, discarded_name(folder))
-    remove_gone(folder)
-
-
-def discarded_name(folder: Path) -> Path:
-    """Return the name of a folder of shards while it is removed."""
-    return folder.with_name(f"{folder.name}.gone")
-
-
-def remove_gone(folder: Path) -> None:
+def remove_gone(shards: Path) -> None:
     """Remove what a killed process left of a folder of shards that it was removing."""
-    shutil.rmtree(discarded_name(folder), ignore_errors=True)
+    shutil.rmtree(removed_name(shards), ignore_errors=True)

@@ -30,7 +30,7 @@ from mlx_esm_hf.runs.job import Arrays, Chunk, Files, Item, Job, OnProgress, Pro
 from mlx_esm_hf.runs.manifest import CHECKSUMS, MANIFEST, read_checksums, read_manifest
 from mlx_esm_hf.runs.outputs import claimed, shards_of, write_files
 from mlx_esm_hf.runtime import distributed
-from mlx_esm_hf.runtime.files import GO_ON, Write, remove_all_parts, replace_file
+from mlx_esm_hf.runtime.files import RESUME_HINT, Write, remove_all_temporary, replace_file
 
 WriteRun = Callable[[Path, "Run"], None]  # writes a file from a finished run
 
@@ -111,25 +111,25 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
     """
     run = Run(folder, {"version": 1, "command": job.command, "settings": job.settings, "input": job.items.input})
     distributed.on_rank_0(run.open)
-    if distributed.total(int(run.finished)):
+    if distributed.all_sum(int(run.finished)):
         job.items.left_out[:] = run.manifest.get("left_out", [])
         return run
     remaining, items, shards, files = chunks(job.items, job.chunk_work), 0, 0, 0
     while step := list(islice(remaining, distributed.size())):  # one chunk for each rank
         items, shards = items + sum(len(chunk.items) for chunk in step), shards + len(step)
-        missing = [not distributed.total(int(distributed.rank() == 0 and run.has(chunk))) for chunk in step]
+        missing = [not distributed.all_sum(int(distributed.is_rank_0() and run.has(chunk))) for chunk in step]
         data = b""
         if distributed.rank() < len(step) and missing[distributed.rank()]:
             chunk = step[distributed.rank()]
             data = shard_bytes(chunk, job.compute(chunk.items))
         for chunk, shard in zip(step, distributed.gather(data, step[0].number), strict=False):
-            if shard and distributed.rank() == 0:
+            if shard and distributed.is_rank_0():
                 run.add(shard_name(chunk.number), shard)
-        if distributed.rank() == 0:
+        if distributed.is_rank_0():
             files += sum(run.add_files(chunk, job.files) for chunk in step)
         on_progress(Progress(residues_in(step), residues_in(compress(step, missing)), job.items.total))
     changed = job.items.has_changed()
-    if distributed.total(int(changed)):
+    if distributed.all_sum(int(changed)):
         distributed.on_rank_0(run.drop_checksums)
         raise UserError(
             f"{job.items.input['name']} has changed while it was read, so the results computed from it are not used. "
@@ -172,7 +172,7 @@ class Run:
         if (self.folder / MANIFEST).exists():
             before = read_manifest(self.folder)
             self._refuse_another(before)
-            remove_all_parts(self.folder)
+            remove_all_temporary(self.folder)
             self.manifest = before
             self.checksums = read_checksums(self.folder / CHECKSUMS)
             if self.finished and not self._intact():
@@ -186,7 +186,7 @@ class Run:
         ):
             raise UserError(f"{self.folder} already exists and is not a run. Choose another output, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_all_parts(self.folder)
+        remove_all_temporary(self.folder)
         self._write_manifest()
 
     def _refuse_another(self, before: dict[str, Any]) -> None:
@@ -253,7 +253,7 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OSError(f"{path} cannot be written ({error.strerror}). {GO_ON}") from error
+            raise OSError(f"{path} cannot be written ({error.strerror}). {RESUME_HINT}") from error
 
     def add_files(self, chunk: Chunk, files: Callable[[Item], Files]) -> int:
         """Make the missing or damaged files of a chunk's items from its shard; return the number of all its files."""

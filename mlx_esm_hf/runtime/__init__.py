@@ -1,4 +1,4 @@
-"""What the process needs before it computes: a BLAS, and memory that is kept."""
+"""Process-level concerns: BLAS, memory, threads, ranks, atomic files and batch costs per device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mlx_esm_hf.runtime.threads import thread_limits
 
 
 def prepare() -> None:
-    """Give MLX a fast BLAS where it lacks one and, where it computes on a CPU, let freed memory be kept.
+    """Give MLX a fast BLAS if it lacks one and, on a CPU, keep freed memory for reuse.
 
-    `MLX_ESM_BLAS=0` and `MLX_ESM_MALLOC=0` leave the process as it is.
+    `MLX_ESM_BLAS=0` and `MLX_ESM_MALLOC=0` turn these off.
     """
     limits = thread_limits()
-    if "cgroup quota" in limits and os.environ.get("MLX_ESM_BLAS") != "0":  # the one limit that OpenBLAS does not know
+    if "cgroup quota" in limits and os.environ.get("MLX_ESM_BLAS") != "0":  # OpenBLAS ignores this limit
         os.environ.setdefault("OPENBLAS_NUM_THREADS", str(min(limits.values())))
     blas.bind()
     if mx.default_device() == mx.cpu and os.environ.get("MLX_ESM_MALLOC") != "0":

@@ -1,21 +1,21 @@
 """A fast BLAS for MLX on Linux CPUs.
 
 MLX's CPU wheels for Linux link netlib's reference BLAS, whose float32 matmul runs at 2 to 4 GFLOP/s where
-the same two cores reach 150 with OpenBLAS; no other operation of a protein model loses as much. `bind`
-redirects MLX's matmul to the OpenBLAS in `scipy-openblas32`, a wheel on PyPI: no compiler, no environment
-variable.
+OpenBLAS reaches 150 on the same two cores. No other operation of a protein model loses as much. `bind`
+redirects MLX's matmul to the OpenBLAS in `scipy-openblas32`, a wheel on PyPI. This needs no compiler and no
+environment variable.
 
-libmlx.so calls `cblas_sgemm` through a *slot*, a word of memory in which the dynamic linker puts the
-function's address. The linker takes another function only if told before MLX is loaded (LD_PRELOAD), so
-`bind` does the linker's work again afterwards: it reads from the ELF file where the slots are, and from
-/proc/self/maps where the file is in memory, and writes there the address of OpenBLAS's function of the same
-signature.
+libmlx.so calls `cblas_sgemm` through a *slot*, a word of memory that holds the function's address and is
+filled in by the dynamic linker. The linker can only be given another function before MLX is loaded
+(LD_PRELOAD), so `bind` repeats the linker's work afterwards. It reads the location of the slots from the ELF
+file and the address of the file in memory from /proc/self/maps, and writes the address of OpenBLAS's function
+of the same signature into each slot.
 
-It writes only where all is as expected: the slot is the one named `cblas_sgemm`, its page is writable
-already, and it leads to the reference BLAS. Nothing is touched on macOS (Accelerate), nor if MLX was built
-with another BLAS or one was preloaded. A slot is one aligned word, so a matmul in another thread takes
-either function and is right. Forked processes inherit the slots, and OpenBLAS starts its threads anew in
-them.
+It writes only if everything is as expected: the slot is the one named `cblas_sgemm`, its page is already
+writable, and it leads to the reference BLAS. Nothing is changed on macOS (Accelerate), if MLX was built with
+another BLAS, or if another BLAS was preloaded. A slot is one aligned word, so a matmul in another thread calls
+one function or the other, and both are correct. Forked processes inherit the slots, and OpenBLAS restarts its
+threads there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ JUMP_SLOT = {62: 7, 183: 1026}  # ELF machine: relocation type, for x86-64 and a
 
 @functools.cache
 def bind() -> str:
-    """Give MLX's CPU matmul a fast BLAS where it lacks one; returns the name of the BLAS it now uses."""
+    """Give MLX's CPU matmul a fast BLAS if it lacks one. Return the name of the BLAS it now uses."""
     if sys.platform == "darwin":
         return "Accelerate"
     mlx = _mappings("libmlx.so")
@@ -56,7 +56,7 @@ def bind() -> str:
     if os.environ.get("MLX_ESM_BLAS") == "0":  # the user's choice
         return REFERENCE
     if "cblas_sgemm" not in slots:
-        remedy = "this build of MLX cannot be redirected to OpenBLAS, use one that links it"
+        remedy = "this build of MLX cannot be redirected to OpenBLAS; use a build that links OpenBLAS"
     elif (openblas := _openblas()) is None:
         remedy = 'pip install "mlx-esm-hf[cpu]" adds OpenBLAS (scipy-openblas32)'
     else:
@@ -66,35 +66,38 @@ def bind() -> str:
                 slot.value = functions[symbol]
         return name
 
-    if mx.default_device() == mx.cpu:  # a GPU's matmul does not come here
+    if mx.default_device() == mx.cpu:  # the matmul of a GPU does not use it
         message = f"MLX's matmul uses netlib's reference BLAS, about 100x slower than this CPU: {remedy}."
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return REFERENCE
 
 
 def gemm_gflops(n: int = 2048) -> float:
-    """Float32 GFLOP/s of an `n` x `n` matmul on the default device; of a smaller one if that takes long."""
+    """Return the GFLOP/s of a float32 matmul on the default device.
+
+    The matrices are [n, n], or smaller if the device is so slow that `n` would take longer than a second.
+    """
 
     def measure(n: int) -> float:
-        a = mx.ones((n, n))  # no random numbers: the caller's sequence of them is not ours to advance
+        a = mx.ones((n, n))  # not random: that would advance the random state of the caller
         mx.eval(a)
         seconds = []
         for _ in range(4):
             start = time.perf_counter()
             mx.eval(a @ a)
             seconds.append(time.perf_counter() - start)
-        return 2e-9 * n**3 / sorted(seconds[1:])[1]  # the first one warms up
+        return 2e-9 * n**3 / sorted(seconds[1:])[1]  # the first is a warm-up
 
     size = min(n, 256)
     gflops = measure(size)
-    while size < n and 4 * 2e-9 * (2 * size) ** 3 / gflops < 1:  # seconds that the next size takes
+    while size < n and 4 * 2e-9 * (2 * size) ** 3 / gflops < 1:  # estimated seconds for the next size
         size = min(2 * size, n)
         gflops = measure(size)
     return gflops
 
 
 class Mapping(NamedTuple):
-    """A range of this process's memory that shows a file's bytes from `offset` on."""
+    """A range of this process's memory that maps a file from byte `offset` on."""
 
     start: int
     end: int
@@ -104,7 +107,7 @@ class Mapping(NamedTuple):
 
 
 def _mappings(name: str) -> list[Mapping]:
-    """Where the files called `name` are mapped; empty where the kernel does not say."""
+    """Return the mappings of files called `name`; empty if there is no /proc."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
             lines = [line.rstrip("\n").split(maxsplit=5) for line in maps if line.endswith(f"/{name}\n")]
@@ -118,7 +121,7 @@ def _mappings(name: str) -> list[Mapping]:
 
 
 def _slots(mlx: list[Mapping]) -> dict[str, ctypes.c_void_p]:
-    """The slots of SYMBOLS, in memory; without those in read-only pages (a build linked with `-z now`)."""
+    """Return the slots of SYMBOLS in memory, except those in read-only pages (a build linked with `-z now`)."""
     slots = {}
     for symbol, offset in jump_slots(mlx[0].path).items():
         for start, end, permissions, first, _ in mlx:
@@ -128,11 +131,11 @@ def _slots(mlx: list[Mapping]) -> dict[str, ctypes.c_void_p]:
 
 
 def _library(symbol: str, slot: ctypes.c_void_p | None, mlx: list[Mapping]) -> str:
-    """The path of the library in which MLX's calls of `symbol` end; empty if unknown."""
+    """Return the path of the library that MLX's calls of `symbol` reach; empty if unknown."""
     address = slot.value if slot else None
     if not address or any(start <= address < end and "x" in mode for start, end, mode, _, _ in mlx):
-        # No slot, or one that still leads to libmlx.so's own stub, which looks the symbol up when called.
-        # Do so in the same order: what is global (preloaded libraries) comes first.
+        # There is no slot, or it still leads to the stub in libmlx.so that looks up the symbol when first called.
+        # Look it up in the same order as the stub: global symbols (of preloaded libraries) come first.
         for scope in (None, mlx[0].path):
             try:
                 address = ctypes.cast(ctypes.CDLL(scope)[symbol], ctypes.c_void_p).value
@@ -146,24 +149,24 @@ def _library(symbol: str, slot: ctypes.c_void_p | None, mlx: list[Mapping]) -> s
 
 
 def is_reference(library: str) -> bool:
-    """Whether the file is netlib's BLAS. Debian calls OpenBLAS libblas too, in a folder that tells."""
+    """Return whether the file is netlib's BLAS. Debian also calls OpenBLAS libblas, but in a folder named after it."""
     folder, name = os.path.split(library)
     good = re.search("openblas|mkl|blis|atlas", os.path.basename(folder))
     return bool(re.match(r"libc?blas[-.]", name)) and not good
 
 
 def _openblas() -> tuple[str, dict[str, int | None]] | None:
-    """The name of scipy-openblas32's library and the addresses of its SYMBOLS; None if it cannot be used.
+    """Return the name of scipy-openblas32's library and the addresses of its SYMBOLS; None if it cannot be used.
 
-    Its Python package is found but not imported: that takes 100 ms, and shows its symbols (some of LAPACK's
-    among them) to every library loaded later. ctypes never unloads a library, so the addresses stay valid.
+    Its Python package is located but not imported. An import takes 100 ms and makes its symbols, some of them from
+    LAPACK, visible to every library loaded later. ctypes never unloads a library, so the addresses stay valid.
     """
     try:
         spec = importlib.util.find_spec("scipy_openblas32")
         folder = os.path.dirname(spec.origin or "") if spec else ""
         (path,) = glob.glob(os.path.join(glob.escape(folder), "lib", "libscipy_openblas*.so"))
-        # Read once, when the library is loaded. By default an idle thread spins for 2^26 cycles before it sleeps; on
-        # a machine with other work that makes small matmuls wait for time slices and take several times as long.
+        # OpenBLAS reads this once, when it is loaded. By default an idle thread spins for 2^26 cycles before it sleeps.
+        # On a busy machine, small matmuls then wait for time slices and take several times as long.
         os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "12")
         library = ctypes.CDLL(path, ctypes.RTLD_LOCAL)
         pointers = {symbol: ctypes.cast(library[f"scipy_{symbol}"], ctypes.c_void_p) for symbol in SYMBOLS}
@@ -179,16 +182,16 @@ def _openblas() -> tuple[str, dict[str, int | None]] | None:
 
 
 def jump_slots(path: str) -> dict[str, int]:
-    """The offsets in the ELF file `path` of the slots of SYMBOLS; empty for a file of any other kind."""
+    """Return the offsets of the slots of SYMBOLS in the ELF file `path`; empty for any other kind of file."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as elf:
             return _jump_slots(elf)
-    except (IndexError, OSError, ValueError, struct.error):  # truncated, or not what it says
+    except (IndexError, OSError, ValueError, struct.error):  # truncated or malformed
         return {}
 
 
 class Section(NamedTuple):
-    """What is needed of a section header of a 64-bit ELF file."""
+    """The fields used here of a section header in a 64-bit ELF file."""
 
     name: int
     type: int
@@ -199,6 +202,7 @@ class Section(NamedTuple):
 
 
 def _jump_slots(elf: mmap.mmap) -> dict[str, int]:
+    """Return what `jump_slots` does, for an open file. Malformed files raise errors of several kinds."""
     magic, machine, headers, count, names = struct.unpack("<6s12xH20xQ12xHH", elf[:64])
     if magic != b"\x7fELF\2\1" or machine not in JUMP_SLOT:  # 64 bits, little-endian
         return {}

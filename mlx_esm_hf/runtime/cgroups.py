@@ -1,4 +1,4 @@
-"""The control groups of this process: what a container or a job of a scheduler may use."""
+"""The control groups of this process: the limits of its container or scheduler job."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from pathlib import Path, PurePosixPath
 
 
 def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[int, Path]]:
-    """The folders that may hold the limits of this process's group and of those above it, each with its version, 1 or
-    2.
+    """Yield the folders that may hold the limits of this process's group and its parents, with their cgroup version.
 
-    In a container the path of its group may be one of the host; what can then be seen is the topmost folder, which is
-    the container's own.
+    In a container, /proc may give the group's path on the host. Then only the topmost folder exists, and it is the
+    container's own.
 
     Args:
         controller: "cpu" or "memory".
-        root: the folder that has proc/ and sys/.
+        root: the folder that holds proc/ and sys/.
+
+    Yields:
+        (1 or 2, folder). The folder need not exist.
     """
     for line in lines_of(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -31,7 +33,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[in
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a file; none where it is missing or must not be read."""
+    """Return the lines of a file; none if it does not exist or cannot be read."""
     try:
         return path.read_text(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Processes or machines that share a run (`mlx.launch`). All compute; the first one writes. Alone, one is the first."""
+"""Several processes that share one run (`mlx.launch`). Every rank computes; rank 0 writes."""
 
 from __future__ import annotations
 
@@ -10,77 +10,90 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.runtime.files import GO_ON
+from mlx_esm_hf.runtime.files import RESUME_HINT
 
-SIGNATURE = 32  # bytes
+CHECKSUM_BYTES = 32
 
 T = TypeVar("T")
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the rank of this process, from 0. A single process is rank 0."""
     return mx.distributed.init().rank()
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Return the number of ranks."""
     return mx.distributed.init().size()
 
 
-def total(value: int) -> int:
-    """The sum of what the ranks say; they all wait for it."""
+def is_rank_0() -> bool:
+    """Return whether this process is rank 0, the one that writes."""
+    return rank() == 0
+
+
+def all_sum(value: int) -> int:
+    """Return the sum of the ranks' values. Every rank has to call it."""
     if size() == 1:
         return value
-    return mx.distributed.all_sum(mx.array(value), stream=mx.cpu).item()  # type: ignore[return-value]
+    return all_sum_array(mx.array(value)).item()  # type: ignore[return-value]
 
 
-def smallest(value: int) -> int:
-    """The smallest of what the ranks say; they all wait for it."""
+def all_sum_array(x: mx.array) -> mx.array:
+    """Return the elementwise sum of the ranks' arrays, all of one shape. Every rank has to call it."""
+    return mx.distributed.all_sum(x, stream=mx.cpu)
+
+
+def all_min(value: int) -> int:
+    """Return the smallest of the ranks' values. Every rank has to call it."""
     if size() == 1:
         return value
     return mx.distributed.all_min(mx.array(value), stream=mx.cpu).item()  # type: ignore[return-value]
 
 
 def gather(data: bytes, step: int) -> list[bytes]:
-    """The data of each rank, in their order, on all of them.
+    """Return the bytes that each rank passed, in rank order, on every rank.
 
     Args:
-        step: tells this from every other gathering.
+        data: the bytes of this rank.
+        step: a number that differs between calls of one run, so that data of an earlier call is recognised.
 
     Raises:
-        OSError: another rank has ended. What MLX then gives for its data is what lay in memory.
+        OSError: another rank has ended. MLX does not report this and returns uninitialised memory in place of its data,
+            which is why a checksum travels with the data.
     """
     if size() == 1:
         return [data]
-    signed = signature(data, step) + data
-    sizes = np.array(mx.distributed.all_gather(mx.array([len(signed)]), stream=mx.cpu))
+    sent = checksum(data, step) + data
+    sizes = np.array(mx.distributed.all_gather(mx.array([len(sent)]), stream=mx.cpu))
     padded = np.zeros(max(1, sizes.max()), np.uint8)
-    padded[: len(signed)] = np.frombuffer(signed, np.uint8)
+    padded[: len(sent)] = np.frombuffer(sent, np.uint8)
     gathered = np.array(mx.distributed.all_gather(mx.array(padded)[None], stream=mx.cpu))
     received = [row[:length].tobytes() for row, length in zip(gathered, sizes, strict=True)]
-    parts = [(one[:SIGNATURE], one[SIGNATURE:]) for one in received]
-    if any(signature(rest, step) != start for start, rest in parts):
-        raise OSError(f"Another rank has ended. {GO_ON}")
-    return [rest for _, rest in parts]
+    parts = [(message[:CHECKSUM_BYTES], message[CHECKSUM_BYTES:]) for message in received]
+    if any(checksum(part, step) != expected for expected, part in parts):
+        raise OSError(f"Another rank has ended. {RESUME_HINT}")
+    return [part for _, part in parts]
 
 
-def signature(data: bytes, step: int) -> bytes:
+def checksum(data: bytes, step: int) -> bytes:
+    """Return the SHA-256 of a step and its data."""
     return hashlib.sha256(step.to_bytes(8, "little") + data).digest()
 
 
 def on_rank_0(action: Callable[[], T]) -> T | None:
-    """Let the first rank do something while the others wait; they get None.
+    """Run `action` on rank 0 while the other ranks wait. Return its result there, None elsewhere.
 
     Raises:
-        Exception: what the action raised, on the first rank; on the others a ValueError, since they would wait for it
-            for good.
+        Exception: on rank 0, what `action` raised.
+        ValueError: on the other ranks, if `action` raised; otherwise they would wait forever.
     """
     result, error = None, None
-    if rank() == 0:
+    if is_rank_0():
         try:
             result = action()
         except Exception as raised:
             error = raised
-    if total(int(error is not None)):
-        raise error or UserError("The first rank does not go on, and says why.")
+    if all_sum(int(error is not None)):
+        raise error or UserError("Rank 0 failed; see its message.")
     return result

@@ -1,77 +1,153 @@
-"""Files that are there as a whole, on the disk, or not at all."""
+"""Atomic files and folders: each appears complete under its name, or not at all."""
 
 from __future__ import annotations
 
 import glob
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 Write = Callable[[Path], None]
 
+RESUME_HINT = "All finished work is kept; run the same command again to resume."
+
 
 @contextmanager
-def part_of(path: Path) -> Iterator[Path]:
-    """An empty file beside a path, to be written and then moved there; it is gone when the block ends.
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Create an empty file beside `path`, to be written and then renamed to it. It is removed when the block ends.
 
-    Nobody else has its name, or can have put a link there.
+    Its name is new, so no other process writes to it and no link waits under it.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part{path.suffix}")
-    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    temporary = temporary_name(path)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        yield part
+        yield temporary
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def remove_parts(path: Path) -> None:
-    """Remove what killed processes left of `part_of` this path."""
-    remove_all_parts(path.parent, glob.escape(path.name))
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Create an empty folder beside `path`. What it holds when the block ends is removed."""
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_all_parts(folder: Path, pattern: str = "*") -> None:
-    """Remove what killed processes left of `part_of` any path in a folder whose name fits a pattern."""
-    for part in glob.glob(f".{pattern}.????????.part*", root_dir=folder):
-        (folder / part).unlink(missing_ok=True)
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside `path` that nothing has yet."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part{path.suffix}")
 
 
-def to_disk(path: Path) -> None:
-    """Wait until what was written to a file would survive a loss of power."""
+def remove_temporary(path: Path) -> None:
+    """Remove what a killed process left of `temporary_file` or `temporary_folder` for `path`."""
+    remove_all_temporary(path.parent, glob.escape(path.name))
+
+
+def remove_all_temporary(folder: Path, pattern: str = "*") -> None:
+    """Remove what killed processes left in `folder` of temporary files and folders for names that match `pattern`."""
+    for name in glob.glob(f".{pattern}.????????.part*", root_dir=folder):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the content of a file would survive a power failure."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file, or put it in the place of the one that is there.
+    """Write a file, replacing an earlier one atomically.
 
     Raises:
-        OSError: it cannot be written; the message says what to do.
+        OSError: the file cannot be written. The message says how to resume.
     """
     try:
-        with part_of(path) as part:
-            part.write_bytes(data)
-            to_disk(part)
-            os.replace(part, path)
+        with temporary_file(path) as temporary:
+            temporary.write_bytes(data)
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror or error}). {GO_ON}") from error
+        raise OSError(f"{path} cannot be written ({error.strerror or error}). {RESUME_HINT}") from error
 
 
-def place(part: Path, path: Path) -> None:
-    """Give a file that is done its name.
+def place_file(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, without ever replacing another file.
 
     Raises:
-        FileExistsError: there is a file of this name, which is not replaced.
+        FileExistsError: a file of this name already exists.
     """
     try:
-        os.link(part, path)  # unlike renaming, this never replaces a file
+        os.link(temporary, path)  # unlike renaming, this never replaces a file
     except FileExistsError:
         raise
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no hard links
         if os.path.lexists(path):
             raise FileExistsError(str(path)) from None
-        os.replace(part, path)
+        os.replace(temporary, path)
 
 
-GO_ON = "What was done before is whole; the same command goes on from there."
+@contextmanager
+def replace_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder whose files move into `folder` when the block ends, or are removed if it raises."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(folder / "saving") as temporary:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, folder / file.name)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends, or is removed if it raises.
+
+    Raises:
+        FileExistsError: `path` already exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} already exists. Nothing was written.")
+    with replace_folder(path) as folder:
+        yield folder
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `path` when the block ends, or is removed if it raises.
+
+    It has the name of `path` already, inside a hidden folder beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(path) as temporary:
+        folder = temporary / path.name
+        folder.mkdir()
+        yield folder
+        for file in folder.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
+        remove_folder(path)
+        os.replace(folder, path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it exists. It is renamed first, so that a half-removed one never has the name `path`."""
+    removed = removed_name(path)
+    shutil.rmtree(removed, ignore_errors=True)  # of an earlier process that was killed
+    if path.exists():
+        os.replace(path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def removed_name(path: Path) -> Path:
+    """Return the name that a folder has while it is removed."""
+    return path.with_name(f".{path.name}.gone")

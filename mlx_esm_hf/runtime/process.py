@@ -1,4 +1,4 @@
-"""MLX computes on threads of its own, which a forked process does not have: there it would wait for them for good."""
+"""Detection of forked processes, in which MLX would wait forever for threads that a fork does not copy."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import os
 
 from mlx_esm_hf.errors import UserRuntimeError
 
-_owner: int | None = None  # the process in which the first model was made
+_owner: int | None = None  # the process that made the first model
 
 
 def check_process() -> None:
-    """Make this process the one that computes; called whenever a model is made or used.
+    """Check that this process can compute. Called whenever a model is made or used.
 
     Raises:
-        RuntimeError: a model was made in another process, from which this one was forked.
+        RuntimeError: this process was forked from one that had already made a model.
     """
     global _owner
     if _owner is None:
         _owner = os.getpid()
     if _owner != os.getpid():
         raise UserRuntimeError(
-            f"This process was forked from {_owner} after a model had been made there, and MLX cannot compute in it: "
-            "it would wait for threads that fork does not copy. Start processes by "
+            f"This process was forked from {_owner} after a model had been made there. MLX cannot compute in "
+            "it, because a fork does not copy MLX's threads. Start processes with "
             'multiprocessing.get_context("spawn") or "forkserver", and load the model in each of them.'
         )

@@ -28,10 +28,11 @@ from mlx_esm_hf import ops
 from mlx_esm_hf.checkpoint.names import canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import find_file
-from mlx_esm_hf.checkpoint.write import replace_files, write_safetensors
+from mlx_esm_hf.checkpoint.write import write_safetensors
 from mlx_esm_hf.errors import CheckpointError, UserError
 from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear, dequantized_weight
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
+from mlx_esm_hf.runtime.files import replace_files
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ numbers, and `trainer_state.json`, how far the training got.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.write import write_safetensors
 from mlx_esm_hf.errors import CheckpointError, UserError
-from mlx_esm_hf.runtime.files import to_disk
+from mlx_esm_hf.runtime.files import remove_folder, replace_folder
 
 ARRAYS, STATE = "training.safetensors", "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -71,16 +70,10 @@ def write_checkpoint(folder: Path, state: TrainerState, arrays: Any, save_model:
         save_model: writes model and tokenizer into a folder.
     """
     path = folder / f"checkpoint-{state.global_step}"
-    part = folder / f".{path.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_model(part)
-    write_safetensors(part / ARRAYS, dict(tree_flatten(arrays)))
-    (part / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-    for file in part.iterdir():
-        to_disk(file)
-    _remove(path)
-    os.replace(part, path)
+    with replace_folder(path) as part:
+        save_model(part)
+        write_safetensors(part / ARRAYS, dict(tree_flatten(arrays)))
+        (part / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
     return path
 
 
@@ -116,17 +109,8 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
     for path in [path for path in found if path.name not in kept]:
         if limit is None or len(found) <= limit:
             return
-        _remove(path)
+        remove_folder(path)
         found.remove(path)
-
-
-def _remove(path: Path) -> None:
-    """A checkpoint is there as a whole, until it is gone."""
-    if path.exists():
-        gone = path.with_name(f".{path.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(path, gone)
-        shutil.rmtree(gone)
 
 
 def remove_parts(folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from array import array
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mlx_esm_hf.data.source import STDIN, Proteins, read_proteins, sha256_of
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.files import remove_temporary, replace_folder
 
 DESCRIPTION = "store.json"
 
@@ -74,19 +74,18 @@ def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabu
     except (OSError, ValueError):
         there = {}
     if any(there.get(key) != value for key, value in wanted.items()):
-        _write_store(source, folder, vocabulary, report, wanted)
+        remove_temporary(folder)
+        with replace_folder(folder) as part:
+            _write_store(source, part, vocabulary, report, wanted)
 
 
 def _write_store(
     source: Proteins, folder: Path, vocabulary: Vocabulary, report: Report, wanted: dict[str, Any]
 ) -> None:
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     dtype = np.dtype(np.uint8 if max(vocabulary.ids.values()) < 256 else np.uint16)
     ends, hashes = array("q"), array("Q")
     end = 0
-    with open(part / "tokens.bin", "wb") as file:
+    with open(folder / "tokens.bin", "wb") as file:
         for protein in read_proteins(source, report=report):
             try:
                 data = vocabulary.encode(protein.sequence).astype(dtype).tobytes()
@@ -99,11 +98,9 @@ def _write_store(
             hashes.append(hash_of(data))
     if not ends:
         raise UserError("\n".join([f"{source} holds no proteins.", *report.left_out]))
-    np.save(part / "ends.npy", np.frombuffer(ends, np.int64))
-    np.save(part / "hashes.npy", np.frombuffer(hashes, np.uint64))
-    (part / DESCRIPTION).write_text(json.dumps(wanted | {"dtype": dtype.name}), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    np.save(folder / "ends.npy", np.frombuffer(ends, np.int64))
+    np.save(folder / "hashes.npy", np.frombuffer(hashes, np.uint64))
+    (folder / DESCRIPTION).write_text(json.dumps(wanted | {"dtype": dtype.name}), encoding="utf-8")
 
 
 def split(store: TokenStore, share: float) -> tuple[np.ndarray, np.ndarray]:

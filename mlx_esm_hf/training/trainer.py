@@ -148,7 +148,7 @@ class MLXTrainer:
         The loss of a step is the mean over all labels of its batches, so it does not matter how they are cut.
         """
         self.model.train()
-        labels = distributed.total(sum(label_count(batch) for batch in batches))
+        labels = distributed.all_sum(sum(label_count(batch) for batch in batches))
         loss: Any = mx.array(0.0)
         gradients: Any = None
         for batch in batches:
@@ -161,7 +161,7 @@ class MLXTrainer:
             if gradients is None:
                 gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())
             gradients = nn.average_gradients(gradients)
-            loss = mx.distributed.all_sum(loss, stream=mx.cpu) / distributed.size()
+            loss = distributed.all_sum_array(loss) / distributed.size()
         self.optimizer.state["learning_rate"] = mx.array(
             self.args.learning_rate_at(self.state.global_step, self._steps)
         )
@@ -174,7 +174,7 @@ class MLXTrainer:
         self.state.global_step += 1
         self.state.loss_since_log += self._last_loss
         self.state.total_loss += self._last_loss
-        tokens = distributed.total(sum(token_count(batch) for batch in batches))
+        tokens = distributed.all_sum(sum(token_count(batch) for batch in batches))
         self.state.tokens += tokens
         return tokens
 
@@ -357,7 +357,7 @@ class MLXTrainer:
             else:
                 mx.eval(outputs.loss)
         self.model.train(was_training)
-        loss, count = self._over_ranks(loss), distributed.total(count)
+        loss, count = self._over_ranks(loss), distributed.all_sum(count)
         predictions: Any = None
         label_ids: Any = None
         if keep:
@@ -376,7 +376,7 @@ class MLXTrainer:
         """The sum of what the ranks say, in float32."""
         if distributed.size() == 1:
             return value
-        total: Any = mx.distributed.all_sum(mx.array(value, dtype=mx.float32), stream=mx.cpu)
+        total: Any = distributed.all_sum_array(mx.array(value, dtype=mx.float32))
         return total.item()
 
     def _gathered(self, rows: list[tuple[np.ndarray, np.ndarray]], batches: int) -> tuple[Any, Any]:
@@ -467,7 +467,7 @@ class MLXTrainer:
         """Add a line to the log."""
         line = entry | {"epoch": self.state.epoch, "step": self.state.global_step}
         self.state.log_history.append(line)
-        if distributed.rank() == 0 and self.folder.is_dir():
+        if distributed.is_rank_0() and self.folder.is_dir():
             with open(self.folder / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -478,7 +478,7 @@ class MLXTrainer:
 
     def _shows_bar(self) -> bool | None:
         """None: on a terminal."""
-        if distributed.rank() or self.args.disable_tqdm:
+        if not distributed.is_rank_0() or self.args.disable_tqdm:
             return False
         return None if self.args.disable_tqdm is None else True
 

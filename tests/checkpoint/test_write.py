@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import shard_names
-from mlx_esm_hf.checkpoint.write import remove_stale_shards, replace_files, save_safetensors, write_safetensors
+from mlx_esm_hf.checkpoint.write import remove_stale_shards, save_safetensors, write_safetensors
+from mlx_esm_hf.runtime.files import replace_files
 from tests.marks import needs_cpu
 
 STATE = {f"layer.{i}": mx.full((256,), i, dtype=mx.float32) for i in range(5)}  # 1 KiB each

@@ -7,7 +7,7 @@ import torch
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.ops import attention_probabilities as probabilities
-from mlx_esm_hf.ops import cpu, gpu
+from mlx_esm_hf.ops import cpu, dispatch, gpu
 from tests.bar import hold_to_bar
 from tests.marks import needs_cpu
 
@@ -80,7 +80,7 @@ def test_attention_in_blocks(B, H, L, S, d, masked):
 @pytest.mark.parametrize("backend", [cpu, gpu], ids=["cpu", "gpu"])
 def test_attention_with_a_bias(monkeypatch, backend, masked, batch_of_bias):
     """An additive bias, as folding has it, beside the mask."""
-    monkeypatch.setattr(ops, "backend_of", lambda *arrays: backend)
+    monkeypatch.setattr(dispatch, "backend_of", lambda *arrays: backend)
     B, L, H, d = 3, 37, 4, 8
     query, key, value = (numbers(B, L, H * d, seed=i) for i in range(3))
     bias = numbers(batch_of_bias, H, L, L, seed=4, scale=2)

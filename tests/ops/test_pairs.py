@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mlx_esm_hf.ops import kernels, pairs
+from mlx_esm_hf.ops.pairs import Affine
 from tests.bar import hold_to_bar
 
 F = torch.nn.functional
@@ -80,7 +81,9 @@ def test_gated_linear(length, with_x, channels_first):
 
     def ours(z, w, b, g, gb, p, pb, x=None, xw=None, xb=None):
         added = None if residual is None else mx.array(residual)
-        return pairs.gated_linear(z, (w, b), (g, gb), (p, pb), x, (xw, xb), mx.array(mask), added, channels_first)
+        return pairs.gated_linear(
+            z, Affine(w, b), Affine(g, gb), Affine(p, pb), x, Affine(xw, xb), mx.array(mask), added, channels_first
+        )
 
     def theirs(z, w, b, g, gb, p, pb, x=None, xw=None, xb=None):
         z = normed(z, w, b)
@@ -103,7 +106,7 @@ def test_triangle_attention(length, ending, rows):
     mask[1, length // 2 + 1 :] = 0
 
     def ours(z, w, b, bias, q, k, v, g, gb, o, ob, residual):
-        layers = (w, b), bias, q, k, v, (g, gb), (o, ob)
+        layers = Affine(w, b), bias, q, k, v, Affine(g, gb), Affine(o, ob)
         return pairs.triangle_attention(z, mx.array(mask), *layers, residual, ending, rows)
 
     def theirs(z, w, b, bias, q, k, v, g, gb, o, ob, residual):
@@ -125,7 +128,7 @@ def test_transition(length, rows):
     inputs = [x, *norm(1), *layer(4 * C, C, 3), *layer(C, 4 * C, 5), residual]
 
     def ours(x, w, b, e, eb, s, sb, residual):
-        return pairs.transition(x, (w, b), (e, eb), (s, sb), residual, rows)
+        return pairs.transition(x, Affine(w, b), Affine(e, eb), Affine(s, sb), residual, rows)
 
     def theirs(x, w, b, e, eb, s, sb, residual):
         return F.linear(F.relu(F.linear(normed(x, w, b), e, eb)), s, sb) + residual
@@ -136,9 +139,9 @@ def test_transition(length, rows):
 def test_few_rows_at_a_time(monkeypatch):
     """What does not fit is cut into rows, which changes nothing."""
     z = mx.array(numbers(B, 9, 9, C))
-    layers = [tuple(map(mx.array, x)) for x in (norm(1), layer(C, C, 3), layer(C, C, 5))]
+    layers = [Affine(*map(mx.array, x)) for x in (norm(1), layer(C, C, 3), layer(C, C, 5))]
     whole = pairs.gated_linear(z, *layers)
-    monkeypatch.setattr(pairs, "NUMBERS_AT_A_TIME", 1)
+    monkeypatch.setattr(pairs, "ELEMENTS_AT_A_TIME", 1)
     assert mx.allclose(pairs.gated_linear(z, *layers), whole, atol=1e-6)
 
 
@@ -146,9 +149,9 @@ def test_half_precision_through_float32():
     """By kernels it is rounded once, in the end."""
     kernels.native or pytest.skip("without kernels")
     z = mx.array(numbers(B, 9, 9, C)).astype(mx.bfloat16)
-    layers = [tuple(mx.array(x).astype(mx.bfloat16) for x in y) for y in (norm(1), layer(C, C, 3), layer(C, C, 5))]
-    wide = [tuple(x.astype(mx.float32) for x in y) for y in layers]
-    found, wanted = pairs.gated_linear(z, *layers), pairs.gated_linear(z.astype(mx.float32), *wide)
+    layers = [Affine(*(mx.array(x).astype(mx.bfloat16) for x in y)) for y in (norm(1), layer(C, C, 3), layer(C, C, 5))]
+    layers32 = [Affine(*(x.astype(mx.float32) for x in y)) for y in layers]
+    found, wanted = pairs.gated_linear(z, *layers), pairs.gated_linear(z.astype(mx.float32), *layers32)
     assert found.dtype == mx.bfloat16
     assert mx.allclose(found.astype(mx.float32), wanted, rtol=2**-8, atol=1e-6)
 

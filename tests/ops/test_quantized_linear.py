@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.ops import kernels
+from mlx_esm_hf.ops import dispatch, kernels
 from tests.bar import hold_to_bar
 
 native = kernels.native
@@ -58,7 +58,7 @@ def rounded(x: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
 @every_set
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("bits", kernels.BITS)
+@pytest.mark.parametrize("bits", dispatch.KERNEL_BITS)
 def test_quantized(bits, group_size, dtype):
     """Scales and biases may be of half precision."""
     for (tokens, outputs), groups in zip(SHAPES, (1, 3, 5, 11), strict=True):
@@ -178,7 +178,7 @@ def test_misfits():
 
 
 @pytest.mark.parametrize(
-    ("bits", "activation_dtype"), [*((bits, None) for bits in kernels.BITS), (4, "int8"), (8, "int8")]
+    ("bits", "activation_dtype"), [*((bits, None) for bits in dispatch.KERNEL_BITS), (4, "int8"), (8, "int8")]
 )
 def test_kernels_off_give_the_same(monkeypatch, bits, activation_dtype):
     x, packed = mx.array(numbers(2, 9, 192)), mx.quantize(mx.array(numbers(33, 192, seed=1)), 64, bits)

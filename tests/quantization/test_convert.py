@@ -236,7 +236,7 @@ def test_what_cannot_be(esm2, tmp_path):
     convert(esm2, tmp_path / "packed", quantize=True, group_size=32)
     with pytest.raises(ValueError, match="packed is quantized already"):
         convert(tmp_path / "packed", tmp_path / "result", quantize=True)
-    with pytest.raises(FileExistsError, match="packed is there already. Nothing was written"):
+    with pytest.raises(FileExistsError, match="packed already exists. Nothing was written"):
         convert(esm2, tmp_path / "packed")
     with pytest.raises(OSError, match="nowhere"):
         convert(tmp_path / "nowhere", tmp_path / "result")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_esm_hf import contacts, embed, fill_mask, generate, perplexity, score
-from mlx_esm_hf.runtime.files import part_of, place, remove_parts, replace_file
+from mlx_esm_hf.runtime.files import place_file, remove_temporary, replace_file, temporary_file
 from tests.jobs.models import UBIQUITIN, write_model
 
 WILD = UBIQUITIN[:10]
@@ -111,12 +111,12 @@ def test_a_stop_between_the_files_ends_well(job, after, fasta, folder, files, tm
     from mlx_esm_hf.runs import outputs
 
     def place_and_die(part, path):
-        place(part, path)
+        place_file(part, path)
         if sum(files[suffix].exists() for suffix in FILES[job]) == after:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(outputs, "place", place_and_die)
+        patch.setattr(outputs, "place_file", place_and_die)
         call(job, fasta, folder, files)
     there = {path: path.stat().st_ino for path in files.values() if path.exists()}
     assert len(there) == after
@@ -158,12 +158,12 @@ def test_parts_have_names_of_their_own(tmp_path):
     replace_file(tmp_path / "out.npz", b"ours")
     assert (tmp_path / "precious").read_text() == "mine"
     assert not (tmp_path / "out.npz").is_symlink() and (tmp_path / "out.npz").read_bytes() == b"ours"
-    with part_of(tmp_path / "out.npz") as one, part_of(tmp_path / "out.npz") as two:
+    with temporary_file(tmp_path / "out.npz") as one, temporary_file(tmp_path / "out.npz") as two:
         assert one != two
-    with part_of(tmp_path / "out.npz") as left:
+    with temporary_file(tmp_path / "out.npz") as left:
         os.link(left, tmp_path / "killed")
     (tmp_path / "killed").rename(left)
-    remove_parts(tmp_path / "out.npz")
+    remove_temporary(tmp_path / "out.npz")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npz", "precious"]
 
 
@@ -194,8 +194,8 @@ def test_placing_never_replaces_even_without_links(tmp_path, monkeypatch):
     (tmp_path / "part").write_text("ours")
     for _ in range(2):
         with pytest.raises(FileExistsError):
-            place(tmp_path / "part", tmp_path / "out")
+            place_file(tmp_path / "part", tmp_path / "out")
         monkeypatch.setattr(os, "link", no_links)
     (tmp_path / "out").unlink()
-    place(tmp_path / "part", tmp_path / "out")
+    place_file(tmp_path / "part", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "ours"

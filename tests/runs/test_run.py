@@ -331,7 +331,9 @@ def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*goes on"):
+    with pytest.raises(
+        OSError, match="shard-00000002.safetensors cannot be written .No space left on device.*again to resume"
+    ):
         compute_run(small_job(), tmp_path / "out", no_progress)
     assert not Run(tmp_path / "out", read_manifest(tmp_path / "out")).finished
     assert len(digests(tmp_path / "out")) == 2

@@ -18,10 +18,9 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
 import mlx_esm_hf
-from mlx_esm_hf import ops
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear
-from mlx_esm_hf.ops import cpu
+from mlx_esm_hf.ops import cpu, dispatch
 from mlx_esm_hf.training import adapters
 from mlx_esm_hf.training.adapters import (
     IGNORED_FIELDS,
@@ -64,7 +63,7 @@ def threads():
 @pytest.fixture(params=["this device", "without kernels"])
 def backend(request, monkeypatch):
     if request.param == "without kernels":
-        monkeypatch.setattr(ops, "backend_of", lambda *arrays: cpu)
+        monkeypatch.setattr(dispatch, "backend_of", lambda *arrays: cpu)
 
 
 def train_by_chance(model: Any) -> None:

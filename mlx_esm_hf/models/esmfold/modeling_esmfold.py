@@ -28,7 +28,7 @@ from mlx_esm_hf.models.esm.modeling_esm import MLXEsmModel, MLXEsmPreTrainedMode
 from mlx_esm_hf.models.esm.names import TRANSFORMERS_4, TRANSFORMERS_5
 from mlx_esm_hf.models.esmfold import residue_constants
 from mlx_esm_hf.models.esmfold.structure_module import MLXEsmFoldStructureModule
-from mlx_esm_hf.ops.pairs import Layer, by_rows, gated_linear, rows_at_a_time, transition, triangle_attention
+from mlx_esm_hf.ops.pairs import Affine, by_rows, gated_linear, rows_at_a_time, transition, triangle_attention
 from mlx_esm_hf.runtime.memory import evaluate
 
 DISTOGRAM_BINS = 64
@@ -46,9 +46,9 @@ CHANNELS_AT_A_TIME = 32  # whose edges are in memory together
 # Operations on the state of residue pairs
 
 
-def parameters_of(layer: Any) -> Layer:
+def parameters_of(layer: Any) -> Affine:
     """The weight and bias of a linear layer or a layer norm."""
-    return layer.weight, layer.get("bias")
+    return Affine(layer.weight, layer.get("bias"))
 
 
 def triangle_product(a: mx.array, b: mx.array, outgoing: bool) -> mx.array:
@@ -89,8 +89,8 @@ class MLXEsmFoldTriangleMultiplicativeUpdate(nn.Module):
         norm, a_gate, a_layer, b_gate, b_layer, gate, layer = (parameters_of(self[name]) for name in names)
         pairs = (mask[:, :, None] * mask[:, None, :]).astype(z.dtype)
 
-        def edges(gate: Layer, layer: Layer, channels: slice) -> mx.array:
-            gate, layer = ((w[channels], None if b is None else b[channels]) for w, b in (gate, layer))
+        def edges(gate: Affine, layer: Affine, channels: slice) -> mx.array:
+            gate, layer = (Affine(w[channels], None if b is None else b[channels]) for w, b in (gate, layer))
             return gated_linear(z, norm, gate, layer, mask=pairs, channels_first=True)
 
         products = []

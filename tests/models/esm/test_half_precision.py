@@ -21,7 +21,7 @@ from esm import ProteinBertModel
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.ops import cpu, gpu, kernels
+from mlx_esm_hf.ops import cpu, dispatch, gpu, kernels
 from tests.marks import needs_cpu, needs_kernels
 from tests.models.esm.test_modeling_esm import CLASSES, WITH_LOSS, reads_first_token
 from tests.parity import (
@@ -72,7 +72,7 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def take(name: str) -> None:
         if mx.default_device() == mx.cpu and name != "own choice":
-            monkeypatch.setattr(ops, "backend_of", lambda *arrays: backends[name])
+            monkeypatch.setattr(dispatch, "backend_of", lambda *arrays: backends[name])
 
     return take
 

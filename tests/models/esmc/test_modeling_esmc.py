@@ -19,8 +19,8 @@ from mlx.utils import tree_flatten
 from safetensors.torch import load_file
 
 import mlx_esm_hf
-from mlx_esm_hf import MLXEsmcConfig, MLXEsmcForMaskedLM, MLXEsmcModel, ops
-from mlx_esm_hf.ops import cpu, gpu
+from mlx_esm_hf import MLXEsmcConfig, MLXEsmcForMaskedLM, MLXEsmcModel
+from mlx_esm_hf.ops import cpu, dispatch, gpu
 from tests.marks import needs_cpu
 from tests.models.esmc.peers import answers, chain_batch, config, hold_answers, peers, torch_model
 from tests.parity import HEADS, LENGTHS, Peers, as_numpy, batch, for_torch, hold, in_precision, one_thread, true_float64
@@ -60,7 +60,7 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def take(name: str) -> None:
         if mx.default_device() == mx.cpu:
-            monkeypatch.setattr(ops, "backend_of", lambda *arrays: backends[name])
+            monkeypatch.setattr(dispatch, "backend_of", lambda *arrays: backends[name])
 
     return take
 

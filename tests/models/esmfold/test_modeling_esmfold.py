@@ -105,7 +105,7 @@ def test_padded_batch(models: Peers, chunk_size: int | None) -> None:
 def test_chunks_change_nothing(models: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask, positions = residues([19, 12])
     whole = models.ours(ids, mask, positions, num_recycles=1)
-    monkeypatch.setattr(pairs, "NUMBERS_AT_A_TIME", 1)
+    monkeypatch.setattr(pairs, "ELEMENTS_AT_A_TIME", 1)
     for chunk_size in (None, 4):
         models.ours.set_chunk_size(chunk_size)
         chunked = models.ours(ids, mask, positions, num_recycles=1)
