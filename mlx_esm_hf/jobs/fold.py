@@ -28,7 +28,7 @@ from mlx_esm_hf.models.esmfold.modeling_esmfold import (
     encode_sequence,
 )
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37, RESTYPES, RESTYPES_WITH_X
-from mlx_esm_hf.ops.pairs import NUMBERS_AT_A_TIME
+from mlx_esm_hf.ops.pairs import ELEMENTS_AT_A_TIME
 from mlx_esm_hf.runs.job import Arrays, Files, Item, Job, OnProgress, Progress, Result, no_files, no_progress
 from mlx_esm_hf.runs.outputs import check_library, check_outputs, earlier_settings
 from mlx_esm_hf.runs.run import Run, WriteRun
@@ -286,7 +286,7 @@ class FoldingModel:
         pair = PAIR_STATES * trunk.pairwise_state_dim + 4 * DISTOGRAM_BINS
         residue = 4 * (config.intermediate_size + 4 * trunk.sequence_state_dim)
         layers = 2 * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)  # language model
-        return 4 * (pair * length**2 + residue * length + layers + 8 * NUMBERS_AT_A_TIME)
+        return 4 * (pair * length**2 + residue * length + layers + 8 * ELEMENTS_AT_A_TIME)
 
     def most_tokens(self, free: int, wanted: int) -> int:
         """Return the residues of a batch.

@@ -104,7 +104,7 @@ def test_two_ranks_train_what_one_trains(tmp_path):
         (["nowhere.fasta", "--shape", "2,32,4"], "nowhere.fasta is no file"),
         ([PROTEINS, "--shape", "2,32,4", "--schedule", "wave"], "not one of linear, cosine"),
         ([PROTEINS, "--shape", "2,32,4", "--validation-share", "1"], "a share below 1 is needed"),
-        ([PROTEINS, "--shape", "2,32,4", "--picture", "a.txt"], "pictures are told by the suffixes"),
+        ([PROTEINS, "--shape", "2,32,4", "--picture", "a.txt"], "the suffix of a picture must be one of"),
     ],
 )
 def test_what_cannot_be_trained_is_a_sentence(arguments, message, tmp_path):
