@@ -189,9 +189,9 @@ def test_jobs_load_model_and_tokenizer_of_one_commit(folder, tmp_path, monkeypat
         assert {token for _, path, token in hub.requests if "/resolve/" in path} == {"secret"}
         (later / "vocab.txt").unlink()
         hub.push("me/esm", later, "v2")
-        with pytest.raises(OSError, match="me/esm has no vocab.txt, and so no tokenizer. Put that of the base model"):
+        with pytest.raises(OSError, match="me/esm has no tokenizer: vocab.txt not found. Save the tokenizer of the base model"):
             load_protein_model(MLXAutoModelForMaskedLM, "me/esm", **(options | {"revision": "v2"}))
-    with pytest.raises(OSError, match="later has no vocab.txt"):
+    with pytest.raises(OSError, match="later has no tokenizer: vocab.txt not found"):
         load_protein_model(MLXAutoModelForMaskedLM, str(later))
 
 
@@ -223,6 +223,6 @@ def test_tokenizer_code_is_not_run(loading, tokenizer_class, tmp_path, monkeypat
     path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}))
     asked = []
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
-    with contextlib.suppress(ValueError):  # of one for which transformers has a class, that is taken
+    with contextlib.suppress(ValueError):  # transformers uses its own class if it has one
         loading(str(folder))
     assert not asked and not ran.exists()

@@ -65,7 +65,7 @@ def swapped(a, b):
 
 def test_vocabulary_without_residues(tmp_path):
     tokenizer = with_vocabulary(tmp_path, [token for token in ESM if token not in "AC"])
-    with pytest.raises(ValueError, match="The vocabulary of toy lacks the residues A, C: "):
+    with pytest.raises(ValueError, match="The vocabulary of toy lacks the residues A, C. "):
         Vocabulary(tokenizer, "toy")
 
 

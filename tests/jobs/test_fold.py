@@ -47,9 +47,9 @@ def table(folder):
 @pytest.mark.parametrize("batch_tokens", [None, 50], ids=["together", "alone"])
 def test_results_match_the_model(network, batch_tokens):
     """Batched and alone, with and without chains. Linkers and padding are not in the results."""
-    proteins, told = [("one", UBIQUITIN[:68]), PROTEINS[1], ("three", UBIQUITIN[10:])], []
-    found = list(fold(proteins, network, num_recycles=1, batch_tokens=batch_tokens, progress=told.append))
-    assert len(told) == (2 if batch_tokens is None else 6)  # passes
+    proteins, reported = [("one", UBIQUITIN[:68]), PROTEINS[1], ("three", UBIQUITIN[10:])], []
+    found = list(fold(proteins, network, num_recycles=1, batch_tokens=batch_tokens, progress=reported.append))
+    assert len(reported) == (2 if batch_tokens is None else 6)  # passes
     assert [result.id for result in found] == [id for id, _ in proteins]
     for (_, sequence), result in zip(proteins, found, strict=True):
         output = network.infer(sequence, num_recycles=1)
@@ -230,20 +230,20 @@ def test_chunks_have_similar_work(network, tmp_path):
 
 def test_short_proteins_are_not_folded_with_long_ones(network):
     """Proteins of similar length are folded together."""
-    told: list = []
+    reported: list = []
     proteins = [("long", 2 * UBIQUITIN), ("a", "MKTAYI"), ("b", "GG")]
-    list(fold(proteins, network, num_recycles=0, batch_tokens=1000, progress=told.append))
-    assert [progress.doing for progress in told] == [
+    list(fold(proteins, network, num_recycles=0, batch_tokens=1000, progress=reported.append))
+    assert [progress.doing for progress in reported] == [
         "long (152 residues), pass 1 of 1",
         "a (6 residues) and 1 more, pass 1 of 1",
     ]
 
 
 def test_each_pass_is_reported(network):
-    told = []
+    reported = []
     proteins = [("long", UBIQUITIN), ("a", "MKTAYI"), ("b", "GG")]
-    list(fold(proteins, network, num_recycles=1, batch_tokens=80, progress=told.append))
-    assert [progress.doing for progress in told] == [
+    list(fold(proteins, network, num_recycles=1, batch_tokens=80, progress=reported.append))
+    assert [progress.doing for progress in reported] == [
         "long (76 residues), pass 1 of 2",
         "long (76 residues), pass 2 of 2",
         "a (6 residues) and 1 more, pass 1 of 2",

@@ -107,7 +107,7 @@ def test_scan_covers_all_residues_at_all_positions(models, tmp_path):
 @pytest.mark.parametrize(
     ("fasta", "message"),
     [
-        (">a\nMKTAYI\n>b\nMK1\n", "line 3: 'b' has '1' at 3"),
+        (">a\nMKTAYI\n>b\nMK1\n", "line 3: 'b' has '1' at position 3"),
         (">a\nMK-TAYI\n", "The wild type has 1 gaps"),
         (">a\nMKTAYI\n>b\nMKT\n", "contains 2 proteins"),
     ],

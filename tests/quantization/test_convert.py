@@ -228,7 +228,7 @@ def test_what_cannot_be(esm2, tmp_path):
         ({"dequantize": True}, "is not quantized"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of float32, float16, bfloat16"),
         ({"report": []}, "There are no proteins"),
-        ({"report": ["M1"]}, "'1' has '1' at 2"),
+        ({"report": ["M1"]}, "'1' has '1' at position 2"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             convert(esm2, tmp_path / "result", **options)

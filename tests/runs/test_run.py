@@ -216,19 +216,19 @@ def test_input_changed_while_it_is_read(folder, tmp_path):
     with pytest.raises(ValueError, match="sha256: .*; now: "):
         embed(fasta, folder, output)
     fasta.write_bytes(before)
-    told = []
-    embed(fasta, folder, output, progress=told.append)
-    assert sum(progress.residues_computed for progress in told) == 2 * len(UBIQUITIN)
+    reported = []
+    embed(fasta, folder, output, progress=reported.append)
+    assert sum(progress.residues_computed for progress in reported) == 2 * len(UBIQUITIN)
 
 
 def test_results_from_a_changed_input_are_recomputed(tmp_path):
-    job, told = small_job(), []
+    job, reported = small_job(), []
     job.items.has_changed = lambda: True
     with pytest.raises(ValueError, match="x has changed while it was read"):
         compute_run(job, tmp_path / "out", no_progress)
     assert not Run(tmp_path / "out", read_manifest(tmp_path / "out")).finished
-    compute_run(small_job(), tmp_path / "out", told.append)
-    assert [progress.residues_computed for progress in told] == [10] * 6
+    compute_run(small_job(), tmp_path / "out", reported.append)
+    assert [progress.residues_computed for progress in reported] == [10] * 6
 
 
 def test_folder_that_cannot_be_written(fasta, folder, tmp_path):
@@ -404,19 +404,19 @@ LOOKED_AT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "anew"), LOOKED_AT)
-def test_damage_to_a_finished_run_is_repaired(name, damage, anew, tmp_path):
+@pytest.mark.parametrize(("name", "damage", "recomputed"), LOOKED_AT)
+def test_damage_to_a_finished_run_is_repaired(name, damage, recomputed, tmp_path):
     """Only what is missing or damaged is computed again."""
     folder = tmp_path / "out"
     compute_run(small_job(), folder, no_progress)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     DAMAGE[damage](folder / name)
     assert (folder / name).exists() is (damage != "deleted")
-    told = []
-    run = compute_run(small_job(), folder, told.append)
+    reported = []
+    run = compute_run(small_job(), folder, reported.append)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [result.number for result in run.results()] == list(range(6))
-    assert sum(progress.residues_computed for progress in told) == anew
+    assert sum(progress.residues_computed for progress in reported) == recomputed
     again = []
     compute_run(small_job(), folder, again.append)
     assert again == []
@@ -437,9 +437,9 @@ def test_damaged_shard_of_a_stopped_run_is_recomputed(damage, tmp_path):
         compute_run(job, folder, no_progress)
     assert len(digests(folder)) == 4
     damage(folder / "shard-00000001.safetensors")
-    told = []
-    compute_run(small_job(), folder, told.append)
-    assert [progress.residues_computed for progress in told] == [0, 10, 0, 0, 10, 10]
+    reported = []
+    compute_run(small_job(), folder, reported.append)
+    assert [progress.residues_computed for progress in reported] == [0, 10, 0, 0, 10, 10]
     compute_run(small_job(), whole, no_progress)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
@@ -468,14 +468,14 @@ def test_files_of_items(tmp_path):
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_files_are_remade_from_shards(damage, tmp_path):
     """Without computing anything."""
-    folder, told = tmp_path / "out", []
+    folder, reported = tmp_path / "out", []
     compute_run(job_with_files(), folder, no_progress)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     damage(folder / "n3.b")
-    compute_run(job_with_files(), folder, told.append)
+    compute_run(job_with_files(), folder, reported.append)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert sum(progress.residues_computed for progress in told) == 0
-    compute_run(job_with_files(), folder, stop)  # is not told of anything: all is there
+    assert sum(progress.residues_computed for progress in reported) == 0
+    compute_run(job_with_files(), folder, stop)  # is not reported of anything: all is there
 
 
 @pytest.mark.parametrize("name", ["n2.a", "n2.b", "index.csv"])
@@ -490,11 +490,11 @@ def test_kill_between_two_files(name, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "add", kill)
         compute_run(job_with_files(), folder, no_progress)
-    told = []
-    compute_run(job_with_files(), folder, told.append)
+    reported = []
+    compute_run(job_with_files(), folder, reported.append)
     compute_run(job_with_files(), whole, no_progress)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
-    assert [progress.residues_computed for progress in told][:3] == [0, 0, 0]
+    assert [progress.residues_computed for progress in reported][:3] == [0, 0, 0]
 
 
 def test_checksums_have_the_format_of_sha256sum(tmp_path):
