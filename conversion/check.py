@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from mlx_esm_hf import EsmcTokenizer, MLXAutoModelForMaskedLM
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
-from mlx_esm_hf.data.proteins import read_proteins
+from mlx_esm_hf.data.source import read_proteins
 
 # Relative to the scale of an output. Two correct float32 implementations differ by about 1e-6, wrong ones by far more.
 BAR = 1e-4

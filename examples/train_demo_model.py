@@ -21,7 +21,8 @@ import numpy as np
 
 from mlx_esm_hf import MLXEsmForMaskedLM
 from mlx_esm_hf.data.batches import make_batches
-from mlx_esm_hf.data.proteins import STANDARD, Protein, read_proteins
+from mlx_esm_hf.data.proteins import STANDARD, Protein
+from mlx_esm_hf.data.source import read_proteins
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.data.windows import Window
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer

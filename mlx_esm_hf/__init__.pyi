@@ -1,6 +1,6 @@
 """The public names, listed here and nowhere else: `__init__.py` imports each from its module on first use."""
 
-from .data.proteins import read_proteins as read_proteins
+from .data.source import read_proteins as read_proteins
 from .demo import demo_model as demo_model
 from .jobs.contacts import contacts as contacts
 from .jobs.embed import embed as embed

@@ -1,4 +1,4 @@
-"""`pipeline(task)`, which returns what transformers' own does: masks, features, labels of sequences and of residues."""
+"""`pipeline(task)` with the same results as that of transformers."""
 
 from __future__ import annotations
 
@@ -35,19 +35,21 @@ def pipeline(
     batch_size: int = 1,
     **loading: Any,
 ) -> Pipeline:
-    """A callable for a task, as transformers' function of the same name.
+    """Return a callable for a task, like transformers' function of the same name.
 
     Args:
         task: "fill-mask", "feature-extraction", "text-classification" or "token-classification".
-        model: a Hub repository or folder, or a model, which needs its tokenizer beside it.
-        device: "cpu" or -1, "gpu", "cuda", "mps" or 0; by default MLX's own choice. It is that of the whole process.
-        batch_size: how many sequences go through the model together.
-        loading: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download`, for model and
-            tokenizer alike, and whatever else `from_pretrained` of the model takes.
+        model: a Hub repository, a folder, or a model, which needs `tokenizer` as well.
+        tokenizer: a tokenizer, or the repository or folder of one; None for that of the model.
+        device: "cpu" or -1, "gpu", "cuda", "mps" or 0; None for MLX's default. It becomes the default device of the
+            whole process.
+        batch_size: sequences that go through the model together.
+        loading: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download`, which apply to
+            model and tokenizer, and other options of the model's `from_pretrained`.
 
     Raises:
-        KeyError: another task.
-        ValueError: a model without its tokenizer or with that of another one, or a device that there is not.
+        KeyError: the task is unknown.
+        UserError: a model without a tokenizer or with that of another model, or a device that does not exist.
 
     Example:
         >>> pipeline("fill-mask", model="facebook/esm2_t6_8M_UR50D")("MKT<mask>YIAKQR")[0]["token_str"]
@@ -55,13 +57,13 @@ def pipeline(
     if task not in TASKS:
         raise KeyError(f"Unknown task {task}, available tasks are {sorted(TASKS)}")
     if batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: one at least is needed.")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     if device is not None:
         use_torch_device(device)
     pipeline_class, auto_class = TASKS[task]
     if isinstance(model, MLXPreTrainedModel):
         if tokenizer is None:
-            raise UserError("A model that is given as an object needs its tokenizer: pipeline(..., tokenizer=...).")
+            raise UserError("A model passed as an object needs its tokenizer: pipeline(..., tokenizer=...).")
         network = model
     else:
         tokenizer = tokenizer or model
@@ -76,14 +78,22 @@ def pipeline(
 
 
 class Pipeline:
-    """What the pipelines have in common: texts through the tokenizer and the model, in batches."""
+    """Base class of the pipelines: it runs texts through the tokenizer and the model in batches.
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 1):
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        batch_size: sequences that go through the model together.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 1) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     def _outputs(self, texts: Sequence[str], options: dict[str, Any]) -> Iterator[tuple[np.ndarray, mx.array]]:
-        """For each text its token ids [L], and what the model answers: its logits, or else its last hidden state,
-        [L, ...] where they are for tokens."""
+        """Yield the token ids [L] of each text and the model's output.
+
+        The output is the logits, or the last hidden state of a model without logits: [L, ...] if it is for tokens.
+        """
         for start in range(0, len(texts), self.batch_size):
             batch = list(texts[start : start + self.batch_size])
             padding = {} if len(batch) == 1 else {"padding": True}
@@ -96,7 +106,7 @@ class Pipeline:
 
 
 class FillMaskPipeline(Pipeline):
-    """transformers' `FillMaskPipeline`: for each <mask> the most probable tokens, over the whole vocabulary."""
+    """Predicts the most probable tokens at each <mask>, over the whole vocabulary, like transformers' class."""
 
     def __call__(
         self,
@@ -105,17 +115,21 @@ class FillMaskPipeline(Pipeline):
         targets: str | Sequence[str] | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
-        """
+        """Fill masks.
+
         Args:
-            inputs: one or several sequences, each with one <mask> at least.
-            targets: rank these tokens only; of one that is not in the vocabulary its first token, with a warning.
+            inputs: a sequence or several, each with at least one <mask>.
+            top_k: predictions for each mask.
+            targets: rank only these tokens. A target that is not in the vocabulary is replaced by its first token, with
+                a warning.
+            tokenizer_kwargs: options of the tokenizer.
 
         Returns:
-            Of one sequence with one mask a list of {"score", "token", "token_str", "sequence"}; with several masks a
-            list of such lists; of several sequences the list of their results (of a list of one, its only result).
+            For a sequence with one mask, a list of {"score", "token", "token_str", "sequence"}; with several masks, a
+            list of such lists. For several sequences, a list of their results (for a list of one, its only result).
 
         Raises:
-            ValueError: a sequence without a mask, or no target that the tokenizer knows.
+            UserError: a sequence without a mask, or no target that the tokenizer knows.
         """
         allowed = None if targets is None else self._target_ids([targets] if isinstance(targets, str) else targets)
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
@@ -138,7 +152,7 @@ class FillMaskPipeline(Pipeline):
                 token = int(choice if allowed is None else allowed[choice])
                 filled = ids.copy()
                 filled[place] = token
-                # Other masks are special tokens, too, and have to stay.
+                # Other masks are special tokens as well and must stay in the sequence.
                 sequence = self.tokenizer.decode(filled.tolist(), skip_special_tokens=len(masked) == 1)
                 proposals.append(
                     {
@@ -162,7 +176,7 @@ class FillMaskPipeline(Pipeline):
                     continue
                 token = pieces[0]
                 name = self.tokenizer.convert_ids_to_tokens(token)
-                warnings.warn(f"The target {target!r} is not in the vocabulary: {name} takes its place.", stacklevel=3)
+                warnings.warn(f"The target {target!r} is not in the vocabulary; {name} is used instead.", stacklevel=3)
             ids.add(token)
         if not ids:
             raise UserError("At least one target must be provided when passed.")
@@ -170,7 +184,7 @@ class FillMaskPipeline(Pipeline):
 
 
 class FeatureExtractionPipeline(Pipeline):
-    """transformers' `FeatureExtractionPipeline`: the last hidden state of all tokens, special ones included."""
+    """Returns the last hidden state of all tokens, special tokens included, like transformers' class."""
 
     def __call__(
         self,
@@ -179,12 +193,19 @@ class FeatureExtractionPipeline(Pipeline):
         return_tensors: bool = False,
         tokenize_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """
+        """Extract features.
+
         Args:
-            return_tensors: an `mx.array` [1, tokens, hidden_size] for each sequence instead of nested lists.
+            inputs: a sequence or several.
+            truncation: whether the tokenizer truncates.
+            return_tensors: return an `mx.array` [1, tokens, hidden_size] for each sequence instead of nested lists.
+            tokenize_kwargs: options of the tokenizer.
 
         Returns:
-            One result for a sequence, a list of them for several.
+            A result for a sequence; a list of results for several.
+
+        Raises:
+            UserError: `truncation` is also in `tokenize_kwargs`.
         """
         options = dict(tokenize_kwargs or {})
         if truncation is not None:
@@ -198,7 +219,7 @@ class FeatureExtractionPipeline(Pipeline):
 
 
 class TextClassificationPipeline(Pipeline):
-    """transformers' `TextClassificationPipeline`: the label of a whole sequence."""
+    """Predicts the label of a whole sequence, like transformers' class."""
 
     def __call__(
         self,
@@ -207,15 +228,21 @@ class TextClassificationPipeline(Pipeline):
         function_to_apply: str | None = None,
         **tokenizer_kwargs: Any,
     ) -> list[Any]:
-        """
+        """Classify sequences.
+
         Args:
-            top_k: how many labels, the most probable first; None, all. By default the first one alone.
-            function_to_apply: "sigmoid", "softmax" or "none"; by default none for a regression, sigmoid for one label
-                or several that do not exclude each other, softmax for those that do.
+            inputs: a sequence or several.
+            top_k: number of labels, the most probable first; None for all; "" for only the first, not in a list.
+            function_to_apply: "sigmoid", "softmax" or "none". None chooses "none" for regression, "sigmoid" for a
+                single label or labels that do not exclude each other, and "softmax" otherwise.
+            tokenizer_kwargs: options of the tokenizer.
 
         Returns:
-            For each sequence {"label", "score"}, or, with `top_k`, a list of them; of a sequence that is not in a list,
-            with `top_k`, its own.
+            {"label", "score"} for each sequence, or a list of them with `top_k`. With `top_k`, a single sequence gives
+            its own list.
+
+        Raises:
+            UserError: `function_to_apply` is unknown.
         """
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         names = self.model.config.id2label
@@ -245,11 +272,11 @@ class TextClassificationPipeline(Pipeline):
             return mx.softmax(logits, axis=-1, precise=True)
         if function_to_apply == "none":
             return logits
-        raise UserError(f"function_to_apply={function_to_apply!r} is none of sigmoid, softmax and none.")
+        raise UserError(f"function_to_apply must be sigmoid, softmax or none, got {function_to_apply!r}.")
 
 
 class TokenClassificationPipeline(Pipeline):
-    """transformers' `TokenClassificationPipeline`: the label of each residue, such as its secondary structure."""
+    """Predicts the label of each residue, such as its secondary structure, like transformers' class."""
 
     def __call__(
         self,
@@ -257,24 +284,29 @@ class TokenClassificationPipeline(Pipeline):
         aggregation_strategy: str = "none",
         ignore_labels: Sequence[str] = ("O",),
     ) -> list[Any]:
-        """
+        """Classify residues.
+
         Args:
-            aggregation_strategy: "none", a result for each residue; "simple", one for each stretch of a label.
-            ignore_labels: are left out.
+            inputs: a sequence or several.
+            aggregation_strategy: "none" for a result for each residue; "simple" for one for each run of the same label.
+            ignore_labels: labels to leave out.
 
         Returns:
-            Of a sequence a list of {"entity", "score", "index", "word", "start", "end"}, or, of stretches,
-            {"entity_group", "score", "word", "start", "end"}; of several sequences a list of such lists. `start` and
-            `end` are None, as ESM's tokenizer tells none.
+            For a sequence, a list of {"entity", "score", "index", "word", "start", "end"}, or of {"entity_group",
+            "score", "word", "start", "end"} for runs; for several sequences, a list of such lists. `start` and `end`
+            are None, as ESM's tokenizer does not provide them.
+
+        Raises:
+            UserError: `aggregation_strategy` is unknown.
         """
         if aggregation_strategy not in ("none", "simple"):
-            raise UserError(f"aggregation_strategy={aggregation_strategy!r}: a residue is one token, none or simple.")
+            raise UserError(f"aggregation_strategy must be none or simple, got {aggregation_strategy!r}.")
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         results = []
         for ids, logits in self._outputs(texts, {}):
             entities = self._entities(ids, logits)
             if aggregation_strategy == "simple":
-                entities = self._stretches(entities)
+                entities = self._runs(entities)
             key = "entity" if aggregation_strategy == "none" else "entity_group"
             results.append([entity for entity in entities if entity[key] not in ignore_labels])
         return results[0] if isinstance(inputs, str) else results
@@ -297,18 +329,18 @@ class TokenClassificationPipeline(Pipeline):
             )
         return entities
 
-    def _stretches(self, entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Neighbours of one label; a label with the prefix "B-" begins a stretch, "I-" goes on with it."""
+    def _runs(self, entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Merge neighbours with the same label. The prefix "B-" begins a new run, "I-" continues one."""
         number, last, numbers = 0, None, []
         for entity in entities:
             name = entity["entity"].removeprefix("B-").removeprefix("I-")
             if name != last or entity["entity"].startswith("B-"):
                 number, last = number + 1, name
             numbers.append(number)
-        stretches = []
+        runs = []
         for _, group in groupby(zip(numbers, entities, strict=True), key=lambda pair: pair[0]):
             members = [entity for _, entity in group]
-            stretches.append(
+            runs.append(
                 {
                     "entity_group": members[0]["entity"].split("-", 1)[-1],
                     "score": np.mean([entity["score"] for entity in members]),
@@ -317,7 +349,7 @@ class TokenClassificationPipeline(Pipeline):
                     "end": None,
                 }
             )
-        return stretches
+        return runs
 
 
 TASKS: dict[str, tuple[Any, Any]] = {

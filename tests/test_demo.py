@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from mlx_esm_hf import MLXEsmForMaskedLM, demo_model
 from mlx_esm_hf.cli import app
-from mlx_esm_hf.data.proteins import read_proteins
+from mlx_esm_hf.data.source import read_proteins
 
 PROTEINS = Path(__file__).parents[1] / "examples" / "proteins.fasta"
 

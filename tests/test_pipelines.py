@@ -31,8 +31,8 @@ def load_jobs_model(folder):
     return load_protein_model(MLXAutoModelForMaskedLM, folder)
 
 
-def taken_apart(answer):
-    """An answer with the type of a number where it had the number, and the numbers in their order."""
+def split_numbers(answer):
+    """Replace the numbers of an answer by their types, and return the numbers in order."""
     numbers = []
 
     def without(part):
@@ -53,27 +53,27 @@ def torch_pipeline(task, model, dtype):
     return transformers.pipeline(task, model=model, dtype=dtype)
 
 
-def hold_to_transformers(task, model, all_inputs, batch_sizes=(1,), **options):
-    """The answers are those of transformers' pipeline, their numbers by the bar of the parity tests, taken together."""
+def compare_with_transformers(task, model, all_inputs, batch_sizes=(1,), **options):
+    """Check answers against transformers' pipeline, all numbers together by the error bound of the parity tests."""
     ours, theirs, float64 = [], [], []
     for batch_size in batch_sizes:
         our_pipeline = pipeline(task, model=model, batch_size=batch_size)
         for inputs in all_inputs:
-            shape, numbers = taken_apart(our_pipeline(inputs, **options))
-            expected_shape, expected = taken_apart(torch_pipeline(task, model, torch.float32)(inputs, **options))
+            shape, numbers = split_numbers(our_pipeline(inputs, **options))
+            expected_shape, expected = split_numbers(torch_pipeline(task, model, torch.float32)(inputs, **options))
             assert shape == expected_shape
             ours, theirs = ours + numbers, theirs + expected
-            float64 += taken_apart(torch_pipeline(task, model, torch.float64)(inputs, **options))[1]
+            float64 += split_numbers(torch_pipeline(task, model, torch.float64)(inputs, **options))[1]
     hold(f"pipeline({task!r})", "scores", "ESM-1b, ESM-2", ours, theirs, float64)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"targets": ["A", "W", "L"]}, {"targets": "K"}], ids=repr)
-def test_fill_mask_is_transformers(folder, options):
-    hold_to_transformers("fill-mask", folder, [ONE, TWO, [ONE], [TWO], [ONE, TWO], [ONE, ONE]], **options)
+def test_fill_mask_matches_transformers(folder, options):
+    compare_with_transformers("fill-mask", folder, [ONE, TWO, [ONE], [TWO], [ONE, TWO], [ONE, ONE]], **options)
 
 
-def test_feature_extraction_is_transformers(folder):
-    hold_to_transformers("feature-extraction", folder, [UBIQUITIN, ["MKT"], ["MKT", "ACDEF"]])
+def test_feature_extraction_matches_transformers(folder):
+    compare_with_transformers("feature-extraction", folder, [UBIQUITIN, ["MKT"], ["MKT", "ACDEF"]])
 
 
 SEQUENCES = [UBIQUITIN, [UBIQUITIN], [UBIQUITIN, "MKTAYI", "MQ"]]
@@ -87,7 +87,7 @@ LABELS = {
 
 @pytest.fixture(scope="module", params=LABELS)
 def classifiers(request, folder, tmp_path_factory):
-    """{task: folder} of classifiers that transformers made of the model."""
+    """{task: folder} of classifiers that transformers made from the model."""
     folders = {}
     for task, name in (("text", "EsmForSequenceClassification"), ("token", "EsmForTokenClassification")):
         torch.manual_seed(0)
@@ -102,23 +102,23 @@ def classifiers(request, folder, tmp_path_factory):
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": None}, {"top_k": 1}, {"top_k": 2}, {"function_to_apply": "sigmoid"}], ids=repr
 )
-def test_text_classification_is_transformers(classifiers, options):
+def test_text_classification_matches_transformers(classifiers, options):
     # Pieces of ubiquitin as well: of a few numbers alone, torch's error is a matter of luck.
     pieces = [UBIQUITIN[i:] for i in range(1, 70, 3)]
-    hold_to_transformers("text-classification", classifiers["text"], [*SEQUENCES, pieces], (1, 2), **options)
+    compare_with_transformers("text-classification", classifiers["text"], [*SEQUENCES, pieces], (1, 2), **options)
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"aggregation_strategy": "simple"}, {"ignore_labels": []}, {"ignore_labels": ["helix"]}], ids=repr
 )
-def test_token_classification_is_transformers(classifiers, options):
-    hold_to_transformers("token-classification", classifiers["token"], SEQUENCES, (1, 2), **options)
+def test_token_classification_matches_transformers(classifiers, options):
+    compare_with_transformers("token-classification", classifiers["token"], SEQUENCES, (1, 2), **options)
 
 
 @pytest.mark.parametrize("task", ["fill-mask", "feature-extraction"])
-def test_batches_do_not_matter(folder, task):
+def test_batch_size_does_not_change_results(folder, task):
     texts = [ONE, "MK<mask>", TWO] if task == "fill-mask" else [UBIQUITIN, "MK", "MKT"]
-    hold_to_transformers(task, folder, [texts], batch_sizes=(1, 3))
+    compare_with_transformers(task, folder, [texts], batch_sizes=(1, 3))
 
 
 def test_device(folder):
@@ -137,7 +137,7 @@ def test_device(folder):
 
 
 def test_model_and_tokenizer_of_one_commit(folder, tmp_path, monkeypatch):
-    """A push between the two: both are those of the commit that was asked first. Private, and in a cache of its own."""
+    """Both come from the commit of the first request, whatever is pushed in between. The repository is private."""
     one, two = (tmp_path / name for name in ("one", "two"))
     for place in (one, two):
         shutil.copytree(folder, place / "sub")
@@ -162,8 +162,8 @@ def test_model_and_tokenizer_of_one_commit(folder, tmp_path, monkeypatch):
     assert again == filled
 
 
-def test_jobs_load_both_of_one_commit(folder, tmp_path, monkeypatch):
-    """So do the jobs, by whatever revision; a file of the tokenizer that arrives damaged, or is not there, is said."""
+def test_jobs_load_model_and_tokenizer_of_one_commit(folder, tmp_path, monkeypatch):
+    """Jobs do so as well, and report a damaged or missing tokenizer file."""
     hub = Hub({("me/esm", "v1"): folder}, private={"me/esm": "secret"})
     later = Path(shutil.copytree(folder, tmp_path / "later"))
     (later / "vocab.txt").write_text("pushed later")
@@ -189,9 +189,11 @@ def test_jobs_load_both_of_one_commit(folder, tmp_path, monkeypatch):
         assert {token for _, path, token in hub.requests if "/resolve/" in path} == {"secret"}
         (later / "vocab.txt").unlink()
         hub.push("me/esm", later, "v2")
-        with pytest.raises(OSError, match="me/esm has no vocab.txt, and so no tokenizer. Put that of the base model"):
+        with pytest.raises(
+            OSError, match="me/esm has no tokenizer: vocab.txt not found. Save the tokenizer of the base model"
+        ):
             load_protein_model(MLXAutoModelForMaskedLM, "me/esm", **(options | {"revision": "v2"}))
-    with pytest.raises(OSError, match="later has no vocab.txt"):
+    with pytest.raises(OSError, match="later has no tokenizer: vocab.txt not found"):
         load_protein_model(MLXAutoModelForMaskedLM, str(later))
 
 
@@ -207,14 +209,14 @@ def test_options(folder):
     with pytest.raises(ValueError, match="No mask_token"):
         pipeline("fill-mask", folder)("MKT")
     with pytest.warns(UserWarning, match="'JJ' is not in the vocabulary"):
-        hold_to_transformers("fill-mask", folder, [ONE], targets=["JJ", "A"])
+        compare_with_transformers("fill-mask", folder, [ONE], targets=["JJ", "A"])
     features = pipeline("feature-extraction", folder)("MKT", return_tensors=True)
     assert features.shape == (1, 5, 32)
 
 
 @pytest.mark.parametrize("tokenizer_class", ["EsmTokenizer", "Tokenizer"])
 @pytest.mark.parametrize("loading", [load_pipeline, load_jobs_model])
-def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(loading, tokenizer_class, tmp_path, monkeypatch):
+def test_tokenizer_code_is_not_run(loading, tokenizer_class, tmp_path, monkeypatch):
     folder = write_model(tmp_path / "model")
     ran = tmp_path / "ran"
     (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Tokenizer: pass\n")
@@ -223,6 +225,6 @@ def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(loading, tokeniz
     path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}))
     asked = []
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
-    with contextlib.suppress(ValueError):  # of one for which transformers has a class, that is taken
+    with contextlib.suppress(ValueError):  # transformers uses its own class if it has one
         loading(str(folder))
     assert not asked and not ran.exists()

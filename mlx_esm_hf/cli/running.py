@@ -38,10 +38,14 @@ class Running:
 
     def show(self, progress: Progress) -> None:
         """Advance the progress bar. Jobs call this after each step."""
-        self.residues += progress.computed
+        self.residues += progress.residues_computed
         speed = f"{self.residues / (time.perf_counter() - self.begin):,.0f} residues/s" if self.residues else ""
         self.bar.update(
-            self.task, total=progress.total, advance=progress.residues, speed=speed, doing=escape(progress.doing)
+            self.task,
+            total=progress.residues_total,
+            advance=progress.residues_done,
+            speed=speed,
+            doing=escape(progress.doing),
         )
 
     def finish(self, output: Path, report: Any) -> None:
@@ -84,9 +88,9 @@ def running(output: Path | None, quiet: bool = False, source: str = "") -> Itera
 
 def resume_hint(source: str) -> str:
     """Return whether and how a stopped run can be resumed."""
-    from mlx_esm_hf.data.proteins import is_stream
+    from mlx_esm_hf.data.source import ProteinSource
 
-    if is_stream(source):
+    if ProteinSource.open(source).is_stream:
         return "input from a stream cannot be read again, so this run cannot be resumed"
     return "run the same command again to resume"
 

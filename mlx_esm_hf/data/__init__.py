@@ -1,6 +1,6 @@
-"""Proteins on their way to a model: read, cleaned, made into token ids, cut into windows, put into batches.
+"""Proteins on their way to a model: read, cleaned, encoded as token ids, cut into windows and grouped into batches.
 
-The words: a *protein* is an id and a sequence. A *sequence of ids* has one token for each of its positions. A *window*
-is a stretch of positions that goes through a model at once: all of a protein, if the model takes it. A *batch* is
-windows in one forward pass, padded. No model and no family is known here.
+Terms: a *protein* is an id and a sequence. Its *ids* are token ids, one for each position of the sequence. A *window*
+is a range of positions that goes through a model at once, the whole protein if the model accepts it. A *batch* is
+windows padded to one length for one forward pass. Nothing in this package depends on a model or a family.
 """

@@ -1,4 +1,4 @@
-"""Which windows go through a model together, and the arrays that it is given."""
+"""Grouping windows into padded batches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from mlx_esm_hf.errors import UserError
 
 
 class Batch(NamedTuple):
-    """Windows in one forward pass, a row each, padded on the right.
+    """Windows in one forward pass, one per row, padded on the right.
 
-    `input_ids` and `attention_mask` are [windows, tokens]. The residues of a row begin at `first`.
+    Attributes:
+        windows: the window of each row.
+        input_ids: [windows, tokens], int32.
+        attention_mask: [windows, tokens], int32; 0 at padding.
+        first: column of the first residue of each row.
     """
 
     windows: list[Window]
@@ -24,20 +28,26 @@ class Batch(NamedTuple):
     first: int
 
 
-RowCost = Callable[[int], float]  # of a row of so many tokens, padding with it, where starting a batch costs 1
+# Cost of a row of n tokens, padding included, relative to the cost of launching a batch.
+RowCost = Callable[[int], float]
 
 
 def by_length(lengths: Sequence[int], batch_tokens: int, row_cost: RowCost | None = None) -> list[list[int]]:
-    """Indices of rows of like length, in groups of at most `batch_tokens` tokens with padding that cost least together.
+    """Group rows of similar length so that the total cost of the groups is minimal.
 
-    A row longer than the budget is a group of its own. The longest go first, so that one that will not fit into memory
-    fails at once.
+    A row longer than `batch_tokens` is a group of its own. The longest rows come first, so that a row that does not fit
+    into memory fails at once.
 
     Args:
-        row_cost: None, a row costs nothing: there are as few groups as can be.
+        lengths: tokens of each row.
+        batch_tokens: most tokens of a group, padding included.
+        row_cost: cost of a row by its padded length; None for no cost, which gives the fewest groups possible.
+
+    Returns:
+        The groups, each a list of indices into `lengths`.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    # Of the first so many rows in this order: what they cost at least, and where the last of their groups begins.
+    # least[n] is the minimum cost of the n longest rows; begins[n] is where the last group of that optimum begins.
     least, begins = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, np.int64)
     least[0] = 0
     for begin, row in enumerate(order):
@@ -61,14 +71,17 @@ def make_batches(
     batch_tokens: int,
     row_cost: RowCost | None = None,
 ) -> Iterator[Batch]:
-    """The windows of sequences of ids, those of like length together.
+    """Yield windows of sequences in padded batches of similar length.
 
     Args:
-        batch_tokens: most tokens, with padding, of a batch.
-        row_cost: of a row; see `by_length`.
+        sequences: token ids [positions] of each protein.
+        windows: the windows to batch.
+        vocabulary: adds the special tokens and the padding.
+        batch_tokens: most tokens of a batch, padding included.
+        row_cost: see `by_length`.
 
     Raises:
-        ValueError: a sequence holds the token for padding.
+        UserError: a sequence contains the padding token.
     """
     lengths = [window.length + vocabulary.around for window in windows]
     for rows in by_length(lengths, batch_tokens, row_cost):
@@ -81,5 +94,5 @@ def make_batches(
             input_ids[line, : lengths[row]] = ids
             attention_mask[line, : lengths[row]] = 1
         if ((input_ids != vocabulary.pad) != attention_mask).any():
-            raise UserError("A sequence holds the token for padding.")
+            raise UserError("A sequence contains the padding token.")
         yield Batch([windows[row] for row in rows], input_ids, attention_mask, len(vocabulary.before))

@@ -1,4 +1,4 @@
-"""Tables of mutations: substitutions like A42G, and several of them joined by a colon."""
+"""Mutations such as A42G or A42G:L7P, and tables of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d{1,9})([A-Za-z])")
 
 
 class Substitution(NamedTuple):
-    """A residue that becomes another; `position` is that in the sequence, from 0."""
+    """A residue replaced by another. `position` counts from 0 in the sequence."""
 
     wild_type: str
     position: int
@@ -25,15 +25,16 @@ class Substitution(NamedTuple):
 
 
 def parse(mutant: str, sequence: str, first_residue: int = 1) -> list[Substitution]:
-    """The substitutions of `A42G` or `A42G:L7P`.
+    """Parse a mutant such as `A42G` or `A42G:L7P` and check it against the wild type.
 
     Args:
+        mutant: substitutions joined by colons.
         sequence: the wild type.
-        first_residue: the number that the table gives to the first residue of it. Numbers run on across its chains.
+        first_residue: the number of the first residue of the sequence. Numbers continue from chain to chain.
 
     Raises:
-        ValueError: not of this form, outside the sequence, another wild type than the sequence has, or one position
-            twice.
+        UserError: the mutant does not have this form, is outside the sequence, names another wild type than the
+            sequence has, or changes a position twice.
     """
     found: list[Substitution] = []
     residues, places = tokens(sequence), residue_places(sequence)
@@ -52,21 +53,25 @@ def parse(mutant: str, sequence: str, first_residue: int = 1) -> list[Substituti
 
 
 def split(mutant: str) -> list[tuple[str, int, str]]:
-    """Wild type, number and mutant of each substitution, not held against a sequence."""
+    """Return the wild type, number and mutant of each substitution, without checking them against a sequence.
+
+    Raises:
+        UserError: the mutant does not have the form `A42G:L7P`.
+    """
     parts = []
     for part in mutant.strip().split(":"):
         match = SUBSTITUTION.fullmatch(part.strip())
         if not match:
-            raise UserError(f"{mutant!r} is no substitution like A42G, nor several like A42G:L7P")
+            raise UserError(f"{mutant!r} is not a mutation. Expected one such as A42G or A42G:L7P")
         wild_type, number, to = match[1].upper(), int(match[2]), match[3].upper()
         if unknown := {wild_type, to} - set(RESIDUES):
-            raise UserError(f"{mutant!r}: {unknown.pop()} is no residue")
+            raise UserError(f"{mutant!r}: {unknown.pop()} is not a residue")
         parts.append((wild_type, number, to))
     return parts
 
 
 def suggest_first_residue(mutants: Sequence[str], sequence: str) -> int | None:
-    """The numbering under which most substitutions have the wild type of the sequence; None if none has."""
+    """Return the number of the first residue that makes most wild types match the sequence; None if none match."""
     residues, hits = tokens(sequence.replace(CHAIN_BREAK, "")), Counter[int]()
     found = set[tuple[str, int]]()
     for mutant in mutants:
@@ -78,24 +83,31 @@ def suggest_first_residue(mutants: Sequence[str], sequence: str) -> int | None:
 
 
 def read_table(path: str | os.PathLike[str], column: str) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and rows of a CSV file with a column of mutations.
+    """Read a CSV file that has a column of mutations.
+
+    Returns:
+        The columns, and the rows as dictionaries.
 
     Raises:
-        ValueError: no such column, or rows that do not fit the header, with file and line.
+        UserError: the file is not CSV or lacks the column, or a row does not fit the header. The message names the
+            line.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             columns, rows = list(reader.fieldnames or []), []
             if len(set(columns)) < len(columns):
-                raise UserError(f"{path} has two columns of one name: {', '.join(columns)}.")
+                raise UserError(f"{path} has two columns of the same name: {', '.join(columns)}.")
             if column not in columns:
-                known = ", ".join(columns) or "nothing in its first line"
-                raise UserError(f"{path} has no column {column!r} (--mutant-column), but {known}.")
+                if not columns:
+                    raise UserError(f"No column {column!r} in {path}: its first line is empty.")
+                raise UserError(
+                    f"No column {column!r} in {path} (columns: {', '.join(columns)}). Pass `--mutant-column NAME`."
+                )
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(f"{path}, line {reader.line_num}: the row does not have {len(columns)} columns.")
+                    raise UserError(f"{path}, line {reader.line_num}: expected {len(columns)} columns.")
                 rows.append(row)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no CSV file ({error}).") from error
+        raise UserError(f"{path} is not a CSV file ({error}).") from error
     return columns, rows

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, loaded with its files checked."""
+"""Loading the tokenizer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from mlx_esm_hf.errors import CheckpointError
 
 
 def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hub repository or a folder.
+    """Load the tokenizer of a Hub repository or a folder.
 
     Args:
-        hub: those arguments of `from_pretrained` that `SHARED` lists.
+        source: a Hub repository or a folder.
+        hub: the arguments of `from_pretrained` that apply to tokenizers, such as `revision` and `token`.
 
     Raises:
-        OSError: there is none, or the Hub did not answer, or refused; or a file arrived damaged. Nothing of it is kept.
+        OSError: there is no tokenizer, the Hub did not answer or refused, or a download was damaged. A damaged download
+            is not kept.
         CheckpointError: a file is damaged or incomplete.
     """
-    # Which compares checksums; transformers takes what arrives.
+    # `find_file` compares the checksums of downloads, which transformers does not.
     find_file(source, "tokenizer_config.json", **hub)
     vocabulary = find_file(source, "vocab.txt", **hub) or find_file(source, "tokenizer.json", **hub)
     try:
         return AutoTokenizer.from_pretrained(source, **hub)
     except OSError:
         raise
-    except Exception as error:  # what transformers fails with on files that are missing or not what they should be
+    except Exception as error:  # transformers fails in many ways on missing or damaged files
         if vocabulary is None:
             place = os.path.join(source, hub["subfolder"]) if hub.get("subfolder") else source
             raise OSError(
-                f"{place} has no vocab.txt, and so no tokenizer. Put that of the base model beside the weights, with "
-                "its save_pretrained."
+                f"{place} has no tokenizer: vocab.txt not found. Save the tokenizer of the base model there with its "
+                "save_pretrained."
             ) from error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CheckpointError(
-            f"The tokenizer of {source} cannot be loaded ({reason}). It needs vocab.txt and tokenizer_config.json, as "
-            "tokenizer.save_pretrained writes them."
+            f"The tokenizer of {source} cannot be loaded ({reason}). It needs vocab.txt and tokenizer_config.json as "
+            "written by tokenizer.save_pretrained."
         ) from error

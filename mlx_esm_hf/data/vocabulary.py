@@ -1,4 +1,4 @@
-"""From cleaned sequences to token ids: one for each position."""
+"""From cleaned sequences to token ids, one for each position."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from mlx_esm_hf.errors import UserError
 
 
 class Vocabulary:
-    """What a tokenizer makes of residues.
+    """The token ids that a tokenizer gives to residues.
 
-    Sequences are not given to the tokenizer: it folds a run of unknown letters into one token, and here each position
-    has its own.
+    Sequences do not go through the tokenizer itself, as it merges a run of unknown letters into one token. Here each
+    position has its own.
 
     Args:
-        tokenizer: one of transformers.
-        name: of the model, for messages.
+        tokenizer: a tokenizer of transformers.
+        name: name of the model, for messages.
 
     Attributes:
-        ids: {token: id}. Special tokens have the names that they have in sequences, such as `<mask>`, beside those that
-            the tokenizer has for them.
-        before, after: ids of the tokens around the residues, such as <cls> and <eos>.
-        pad, mask: ids of <pad> and <mask>.
-        chain_break: that of the break between chains; −1, it has none.
+        ids: {token: id}. Special tokens also appear under the names that they have in sequences, such as `<mask>`.
+        before: ids of the tokens before the residues, such as <cls>.
+        after: ids of the tokens after the residues, such as <eos>.
+        pad: id of <pad>.
+        mask: id of <mask>.
+        chain_break: id of the chain break; −1 if the vocabulary has none.
 
     Raises:
-        ValueError: the tokenizer knows no residues.
+        UserError: the vocabulary lacks residues, or a residue is not one token.
     """
 
-    def __init__(self, tokenizer: Any, name: str = ""):
+    def __init__(self, tokenizer: Any, name: str = "") -> None:
         self.name = name or "this model"
         self.pad: int = tokenizer.pad_token_id
         self.mask: int = tokenizer.mask_token_id
@@ -43,62 +44,66 @@ class Vocabulary:
         self.chain_break = self.ids.get(CHAIN_BREAK, -1)
         if missing := [residue for residue in STANDARD if residue not in self.ids]:
             raise UserError(
-                f"The vocabulary of {self.name} lacks the residues {', '.join(missing)}: its tokenizer is not one of "
-                "proteins, or its vocab.txt is damaged."
+                f"The vocabulary of {self.name} lacks the residues {', '.join(missing)}. Its tokenizer is not for "
+                "proteins, or vocab.txt is damaged."
             )
         row = _ids_of_a_residue(tokenizer, self.name)
         if self.ids["A"] not in row:
-            raise UserError(f"The tokenizer of {self.name} does not make one token of a residue, but {row} of A.")
+            raise UserError(f"The tokenizer of {self.name} must make one token of each residue, but makes {row} of A.")
         place = row.index(self.ids["A"])
         self.before, self.after = row[:place], row[place + 1 :]
         self._tokenizer = tokenizer
 
     @property
     def around(self) -> int:
-        """How many tokens a row has besides residues."""
+        """The number of tokens in a row besides the residues."""
         return len(self.before) + len(self.after)
 
     def encode(self, sequence: str) -> np.ndarray:
-        """Token ids [positions], int32, of a cleaned sequence, without those before and after.
+        """Return the token ids [positions], int32, of a cleaned sequence, without the tokens before and after.
 
         Raises:
-            ValueError: a token that this vocabulary does not have.
+            UserError: the vocabulary does not have a token of the sequence.
         """
         try:
             return np.array([self.ids[token] for token in tokens(sequence)], np.int32)
         except KeyError as error:
-            raise UserError(f"has {error}, which {self.name} has no token for") from None
+            raise UserError(f"has {error}, for which {self.name} has no token") from None
 
-    def residues(self, ids: np.ndarray) -> np.ndarray:
-        """Which of ids [positions] are residues, bool [positions]: all but the breaks between chains."""
+    def residue_mask(self, ids: np.ndarray) -> np.ndarray:
+        """Return which of ids [positions] are residues and not chain breaks, bool [positions]."""
         return ids != self.chain_break
 
     def ids_of(self, letters: str) -> np.ndarray:
-        """The ids of those of the letters that it has, [letters], int32."""
+        """Return the ids [letters], int32, of the letters that are in the vocabulary."""
         return np.array([self.ids[letter] for letter in letters if letter in self.ids], np.int32)
 
     def decode(self, ids: np.ndarray) -> list[str]:
-        """The tokens of ids [positions]."""
+        """Return the tokens of ids [positions]."""
         return self._tokenizer.convert_ids_to_tokens(ids.tolist())
 
 
 def refuse_other_tokenizer(
     tokenizer: Any, config: Any, residues: Mapping[str, int] | None = None, name: str = ""
 ) -> None:
-    """Refuse the tokenizer of another model: the answers would be those to other residues.
+    """Check that a tokenizer belongs to a model, since another one would give the model other residues.
 
     Args:
-        residues: their ids in the vocabularies of the model's family. Others are warned of, unless the config's own
-            `vocab_list` has them.
+        tokenizer: the tokenizer.
+        config: the config of the model.
+        residues: {residue: id} in the vocabularies of the model's family. Other ids cause a warning, unless the
+            `vocab_list` of the config has them.
+        name: name of the model, for messages.
 
     Raises:
-        ValueError: it has more tokens than the config says, special ones elsewhere, or not those of `vocab_list`.
+        UserError: the tokenizer has more tokens than the config, other ids of special tokens, or other tokens than the
+            config's `vocab_list`.
     """
     name, ids = name or "this model", tokenizer.get_vocab()
     if len(ids) > config.vocab_size:
         raise UserError(
             f"The tokenizer of {name} has {len(ids)} tokens, the model {config.vocab_size}: they do not belong "
-            "together."
+            "together. Use the tokenizer that was saved with the model."
         )
     for token in ("pad", "mask", "eos"):
         ours, theirs = getattr(tokenizer, f"{token}_token_id"), getattr(config, f"{token}_token_id", None)
@@ -112,13 +117,13 @@ def refuse_other_tokenizer(
     if expected is not None:
         if order != list(expected):
             raise UserError(
-                f"The tokenizer of {name} has other tokens than the vocab_list of its config, or in another order: "
-                "they do not belong together, or vocab.txt is damaged."
+                f"The tokenizer of {name} does not match the vocab_list of its config (other tokens or another "
+                "order): they do not belong together, or vocab.txt is damaged."
             )
     elif any(ids.get(residue, place) != place for residue, place in (residues or {}).items()):
         warnings.warn(
-            f"The vocabulary of {name} has its residues in another order than its family. The answers are wrong "
-            "unless the model was trained with it.",
+            f"The residues of the vocabulary of {name} have other ids than in its family. Results are wrong unless "
+            "the model was trained with this vocabulary.",
             stacklevel=3,
         )
 
@@ -126,5 +131,5 @@ def refuse_other_tokenizer(
 def _ids_of_a_residue(tokenizer: Any, name: str) -> list[int]:
     try:
         return tokenizer("A")["input_ids"]
-    except TypeError as error:  # such as a model_max_length that is no number
-        raise UserError(f"The tokenizer of {name} fails ({error}): its tokenizer_config.json is damaged.") from error
+    except TypeError as error:  # for example if model_max_length is not a number
+        raise UserError(f"The tokenizer of {name} fails ({error}). Its tokenizer_config.json is damaged.") from error

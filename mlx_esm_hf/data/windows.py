@@ -1,4 +1,4 @@
-"""Windows over proteins that are longer than a model takes, and their results put together again."""
+"""Windows over proteins that are too long for a model, and blending their results."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import numpy as np
 
 
 class Window(NamedTuple):
-    """A stretch of positions of one of several sequences, which goes through the model at once."""
+    """A range of positions of one of several sequences, which goes through the model at once."""
 
-    sequence: int  # its index
+    sequence: int  # index of the sequence
     start: int
     stop: int
 
     @property
     def length(self) -> int:
-        """Its positions."""
+        """The number of positions."""
         return self.stop - self.start
 
 
 def cut_windows(sequence: int, length: int, longest: int | None) -> list[Window]:
-    """All of a sequence in one window; where it is longer than that, windows that overlap by half at least.
+    """Cut a sequence into windows that overlap by at least half; one window if it is short enough.
 
     Args:
-        sequence: its index, for the windows.
-        longest: most positions of a window; None, there is no limit.
+        sequence: index of the sequence.
+        length: its positions.
+        longest: most positions of a window; None for no limit.
     """
     if longest is None or length <= longest:
         return [Window(sequence, 0, length)]
@@ -37,9 +38,16 @@ def cut_windows(sequence: int, length: int, longest: int | None) -> list[Window]
 
 
 def ramp(window: Window, length: int) -> np.ndarray:
-    """How much each position of a window counts where windows overlap: less towards an edge that is no end.
+    """Return the weight of each position of a window, for blending windows that overlap.
 
-    [positions of the window], float32.
+    Weights taper towards the edges of the window, except at the ends of the sequence.
+
+    Args:
+        window: the window.
+        length: positions of the whole sequence.
+
+    Returns:
+        Weights [positions of the window], float32.
     """
     places = np.arange(window.start, window.stop)
     left = np.where(window.start > 0, places - window.start + 1, window.length)
@@ -48,9 +56,9 @@ def ramp(window: Window, length: int) -> np.ndarray:
 
 
 def blend(parts: Sequence[tuple[Window, np.ndarray]], length: int) -> np.ndarray:
-    """Arrays [positions, ...] of windows as one array [length, ...], weighted by `ramp` where they overlap.
+    """Blend arrays [positions, ...] of windows into one array [length, ...], weighted by `ramp` where they overlap.
 
-    A single window is handed on as it is.
+    The array of a single window is returned unchanged.
     """
     if len(parts) == 1:
         return parts[0][1]

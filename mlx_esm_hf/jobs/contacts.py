@@ -1,4 +1,4 @@
-"""Contacts between residues, from attention (Rao et al. 2020, doi:10.1101/2020.12.15.422761)."""
+"""Contacts between residues, predicted from attention (Rao et al. 2020, doi:10.1101/2020.12.15.422761)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf import plots
-from mlx_esm_hf.data.proteins import Protein, Report, Source, is_stream, read_proteins, tokens
+from mlx_esm_hf.data.proteins import Protein, Report, tokens
+from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.data.windows import Window, ramp
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import ProteinJob, Room, WriteRun
+from mlx_esm_hf.jobs.protein_job import MemoryLimit, ProteinItems, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModel
 from mlx_esm_hf.runs.formats import write_npz
-from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs, check_picture
-from mlx_esm_hf.runs.run import Run
+from mlx_esm_hf.runs.run import Run, WriteRun
 from mlx_esm_hf.runtime.costs import costs
 
-SEPARATION = 6  # residues between the partners of a contact, at least (Rao et al. 2020, 3.1)
+SEPARATION = 6  # least distance of the two residues of a contact in the sequence (Rao et al. 2020, section 3.1)
 RANGES = {"all": (6, None), "short": (6, 12), "medium": (12, 24), "long": (24, None)}
 DISTANCE = 8.0  # Å between Cβ atoms
-ATTENTIONS = 512  # tokens of a batch at most: attention maps grow with the square
+ATTENTION_TOKENS = 512  # most tokens of a batch: attention maps grow with the square of the length
 
 
 def contacts(
-    proteins: Source,
+    proteins: Proteins,
     model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
@@ -45,37 +46,53 @@ def contacts(
     progress: OnProgress = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
-    """The probabilities that two residues of a protein touch (Cβ atoms closer than 8 Å).
+    """Predict the probabilities that two residues of a protein are in contact (Cβ atoms closer than 8 Å).
+
+    A protein whose maps do not fit into free memory is left out.
 
     Args:
         proteins: see `read_proteins`.
-        model: one with a trained contact head; ESM-1v has none.
-        output: `.npz`, a map for each id; `.csv`, the list of `top_contacts`; or a folder of shards.
-        top: with an `.npz` output, write the list of `top_contacts` to this CSV file, too.
-        picture: draw the map of the file's only protein (`.png`, `.svg`, `.pdf`); the output has to be `.npz`.
-        structure, chain: for the picture, see `known_contacts`.
-        loading: see `load`. With `long="window"` the probability of two residues that share no window is 0.
-
-    A protein whose maps would not fit into the memory that is free is left out, as others that cannot be read.
+        model: a Hub repository, a folder, or the result of `load_protein_model`. It needs a trained contact head, which
+            ESM-1v lacks.
+        output: `.npz` for a map of each protein; `.csv` for the list of `top_contacts`; or a folder of shards; None to
+            stream the results.
+        top: also write the list of `top_contacts` to this CSV file. Needs an `.npz` output.
+        picture: draw the map of the file's only protein (`.png`, `.svg`, `.pdf`). Needs an `.npz` output.
+        structure: a PDB or mmCIF file whose contacts are drawn in the picture; see `known_contacts`.
+        chain: its chain; None for the one that aligns best.
+        aligned: keep gaps.
+        strict: raise an error for a bad record instead of leaving it out.
+        progress: called after each step.
+        loading: see `load_protein_model`. With `long="window"`, two residues that share no window have probability 0.
 
     Returns:
-        See `embed`; the array is `contacts`, [residues, residues].
+        See `embed`. The array is `contacts` [residues, residues].
+
+    Raises:
+        UserError: the model has no contact head, options or files do not fit together, the proteins cannot be read, or
+            the output cannot be written.
+
+    Example:
+        >>> for result in contacts(["MKTAYIAKQR"], "facebook/esm2_t6_8M_UR50D"):
+        ...     result.arrays["contacts"].shape
+        (10, 10)
     """
+    source = ProteinSource.open(proteins, aligned)
     _check_others(output, top, picture, structure, chain)
     check_outputs(output, FORMATS, picture, top)
-    protein = None if picture is None else _only_protein(proteins, output, aligned)
+    protein = None if picture is None else _only_protein(source, output)
     known = None if protein is None or structure is None else known_contacts(structure, protein.sequence, chain)
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
     check_head(protein_model)
-    protein_model = replace(protein_model, batch_tokens=min(protein_model.batch_tokens, ATTENTIONS))
-    room = Room(output, lambda ids: bytes_needed(protein_model, len(ids)))
+    protein_model = replace(protein_model, batch_tokens=min(protein_model.batch_tokens, ATTENTION_TOKENS))
+    limit = MemoryLimit(output, lambda ids: bytes_needed(protein_model, len(ids)))
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
-        room.confirm(items)
+        limit.confirm(items)
         return maps(protein_model, [item.content for item in items])
 
-    def size(residues: int) -> int:
-        return 4 * residues**2
+    def result_bytes(positions: int) -> int:
+        return 4 * positions**2
 
     def write_picture(path: Path, run: Run) -> None:
         (result,) = run.results()
@@ -86,68 +103,71 @@ def contacts(
         others[Path(picture)] = write_picture
     if top is not None:
         others[Path(top)] = write_top_contacts
-    settings = {"memory": room.mebibytes}
-    job = ProteinJob(
-        "contacts", protein_model, settings, compute, size, check=room.check, arrays=1, aligned=aligned, strict=strict
-    )
-    if output is None:
-        return job.stream(proteins)
-    return job.write(proteins, Path(output), FORMATS, progress, others)
+    items = ProteinItems(source, protein_model, result_bytes, output, check=limit.check, arrays=1, strict=strict)
+    settings = protein_model.settings | {"memory": limit.mebibytes, "aligned": aligned}
+    job = Job("contacts", settings, items, compute, protein_model.chunk_work)
+    return run_job(job, items, output, FORMATS, progress, others)
 
 
 def _check_others(output: Any, top: Any, picture: Any, structure: Any, chain: str | None) -> None:
-    """
+    """Refuse files that do not fit together.
+
     Raises:
-        ValueError: files beside the output that do not go with it or with each other.
+        UserError: a chain without a structure, a structure without a picture, or a list without an `.npz` output.
     """
     if chain is not None and structure is None:
-        raise UserError("A chain is one of a structure: which?")
+        raise UserError("chain needs a structure. Pass the PDB or mmCIF file as structure.")
     if structure is not None and picture is None:
-        raise UserError("A structure is for the picture: where should that go?")
+        raise UserError("structure needs a picture to draw its contacts in. Pass the name of a picture.")
     if top is not None and (output is None or Path(output).suffix != ".npz"):
-        raise UserError(
-            "A list of top contacts beside the output needs an .npz output; --output TOP.csv writes it alone."
-        )
+        raise UserError("top needs an .npz output. To write only the list of top contacts, use --output TOP.csv.")
     check_picture(picture)
 
 
-def _only_protein(proteins: Source, output: str | os.PathLike[str] | None, aligned: bool) -> Protein:
-    """The protein whose map is drawn."""
-    is_file = isinstance(proteins, (str, os.PathLike)) and not is_stream(proteins)
-    if output is None or Path(output).suffix != ".npz" or not is_file:
+def _only_protein(source: ProteinSource, output: str | os.PathLike[str] | None) -> Protein:
+    """Return the protein whose map is drawn.
+
+    Raises:
+        UserError: the source is not a file with one protein, or the output is not `.npz`.
+    """
+    if output is None or Path(output).suffix != ".npz" or not source.can_reread:
         raise UserError("A picture needs a FASTA file and an .npz output.")
-    found = list(read_proteins(proteins, aligned))
+    found = list(source.read())
     if len(found) != 1:
-        raise UserError(f"A picture is of one protein; {proteins} holds {len(found)}.")
+        raise UserError(f"A picture needs exactly one protein, but {source.path} contains {len(found)}.")
     return found[0]
 
 
 def check_head(model: ProteinModel) -> None:
-    """
+    """Check that a model can predict contacts.
+
     Raises:
-        ValueError: the model cannot predict contacts, or its checkpoint had no weights for that.
+        UserError: the model has no contact head, or its checkpoint has no weights for it.
     """
     if not hasattr(model.network, "predict_contacts"):
         raise UserError(
             f"{model.name or 'This model'} has no contact head: a {type(model.network).__name__} does not predict "
-            "contacts. Take ESM-1b or ESM-2."
+            "contacts. Use ESM-1b or ESM-2."
         )
     model.network.base_model.refuse_untrained("contact_head", "contact prediction")
 
 
 def bytes_needed(model: ProteinModel, residues: int) -> int:
-    """An upper bound of the memory that the contacts of a protein take: the attention maps of one layer in each step of
-    its computation (6.6 of them at most were measured, in plain MLX), and what is made of the maps of all residues."""
+    """Return an upper bound of the bytes that predicting the contacts of a protein needs.
+
+    It counts the attention maps of one layer in the steps of their computation (at most 6.6 copies were measured, in
+    plain MLX), and the arrays computed from the maps of all residues.
+    """
     window = model.windows(0, residues)[0].length + model.vocabulary.around
     return 4 * (7 * model.network.config.num_attention_heads * window**2 + 12 * residues**2)
 
 
 def maps(model: ProteinModel, sequences: Sequence[np.ndarray]) -> list[Arrays]:
-    """The contact maps of sequences of ids."""
+    """Return the contact maps of proteins, given by their ids [positions]."""
     totals = [np.zeros((len(ids), len(ids)), np.float32) for ids in sequences]
-    weights: dict[int, np.ndarray] = {}  # of the proteins in several windows
+    weights: dict[int, np.ndarray] = {}  # for proteins in several windows
     launch = costs().contact_launch_pairs
-    # Attention maps have padding, too, even where other batches are packed.
+    # Attention maps include padding even if batches are packed otherwise.
     for batch in model.batches(sequences, row_cost=lambda tokens: tokens**2 / launch):
         predicted = np.array(model.network.predict_contacts(batch.input_ids, batch.attention_mask).astype(mx.float32))
         for window, one in zip(batch.windows, predicted, strict=True):
@@ -172,10 +192,12 @@ def _pair_weights(window: Window, length: int) -> np.ndarray:
 def top_contacts(
     probabilities: np.ndarray, count: int | None = None, separation: int = SEPARATION
 ) -> list[tuple[int, int, float]]:
-    """The most probable contacts (i, j, probability), residues counted from 1, at least `separation` apart.
+    """Return the most probable contacts (i, j, probability), with residues counted from 1.
 
     Args:
-        count: as many as there are residues, if None.
+        probabilities: a contact map [residues, residues].
+        count: number of contacts; None for as many as there are residues.
+        separation: least distance of i and j.
     """
     i, j = np.triu_indices(len(probabilities), separation)
     order = np.argsort(-probabilities[i, j], kind="stable")[: len(probabilities) if count is None else count]
@@ -183,7 +205,7 @@ def top_contacts(
 
 
 def write_top_contacts(path: Path, run: Run) -> None:
-    """A row for each of the `top_contacts` of each protein."""
+    """Write a CSV file with a row for each of the `top_contacts` of each protein."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["number", "id", "i", "j", "probability"])
@@ -199,24 +221,31 @@ FORMATS: dict[str, WriteRun | None] = {"": None, ".npz": write_npz, ".csv": writ
 
 
 def known_contacts(structure: str | os.PathLike[str], sequence: str, chain: str | None = None) -> np.ndarray:
-    """Which residues touch in a PDB or mmCIF file: [residues, residues], 1, 0, and NaN where the structure has none.
+    """Return which residues of a protein are in contact in a PDB or mmCIF file.
 
     The chain is aligned to the sequence, so its numbering does not matter.
 
     Args:
-        chain: its id; by default the one that aligns best.
+        structure: the file.
+        sequence: the cleaned sequence of the protein.
+        chain: id of a chain; None for the one that aligns best.
+
+    Returns:
+        [residues, residues]: 1 for contacts, 0 for others, NaN for residues that are missing in the structure.
 
     Raises:
-        ValueError: not a structure, no such chain, or no protein in it.
+        UserError: the file is not a structure, or it has no such chain or no protein.
     """
     chains = structure_chains(structure)
     if chain is not None:
         if chain not in [one.id for one in chains]:
-            raise UserError(f"{structure} has no chain {chain!r}, but {', '.join(one.id for one in chains)}.")
+            raise UserError(
+                f"Chain {chain!r} not found in {structure} (chains: {', '.join(one.id for one in chains)})."
+            )
         chains = [one for one in chains if one.id == chain]
     alignments = [best for one in chains if (best := align_chain(one, sequence)) is not None]
     if not alignments:
-        raise UserError(f"{structure} has no residues of a protein{'' if chain is None else f' in chain {chain!r}'}.")
+        raise UserError(f"{structure} contains no protein{'' if chain is None else f' in chain {chain!r}'}.")
     alignment, residues = max(alignments, key=lambda pair: pair[0].score)
     coordinates = np.full((len(tokens(sequence)), 3), np.nan)
     for (start, stop), (first, _) in zip(*alignment.aligned, strict=True):
@@ -228,10 +257,10 @@ def known_contacts(structure: str | os.PathLike[str], sequence: str, chain: str 
 
 
 def structure_chains(structure: str | os.PathLike[str]) -> list[Any]:
-    """The chains of the first model in a PDB or mmCIF file, as Biopython has them.
+    """Read the chains of the first model in a PDB or mmCIF file, as Biopython objects.
 
     Raises:
-        ValueError: it is not a structure.
+        UserError: the file is not a structure.
     """
     from Bio.PDB import MMCIFParser, PDBParser
     from Bio.PDB.PDBExceptions import PDBConstructionException
@@ -241,13 +270,16 @@ def structure_chains(structure: str | os.PathLike[str]) -> list[Any]:
         return next(iter(parser.get_structure("", os.fspath(structure)))).get_list()
     except (StopIteration, KeyError, ValueError, PDBConstructionException) as error:
         raise UserError(
-            f"{structure} is no PDB or mmCIF file with atoms in it ({type(error).__name__}: {error})."
+            f"{structure} is not a PDB or mmCIF file with atoms ({type(error).__name__}: {error})."
         ) from error
 
 
 def align_chain(chain: Any, sequence: str) -> tuple[Any, list[Any]] | None:
-    """The best alignment of a sequence to the residues of a chain that have a Cβ or Cα atom, and those residues; None
-    if there are none."""
+    """Align a sequence to the residues of a chain that have a Cβ or Cα atom.
+
+    Returns:
+        The best alignment and those residues; None if there are none.
+    """
     from Bio.Align import PairwiseAligner
     from Bio.PDB.Polypeptide import is_aa
     from Bio.SeqUtils import seq1
@@ -263,9 +295,17 @@ def align_chain(chain: Any, sequence: str) -> tuple[Any, list[Any]] | None:
 
 
 def precision(probabilities: np.ndarray, known: np.ndarray, fraction: float = 1.0) -> dict[str, float]:
-    """The share of true contacts among the most probable L x fraction, in each range of separations (P@L, P@L/5).
+    """Return the precision of the most probable contacts for each range of separations.
 
-    Pairs of which the structure does not know are left out; NaN where a range has no pairs.
+    Pairs that are missing in the structure are left out.
+
+    Args:
+        probabilities: the predicted map [residues, residues].
+        known: see `known_contacts`.
+        fraction: number of contacts, as a fraction of the length: 1 for P@L, 0.2 for P@L/5.
+
+    Returns:
+        {range: precision}; NaN for a range without pairs.
     """
     found = {}
     length = len(probabilities)

@@ -1,24 +1,25 @@
-"""Embeddings of proteins and of their residues, of any layer."""
+"""Embeddings of proteins and their residues, from any layer."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Report, Source
+from mlx_esm_hf.data.proteins import Report
+from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.data.windows import Window, blend
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import ProteinJob, WriteRun
+from mlx_esm_hf.jobs.protein_job import ProteinItems, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModel
 from mlx_esm_hf.runs import formats
-from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
+from mlx_esm_hf.runs.run import WriteRun
 
 POOLINGS = ("mean", "cls", "max", "residues", "chains")
 PER_RESIDUE = ("residues", "chains")
@@ -32,7 +33,7 @@ FORMATS: dict[str, WriteRun | None] = {
 
 
 def embed(
-    proteins: Source,
+    proteins: Proteins,
     model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
@@ -43,21 +44,29 @@ def embed(
     progress: OnProgress = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
-    """Embed proteins: hidden states over the residues of each, without <cls>, <eos> and padding (fair-esm's `extract`).
+    """Embed proteins: pool the hidden states of their residues, without <cls>, <eos> and padding.
 
     Args:
         proteins: see `read_proteins`.
-        model: a Hub repository, a folder, or a model that was loaded by `load`.
-        output: a folder of shards, or a file (`.safetensors`, `.npz`, `.h5`, `.parquet`).
-        layers: 0, the embeddings, to the number of layers; or from the end, -1.
-        pooling: of "mean", "max" (over residues), "cls" (the state of <cls>), "residues" (all states), and "chains"
-            (the number of each residue's chain, from 0).
-        loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` and the others of `load`.
+        model: a Hub repository, a folder, or the result of `load_protein_model`.
+        output: a folder of shards, or a `.safetensors`, `.npz`, `.h5` or `.parquet` file; None to stream the results.
+        layers: 0 for the embeddings up to the number of layers; negative numbers count from the end.
+        pooling: any of "mean" and "max" (over residues), "cls" (the state of <cls>), "residues" (all states) and
+            "chains" (the number of each residue's chain, from 0).
+        aligned: keep gaps.
+        strict: raise an error for a bad record instead of leaving it out.
+        progress: called after each step.
+        loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` and other options of `load_protein_model`.
 
     Returns:
-        Without an output, an iterator over results, whose `arrays` has one entry, [hidden_size] or
-        [residues, hidden_size], for each pooling, called `mean.6` where there are several layers, and for the chains
-        `chains`, int32 [residues, 1]. With an output, a report of what was changed and left out.
+        Without an output, an iterator over results. Their `arrays` have an entry for each pooling, [hidden_size] or
+        [residues, hidden_size], named `mean.6` if there are several layers; `chains` is [residues, 1], int32. With an
+        output, a report of what was changed and left out.
+
+    Raises:
+        UserError: an option has an unknown value, the proteins cannot be read, or the output cannot be written.
+
+    Source: fair-esm's `extract.py`.
 
     Example:
         >>> for result in embed(["MKTAYIAKQR"], "facebook/esm2_t6_8M_UR50D"):
@@ -65,9 +74,10 @@ def embed(
         ('1', (320,))
     """
     if unknown := [name for name in pooling if name not in POOLINGS]:
-        raise UserError(f"pooling {', '.join(unknown)}: choose from {', '.join(POOLINGS)}.")
+        raise UserError(f"pooling must be any of {', '.join(POOLINGS)}, got {', '.join(unknown)}.")
     if not layers or not pooling:
-        raise UserError("There is nothing to compute without a layer and a pooling.")
+        raise UserError("There is nothing to compute: at least one layer and one pooling are needed.")
+    source = ProteinSource.open(proteins, aligned)
     check_outputs(output, FORMATS)
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
     config = protein_model.network.config
@@ -76,51 +86,43 @@ def embed(
     def compute(items: Sequence[Item]) -> list[Arrays]:
         return embeddings(protein_model, [item.content for item in items], resolved, pooling)
 
-    def size(residues: int) -> int:
-        rows = sum(residues if name in PER_RESIDUE else 1 for name in pooling)
+    def result_bytes(positions: int) -> int:
+        rows = sum(positions if name in PER_RESIDUE else 1 for name in pooling)
         return 4 * config.hidden_size * len(resolved) * rows
 
-    job = ProteinJob(
-        "embed",
-        protein_model,
-        {"layers": resolved, "pooling": list(pooling)},
-        compute,
-        size,
-        arrays=len(resolved) * len(pooling) if set(PER_RESIDUE) & set(pooling) else 0,
-        aligned=aligned,
-        strict=strict,
-    )
-    if output is None:
-        return job.stream(proteins)
-    return job.write(proteins, Path(output), FORMATS, progress)
+    arrays = len(resolved) * len(pooling) if set(PER_RESIDUE) & set(pooling) else 0
+    items = ProteinItems(source, protein_model, result_bytes, output, arrays=arrays, strict=strict)
+    settings = protein_model.settings | {"layers": resolved, "pooling": list(pooling), "aligned": aligned}
+    job = Job("embed", settings, items, compute, protein_model.chunk_work)
+    return run_job(job, items, output, FORMATS, progress)
 
 
 def resolve_layers(layers: Sequence[int], last: int) -> list[int]:
-    """Layers counted from the end as counted from the start.
+    """Convert negative layers to layers counted from the start, and drop repeated ones.
 
     Raises:
-        ValueError: a layer that the model does not have.
+        UserError: the model does not have a layer.
     """
     if outside := [layer for layer in layers if not -last - 1 <= layer <= last]:
-        raise UserError(f"The model has the layers 0 to {last} (or -1 to {-last - 1}), not {outside[0]}.")
+        raise UserError(f"Layer {outside[0]} not found. The model has the layers 0 to {last} (or -1 to {-last - 1}).")
     return list(dict.fromkeys(layer % (last + 1) for layer in layers))
 
 
 def embeddings(
     model: ProteinModel, sequences: Sequence[np.ndarray], layers: Sequence[int], pooling: Sequence[str]
 ) -> list[Arrays]:
-    """The results of `embed` for sequences of ids."""
+    """Return the arrays of `embed` for each protein, given by its ids [positions]."""
     counts = [len(model.windows(i, len(ids))) for i, ids in enumerate(sequences)]
-    parts: list[list[WindowStates]] = [[] for _ in sequences]  # until those of all windows are there
+    parts: list[list[WindowStates]] = [[] for _ in sequences]  # until all windows of the protein are computed
     results: list[Arrays] = [{} for _ in sequences]
     for batch in model.batches(sequences):
         states = hidden_states(model, batch.input_ids, batch.attention_mask, layers)
         for window, row in zip(batch.windows, states, strict=True):
             index = window.sequence
-            residues = row[:, batch.first : batch.first + window.length]
-            parts[index].append((window, row[:, 0], residues))
+            positions = row[:, batch.first : batch.first + window.length]
+            parts[index].append((window, row[:, 0], positions))
             if len(parts[index]) == counts[index]:
-                real = model.vocabulary.residues(sequences[index])
+                real = model.vocabulary.residue_mask(sequences[index])
                 results[index] = pool(parts[index], real, layers, pooling)
                 parts[index].clear()
                 if "chains" in pooling:
@@ -131,7 +133,7 @@ def embeddings(
 def hidden_states(
     model: ProteinModel, input_ids: np.ndarray, attention_mask: np.ndarray, layers: Sequence[int]
 ) -> np.ndarray:
-    """The states after some layers, [B, layers, L, D], float32."""
+    """Return the hidden states after some layers, [B, layers, L, D], float32."""
     network = model.network.base_model
     last = network.config.num_hidden_layers
     outputs = network(input_ids, attention_mask, output_hidden_states=list(layers) != [last])
@@ -139,17 +141,27 @@ def hidden_states(
     return np.array(mx.stack(states, axis=1).astype(mx.float32))
 
 
-# A window with its states of <cls>, [layers, D], and of its residues, [layers, positions, D].
+# A window, its hidden states of <cls> [layers, D], and of its positions [layers, positions, D].
 WindowStates = tuple[Window, np.ndarray, np.ndarray]
 
 
 def pool(parts: Sequence[WindowStates], real: np.ndarray, layers: Sequence[int], pooling: Sequence[str]) -> Arrays:
-    """One protein's results from its windows, over its `real` residues, bool [positions]."""
+    """Pool the hidden states of the windows of one protein.
+
+    Args:
+        parts: the windows and their hidden states.
+        real: which positions are residues, bool [positions].
+        layers: number of each layer of the states.
+        pooling: see `embed`.
+
+    Returns:
+        {name: array}, float32.
+    """
     arrays = {}
     for i, layer in enumerate(layers):
         residues = blend([(window, states[i]) for window, _, states in parts], len(real))[real]
         for name in pooling:
-            if name == "chains":  # which are the same in all layers
+            if name == "chains":  # the same in all layers, added by the caller
                 continue
             if name == "mean":
                 pooled = residues.mean(axis=0, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""What belongs where a sequence has <mask>."""
+"""The most probable residues at each <mask>."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Report, Source
+from mlx_esm_hf.data.proteins import Report
+from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import ProteinJob
+from mlx_esm_hf.jobs.protein_job import ProteinItems, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
-from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import Run
 
 
 def fill_mask(
-    proteins: Source,
+    proteins: Proteins,
     model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
@@ -31,18 +32,33 @@ def fill_mask(
     progress: OnProgress = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
-    """The most probable tokens at each <mask>, all masks at once, over the whole vocabulary.
+    """Predict the most probable tokens at each <mask>, all masks in one pass, over the whole vocabulary.
 
     Args:
-        proteins: see `read_proteins`; those without a <mask> are left out.
-        output: a CSV file, a row for each proposal, or a folder of shards.
-        loading: see `load`.
+        proteins: see `read_proteins`. Proteins without a <mask> are left out.
+        model: a Hub repository, a folder, or the result of `load_protein_model`.
+        output: a `.csv` file with a row for each prediction, or a folder of shards; None to stream the results.
+        top_k: predictions for each <mask>.
+        aligned: keep gaps.
+        strict: raise an error for a bad record instead of leaving it out.
+        progress: called after each step.
+        loading: see `load_protein_model`.
 
     Returns:
-        See `embed`; the arrays are `positions` [masks], of residues from 0, `tokens` (ids) and `scores` [masks, top_k].
+        See `embed`. The arrays are `positions` [masks], counted in residues from 0, and `tokens` (ids) and `scores`
+        (probabilities), [masks, top_k].
+
+    Raises:
+        UserError: an option has an unknown value, the proteins cannot be read, or the output cannot be written.
+
+    Example:
+        >>> for result in fill_mask(["MKT<mask>YIAKQR"], "facebook/esm2_t6_8M_UR50D"):
+        ...     result.arrays["scores"].shape
+        (1, 5)
     """
     if top_k < 1:
-        raise UserError(f"top_k={top_k}: at least one proposal is needed.")
+        raise UserError(f"top_k must be at least 1, got {top_k}.")
+    source = ProteinSource.open(proteins, aligned)
     check_outputs(output, ("", ".csv"))
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
     vocabulary = protein_model.vocabulary
@@ -53,10 +69,10 @@ def fill_mask(
             raise UserError("has no <mask>")
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
-        return proposals(protein_model, [item.content for item in items], kept)
+        return predictions(protein_model, [item.content for item in items], kept)
 
-    def size(residues: int) -> int:
-        return 12 * kept * residues
+    def result_bytes(positions: int) -> int:
+        return 12 * kept * positions
 
     def write(path: Path, run: Run) -> None:
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -69,20 +85,18 @@ def fill_mask(
                     for rank, (token, score) in enumerate(ranked, 1):
                         table.writerow([result.number, result.id, position + 1, rank, token, score])
 
-    job = ProteinJob(
-        "fill-mask", protein_model, {"top_k": top_k}, compute, size, check=check, aligned=aligned, strict=strict
-    )
-    if output is None:
-        return job.stream(proteins)
-    return job.write(proteins, Path(output), {"": None, ".csv": write}, progress)
+    items = ProteinItems(source, protein_model, result_bytes, output, check=check, strict=strict)
+    settings = protein_model.settings | {"top_k": top_k, "aligned": aligned}
+    job = Job("fill-mask", settings, items, compute, protein_model.chunk_work)
+    return run_job(job, items, output, {"": None, ".csv": write}, progress)
 
 
-def proposals(model: ProteinModel, sequences: Sequence[np.ndarray], count: int) -> list[Arrays]:
-    """The results of `fill_mask` for sequences of ids."""
+def predictions(model: ProteinModel, sequences: Sequence[np.ndarray], count: int) -> list[Arrays]:
+    """Return the arrays of `fill_mask` for each protein, given by its ids [positions]."""
     results: list[Arrays] = []
     for ids, rows in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
         masked = ids == model.vocabulary.mask
-        positions = np.flatnonzero(masked[model.vocabulary.residues(ids)])
+        positions = np.flatnonzero(masked[model.vocabulary.residue_mask(ids)])
         order = np.argsort(-rows[masked], axis=1, kind="stable")[:, :count]
         scores = np.exp(np.take_along_axis(rows[masked], order, axis=1))
         results.append({"positions": positions, "tokens": order, "scores": scores})

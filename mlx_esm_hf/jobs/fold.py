@@ -1,4 +1,4 @@
-"""Structures of proteins, by ESMFold."""
+"""Predicting structures of proteins with ESMFold."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_esm_hf.data.batches import by_length
-from mlx_esm_hf.data.proteins import Report, Source, is_stream, read_proteins, tokens
+from mlx_esm_hf.data.proteins import Report, tokens
+from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs import structures
-from mlx_esm_hf.jobs.protein_job import ProteinJob, Room, WriteRun
+from mlx_esm_hf.jobs.protein_job import MemoryLimit, ProteinItems, run_job
 from mlx_esm_hf.jobs.protein_model import agreed, same_commit, settings_of
 from mlx_esm_hf.models.esmfold.modeling_esmfold import (
     DISTOGRAM_BINS,
@@ -28,16 +29,16 @@ from mlx_esm_hf.models.esmfold.modeling_esmfold import (
 from mlx_esm_hf.models.esmfold.protein import encode_sequence
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37, RESTYPES, RESTYPES_WITH_X
 from mlx_esm_hf.ops.pairs import ELEMENTS_AT_A_TIME
-from mlx_esm_hf.runs.job import Arrays, Files, Item, OnProgress, Progress, Result, no_files, no_progress
+from mlx_esm_hf.runs.job import Arrays, Files, Item, Job, OnProgress, Progress, Result, no_files, no_progress
 from mlx_esm_hf.runs.outputs import check_library, check_outputs, earlier_settings
-from mlx_esm_hf.runs.run import Run
+from mlx_esm_hf.runs.run import Run, WriteRun
 from mlx_esm_hf.runtime.costs import costs
 from mlx_esm_hf.runtime.device import use_device
 
-LINKER = "G" * 25  # between two chains, as fair-esm has it
-PAIR_STATES = 8  # that are in memory at a time, at most
+LINKER = "G" * 25  # between two chains, as in fair-esm
+PAIR_STATES = 8  # most copies of the pair states in memory at a time
 
-Make = Callable[[Result], bytes]
+Make = Callable[[Result], bytes]  # makes the bytes of a file from a result
 
 STRUCTURES: dict[str, Make] = {"pdb": structures.pdb, "cif": structures.mmcif}
 CONFIDENCE: dict[str, Make] = {"_pae.json": structures.aligned_error_json, ".npz": structures.confidence_npz}
@@ -45,7 +46,7 @@ PICTURES: dict[str, Make] = {"_plddt.png": structures.plddt_picture, "_pae.png":
 
 
 def fold(
-    proteins: Source,
+    proteins: Proteins,
     model: str | os.PathLike[str] | MLXEsmForProteinFolding,
     output: str | os.PathLike[str] | None = None,
     *,
@@ -57,93 +58,104 @@ def fold(
     progress: OnProgress = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
-    """The structures of proteins, with the model's confidence in them.
+    """Predict the structures of proteins, with confidence scores.
+
+    A protein that does not fit into free memory is left out.
 
     Args:
-        proteins: see `read_proteins`; `:` stands between the chains of a protein.
-        model: a Hub repository, a folder, or a model that is loaded.
-        output: a folder, or the `.pdb` or `.cif` file of a single protein. A folder has for each protein its structure
-            in each of the formats, `_pae.json` (the predicted aligned error in AlphaFold DB's layout) and `.npz` (see
-            `structures.confidence_npz`); a table of all, `index.csv`; and shards with the arrays below.
-        formats: of the structures in a folder: "pdb", "cif", or both.
-        pictures: draw pLDDT along the chains, `_plddt.png`, and the predicted aligned error, `_pae.png`, as well.
-        num_recycles: the trunk runs once more than this; by default as often as the model's config says.
-        batch_tokens: most residues, with linkers and padding, that are folded together, if so many fit into memory; by
-            default 1,024 on a GPU and 256 on a CPU.
-        loading: `revision`, `dtype`, `device` and the others of `from_pretrained`.
-
-    A protein that would not fit into the memory that is free is left out, as others that cannot be read.
+        proteins: see `read_proteins`. `:` separates the chains of a protein.
+        model: a Hub repository, a folder, or a loaded model.
+        output: a folder, or the `.pdb` or `.cif` file of a single protein; None to stream the results. A folder
+            contains, for each protein, its structure in each format, `_pae.json` (the predicted aligned error in
+            AlphaFold DB's layout) and `.npz` (see `structures.confidence_npz`); a table of all proteins, `index.csv`;
+            and shards with the arrays below.
+        formats: formats of the structures in a folder: "pdb", "cif" or both.
+        pictures: also draw pLDDT along the chains, `_plddt.png`, and the predicted aligned error, `_pae.png`.
+        num_recycles: how often the trunk runs again after its first pass; None for the number in the model's config.
+        batch_tokens: most residues that are folded together, linkers and padding included, if they fit into memory;
+            None for 1,024 on a GPU and 256 on a CPU.
+        strict: raise an error for a bad record instead of leaving it out.
+        progress: called after each step and each pass.
+        loading: `revision`, `dtype`, `device` and other options of `from_pretrained`.
 
     Returns:
-        Without an output, an iterator over results; `structures.pdb(result)` and `structures.mmcif(result)` make files
-        of one. Its `arrays`, for L residues without linkers, are `aatype` [L] in AlphaFold's order, `chain_index` [L],
-        `positions` [L, 37, 3] of the atoms in Å (zeros where there is none), `plddt` [L, 37], 0 to 100,
-        `predicted_aligned_error` [L, L] in Å, and a number each [1]: `mean_plddt` of all atoms, `ptm`, `recycles`,
-        `seconds`. With an output, a report of what was changed and left out.
+        Without an output, an iterator over results; `structures.pdb(result)` and `structures.mmcif(result)` return the
+        bytes of a file. The `arrays` of a result, for L residues without linkers, are `aatype` [L] in AlphaFold's
+        order, `chain_index` [L], `positions` [L, 37, 3] of the atoms in Å (zero for atoms that do not exist), `plddt`
+        [L, 37] from 0 to 100, `predicted_aligned_error` [L, L] in Å, and `mean_plddt` of all atoms, `ptm`, `recycles`
+        and `seconds`, [1] each. With an output, a report of what was changed and left out.
+
+    Raises:
+        UserError: an option has an unknown value, the proteins cannot be read, or the output cannot be written.
 
     Example:
         >>> for result in fold(["MKTAYIAKQR:GSHM"], "facebook/esmfold_v1"):
         ...     result.arrays["positions"].shape, result.arrays["ptm"]
     """
     if batch_tokens is not None and batch_tokens < 1:
-        raise UserError(f"batch_tokens={batch_tokens}: at least one is needed.")
+        raise UserError(f"batch_tokens must be at least 1, got {batch_tokens}.")
+    source = ProteinSource.open(proteins, chains=True)
     check_outputs(output, FORMATS)
     suffix = None if output is None else Path(output).suffix
     makers = files_in_folder(suffix, formats, pictures)
-    if suffix:
-        proteins = single(proteins)
+    if suffix and len(source.peek(2)) > 1:
+        raise UserError(SEVERAL)
     folding = as_folding_model(model, num_recycles, loading)
-    room = Room(output, lambda ids: folding.bytes_needed(folding.linked_length(ids)))
+    limit = MemoryLimit(output, lambda ids: folding.bytes_needed(folding.linked_length(ids)))
     wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
-    folding.batch_tokens = agreed(folding.most_tokens(room.bytes, wanted), wanted)
+    folding.batch_tokens = agreed(folding.most_tokens(limit.bytes, wanted), wanted)
 
     def check(ids: np.ndarray) -> None:
         refuse_unknown(ids)
-        room.check(ids)
+        limit.check(ids)
         if suffix == ".pdb" or ".pdb" in makers:
             structures.refuse_for_pdb(*ids.T)
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
-        room.confirm(items)
+        limit.confirm(items)
         return predictions(folding, items, progress)
 
     def files(item: Item) -> Files:
         return {f"{item.name}{ending}": make for ending, make in makers.items()}
 
-    job = ProteinJob(
-        "fold",
-        folding,
-        {"num_recycles": folding.recycles, "files": list(makers), "memory": room.mebibytes},
-        compute,
-        result_bytes,
-        # Of a chunk the work is about that of one protein of so many residues: a kill costs no more than this.
-        work=pairs,
-        chunk_work=pairs(folding.batch_tokens),
-        check=check,
-        strict=strict,
-        chains=True,
-        files=files if makers else no_files,
-        columns=columns if makers else None,
+    has_files = bool(makers)
+    items = ProteinItems(
+        source, folding, result_bytes, output, work=pairs, check=check, has_files=has_files, strict=strict
     )
-    if output is None:
-        return job.stream(proteins)
-    return job.write(proteins, Path(output), FORMATS, progress)
+    settings = folding.settings | {
+        "num_recycles": folding.recycles,
+        "files": list(makers),
+        "memory": limit.mebibytes,
+        "aligned": source.aligned,
+    }
+    job = Job(
+        "fold",
+        settings,
+        items,
+        compute,
+        folding.chunk_work,
+        files=files if has_files else no_files,
+        columns=columns if has_files else None,
+    )
+    return run_job(job, items, output, FORMATS, progress)
 
 
 def files_in_folder(suffix: str | None, formats: Sequence[str], pictures: bool) -> dict[str, Make]:
-    """What makes the files of a protein in a folder, by the ends of their names.
+    """Return {suffix of a file: function that makes it} for the files of each protein in a folder.
 
     Args:
-        suffix: of the output; None, there is none.
+        suffix: suffix of the output, "" for a folder; None for no output.
+        formats: formats of the structures.
+        pictures: whether to draw pictures.
 
     Raises:
-        ValueError: an unknown format, a library that is not installed, or pictures without a folder.
+        UserError: an unknown format, a library that is not installed, or pictures without a folder.
     """
     if unknown := [name for name in formats if name not in STRUCTURES]:
-        raise UserError(f"formats {', '.join(unknown)}: choose from {', '.join(STRUCTURES)}.")
+        raise UserError(f"formats must be any of {', '.join(STRUCTURES)}, got {', '.join(unknown)}.")
     if suffix != "":
         if pictures:
-            raise UserError("Pictures are files in a folder: name one, without a suffix, as output.")
+            raise UserError("Pictures are written into a folder. Pass a name without a suffix as output.")
         return {}
     makers = {f".{name}": STRUCTURES[name] for name in STRUCTURES if name in formats} | CONFIDENCE
     makers |= PICTURES if pictures else {}
@@ -152,45 +164,31 @@ def files_in_folder(suffix: str | None, formats: Sequence[str], pictures: bool) 
     return makers
 
 
-def single(proteins: Source) -> Source:
-    """The proteins, of which there is one, as far as this can be known before the work.
-
-    Raises:
-        ValueError: there are more.
-    """
-    if is_stream(proteins):
-        return proteins
-    if not isinstance(proteins, (str, os.PathLike)):
-        proteins = list(proteins)
-    if len(list(islice(read_proteins(proteins, chains=True), 2))) > 1:
-        raise UserError(SEVERAL)
-    return proteins
-
-
-SEVERAL = "A file holds the structure of one protein, and there are more: name a folder, without a suffix, as output."
+SEVERAL = "A file contains one structure, but there are several proteins. Pass a name without a suffix for a folder."
 
 
 def refuse_unknown(ids: np.ndarray) -> None:
-    """
+    """Refuse a protein without atoms.
+
     Raises:
-        ValueError: a protein without atoms.
+        UserError: none of its residues is one of the 20 standard ones.
     """
     if (ids[:, 0] == len(RESTYPES)).all():
-        raise UserError("has no residue of the twenty, and others have no atoms")
+        raise UserError("has none of the 20 standard residues, and other residues have no atoms")
 
 
 def pairs(length: int) -> int:
-    """How many pairs of residues there are: what folding takes time and memory for."""
+    """Return the number of residue pairs, to which the time and memory of folding are proportional."""
     return length**2
 
 
 def result_bytes(residues: int) -> int:
-    """An upper bound of the bytes of a result."""
+    """Return an upper bound of the bytes of a result."""
     return 4 * residues * (residues + 4 * len(ATOM37) + 2) + 64
 
 
 def columns(result: Result) -> dict[str, Any]:
-    """What the table says of a protein."""
+    """Return the columns of a protein in `index.csv`."""
     mean_plddt, ptm, recycles, seconds = (
         result.arrays[name].item() for name in ("mean_plddt", "ptm", "recycles", "seconds")
     )
@@ -205,7 +203,7 @@ def columns(result: Result) -> dict[str, Any]:
 
 
 def write_structure(make: Make) -> WriteRun:
-    """What writes the only structure of a run."""
+    """Return a function that writes the only structure of a run."""
 
     def write(path: Path, run: Run) -> None:
         results = list(islice(run.results(), 2))
@@ -225,13 +223,14 @@ FORMATS: dict[str, WriteRun | None] = {
 
 @dataclass
 class FoldingModel:
-    """A folding model, and how to give proteins to it. The ids of a protein are [residues, 2]: residue and chain.
+    """A folding model and its batching. The ids of a protein are [residues, 2]: residue and chain.
 
     Args:
         network: the model.
-        recycles: how often the trunk runs again.
-        name, revision: where it is from, for manifests and messages.
-        batch_tokens: most residues, with linkers and padding, of a batch.
+        recycles: how often the trunk runs again after its first pass.
+        name: where the model is from, for manifests and messages.
+        revision: its commit, for manifests.
+        batch_tokens: most residues of a batch, linkers and padding included.
     """
 
     network: MLXEsmForProteinFolding
@@ -242,51 +241,65 @@ class FoldingModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What results depend on, for the manifest of a run."""
+        """The settings that results depend on, for the manifest of a run."""
         return settings_of(self)
 
+    @property
+    def chunk_work(self) -> int:
+        """Most work of a chunk: that of one protein of `batch_tokens` residues, which bounds what a kill can lose."""
+        return pairs(self.batch_tokens)
+
     def refuse_long(self, length: int) -> None:
-        """The stem has rotary positions, and the trunk relative ones: there is no end but that of the memory."""
+        """Accept any length: positions are rotary and relative, so only memory limits it."""
 
     def encode(self, sequence: str) -> np.ndarray:
-        """The ids of a cleaned sequence [residues, 2].
+        """Return the ids [residues, 2] of a cleaned sequence.
 
         Raises:
-            ValueError: a special token.
+            UserError: the sequence contains a special token.
         """
         if special := [token for token in tokens(sequence) if len(token) > 1]:
-            raise UserError(f"has {special[0]}, and only residues can be folded")
+            raise UserError(f"has {special[0]}, but only residues can be folded")
         aatype, _, chain_index, _ = encode_sequence(sequence, None, None)
         return np.stack([aatype, chain_index], axis=1)
 
-    def residues(self, ids: np.ndarray) -> int:
-        """How many there are, without linkers."""
+    def num_residues(self, ids: np.ndarray) -> int:
+        """Return the number of residues, without linkers."""
         return len(ids)
 
-    def passes(self, ids: np.ndarray) -> list[int]:
+    def window_tokens(self, ids: np.ndarray) -> list[int]:
+        """Return the residues of the only window, which is the whole protein with its linkers."""
         return [self.linked_length(ids)]
 
     def linked_length(self, ids: np.ndarray) -> int:
-        """Residues of a protein with its linkers."""
+        """Return the number of residues of a protein with its linkers."""
         return len(ids) + int(ids[-1, 1]) * len(LINKER)
 
     def bytes_needed(self, length: int) -> int:
-        """An upper bound of the memory that folding so many residues takes: the states of all pairs, several times, the
-        logits of their distances and errors, the states of residues, and what is computed at a time."""
+        """Return an upper bound of the bytes that folding a number of residues needs.
+
+        It counts the pair states several times, the logits of distances and errors, the residue states, the weights of
+        a layer of the language model, and the scratch memory of the pair operations.
+        """
         config = self.network.config
         trunk = config.esmfold_config.trunk
         pair = PAIR_STATES * trunk.pairwise_state_dim + 4 * DISTOGRAM_BINS
         residue = 4 * (config.intermediate_size + 4 * trunk.sequence_state_dim)
-        layers = 2 * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)  # of the stem
+        layers = 2 * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)  # language model
         return 4 * (pair * length**2 + residue * length + layers + 8 * ELEMENTS_AT_A_TIME)
 
-    def most_tokens(self, room: int, wanted: int) -> int:
-        """The residues of a batch: as many as are wanted, or 0, as suit the device, if they fit into so many bytes."""
+    def most_tokens(self, free: int, wanted: int) -> int:
+        """Return the residues of a batch.
+
+        Args:
+            free: bytes of memory that a batch may need.
+            wanted: residues of a batch if they fit; 0 for as many as suit the device.
+        """
         wanted = wanted or costs().fold_batch_tokens
-        return max(1, bisect_right(range(wanted + 1), room, key=self.bytes_needed) - 1)
+        return max(1, bisect_right(range(wanted + 1), free, key=self.bytes_needed) - 1)
 
     def predict(self, proteins: Sequence[np.ndarray]) -> list[Arrays]:
-        """Fold proteins, by their ids, together."""
+        """Fold proteins, given by their ids, in one batch."""
         begin = time.perf_counter()
         output: Any = self.network.infer(
             [sequence_of(ids) for ids in proteins], num_recycles=self.recycles, chain_linker=LINKER
@@ -300,7 +313,7 @@ class FoldingModel:
         residues = sum(map(len, proteins))
         results = []
         for row, ids in enumerate(proteins):
-            places = np.arange(len(ids)) + ids[:, 1] * len(LINKER)  # without linkers and padding
+            places = np.arange(len(ids)) + ids[:, 1] * len(LINKER)  # skips linkers and padding
             results.append(
                 {
                     "aatype": ids[:, 0],
@@ -318,7 +331,7 @@ class FoldingModel:
 
 
 def sequence_of(ids: np.ndarray) -> str:
-    """The letters of a protein's residues, with `:` between its chains."""
+    """Return the letters of a protein's residues, with `:` between its chains."""
     chains: list[str] = [""] * (int(ids[-1, 1]) + 1)
     for residue, chain in ids:
         chains[chain] += RESTYPES_WITH_X[residue]
@@ -328,17 +341,19 @@ def sequence_of(ids: np.ndarray) -> str:
 def as_folding_model(
     model: str | os.PathLike[str] | MLXEsmForProteinFolding, num_recycles: int | None, loading: dict[str, Any]
 ) -> FoldingModel:
-    """The model, loaded if it is none yet.
+    """Return a folding model, loaded if necessary.
 
     Args:
+        model: a Hub repository, a folder, or a loaded model.
+        num_recycles: see `fold`.
         loading: `device`, and options of `from_pretrained`.
 
     Raises:
-        TypeError: options of loading for a model that is loaded.
+        TypeError: loading options were given for a model that is already loaded.
     """
     if isinstance(model, MLXEsmForProteinFolding):
         if loading:
-            raise TypeError(f"{', '.join(loading)}: this is for loading a model, and this one is loaded already.")
+            raise TypeError(f"{', '.join(loading)}: options for loading a model, but the model is already loaded.")
         return FoldingModel(model, model.trunk.passes(num_recycles) - 1, str(model.config.name_or_path))
     use_device(loading.pop("device", None))
     revision = loading.pop("revision", None)
@@ -348,7 +363,7 @@ def as_folding_model(
 
 
 def predictions(model: FoldingModel, items: Sequence[Item], progress: OnProgress) -> list[Arrays]:
-    """The results of items, those of like length folded together; which one is told at each pass."""
+    """Return the arrays of items, folded in batches of similar length; progress names the batch at each pass."""
     results: list[Arrays] = [{} for _ in items]
     lengths = [model.linked_length(item.content) for item in items]
     launch = costs().fold_launch_pairs

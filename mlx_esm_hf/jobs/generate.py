@@ -1,4 +1,4 @@
-"""New sequences: masks filled one after the other, or every free position drawn again and again."""
+"""New sequences: masks filled one at a time, or free positions redrawn by Gibbs sampling."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import STANDARD, Report, Source
+from mlx_esm_hf.data.proteins import STANDARD, Report
+from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import ProteinJob
+from mlx_esm_hf.jobs.protein_job import ProteinItems, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
-from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import Run
 
@@ -26,7 +27,14 @@ ORDERS = ("confidence", "left-to-right", "gibbs")
 
 
 class Design(NamedTuple):
-    """A new sequence: the id of its protein, the number of the sample, and the mean log p of what was drawn."""
+    """A new sequence.
+
+    Attributes:
+        id: id of its protein.
+        sample: number of the sample, from 1.
+        sequence: the sequence.
+        log_probability: mean log p of the residues that were drawn.
+    """
 
     id: str
     sample: int
@@ -36,12 +44,12 @@ class Design(NamedTuple):
 
 @dataclass
 class Sampling:
-    """How a residue is drawn from log-probabilities: among the 20 standard ones.
+    """How one of the 20 standard residues is drawn from log-probabilities.
 
     Args:
-        temperature: 0 takes the most probable.
-        top_k: only among so many of the most probable.
-        top_p: only among the most probable that together have this probability (Holtzman et al. 2020).
+        temperature: 0 takes the most probable residue.
+        top_k: draw among this many of the most probable residues; 0 for all.
+        top_p: draw among the most probable residues that together have this probability (Holtzman et al. 2020).
     """
 
     temperature: float = 1.0
@@ -50,10 +58,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("temperature and top_k must not be negative, and top_p must be above 0 and at most 1.")
+            raise UserError("temperature and top_k must be at least 0, and top_p must be in (0, 1].")
 
-    def draw(self, log_probabilities: np.ndarray, random: np.random.Generator) -> int:
-        """An index into log-probabilities [20]."""
+    def draw(self, log_probabilities: np.ndarray, rng: np.random.Generator) -> int:
+        """Draw an index into log-probabilities [20]."""
         order = np.argsort(-log_probabilities, kind="stable")
         if self.temperature == 0:
             return int(order[0])
@@ -63,19 +71,19 @@ class Sampling:
             p[self.top_k :] = 0
         p /= p.sum()
         p[1:][np.cumsum(p)[:-1] >= self.top_p] = 0
-        return int(order[random.choice(len(p), p=p / p.sum())])
+        return int(order[rng.choice(len(p), p=p / p.sum())])
 
 
 @dataclass
 class Plan:
-    """Which positions are filled, and when.
+    """Which positions are filled, and in which order.
 
     Args:
         order: "confidence", "left-to-right" or "gibbs"; see `generate`.
-        sweeps: how often "gibbs" draws each position anew.
+        sweeps: how often "gibbs" redraws each position.
         samples: designs for each protein.
-        seed: of what is random.
-        kept: residues that stay as they are, all others being free; None, the masks are free.
+        seed: seed of the random generators.
+        kept: residues to keep, counted from 0; all others are free. None if the masks are free.
     """
 
     order: str
@@ -86,34 +94,34 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
-            raise UserError(f"order={self.order!r} is not one of {', '.join(ORDERS)}.")
+            raise UserError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}.")
         if self.samples < 1 or self.sweeps < 0:
-            raise UserError("samples must be 1 at least, and sweeps must not be negative.")
+            raise UserError("samples must be at least 1, and sweeps at least 0.")
 
     def free(self, ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-        """The positions of a sequence of ids that are to be filled."""
+        """Return the positions of ids to be filled."""
         if self.kept is None:
             return np.flatnonzero(ids == vocabulary.mask)
-        return np.delete(np.flatnonzero(vocabulary.residues(ids)), self.kept)
+        return np.delete(np.flatnonzero(vocabulary.residue_mask(ids)), self.kept)
 
-    def random(self, item: Item) -> np.random.Generator:
-        """The same for a sample of a protein, whatever else is computed beside it."""
+    def rng(self, item: Item) -> np.random.Generator:
+        """Return the random generator of a sample of a protein, which does not depend on the other proteins."""
         return np.random.default_rng([self.seed, zlib.crc32(item.content.tobytes()), item.number % self.samples])
 
     def places(self, draft: Draft) -> np.ndarray:
-        """Which free position is filled in each pass; with "confidence" only their number counts."""
+        """Return which free position is filled in each pass; "confidence" uses only their number."""
         count = len(draft.free)
         if self.order == "gibbs":
-            return np.concatenate([draft.random.permutation(count) for _ in range(1 + self.sweeps)])
+            return np.concatenate([draft.rng.permutation(count) for _ in range(1 + self.sweeps)])
         return np.arange(count)
 
-    def work(self, tokens: int) -> int:
-        """Tokens that go through the model for a window of so many: a pass for each of them, in each sweep."""
-        return (1 + self.sweeps if self.order == "gibbs" else 1) * tokens * tokens
+    def work(self, window_tokens: int) -> int:
+        """Return the tokens that go through the model for a window: a pass for each token, in each sweep."""
+        return (1 + self.sweeps if self.order == "gibbs" else 1) * window_tokens**2
 
 
 def generate(
-    proteins: Source | None,
+    proteins: Proteins | None,
     model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
@@ -131,113 +139,143 @@ def generate(
     progress: OnProgress = no_progress,
     **loading: Any,
 ) -> Iterator[Design] | Report:
-    """Design sequences: fill the masked positions of proteins, or a number of masks.
+    """Design sequences: fill the masked positions of proteins, or design sequences of a given length.
 
-    "left-to-right" fills masks in this order, "confidence" always the one that the model is surest of. "gibbs" fills
-    them in random order and then draws each free position anew, masked, `sweeps` times over, in random orders (Wang
-    and Cho 2019, arXiv:1902.04094). One position a pass in all of them.
+    Each pass fills one position of each protein.
 
     Args:
         proteins: see `read_proteins`; None with a length.
-        output: a FASTA file (`.fasta`, `.fa`), or a folder of shards.
-        length: residues of a design from nothing.
+        model: a Hub repository, a folder, or the result of `load_protein_model`.
+        output: a `.fasta` or `.fa` file, or a folder of shards; None to stream the designs.
+        length: residues of a design without a template.
         samples: designs for each protein.
-        fixed: positions to keep, such as "1-10,25"; all others are free. By default the masks are free.
-        temperature, top_k, top_p: see `Sampling`.
-        seed: equal seeds give equal designs of equal proteins, whatever else is computed beside them.
-        loading: see `load`.
+        order: "left-to-right" fills the masks in this order; "confidence" fills the mask with the most confident
+            prediction first; "gibbs" fills them in random order, then masks and redraws each free position `sweeps`
+            times in random order.
+        sweeps: how often "gibbs" redraws each position.
+        fixed: positions to keep, such as "1-10,25"; all others are free. None if the masks are free.
+        temperature: see `Sampling`.
+        top_k: see `Sampling`.
+        top_p: see `Sampling`.
+        seed: the same seed gives the same designs of a protein, whatever the other proteins.
+        aligned: keep gaps.
+        strict: raise an error for a bad record instead of leaving it out.
+        progress: called after each step.
+        loading: see `load_protein_model`.
 
     Returns:
-        Without an output an iterator over `Design`.
+        Without an output, an iterator over `Design`. With an output, a report of what was changed and left out.
+
+    Raises:
+        UserError: an option has an unknown value, the proteins cannot be read, or the output cannot be written.
+
+    Source: Wang and Cho 2019, arXiv:1902.04094, for Gibbs sampling.
+
+    Example:
+        >>> for design in generate(["MKT<mask><mask>AKQR"], "facebook/esm2_t6_8M_UR50D", samples=2):
+        ...     design.sequence
     """
     if (proteins is None) == (length is None):
-        raise UserError("Either proteins or a length is needed, and not both.")
+        raise UserError("Give proteins with <mask> or a length, not both.")
     if length is not None and length < 1:
-        raise UserError("length must be 1 at least.")
+        raise UserError(f"length must be at least 1, got {length}.")
+    if proteins is None:
+        design = ("design", "<mask>" * int(length or 0))
+        source = ProteinSource("length", objects=[design], resumable=True, aligned=aligned)
+    else:
+        source = ProteinSource.open(proteins, aligned)
     plan = Plan(order, sweeps, samples, seed, None if fixed is None else parse_positions(fixed))
     sampling = Sampling(temperature, top_k, top_p)
     check_outputs(output, ("", ".fasta", ".fa"))
-    designer = Designer(as_protein_model(MLXAutoModelForMaskedLM, model, output, loading), plan, sampling)
-    job = ProteinJob(
-        "generate",
-        designer.model,
-        {
-            "length": length,
-            "samples": samples,
-            "order": order,
-            "sweeps": sweeps,
-            "fixed": fixed,
-            "seed": seed,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        },
-        designer.compute,
-        size=lambda residues: 4 * residues + 8,
+    protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
+    designer = Designer(protein_model, plan, sampling)
+    items = ProteinItems(
+        source,
+        protein_model,
+        lambda positions: 4 * positions + 8,
+        output,
         work=plan.work,
         check=designer.check,
         copies=samples,
-        input=None if proteins is not None else {"name": "length", "sha256": ""},  # of a length the settings say it all
-        aligned=aligned,
         strict=strict,
     )
-    source: Source = [("design", "<mask>" * int(length or 0))] if proteins is None else proteins
-    if output is None:
-        return map(designer.design, job.stream(source))
-    write = designer.write
-    return job.write(source, Path(output), {"": None, ".fasta": write, ".fa": write}, progress)
+    settings = protein_model.settings | {
+        "length": length,
+        "samples": samples,
+        "order": order,
+        "sweeps": sweeps,
+        "fixed": fixed,
+        "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "aligned": aligned,
+    }
+    job = Job("generate", settings, items, designer.compute, protein_model.chunk_work)
+    writers = {"": None, ".fasta": designer.write, ".fa": designer.write}
+    results = run_job(job, items, output, writers, progress)
+    return results if isinstance(results, Report) else map(designer.design, results)
 
 
 def write_fasta(path: Path, designs: Iterable[Design]) -> None:
-    """A record for each design, called by the protein's id and the number of the sample."""
+    """Write a FASTA record for each design, named by the protein's id and the number of the sample."""
     with open(path, "w", encoding="utf-8") as file:
         for d in designs:
             file.write(f">{d.id}_{d.sample} mean_log_p={d.log_probability:.4f}\n{d.sequence}\n")
 
 
 class Draft:
-    """A sequence of ids in the making: free positions are masked until they are filled."""
+    """An unfinished design.
 
-    def __init__(self, ids: np.ndarray, free: np.ndarray, random: np.random.Generator):
-        self.ids, self.free, self.random = ids.copy(), free, random
-        self.drawn = np.zeros(len(free))  # log p of what stands at each free position
+    Attributes:
+        ids: ids [positions]; free positions are masked until they are filled.
+        free: the free positions.
+        rng: its random generator.
+        drawn: log p of the residue at each free position.
+    """
+
+    def __init__(self, ids: np.ndarray, free: np.ndarray, rng: np.random.Generator) -> None:
+        self.ids, self.free, self.rng = ids.copy(), free, rng
+        self.drawn = np.zeros(len(free))
 
 
 class Designer:
     """A model that fills the free positions of proteins.
 
     Args:
-        plan: which positions are filled, and when.
+        model: the model.
+        plan: which positions are filled, and in which order.
         sampling: how residues are drawn.
     """
 
-    def __init__(self, model: ProteinModel, plan: Plan, sampling: Sampling):
+    def __init__(self, model: ProteinModel, plan: Plan, sampling: Sampling) -> None:
         self.model, self.plan, self.sampling = model, plan, sampling
         self.mask = model.vocabulary.mask
         self.standard = np.array([model.vocabulary.ids[residue] for residue in STANDARD])
 
     def check(self, ids: np.ndarray) -> None:
-        """
+        """Refuse a protein that cannot be filled.
+
         Raises:
-            ValueError: there is nothing to fill, or a position to be kept that the protein does not have.
+            UserError: the protein has no free position, or lacks a position to keep.
         """
-        kept, residues = self.plan.kept, self.model.vocabulary.residues(ids).sum()
-        if kept is not None and len(kept) and kept.max() >= residues:
-            raise UserError(f"has {residues} residues, and none at {kept.max() + 1}, which is to be kept")
+        kept, num_residues = self.plan.kept, self.model.num_residues(ids)
+        if kept is not None and len(kept) and kept.max() >= num_residues:
+            raise UserError(
+                f"has {num_residues} residues, so position {kept.max() + 1} of the fixed ones does not exist"
+            )
         if not len(self.plan.free(ids, self.model.vocabulary)):
-            raise UserError("has no free position: no <mask>, or all is kept")
+            raise UserError("has no free position: it contains no <mask>, or all positions are fixed")
 
     def compute(self, items: Sequence[Item]) -> list[Arrays]:
-        """The results of proteins: `ids` [residues], and `log_probability` [1], the mean log p of what was drawn."""
+        """Return the arrays of each item: `ids` [positions] and `log_probability` [1], the mean log p of the draws."""
         vocabulary = self.model.vocabulary
-        drafts = [
-            Draft(item.content, self.plan.free(item.content, vocabulary), self.plan.random(item)) for item in items
-        ]
+        drafts = [Draft(item.content, self.plan.free(item.content, vocabulary), self.plan.rng(item)) for item in items]
         self.fill(drafts)
         return [{"ids": draft.ids, "log_probability": np.array([draft.drawn.mean()])} for draft in drafts]
 
     def fill(self, drafts: Sequence[Draft]) -> None:
-        """Fill the free positions of all drafts side by side, one of each in a pass."""
+        """Fill the free positions of all drafts together, one position of each draft in a pass."""
         by_confidence = self.plan.order == "confidence"
         for draft in drafts:
             draft.ids[draft.free] = self.mask
@@ -253,12 +291,12 @@ class Designer:
                 if by_confidence:
                     masked = draft.ids[draft.free] == self.mask
                     place = np.where(masked, answers.max(axis=1), -np.inf).argmax()
-                residue = self.sampling.draw(answers[place], draft.random)
+                residue = self.sampling.draw(answers[place], draft.rng)
                 draft.ids[draft.free[place]] = self.standard[residue]
                 draft.drawn[place] = answers[place, residue]
 
     def design(self, result: Result) -> Design:
-        """What is handed out of a result."""
+        """Return the design of a result."""
         sequence = "".join(self.model.vocabulary.decode(result.arrays["ids"]))
         sample = result.number % self.plan.samples + 1
         return Design(result.id, sample, sequence, float(result.arrays["log_probability"][0]))
@@ -269,16 +307,16 @@ class Designer:
 
 
 def parse_positions(text: str) -> np.ndarray:
-    """Positions from 0 of a list from 1, such as "1-10,25".
+    """Parse positions counted from 1, such as "1-10,25", and return them counted from 0.
 
     Raises:
-        ValueError: not such a list.
+        UserError: the text does not have this form.
     """
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last:
-            raise UserError(f"{text!r} is no list of positions, such as 1-10,25.")
+            raise UserError(f"{text!r} is not a list of positions. Expected one such as 1-10,25.")
         found.update(range(first - 1, last))
     return np.array(sorted(found))

@@ -1,30 +1,31 @@
-"""How well a model foresees a protein: pseudo-perplexity, exact and from one pass."""
+"""Pseudo-perplexity of proteins, exact and estimated from one pass."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import RESIDUES, STANDARD, Report, Source
+from mlx_esm_hf.data.proteins import RESIDUES, STANDARD, Report
+from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import ProteinJob, WriteRun, one_pass_work
+from mlx_esm_hf.jobs.protein_job import ProteinItems, one_pass_work, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.runs.formats import write_csv
-from mlx_esm_hf.runs.job import Arrays, Item, OnProgress, Result, no_progress
+from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
+from mlx_esm_hf.runs.run import WriteRun
 
 METHODS = ("exact", "one-pass")
 FORMATS: dict[str, WriteRun | None] = {"": None, ".csv": write_csv}
 
 
 def perplexity(
-    proteins: Source,
+    proteins: Proteins,
     model: str | ProteinModel,
     output: str | os.PathLike[str] | None = None,
     *,
@@ -34,58 +35,64 @@ def perplexity(
     progress: OnProgress = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
-    """The pseudo-perplexity of proteins, e^(-mean log p) over residues, each masked in turn (Salazar et al. 2020).
+    """Compute the pseudo-perplexity of proteins: exp(−mean log p) over residues, each masked in turn.
 
     Unknown residues (X), gaps and special tokens do not count.
 
     Args:
         proteins: see `read_proteins`.
-        method: "exact" takes as many passes as there are residues, and reports the estimate beside it; "one-pass"
-            computes the estimate alone, see `one_pass`.
-        output: a CSV file, or a folder of shards.
-        loading: see `load`.
+        model: a Hub repository, a folder, or the result of `load_protein_model`.
+        output: a `.csv` file, or a folder of shards; None to stream the results.
+        method: "exact" needs a pass for each residue, and returns the estimate as well; "one-pass" computes only the
+            estimate, see `one_pass`.
+        aligned: keep gaps.
+        strict: raise an error for a bad record instead of leaving it out.
+        progress: called after each step.
+        loading: see `load_protein_model`.
 
     Returns:
-        See `embed`; the arrays are `pseudo_perplexity` and `one_pass_estimate`, of one number each.
+        See `embed`. The arrays are `pseudo_perplexity` and `one_pass_estimate`, [1] each.
+
+    Raises:
+        UserError: an option has an unknown value, the proteins cannot be read, or the output cannot be written.
+
+    Source: Salazar et al. 2020, arXiv:1910.14659.
+
+    Example:
+        >>> for result in perplexity(["MKTAYIAKQR"], "facebook/esm2_t6_8M_UR50D"):
+        ...     float(result.arrays["pseudo_perplexity"][0])
     """
     if method not in METHODS:
-        raise UserError(f"method={method!r} is not one of {', '.join(METHODS)}.")
+        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    source = ProteinSource.open(proteins, aligned)
     check_outputs(output, FORMATS)
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
         return perplexities(protein_model, [item.content for item in items], method)
 
-    def size(residues: int) -> int:
+    def result_bytes(positions: int) -> int:
         return 16
 
-    job = ProteinJob(
-        "perplexity",
-        protein_model,
-        {"method": method},
-        compute,
-        size,
-        work=pass_for_each_token if method == "exact" else one_pass_work,
-        aligned=aligned,
-        strict=strict,
-    )
-    if output is None:
-        return job.stream(proteins)
-    return job.write(proteins, Path(output), FORMATS, progress)
+    work = pass_for_each_token if method == "exact" else one_pass_work
+    items = ProteinItems(source, protein_model, result_bytes, output, work=work, strict=strict)
+    settings = protein_model.settings | {"method": method, "aligned": aligned}
+    job = Job("perplexity", settings, items, compute, protein_model.chunk_work)
+    return run_job(job, items, output, FORMATS, progress)
 
 
 def pass_for_each_token(tokens: int) -> int:
-    """The work of a pass through all tokens for each of them."""
+    """Return the work of as many passes through a window as it has tokens."""
     return tokens * tokens
 
 
 def counted_ids(vocabulary: Vocabulary) -> np.ndarray:
-    """The ids of the residues that count."""
+    """Return the ids of the residues that count: all but X."""
     return np.array([vocabulary.ids[residue] for residue in RESIDUES if residue != "X" and residue in vocabulary.ids])
 
 
 def perplexities(model: ProteinModel, sequences: Sequence[np.ndarray], method: str) -> list[Arrays]:
-    """The results of `perplexity` for sequences of ids."""
+    """Return the arrays of `perplexity` for each protein, given by its ids [positions]."""
     counted = counted_ids(model.vocabulary)
     results: list[Arrays] = []
     for ids, plain in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
@@ -100,14 +107,17 @@ def perplexities(model: ProteinModel, sequences: Sequence[np.ndarray], method: s
 
 
 def one_pass(log_probabilities: np.ndarray) -> np.ndarray:
-    """What log p of a residue would be under a mask, estimated from log u, the model's answer while it is seen.
+    """Estimate log p of masked residues from log u, the model's prediction while the residues are visible.
 
-    In training, of the tokens that are not masked but have to be predicted one half is what it was and the other is
-    one of 20 residues at random. A model that has learned that answers, for a residue that it sees and would itself
-    expect with probability p, u = p (1 + 1/20) / (p + 1/20); solved for p, p = u / (21 - 20 u).
+    Half of the visible tokens that are predicted in training are unchanged, the other half are replaced by one of 20
+    residues at random. A model that has learned this predicts a visible residue, which it would expect with
+    probability p if it were masked, with u = p (1 + 1/20) / (p + 1/20). Solved for p, this is p = u / (21 − 20 u).
 
-    That one pass suffices is Kantroo et al. 2024 (arXiv:2407.07265), who train a head for it; this inverts the
-    corruption instead and needs none.
+    Args:
+        log_probabilities: log u, any shape.
+
+    Source: Kantroo et al. 2024 (arXiv:2407.07265) show that one pass suffices, with a head trained for it. This
+    function inverts the corruption of training instead and needs no head.
     """
     residues = len(STANDARD)
     u = np.exp(log_probabilities.astype(np.float64))

@@ -1,4 +1,4 @@
-"""A model with its tokenizer, as the jobs use it: sequences of ids through the network, in windows and batches."""
+"""A model with its tokenizer, as the jobs use it: token ids go through the network in windows and batches."""
 
 from __future__ import annotations
 
@@ -27,24 +27,28 @@ from mlx_esm_hf.runtime import distributed, memory
 from mlx_esm_hf.runtime.costs import costs
 from mlx_esm_hf.runtime.device import device_name, use_device
 
-# Arguments of `from_pretrained` that the tokenizer has, too.
+CHUNK_BATCHES = 16  # batches of a chunk: enough to sort proteins by length
+
+# Arguments of `from_pretrained` that also apply to the tokenizer.
 SHARED = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
 LONG = ("error", "truncate", "window")
 
-# What a config may ask for by default, and jobs do not.
+# Outputs that a config may request and jobs do not use.
 PLAIN = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
 @dataclass
 class ProteinModel:
-    """A model, its tokenizer, and how to give proteins to it.
+    """A model, its tokenizer and batching.
 
     Args:
         network: the model.
         tokenizer: its tokenizer.
-        name, revision: where it is from, for manifests and messages.
-        long: what becomes of a protein beyond the position table: "error", "truncate", or "window", overlapping pieces.
-        batch_tokens: most tokens, with padding, of a batch; 0, as many as suit the device and fit.
+        name: where the model is from, for manifests and messages.
+        revision: its commit, for manifests.
+        long: how to treat a protein that is longer than the position table: "error", "truncate", or "window" to cut it
+            into overlapping windows.
+        batch_tokens: most tokens of a batch, padding included; 0 for as many as suit the device and its free memory.
     """
 
     network: Any
@@ -63,45 +67,51 @@ class ProteinModel:
 
     @property
     def longest(self) -> int | None:
-        """Most residues that the model takes at once; None where there is no end."""
+        """Most positions that the model accepts at once; None for no limit."""
         most: int | None = self.network.max_tokens
         return None if most is None else most - self.vocabulary.around
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What results depend on, for the manifest of a run."""
+        """The settings that results depend on, for the manifest of a run."""
         return settings_of(self) | {"long": self.long}
 
+    @property
+    def chunk_work(self) -> int:
+        """Most work of a chunk, in tokens."""
+        return CHUNK_BATCHES * self.batch_tokens
+
     def refuse_long(self, length: int) -> None:
-        """
+        """Refuse a protein that is too long, if `long` is "error".
+
         Raises:
-            ValueError: a protein of so many residues is too long, and that is to be an error.
+            UserError: the protein has more positions than the model accepts.
         """
         if self.long == "error" and self.longest is not None and length > self.longest:
             raise UserError(
-                f"has {length} residues, the position table of {self.name or 'this model'} ends at {self.longest}. "
-                "Take --long truncate, --long window, or ESM-2, which has no such limit"
+                f"has {length} residues; {self.name or 'this model'} accepts at most {self.longest}. Use "
+                "--long truncate, --long window, or ESM-2, which has no limit"
             )
 
     def encode(self, sequence: str) -> np.ndarray:
-        """What is read of a cleaned sequence as ids [positions]: its beginning, if long proteins are truncated.
+        """Return the ids [positions] of a cleaned sequence, truncated if `long` is "truncate".
 
         Raises:
-            ValueError: a token that the vocabulary does not have.
+            UserError: the vocabulary does not have a token of the sequence.
         """
         ids = self.vocabulary.encode(sequence)
         return ids[: self.longest] if self.long == "truncate" else ids
 
-    def residues(self, ids: np.ndarray) -> int:
-        """How many of a sequence of ids are residues: all but the breaks between chains."""
-        return int(self.vocabulary.residues(ids).sum())
+    def num_residues(self, ids: np.ndarray) -> int:
+        """Return the number of residues, without chain breaks."""
+        return int(self.vocabulary.residue_mask(ids).sum())
 
-    def passes(self, ids: np.ndarray) -> list[int]:
-        """How many tokens each window of a sequence of ids has."""
+    def window_tokens(self, ids: np.ndarray) -> list[int]:
+        """Return the number of tokens of each window of a protein."""
         return [window.length + self.vocabulary.around for window in self.windows(0, len(ids))]
 
     def windows(self, sequence: int, length: int) -> list[Window]:
-        """A sequence, by its index and length, in as many windows as the model needs; see `cut_windows`."""
+        """Cut a protein, given by its index and length, into the windows that the model needs; see `cut_windows`."""
         return cut_windows(sequence, length, self.longest)
 
     def batches(
@@ -110,17 +120,19 @@ class ProteinModel:
         windows: Sequence[Window] | None = None,
         row_cost: RowCost | None = None,
     ) -> Iterator[Batch]:
-        """Windows of sequences of ids, by default all of each, in batches of like length; not in order.
+        """Yield windows in batches of similar length, not in order.
 
         Args:
-            row_cost: see `by_length`; by default `row_cost()`.
+            sequences: ids [positions] of each protein.
+            windows: the windows to batch; None for all windows of all proteins.
+            row_cost: see `by_length`; None for that of this model.
         """
         if windows is None:
             windows = [window for i, ids in enumerate(sequences) for window in self.windows(i, len(ids))]
         return make_batches(sequences, windows, self.vocabulary, self.batch_tokens, row_cost or self.row_cost())
 
     def row_cost(self) -> RowCost | None:
-        """What a row costs; None, nothing, where batches are packed. See `by_length`."""
+        """Return the cost of a row, see `by_length`; None if batches are packed and padding costs nothing."""
         if ops.packs(self.network.dtype):
             return None
         launch = costs().launch_tokens
@@ -129,8 +141,12 @@ class ProteinModel:
     def log_probabilities(
         self, sequences: Sequence[np.ndarray], windows: Sequence[Window] | None = None
     ) -> Iterator[tuple[Window, np.ndarray]]:
-        """For windows of sequences, by default all of each, log-probabilities [positions, vocabulary], float32; not in
-        order."""
+        """Yield windows with their log-probabilities [positions, vocabulary], float32, not in order.
+
+        Args:
+            sequences: ids [positions] of each protein.
+            windows: the windows to compute; None for all windows of all proteins.
+        """
         for batch in self.batches(sequences, windows):
             logits = self.network(batch.input_ids, batch.attention_mask).logits.astype(mx.float32)
             rows = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
@@ -138,16 +154,24 @@ class ProteinModel:
                 yield window, row[batch.first : batch.first + window.length]
 
     def blended_log_probabilities(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Those of each sequence at all of its positions: [positions, vocabulary], float32."""
+        """Return the log-probabilities of each protein, [positions, vocabulary], float32."""
         parts: list[list[tuple[Window, np.ndarray]]] = [[] for _ in sequences]
         for window, rows in self.log_probabilities(sequences):
             parts[window.sequence].append((window, rows))
         return [blend(windows, len(ids)) for windows, ids in zip(parts, sequences, strict=True)]
 
     def masked_log_probabilities(self, ids: np.ndarray, positions: Sequence[int]) -> np.ndarray:
-        """Log-probabilities at each of these positions while it, alone, is masked: [len(positions), vocabulary].
+        """Return the log-probabilities at positions while only that position is masked.
 
-        Of a protein in windows, each position is seen in the one where it is farthest from the edges.
+        If the protein needs several windows, each position is computed in the window where it is farthest from the
+        edges.
+
+        Args:
+            ids: ids [positions] of a protein.
+            positions: the positions to mask, each in a pass of its own.
+
+        Returns:
+            Log-probabilities [len(positions), vocabulary], float32.
         """
         windows = self.windows(0, len(ids))
         weights = np.full((len(windows), len(ids)), -1, np.float32)
@@ -155,7 +179,7 @@ class ProteinModel:
             row[window.start : window.stop] = ramp(window, len(ids))
         best = weights.argmax(axis=0)
         found = np.empty((len(positions), self.network.config.vocab_size), np.float32)
-        at_once = max(1, 16 * self.batch_tokens // len(ids))  # of a long protein not all copies
+        at_once = max(1, 16 * self.batch_tokens // len(ids))  # limits the copies of a long protein in memory
         for first in range(0, len(positions), at_once):
             group = positions[first : first + at_once]
             variants = [ids.copy() for _ in group]
@@ -180,22 +204,32 @@ def load_protein_model(
     output: str | os.PathLike[str] | None = None,
     **hub: Any,
 ) -> ProteinModel:
-    """The model and tokenizer of a Hub repository or a folder.
+    """Load a model and its tokenizer from a Hub repository or a folder.
 
     Args:
-        cls: what loads it: `MLXAutoModel` for `embed` and `contacts`, else `MLXAutoModelForMaskedLM`.
-        dtype, activation_dtype: see `MLXPreTrainedModel.from_pretrained`.
-        device: "cpu" or "gpu"; by default MLX's own choice.
-        batch_tokens: None, as many as suit the device and fit into the memory that is free.
-        output: of a run; one that stopped goes on with the batches that it had.
-        hub: `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download` of `from_pretrained`, for both.
+        cls: the class that loads the model: `MLXAutoModel` for `embed` and `contacts`, otherwise
+            `MLXAutoModelForMaskedLM`.
+        model: a Hub repository or a folder.
+        revision: branch, tag or commit; None for main.
+        dtype: see `MLXPreTrainedModel.from_pretrained`.
+        activation_dtype: see `MLXPreTrainedModel.from_pretrained`.
+        device: "cpu" or "gpu"; None for MLX's default.
+        long: how to treat proteins that are longer than the position table; see `ProteinModel`.
+        batch_tokens: most tokens of a batch, padding included; None for as many as suit the device and its free memory.
+        output: the output of a run. A resumed run keeps its batch size.
+        hub: `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download` of `from_pretrained`, for model
+            and tokenizer.
+
+    Raises:
+        UserError: an option has an unknown value, or the tokenizer does not belong to the model.
+        OSError: the model or its tokenizer is not found.
 
     Example:
         >>> load_protein_model(MLXAutoModel, "facebook/esm2_t6_8M_UR50D", long="window")
     """
     use_device(device)
     if batch_tokens is not None and batch_tokens < 1:
-        raise UserError(f"batch_tokens={batch_tokens}: at least one is needed.")
+        raise UserError(f"batch_tokens must be at least 1, got {batch_tokens}.")
     hub["revision"] = revision or "main"
     network = load_network(cls, model, dtype=dtype, activation_dtype=activation_dtype, **hub)
     for option, value in PLAIN.items():
@@ -209,26 +243,30 @@ def load_protein_model(
 
 
 def agreed(batch_tokens: int, wanted: int) -> int:
-    """The tokens of a batch, the same on all ranks: they have to cut the same batches, and those that do not write may
-    not see the output.
+    """Agree with all ranks on the tokens of a batch, as all must make the same batches.
 
     Args:
-        batch_tokens: of this rank.
-        wanted: by the caller or an earlier run; 0, by nobody.
+        batch_tokens: the choice of this rank.
+        wanted: what the caller or an earlier run wants; 0 for no preference. Only rank 0 is certain to see the output
+            of an earlier run.
     """
     decided = wanted > 0 or distributed.is_rank_0()
     return distributed.all_min(batch_tokens if decided else 1 << 30)
 
 
 def load_network(cls: Any, model: str, **options: Any) -> Any:
-    """Load a model without its tokenizer. Without a head, keys of a head in the checkpoint are expected and the pooler
-    is not used, so neither is reported."""
+    """Load a model without its tokenizer.
+
+    `MLXAutoModel` loads no head and does not use the pooler, so missing and unused keys are not reported.
+    """
     return cls.from_pretrained(model, report=cls is not MLXAutoModel, **options)
 
 
 def same_commit(network: Any) -> dict[str, str]:
-    """`revision` for a tokenizer to be that of the model's own commit, whatever was pushed meanwhile; empty for a model
-    that is from no commit."""
+    """Return `{"revision": commit}` of a loaded model, so that its tokenizer is loaded from the same commit.
+
+    Empty for a model that is not from the Hub.
+    """
     commit = getattr(network.config, "_commit_hash", None)
     return {"revision": commit} if commit else {}
 
@@ -236,20 +274,20 @@ def same_commit(network: Any) -> dict[str, str]:
 def as_protein_model(
     cls: Any, model: str | os.PathLike[str] | ProteinModel, output: Any, loading: dict[str, Any]
 ) -> ProteinModel:
-    """The model itself if it is one, else what `load_protein_model` makes of it.
+    """Return a model that is already loaded, or load it with `load_protein_model`.
 
     Raises:
-        TypeError: options of loading for a model that is loaded.
+        TypeError: loading options were given for a model that is already loaded.
     """
     if not isinstance(model, ProteinModel):
         return load_protein_model(cls, os.fspath(model), output=output, **loading)
     if loading:
-        raise TypeError(f"{', '.join(loading)}: this is for `load_protein_model`, and the model is loaded already.")
+        raise TypeError(f"{', '.join(loading)}: options of `load_protein_model`, but the model is already loaded.")
     return model
 
 
 def settings_of(model: Any) -> dict[str, Any]:
-    """What results depend on, of a model with a network, a name, a revision and a number of tokens in a batch."""
+    """Return the settings of a model that results depend on."""
     settings = {
         "model": model.name,
         "revision": model.revision,
@@ -264,8 +302,10 @@ def settings_of(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(network: MLXPreTrainedModel) -> str:
-    """A hash over up to 1,024 numbers of each parameter that a checkpoint gave: tells checkpoints apart, whatever they
-    are called."""
+    """Return a hash that tells checkpoints apart, whatever their names.
+
+    It covers up to 1,024 elements of each parameter that came from the checkpoint.
+    """
     digest = hashlib.sha256()
     parameters: Any = tree_flatten(network.parameters())
     for name, parameter in sorted(parameters, key=lambda pair: pair[0]):

@@ -1,4 +1,4 @@
-"""Effects of mutations without training on them (Meier et al. 2021, doi:10.1101/2021.07.09.450648)."""
+"""Zero-shot effects of mutations (Meier et al. 2021, doi:10.1101/2021.07.09.450648)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 
 from mlx_esm_hf import plots
 from mlx_esm_hf.data.mutations import Substitution, parse, read_table, suggest_first_residue
-from mlx_esm_hf.data.proteins import CHAIN_BREAK, STANDARD, Report, clean, read_proteins, tokens
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, STANDARD, Report, clean, tokens
+from mlx_esm_hf.data.source import read_proteins
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import CHUNK_BATCHES
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
 from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
-from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress, stream
+from mlx_esm_hf.runs.job import Arrays, Item, ItemList, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs, check_picture, claimed, shards_of, write_files, write_new
-from mlx_esm_hf.runs.run import compute_run
+from mlx_esm_hf.runs.run import compute_run, stream
 from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.runtime.files import Write
 
@@ -31,8 +31,14 @@ METHODS = ("masked-marginals", "wt-marginals", "pseudo-perplexity")
 
 
 class Scores(NamedTuple):
-    """The table with a score column for each model; what was not scored, and why; letters of the wild type that were
-    read as X."""
+    """Scores of mutants.
+
+    Attributes:
+        columns: names of the columns.
+        rows: the rows of the table; the score of a model is in the column with its name.
+        left_out: a message for each mutant that was not scored.
+        replaced: number of letters of the wild type that were read as X.
+    """
 
     columns: list[str]
     rows: list[dict[str, Any]]
@@ -53,38 +59,41 @@ def score(
     progress: OnProgress = no_progress,
     **loading: Any,
 ) -> Scores:
-    """Score mutations of a protein: the higher, the more the model expects the mutant.
-
-    "masked-marginals": log p(mutant) - log p(wild type) at the position, while it is masked. "wt-marginals": the same
-    without a mask, in one pass. Both over the whole vocabulary, summed over the substitutions of a mutant, each in the
-    wild type's context. "pseudo-perplexity": the sum over all positions of the mutant's log p, each masked in turn.
-    fair-esm's `variant-prediction/predict.py` has the same three (its pseudo-perplexity is one position off).
+    """Score mutants of a protein: the higher the score, the more plausible the mutant is to the model.
 
     Args:
-        mutants: a CSV file, or mutations like `A42G` or `A42G:L7P`; None, all 20 residues at each position.
-        sequence: the wild type, or a FASTA file with one.
-        model: one, or several, such as the five of ESM-1v.
-        output: a CSV file to write.
-        mutant_column: of the CSV file.
-        first_residue: the number of the first residue in the table.
-        picture: draw the scores of all mutations (`mutants=None`) as a heat map (`.png`, `.svg`, `.pdf`).
-        loading: see `load`.
+        mutants: a CSV file, or mutants such as `A42G` or `A42G:L7P`; None for all 20 residues at each position.
+        sequence: the wild type, or a FASTA file that contains only the wild type.
+        model: a Hub repository, a folder or the result of `load_protein_model`; or several, such as the five of ESM-1v.
+        output: a `.csv` file; None writes no file.
+        method: how a mutant is scored. "masked-marginals" is log p(mutant) − log p(wild type) at the position while it
+            is masked. "wt-marginals" is the same without a mask, in one pass. Both are summed over the substitutions of
+            a mutant, each in the context of the wild type. "pseudo-perplexity" is the sum of log p over all positions
+            of the mutant, each masked in turn. Probabilities are over the whole vocabulary.
+        mutant_column: column of the mutants in the CSV file.
+        first_residue: the number of the sequence's first residue in the mutants.
+        picture: draw the scores of all mutants (`mutants=None`) as a heat map (`.png`, `.svg`, `.pdf`).
+        progress: called after each step.
+        loading: see `load_protein_model`.
 
     Returns:
-        The rows, with a column for each model under its name, and their `mean` if they are several. Mutations that do
-        not fit the sequence have no score, and are named.
+        The table, with a column for each model, and their `mean` if there are several. Mutants that do not match the
+        sequence have no score and are listed in `left_out`.
 
     Raises:
-        ValueError: no mutation fits; the message suggests another `first_residue` if one does.
+        UserError: an option has an unknown value, the table or the sequence cannot be read, or no mutant matches the
+            sequence. The message suggests another `first_residue` if it would match.
+
+    Source: fair-esm's `variant-prediction/predict.py`, whose pseudo-perplexity is one position off.
 
     Example:
         >>> score(["K2A"], "MKTAYIAKQR", "facebook/esm2_t6_8M_UR50D").rows
         [{'mutant': 'K2A', 'facebook/esm2_t6_8M_UR50D': -1.2}]
     """
     if method not in METHODS:
-        raise UserError(f"method={method!r} is not one of {', '.join(METHODS)}.")
+        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     if picture is not None and mutants is not None:
-        raise UserError("A heat map is of all mutations: leave out the list of mutants.")
+        raise UserError("A heat map shows all mutations. Leave out the list of mutants.")
     check_picture(picture)
     check_outputs(output, [".csv"], picture)
     report = Report()
@@ -96,7 +105,7 @@ def score(
     names = [m.name if isinstance(m, ProteinModel) else str(m) for m in models]
     columns += [*names, "mean"] if len(names) > 1 else names
     if repeated := [name for name in columns if columns.count(name) > 1]:
-        raise UserError(f"Two columns would be called {repeated[0]!r}.")
+        raise UserError(f"Two columns would be named {repeated[0]!r}. Rename the column in the table.")
     scores = Scores(columns, rows, left_out, report.replaced)
     with claimed(None if output is None else Path(output), [] if picture is None else [Path(picture)]):
         shards = None if output is None else shards_of(output)
@@ -115,14 +124,14 @@ def _fill(
     loading: dict[str, Any],
     on_progress: OnProgress,
 ) -> None:
-    """Put the scores of each model into its column, one model after the other, and their mean."""
+    """Add the scores of each model, one model after the other, and their mean to the table."""
     unread: dict[int, str] = {}
     for number, (name, model) in enumerate(models.items(), 1):
-        gc.collect()  # the model before: one whose parts refer to it does not go by itself
+        gc.collect()  # frees the previous model, which contains reference cycles
         folder = None if shards is None else shards / str(number)
         values, length = _score(model, wild_type, mutants, method, folder, loading, on_progress)
         beyond = [i for i, mutant in mutants.items() if any(s.position >= length for s in mutant)]
-        unread |= {i: f"row {i + 1}: {name} reads {length} residues." for i in beyond}
+        unread |= {i: f"row {i + 1}: {name} reads only the first {length} residues." for i in beyond}
         for index, value in values.items():
             scores.rows[index][name] = value
     scores.left_out.extend(unread.values())
@@ -160,15 +169,27 @@ def _score(
     loading: dict[str, Any],
     on_progress: OnProgress,
 ) -> tuple[dict[int, float], int]:
-    """The score of each mutant to one model, from a run of its own, and how many residues of the wild type it reads.
+    """Score mutants with one model, in a run of its own.
 
-    The model lives no longer than this call, so that there is one at a time.
+    The model is not referenced after this call, so that only one model is in memory at a time.
+
+    Args:
+        model: the model.
+        wild_type: the cleaned sequence.
+        mutants: {row: mutant}.
+        method: see `score`.
+        folder: the folder of the run; None writes no files.
+        loading: see `load_protein_model`.
+        on_progress: called after each step.
+
+    Returns:
+        {row: score}, and the number of positions of the wild type that the model reads.
     """
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, folder, loading)
     try:
         ids = protein_model.encode(wild_type)
         protein_model.refuse_long(len(ids))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"The wild type {error}.") from None
     within = {i: m for i, m in mutants.items() if all(s.position < len(ids) for s in m)}
     job = _job(protein_model, ids, within, method)
@@ -176,7 +197,7 @@ def _score(
         results = list(stream(job))
     else:
         run = compute_run(job, folder, on_progress)
-        if not distributed.is_rank_0():  # the first one writes the table
+        if not distributed.is_rank_0():  # rank 0 writes the table
             return {}, len(ids)
         results = list(run.results())
     if method == "pseudo-perplexity":
@@ -185,7 +206,7 @@ def _score(
 
 
 def _job(model: ProteinModel, ids: np.ndarray, mutants: dict[int, Mutant], method: str) -> Job:
-    """What a method has to compute for these mutants of a wild type."""
+    """Return the job that computes what a method needs for mutants of a wild type, given by its ids."""
     pass_work = sum(window.length for window in model.windows(0, len(ids)))
     row_bytes = 4 * model.network.config.vocab_size
 
@@ -211,21 +232,14 @@ def _job(model: ProteinModel, ids: np.ndarray, mutants: dict[int, Mutant], metho
         compute = all_rows
         items = [Item(0, "wild type", None, len(ids), pass_work, row_bytes * len(ids))]
     digest = hashlib.sha256(repr(sorted(mutants.items())).encode()).hexdigest()
-    return Job(
-        command="score",
-        settings=model.settings | {"method": method, "sequence": ids.tolist()},
-        input={"name": "mutants", "sha256": digest},
-        items=lambda: items,
-        compute=compute,
-        chunk_work=CHUNK_BATCHES * model.batch_tokens,
-        total=sum(item.length for item in items),
-    )
+    settings = model.settings | {"method": method, "sequence": ids.tolist()}
+    return Job("score", settings, ItemList(items, {"name": "mutants", "sha256": digest}), compute, model.chunk_work)
 
 
 def _differences(
     results: Sequence[Result], mutants: dict[int, Mutant], method: str, token_ids: dict[str, int]
 ) -> dict[int, float]:
-    """Log p of the mutant's residues less that of the wild type's, summed over the substitutions."""
+    """Return log p(mutant) − log p(wild type) of each mutant, summed over its substitutions."""
     if method == "masked-marginals":
         table = {result.number: result.arrays["log_probabilities"] for result in results}
     else:
@@ -238,7 +252,7 @@ def _differences(
 
 
 def mutated(ids: np.ndarray, mutant: Mutant, token_ids: dict[str, int]) -> np.ndarray:
-    """The ids of a mutant of a wild type."""
+    """Return the ids of a mutant, given those of the wild type."""
     ids = ids.copy()
     for substitution in mutant:
         ids[substitution.position] = token_ids[substitution.mutant]
@@ -246,14 +260,15 @@ def mutated(ids: np.ndarray, mutant: Mutant, token_ids: dict[str, int]) -> np.nd
 
 
 def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = None) -> str:
-    """A sequence, or that of the FASTA file with this name.
+    """Clean a sequence, or read it from a FASTA file.
 
     Args:
+        sequence: the sequence, or the path of a FASTA file.
         report: counts the letters that became X.
 
     Raises:
-        ValueError: neither; several proteins, or one that cannot be read; gaps, since those behind one would have
-            other numbers in the sequence than in the table.
+        UserError: neither a file nor a sequence; not exactly one protein; or a sequence with gaps, after which the
+            numbers of the table would no longer match.
     """
     report = report or Report()
     report.strict = True
@@ -261,15 +276,15 @@ def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = Non
         text = os.fspath(sequence)
         try:
             wild_type = clean(text, report=report)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{text!r} is neither a file nor a sequence: it {error}.") from None
     else:
         proteins = list(read_proteins(sequence, report=report))
         if len(proteins) != 1:
-            raise UserError(f"{sequence} holds {len(proteins)} proteins; the wild type has to be the only one.")
+            raise UserError(f"{sequence} contains {len(proteins)} proteins; must be only the wild type.")
         wild_type = proteins[0].sequence
     if report.gaps:
-        raise UserError(f"The wild type has {report.gaps} gaps (- or .), which have no number: remove them.")
+        raise UserError(f"The wild type has {report.gaps} gaps (- or .), which have no number. Remove them.")
     return wild_type
 
 
@@ -293,34 +308,34 @@ def _parse(
     for index, row in enumerate(rows):
         try:
             parsed[index] = parse(row[column], wild_type, first_residue)
-        except ValueError as error:
+        except UserError as error:
             left_out.append(f"row {index + 1}: {error}.")
     advice = ""
     if 2 * len(parsed) < len(rows):
         better = suggest_first_residue([row[column] for row in rows], wild_type)
         if better not in (None, first_residue):
-            advice = f" More would fit with --first-residue {better}."
+            advice = f" More would match with --first-residue {better}."
     if rows and not parsed:
-        raise UserError("\n".join([f"No mutation fits the sequence.{advice}", *left_out[:5]]))
+        raise UserError("\n".join([f"No mutant matches the sequence.{advice}", *left_out[:5]]))
     if advice:
-        left_out.append(f"{len(left_out)} of {len(rows)} mutations.{advice}")
+        left_out.append(f"{len(left_out)} of {len(rows)} mutants.{advice}")
     return parsed, left_out
 
 
 def mutant_name(substitutions: Mutant) -> str:
-    """Such as A42G:L7P, residues counted from 1."""
+    """Return the name of a mutant, such as A42G:L7P, with residues counted from 1."""
     return ":".join(f"{s.wild_type}{s.position + 1}{s.mutant}" for s in substitutions)
 
 
 def pseudo_log_likelihood(model: ProteinModel, ids: np.ndarray) -> float:
-    """The sum of log p over all residues, each masked in turn (Salazar et al. 2020, arXiv:1910.14659)."""
-    places = np.flatnonzero(model.vocabulary.residues(ids))
+    """Return the sum of log p over all residues, each masked in turn (Salazar et al. 2020, arXiv:1910.14659)."""
+    places = np.flatnonzero(model.vocabulary.residue_mask(ids))
     rows = model.masked_log_probabilities(ids, places.tolist())
     return float(rows[np.arange(len(places)), ids[places]].sum(dtype=np.float64))
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """Write a CSV file; what a row lacks stays empty."""
+    """Write a CSV file; missing values are empty."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         table.writeheader()

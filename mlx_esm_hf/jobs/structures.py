@@ -1,7 +1,7 @@
 """The files of a folded protein: PDB, mmCIF, the predicted aligned error, and pictures.
 
-Each is made of one result of `fold`. Chains are named from A, the residues of each numbered from 1. Residues that are
-unknown, X, are UNK in the sequence and have no atoms.
+Each function makes a file from one result of `fold`. Chains are named from A, and the residues of each are numbered
+from 1. Unknown residues (X) are UNK in the sequence and have no atoms.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from mlx_esm_hf.runs.job import Result
 from mlx_esm_hf.version import __version__
 
 ALPHA = ATOM37.index("CA")
-PDB_RESIDUES, PDB_ATOMS = 9_999, 99_999  # that the columns of a PDB file have digits for, in a chain and in all
-TITLE = 200  # characters of an id that a file's title repeats
+PDB_RESIDUES, PDB_ATOMS = 9_999, 99_999  # limits of the columns of a PDB file, for a chain and for the file
+TITLE = 200  # characters of the id in the title of a file
 UNQUOTED = r'[^ -~]|["\\]'
 RESERVED = ("data_", "save_", "loop_", "stop_", "global_")
 
 
 class Atom(NamedTuple):
-    """An atom with its place in Å, and its pLDDT, 0 to 100."""
+    """An atom with its position in Å and its pLDDT from 0 to 100."""
 
     name: str
     position: np.ndarray
@@ -41,29 +41,30 @@ class Atom(NamedTuple):
 
     @property
     def element(self) -> str:
+        """The symbol of its element."""
         return self.name[0]
 
 
 class Residue(NamedTuple):
-    """A residue by its letter, and the atoms that it has."""
+    """A residue, given by its letter, and its atoms."""
 
     letter: str
     atoms: list[Atom]
 
     @property
     def name(self) -> str:
-        """Its three letters."""
+        """Its three-letter name."""
         return RESIDUE_NAMES[RESTYPES_WITH_X.index(self.letter)]
 
 
 def chain_names() -> Iterator[str]:
-    """A to Z, a to z, 0 to 9, then two letters."""
+    """Yield A to Z, a to z, 0 to 9, then pairs of capital letters."""
     yield from ONE_LETTER_CHAINS
     yield from map("".join, product(ascii_uppercase, repeat=2))
 
 
 def chains_of(result: Result) -> dict[str, list[Residue]]:
-    """The residues of each chain."""
+    """Return the residues of each chain."""
     chains: dict[str, list[Residue]] = {}
     names = list(islice(chain_names(), int(result.arrays["chain_index"].max()) + 1))
     for place, chain in enumerate(result.arrays["chain_index"]):
@@ -72,7 +73,7 @@ def chains_of(result: Result) -> dict[str, list[Residue]]:
 
 
 def residue_at(result: Result, place: int) -> Residue:
-    """The residue at a place of all, counted from 0."""
+    """Return the residue at an index into the arrays of a result."""
     aatype, positions, plddt = (result.arrays[name] for name in ("aatype", "positions", "plddt"))
     atoms = np.flatnonzero(ATOM37_MASK[aatype[place]])
     return Residue(
@@ -82,25 +83,26 @@ def residue_at(result: Result, place: int) -> Residue:
 
 
 def alpha_plddt(result: Result) -> np.ndarray:
-    """pLDDT of each residue [L], 0 to 100, which is that of its Cα atom; NaN where there is none."""
+    """Return the pLDDT of each residue's Cα atom [L], 0 to 100; NaN for residues without atoms."""
     exists = ATOM37_MASK[result.arrays["aatype"]][:, ALPHA] > 0
     return np.where(exists, result.arrays["plddt"][:, ALPHA], np.nan).astype(np.float32)
 
 
 def refuse_for_pdb(aatype: np.ndarray, chain_index: np.ndarray) -> None:
-    """
+    """Refuse a protein that is too large for a PDB file.
+
     Raises:
-        ValueError: a PDB file has no room for this protein.
+        UserError: too many chains, residues or atoms.
     """
     lengths = np.bincount(chain_index)
-    atoms = int(ATOM37_MASK[aatype].sum()) + len(lengths)  # the end of a chain is counted like an atom
+    atoms = int(ATOM37_MASK[aatype].sum()) + len(lengths)  # the end of a chain has a number, as an atom has
     for count, most, what in (
         (len(lengths), len(ONE_LETTER_CHAINS), "chains"),
         (int(lengths.max()), PDB_RESIDUES, "residues in a chain"),
         (atoms, PDB_ATOMS, "atoms"),
     ):
         if count > most:
-            raise UserError(f"has {count:,} {what}, and a PDB file ends at {most:,}: take mmCIF alone (--formats cif)")
+            raise UserError(f"has {count:,} {what}, but a PDB file has at most {most:,}: use mmCIF (--formats cif)")
 
 
 def pdb(result: Result) -> bytes:
@@ -112,18 +114,21 @@ def pdb(result: Result) -> bytes:
 
 
 def title_of(result: Result) -> str:
-    """The title of a file; `?` for what such files cannot hold, or their writers cannot quote."""
+    """Return the title of a file. Characters that the formats cannot contain or quote become `?`."""
     return f"ESMFold prediction for {re.sub(UNQUOTED, '?', result.id[:TITLE])}"
 
 
 def entry_of(result: Result) -> str:
-    """The id of an mmCIF file, which must be no word of the format."""
+    """Return the id of an mmCIF file, which must not begin with a reserved word of the format."""
     name = result.name or FileNames().name(result.id)
     return f"_{name}" if name.lower().startswith(RESERVED) else name
 
 
 def mmcif(result: Result) -> bytes:
-    """A ModelCIF file: mmCIF with pLDDT as quality of each residue and of the whole, and as B factor of each atom."""
+    """Return a ModelCIF file: mmCIF with quality scores.
+
+    It has the pLDDT of each residue and of the whole model, and each atom's pLDDT as its B factor.
+    """
     import modelcif
     import modelcif.dumper
     import modelcif.model
@@ -132,7 +137,7 @@ def mmcif(result: Result) -> bytes:
     system = modelcif.System(title=title_of(result), id=entry_of(result))
     software = software_of()
     chains = chains_of(result)
-    entities: dict[str, Any] = {}  # one of chains that are alike
+    entities: dict[str, Any] = {}  # one for all chains with the same sequence
     units = {}
     for name, residues in chains.items():
         sequence = "".join(residue.letter for residue in residues)
@@ -158,7 +163,7 @@ def mmcif(result: Result) -> bytes:
 
 
 def software_of() -> Any:
-    """This package and its paper, as ModelCIF names them."""
+    """Return this package and the paper of ESMFold as ModelCIF's software and citation."""
     import ihm
 
     paper = ihm.Citation(
@@ -177,7 +182,7 @@ def software_of() -> Any:
 
 
 def add_atoms(model: Any, chains: dict[str, list[Residue]], units: dict[str, Any]) -> None:
-    """Give a ModelCIF model its atoms, and name the residues that have none."""
+    """Add the atoms to a ModelCIF model, and list the residues without atoms."""
     from modelcif.model import Atom as ModelAtom
     from modelcif.model import NotModeledResidueRange
 
@@ -194,11 +199,12 @@ def add_atoms(model: Any, chains: dict[str, list[Residue]], units: dict[str, Any
 def add_quality(
     model: Any, result: Result, chains: dict[str, list[Residue]], units: dict[str, Any], software: Any
 ) -> None:
-    """Give a ModelCIF model its measures of quality."""
+    """Add the quality scores to a ModelCIF model."""
     from modelcif import qa_metric
 
     scored_by = software
 
+    # ModelCIF writes the docstrings of these classes into the file.
     class MeanPLDDT(qa_metric.Global, qa_metric.PLDDT):
         """mean pLDDT of the atoms"""
 
@@ -224,7 +230,7 @@ def add_quality(
 
 
 def aligned_error_json(result: Result) -> bytes:
-    """The predicted aligned error in the layout of the AlphaFold Protein Structure Database, in whole Å."""
+    """Return the predicted aligned error as JSON in the layout of AlphaFold DB, rounded to whole Å."""
     error = np.rint(result.arrays["predicted_aligned_error"]).astype(int).tolist()
     largest = float(aligned_error_centers()[-1])
     layout = [{"predicted_aligned_error": error, "max_predicted_aligned_error": largest}]
@@ -232,8 +238,11 @@ def aligned_error_json(result: Result) -> bytes:
 
 
 def confidence_npz(result: Result) -> bytes:
-    """What the model says of its confidence: `predicted_aligned_error` [L, L] in Å, `plddt` [L] of the Cα atoms,
-    `chain_index` [L], `ptm` and `mean_plddt`."""
+    """Return an `.npz` file with the confidence scores.
+
+    Its arrays are `predicted_aligned_error` [L, L] in Å, `plddt` [L] of the Cα atoms, `chain_index` [L], `ptm` [1] and
+    `mean_plddt` [1].
+    """
     names = ("predicted_aligned_error", "chain_index", "ptm", "mean_plddt")
     file = io.BytesIO()
     np.savez(file, plddt=alpha_plddt(result), **{name: result.arrays[name] for name in names})  # type: ignore[arg-type]

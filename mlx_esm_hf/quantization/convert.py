@@ -19,7 +19,8 @@ from transformers.utils.hub import resolve_revision
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
 from mlx_esm_hf.checkpoint.write import save_safetensors
-from mlx_esm_hf.data.proteins import Protein, Report, Source, read_proteins
+from mlx_esm_hf.data.proteins import Protein, Report
+from mlx_esm_hf.data.source import Proteins, read_proteins
 from mlx_esm_hf.dtypes import STORED_DTYPES
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.hub.card import task_head
@@ -92,7 +93,7 @@ def convert(
     dequantize: bool = False,
     max_shard_size: int | str = "5GB",
     revision: str | None = None,
-    report: Source | None = None,
+    report: Proteins | None = None,
     upload_repo: str | None = None,
 ) -> Conversion:
     """Convert a checkpoint to another precision, and copy its tokenizer.
@@ -184,7 +185,7 @@ def convert(
     return conversion
 
 
-def read_for_report(proteins: Source, source: str, revision: str) -> list[Protein]:
+def read_for_report(proteins: Proteins, source: str, revision: str) -> list[Protein]:
     """Read the proteins of the report before converting, so that errors come early.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The results of a run as files that other programs read; each is written from the shards, one after the other."""
+"""Writing the results of a run to formats that other programs read, one result at a time."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from mlx_esm_hf.runs.ids import accession
 from mlx_esm_hf.runs.job import Result
 from mlx_esm_hf.runs.run import Run
 
-GROUP_BYTES = 1 << 26  # of results that go into a Parquet file together
+GROUP_BYTES = 1 << 26  # of results that form a row group of a Parquet file
 
 
 def metadata(run: Run) -> dict[str, Any]:
-    """What a file says of how its numbers were computed. How much memory there was is no part of that."""
+    """Return the command and its settings for a file's metadata, without the memory limit, which affects no values."""
     settings = {key: value for key, value in run.manifest["settings"].items() if key != "memory"}
     return {"command": run.manifest["command"], **settings}
 
 
 def unique_names(run: Run) -> Iterator[tuple[str, Result]]:
-    """Each result under its id; the second one with an id under `id#2`, and so on.
+    """Yield each result with a unique name: its id, or `id#2` for the second result with that id, and so on.
 
-    Names that differ in `.npy` alone are one to `np.load`. `__metadata__` is the header of a safetensors file.
+    Names that differ only in `.npy` are the same to `np.load`. `__metadata__` is the header of a safetensors file.
     """
     used, counts = {"metadata", "__metadata__"}, dict[str, int]()
     for result in run.results():
@@ -43,25 +43,26 @@ def unique_names(run: Run) -> Iterator[tuple[str, Result]]:
 
 
 def without_npy(name: str) -> str:
+    """Remove all `.npy` suffixes from a name."""
     while name.endswith(".npy"):
         name = name.removesuffix(".npy")
     return name
 
 
 def named_arrays(run: Run) -> Iterator[tuple[str, np.ndarray]]:
-    """Each array under the unique name of its result; `name/kind` where results are of several kinds."""
+    """Yield each array with the unique name of its result, or `name/kind` if results have several arrays."""
     for name, result in unique_names(run):
         for kind, array in result.arrays.items():
             yield name if len(result.arrays) == 1 else f"{name}/{kind}", array
 
 
 def per_protein(run: Run) -> bool:
-    """Whether each result is one vector, so that all of them make a matrix."""
+    """Return whether all arrays are vectors, so that those of each kind form a matrix."""
     return all(array.ndim == 1 for result in run.results() for array in result.arrays.values())
 
 
 def stacked(run: Run) -> dict[str, Any]:
-    """A matrix of the vectors of each kind."""
+    """Stack the vectors of each kind into a matrix."""
     columns: dict[str, list[np.ndarray]] = {}
     for result in run.results():
         for kind, array in result.arrays.items():
@@ -70,7 +71,7 @@ def stacked(run: Run) -> dict[str, Any]:
 
 
 def write_npz(path: Path, run: Run) -> None:
-    """Vectors as one matrix for each kind, beside `ids`; larger results each under its id (`id/kind` if several)."""
+    """Write vectors as one matrix of each kind with `ids`, or larger arrays by id (`id/kind` if there are several)."""
     details = np.array(json.dumps(metadata(run)))
     if per_protein(run):
         np.savez(path, **stacked(run), ids=np.array([r.id for r in run.results()], dtype=str), metadata=details)
@@ -87,7 +88,11 @@ def write_npz(path: Path, run: Run) -> None:
 
 
 def write_safetensors(path: Path, run: Run) -> None:
-    """As `write_npz`; the ids, a JSON list, are in the metadata."""
+    """Write the arrays as `write_npz` does, with the ids as a JSON list in the metadata.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     tensors = stacked(run) if per_protein(run) else dict(named_arrays(run))
     details = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata(run).items()}
     try:
@@ -98,24 +103,27 @@ def write_safetensors(path: Path, run: Run) -> None:
 
 
 def sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order: the library writes it in another one each time."""
+    """Sort the metadata of a safetensors file, which the library writes in varying order."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(text) <= size, "the same entries, written the same way"
+        assert len(text) <= size, "sorting must not change the size of the metadata"
         file.seek(8)
         file.write(text.ljust(size))
 
 
 class KeptErrors(io.FileIO):
-    """A file that raises the errors of writing when it is closed, and not before: HDF5 writes while objects are
-    destroyed, where nobody can catch an error."""
+    """A file that raises write errors when it is closed, and not before.
+
+    HDF5 also writes while Python objects are destroyed, where errors cannot be caught.
+    """
 
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write bytes, and keep an error for later."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
@@ -132,12 +140,12 @@ class KeptErrors(io.FileIO):
 
 
 def h5_name(name: str) -> str:
-    """A name as one of HDF5, where `/` is between groups, and `.` and nothing are the group itself."""
+    """Make a name valid in HDF5, where `/` separates groups, and `.` and "" are the group itself."""
     return "_" if name in ("", ".") else name.replace("/", "_")
 
 
 def write_h5(path: Path, run: Run) -> None:
-    """UniProt's layout: a dataset for each accession; a group of them where there are several kinds of results."""
+    """Write UniProt's layout: a dataset for each accession, or a group of datasets if results have several arrays."""
     import h5py
 
     with KeptErrors(path, "r+") as raw, h5py.File(raw, "w") as file:
@@ -146,13 +154,13 @@ def write_h5(path: Path, run: Run) -> None:
             short = accession(result.id) + name[len(result.id) :]
             for kind, array in result.arrays.items():
                 key = h5_name(short) + (f"/{kind}" if len(result.arrays) > 1 else "")
-                while key in file:  # two entries with one accession
+                while key in file:  # two ids with the same accession
                     key = f"{result.number}_{key}"
                 file.create_dataset(key, data=array).attrs["original_id"] = result.id
 
 
 def write_csv(path: Path, run: Run) -> None:
-    """A row for each protein: number, id, length in residues, and the number of each kind of result."""
+    """Write a row for each protein: number, id, length in residues, and the value of each array."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         for result in run.results():
@@ -163,7 +171,7 @@ def write_csv(path: Path, run: Run) -> None:
 
 
 def write_parquet(path: Path, run: Run) -> None:
-    """A row for each protein: number, id, length in residues, and for each kind a list of numbers, or of lists."""
+    """Write a row for each protein: number, id, length in residues, and each array as a list, or a list of lists."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -187,7 +195,7 @@ def write_parquet(path: Path, run: Run) -> None:
 
 
 def parquet_column(arrays: list[np.ndarray]) -> Any:
-    """Vectors as lists of one length, matrices as lists of such lists."""
+    """Return a column of fixed-size lists for vectors, or of lists of them for matrices."""
     import pyarrow as pa
 
     flat = np.concatenate([array.reshape(-1, array.shape[-1]) for array in arrays])
@@ -199,7 +207,7 @@ def parquet_column(arrays: list[np.ndarray]) -> Any:
 
 
 def groups(run: Run) -> Iterator[list[Result]]:
-    """The results in groups of some `GROUP_BYTES`."""
+    """Yield the results in groups of about `GROUP_BYTES`."""
     group, total = list[Result](), 0
     for result in run.results():
         group.append(result)

@@ -1,4 +1,4 @@
-"""Ids that files cannot hold, found before the work, and the names of files for ids."""
+"""Checking ids before the work, and making file names from ids."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from dataclasses import dataclass, field
 
 from mlx_esm_hf.errors import UserError
 
-LONGEST_ID = 1 << 15  # bytes; twice that is the most of a name in a zip archive, and of an attribute in HDF5
-HEADER = 99_000_000  # bytes of names; safetensors reads headers of 100 MB
-LONGEST_NAME = 150  # characters of a file; with a number and a suffix it stays below 255, and is readable
-ID_ARRAY = 1 << 32  # bytes of the ids in an .npz file, an array in which all are as long as the longest
+LONGEST_ID = 1 << 15  # bytes; names in zip archives and attributes in HDF5 may have twice as many
+HEADER = 99_000_000  # bytes of names; safetensors reads headers of up to 100 MB
+LONGEST_NAME = 150  # characters of a file name; with a number and a suffix it stays below 255
+ID_ARRAY = 1 << 32  # bytes of the ids in an .npz file, where each id takes as much space as the longest
 
 
 @dataclass
 class Ids:
-    """The ids that a file is to hold.
+    """The ids of an output, counted against the limits of its format.
 
-    Args:
-        suffix: of the file; "" is a folder of shards.
-        arrays: of each result, those with a name of their own; 0 where all make one matrix.
+    Attributes:
+        suffix: suffix of the output; "" for a folder of shards.
+        arrays: number of arrays of each result that have a name of their own; 0 if all results form one matrix.
+        count: number of ids added.
+        longest: characters of the longest id.
+        header: bytes of a safetensors header with these ids, at most.
     """
 
     suffix: str
@@ -30,60 +33,63 @@ class Ids:
     header: int = 0
 
     def refuse(self, id: str) -> None:
-        """
+        """Raise an error for an id that no file can contain.
+
         Raises:
-            ValueError: no file can hold this id.
+            UserError: the id is not valid Unicode, is too long, or contains NUL or a line break.
         """
         try:
             size = len(id.encode())
         except UnicodeEncodeError:
-            raise UserError("has an id that is no text, but half of a character") from None
+            raise UserError("has an id that is not valid Unicode (unpaired surrogate)") from None
         if size > LONGEST_ID:
-            raise UserError(f"has an id of {size} bytes, and files hold {LONGEST_ID} at most")
+            raise UserError(f"has an id of {size} bytes; must be at most {LONGEST_ID}")
         if "\0" in id:
-            raise UserError("has a NUL in its id, and many programs would end it there")
+            raise UserError("has a NUL in its id, where many programs would cut it off")
         if len(id.splitlines()) > 1:
-            raise UserError("has an id of several lines")
+            raise UserError("has an id with a line break")
 
     def add(self, id: str) -> None:
         """Count an id.
 
         Raises:
-            ValueError: the file cannot hold so many.
+            UserError: the format cannot contain so many ids.
         """
         self.count += 1
         self.longest = max(self.longest, len(id))
         name = json.dumps(id)
-        # The list of ids is a text within a text; each array has an entry {"dtype":...,"shape":...,"data_offsets":...}.
+        # The list of ids is JSON within JSON. Each array has an entry {"dtype":…,"shape":…,"data_offsets":…}.
         self.header += len(json.dumps(name)) + self.arrays * (len(name) + 120)
         if self.suffix == ".safetensors" and self.header > HEADER:
             raise UserError(
-                f"The ids of {self.count:,} proteins and more do not fit into the header of a .safetensors file, which "
-                "holds 100 MB: choose .h5, .parquet or a folder of shards."
+                f"The ids of more than {self.count - 1:,} proteins do not fit into the header of a .safetensors file "
+                "(at most 100 MB). Choose .h5, .parquet or a folder of shards."
             )
         if self.suffix == ".npz" and not self.arrays and 4 * self.count * self.longest > ID_ARRAY:
             raise UserError(
-                f"The ids of {self.count:,} proteins and more, one of {self.longest:,} characters, make an array of "
-                "over 4 GiB in an .npz file: choose .h5, .parquet or a folder of shards."
+                f"The ids of more than {self.count - 1:,} proteins, the longest with {self.longest:,} characters, "
+                "would take over 4 GiB in an .npz file. Choose .h5, .parquet or a folder of shards."
             )
 
 
 def accession(name: str) -> str:
-    """`P12345` of UniProt's `sp|P12345|NAME_HUMAN`; other names as they are."""
+    """Return `P12345` for UniProt's `sp|P12345|NAME_HUMAN`, and other names unchanged."""
     parts = name.split("|")
     return parts[1] if len(parts) == 3 and parts[0] in ("sp", "tr") and parts[1] else name
 
 
 @dataclass
 class FileNames:
-    """Names of files, without a suffix, for ids one after the other: of UniProt's the accession, `_` for what is not
-    safe in a name everywhere, and a number behind a name that was there before, be it in other letters (`a` and `A` are
-    one file on a Mac)."""
+    """File names without suffix for ids, a different one for each.
+
+    UniProt ids give their accession. Characters that are not safe on all systems become `_`. A name that was used
+    before gets a number; case is ignored, as `a` and `A` are the same file on a Mac.
+    """
 
     used: set[str] = field(default_factory=set)
 
     def name(self, id: str) -> str:
-        """That of the next id."""
+        """Return the file name for the next id."""
         safe = re.sub(r"[^A-Za-z0-9._+=@-]", "_", accession(id))[:LONGEST_NAME]
         name = base = safe if re.match("[A-Za-z0-9]", safe) else f"_{safe}"
         count = 1

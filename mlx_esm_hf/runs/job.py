@@ -1,28 +1,36 @@
-"""What a run computes: items, chunk by chunk, into results."""
+"""A job: items, a function that computes their results, and what the results depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-
-CHUNK_BYTES = 1 << 28  # of results, which are in memory until they are written
 
 Arrays = dict[str, np.ndarray]
 
 
 class Item(NamedTuple):
-    """What one result is computed from."""
+    """What one result is computed from.
+
+    Attributes:
+        number: its place among all items, from 0.
+        id: the id of its result.
+        content: what `Job.compute` needs.
+        length: residues.
+        work: cost of computing it, in units chosen by the job.
+        size: bytes of its result, at most.
+        name: name of its files without suffix, different for each item; "" if it has none.
+    """
 
     number: int
     id: str
     content: Any
-    length: int  # residues
-    work: int  # in units of the job's own
-    size: int  # bytes of its results
-    name: str = ""  # of its files, where it has any: no other item's
+    length: int
+    work: int
+    size: int
+    name: str = ""
 
 
 class Chunk(NamedTuple):
@@ -33,7 +41,15 @@ class Chunk(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What was computed of one item."""
+    """What was computed for one item.
+
+    Attributes:
+        number: the place of the item among all items, from 0.
+        id: the id of the item.
+        length: residues.
+        arrays: {name: array}.
+        name: name of the item's files without suffix; "" if it has none.
+    """
 
     number: int
     id: str
@@ -42,17 +58,23 @@ class Result(NamedTuple):
     name: str = ""
 
 
-# Files by their names, and what makes their bytes of a result.
+# {file name: function that makes the file's bytes from a result}
 Files = Mapping[str, Callable[[Result], bytes]]
 
 
 class Progress(NamedTuple):
-    """What is told after each step, in residues: those that are done now, those of them just computed, those of all.
-    Within a step, what is being done."""
+    """A step of a job. All counts are residues.
 
-    residues: int
-    computed: int
-    total: int | None
+    Attributes:
+        residues_done: finished in this step, computed or found on disk.
+        residues_computed: those of them that were computed.
+        residues_total: of all items; None if unknown.
+        doing: what the job is doing within a step.
+    """
+
+    residues_done: int
+    residues_computed: int
+    residues_total: int | None
     doing: str = ""
 
 
@@ -60,65 +82,80 @@ OnProgress = Callable[[Progress], None]
 
 
 def no_progress(progress: Progress) -> None:
-    """Tell nobody."""
-
-
-def always() -> bool:
-    return True
+    """Ignore progress."""
 
 
 def no_files(item: Item) -> Files:
-    """The files of a job whose results are in its shards alone."""
+    """Return no files, for a job whose results are only in its shards."""
     return {}
+
+
+class Items(Protocol):
+    """The items of a job. Iterating reads them from the beginning, always the same items in the same order."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """A message for each part of the input that is not an item. It fills while the items are read."""
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+    @property
+    def total(self) -> int | None:
+        """The residues of all items; None if unknown."""
+
+    @property
+    def input(self) -> dict[str, str]:
+        """The description of the input for the manifest. A run can be resumed if it has a "sha256"."""
+
+    def has_changed(self) -> bool:
+        """Return whether the input has changed while it was read."""
+
+
+@dataclass
+class ItemList:
+    """Items that are in memory.
+
+    Attributes:
+        items: the items.
+        input: the description of the input for the manifest.
+        left_out: see `Items`.
+    """
+
+    items: list[Item]
+    input: dict[str, str]
+    left_out: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    @property
+    def total(self) -> int:
+        """The residues of all items."""
+        return sum(item.length for item in self.items)
+
+    def has_changed(self) -> bool:
+        """Return False, as items in memory do not change."""
+        return False
 
 
 @dataclass
 class Job:
-    """Items, a function that computes them, and what their results depend on.
+    """Items, a function that computes their results, and what the results depend on.
 
-    Args:
-        command: its name.
-        settings: what the results depend on, besides the input.
-        input: what the manifest says of the input. With a "sha256" the run can be taken up again.
-        items: reads the items from the beginning, in order; always the same ones.
-        compute: the arrays of each of some items.
-        chunk_work: how much work makes a chunk.
-        total: residues of all items, if that is known.
-        left_out: what could not be made an item, and why; it fills while items are read.
-        input_is_same: whether the input still is what `input` says; asked when all items are computed.
-        files: what a folder holds of an item beside the shards, made of its result.
-        columns: what the index says of a result, besides where it is; None, nothing.
+    Attributes:
+        command: name of the job.
+        settings: what the results depend on besides the items, for the manifest.
+        items: the items.
+        compute: returns the arrays of each of some items.
+        chunk_work: most work of a chunk, in units of `Item.work`.
+        files: returns the files of an item that a folder of shards also contains.
+        columns: returns additional columns of the index for a result; None for none.
     """
 
     command: str
     settings: dict[str, Any]
-    input: dict[str, str]
-    items: Callable[[], Iterable[Item]]
+    items: Items
     compute: Callable[[Sequence[Item]], Sequence[Arrays]]
     chunk_work: int
-    total: int | None = None
-    left_out: list[str] = field(default_factory=list)
-    input_is_same: Callable[[], bool] = always
     files: Callable[[Item], Files] = no_files
     columns: Callable[[Result], dict[str, Any]] | None = None
-
-
-def chunks(items: Iterable[Item], chunk_work: int) -> Iterator[Chunk]:
-    """The items in order, as many at a time as make so much work, or fill `CHUNK_BYTES`."""
-    chunk: list[Item] = []
-    number = work = size = 0
-    for item in items:
-        if chunk and (work + item.work > chunk_work or size + item.size > CHUNK_BYTES):
-            yield Chunk(number, chunk)
-            number, chunk, work, size = number + 1, [], 0, 0
-        chunk.append(item)
-        work, size = work + item.work, size + item.size
-    if chunk:
-        yield Chunk(number, chunk)
-
-
-def stream(job: Job) -> Iterator[Result]:
-    """The results in order, computed chunk by chunk while the items are read, and written nowhere."""
-    for chunk in chunks(job.items(), job.chunk_work):
-        for item, arrays in zip(chunk.items, job.compute(chunk.items), strict=True):
-            yield Result(item.number, item.id, item.length, arrays, item.name)

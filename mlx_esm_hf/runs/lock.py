@@ -1,4 +1,4 @@
-"""One process at a time for an output."""
+"""Locks, so that only one process at a time writes an output."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mlx_esm_hf.runtime import distributed
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """While the block runs, no other process gets into such a block for this output. Ranks are one process.
+    """Lock an output for the duration of the block. The ranks of a run share one lock.
 
-    The lock is on an empty file beside the output. It ends with its process, however that ends.
+    The lock is held on an empty file beside the output. The system releases it when the process ends, however it ends.
 
     Raises:
-        ValueError: another process has it.
+        UserError: another process has locked the output.
         OSError: the folder cannot be written.
     """
-    real = Path(os.path.realpath(output))  # a folder may have several names
+    real = Path(os.path.realpath(output))  # the same lock for all links to a folder
     path = real.with_name(f".{real.name}.mlx-esm.lock")
     descriptor = distributed.on_rank_0(lambda: acquire(path, output))
     try:
@@ -35,7 +35,7 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def acquire(path: Path, output: Path) -> int:
-    """The descriptor of the lock file, locked."""
+    """Open and lock the lock file, and return its descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -43,18 +43,18 @@ def acquire(path: Path, output: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise UserError(
-                f"{output} is being written by another process: wait until that has ended, or choose another output."
+                f"{output} is being written by another process. Wait until it has ended, or choose another output."
             ) from None
-        except OSError as error:  # a file system without locks
-            warnings.warn(f"{path} cannot be locked ({error}): start no second run for {output}.", stacklevel=4)
+        except OSError as error:  # the file system has no locks
+            warnings.warn(f"{path} cannot be locked ({error}). Do not start a second run on {output}.", stacklevel=4)
             return descriptor
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        os.close(descriptor)  # of a file that another process has just removed: that was its lock
+        os.close(descriptor)  # another process released this lock and removed its file in the meantime
 
 
 def release(path: Path, descriptor: int) -> None:
-    """Give the lock back."""
-    path.unlink(missing_ok=True)  # while it is locked, so that it is nobody else's
+    """Remove the lock file and release the lock."""
+    path.unlink(missing_ok=True)  # before unlocking, so that it cannot be the lock of another process
     os.close(descriptor)

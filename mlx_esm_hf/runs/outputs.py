@@ -1,4 +1,4 @@
-"""The files that a command is asked for: checked before the work, made from shards when it is done."""
+"""The output files of a job: checked before the work, made from shards when it is done."""
 
 from __future__ import annotations
 
@@ -13,12 +13,21 @@ from typing import Any
 
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.lock import locked
-from mlx_esm_hf.runs.run import MANIFEST, read_manifest
+from mlx_esm_hf.runs.manifest import MANIFEST, read_manifest
 from mlx_esm_hf.runtime import distributed
-from mlx_esm_hf.runtime.files import Write, flush_to_disk, place_file, remove_temporary, replace_file, temporary_file
+from mlx_esm_hf.runtime.files import (
+    Write,
+    flush_to_disk,
+    place_file,
+    remove_folder,
+    remove_temporary,
+    removed_name,
+    replace_file,
+    temporary_file,
+)
 
 PICTURES = (".png", ".svg", ".pdf")
-# What a file of this suffix is written with, and the extra that brings it.
+# {suffix: the library that writes such files, and the extra that installs it}
 LIBRARIES = {
     ".h5": ("h5py", "hdf5"),
     ".parquet": ("pyarrow", "parquet"),
@@ -26,68 +35,77 @@ LIBRARIES = {
     ".cif": ("modelcif", "fold"),
 }
 
-WRITTEN = "written.json"  # beside the shards: which of the files are there, and how to know them
+WRITTEN = "written.json"  # in the folder of shards: the files that were made from them, and their identity
 
 
 def check_outputs(
     output: str | os.PathLike[str] | None, suffixes: Iterable[str], *others: str | os.PathLike[str] | None
 ) -> None:
-    """Refuse outputs that cannot be written, before a model is loaded for them.
+    """Refuse outputs that cannot be written, before a model is loaded.
 
     Args:
-        output: a file, or a folder of shards; None, there is none.
-        suffixes: of the formats that the command has for it; "" is a folder of shards.
-        others: files to be written beside it.
+        output: a file, or a folder of shards; None for none.
+        suffixes: the suffixes that the job can write; "" is a folder of shards.
+        others: files to write besides the output.
 
     Raises:
-        ValueError: no format has this suffix, a library is not installed, a folder is missing, a file is there, or
-            another process writes it.
+        UserError: the suffix is unknown, a library is not installed, a folder does not exist, a file already exists, or
+            another process is writing it.
         OSError: the folder cannot be written.
     """
     paths = [Path(other) for other in others if other is not None]
     if output is not None:
         path = Path(output)
         if path.suffix not in suffixes:
-            known = ", ".join(suffix or "none, a folder of shards" for suffix in suffixes)
-            raise UserError(f"{output}: the formats of this command are told by the suffixes {known}.")
+            *known, last = (suffix for suffix in suffixes if suffix)
+            choices = f"{', '.join(known)} or {last}" if known else last
+            folder = ", or a name without a suffix for a folder" if "" in suffixes else ""
+            what = f"`{path.suffix}`" if path.suffix else "a folder"
+            raise UserError(f"{output}: can't write {what}. Use {choices}{folder}.")
         check_writable(path)
-        with locked(path):  # which also removes the lock of a process that was killed at its end
+        with locked(path):  # also removes the lock file of a process that was killed at its end
             remove_gone(shards_of(path))
         if path.suffix:
             paths.append(path)
     for path in paths:
         check_writable(path)
         if paths.count(path) > 1:
-            raise UserError(f"{path} is to be written twice: choose another name for one of the files.")
+            raise UserError(f"{path} would be written twice. Choose another name for one of the files.")
     refuse_existing(paths, None if output is None else shards_of(output))
 
 
 def refuse_existing(paths: Iterable[Path], shards: Path | None) -> None:
-    """Nothing that is there is ever written over.
+    """Refuse paths that already exist, so that nothing is ever overwritten.
 
     Args:
-        paths: of files that are to be made.
-        shards: of which they are made; files that were made of them before are no others.
+        paths: the files to be made.
+        shards: the shards that they are made from. Files that an earlier process made from them are accepted.
 
     Raises:
-        ValueError: there is another file, or anything else, under one of the names; a link in the place of the shards.
+        UserError: a path already exists, or the folder of shards is a link.
     """
     if shards is not None and shards.is_symlink():
-        raise UserError(f"{shards} is a link, and shards are only put into a folder of their own: remove it.")
+        raise UserError(f"{shards} is a link, but must be a folder. Remove it.")
     written = {} if shards is None else read_written(shards)
     for path in paths:
         if os.path.lexists(path) and not is_written(path, written):
             if shards is not None and shards.exists():
-                raise UserError(f"{path} is there already, and {shards} is not done: move the file away, then go on.")
-            raise UserError(f"{path} is there already: choose another output, or remove it.")
+                raise UserError(
+                    f"{path} already exists, but {shards} is not finished. Move the file away and run again."
+                )
+            raise UserError(f"{path} already exists. Choose another output, or remove it.")
 
 
 @contextmanager
 def claimed(output: Path | None, others: Iterable[Path] = ()) -> Iterator[None]:
-    """While these files are made, or this folder of shards, by this process and no other.
+    """Lock these outputs for the duration of the block.
+
+    Args:
+        output: a file, or a folder of shards; None for none.
+        others: files to write besides the output.
 
     Raises:
-        ValueError: another process makes them, or has just made them.
+        UserError: another process is writing them, or has just written them.
     """
     if output is None:
         yield
@@ -99,29 +117,32 @@ def claimed(output: Path | None, others: Iterable[Path] = ()) -> Iterator[None]:
 
 
 def check_picture(path: str | os.PathLike[str] | None) -> None:
-    """
+    """Refuse a picture whose suffix is unknown.
+
     Raises:
-        ValueError: a picture of this suffix cannot be drawn.
+        UserError: the suffix is not one of `PICTURES`.
     """
     if path is not None and os.path.splitext(path)[1] not in PICTURES:
-        raise UserError(f"{os.fspath(path)}: pictures are told by the suffixes {', '.join(PICTURES)}.")
+        raise UserError(f"{os.fspath(path)}: the suffix of a picture must be one of {', '.join(PICTURES)}.")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """
+    """Refuse a path whose folder does not exist or whose format needs a library that is not installed.
+
     Raises:
-        ValueError: there is no such folder, or what writes such a file is not installed.
+        UserError: the folder does not exist, or the library is not installed.
     """
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise UserError(f"{os.fspath(path)} cannot be written: there is no folder {folder}.")
+        raise UserError(f"{os.fspath(path)} cannot be written: folder {folder} not found.")
     check_library(path)
 
 
 def check_library(path: str | os.PathLike[str]) -> None:
-    """
+    """Refuse a path whose format needs a library that is not installed.
+
     Raises:
-        ValueError: what writes such a file is not installed.
+        UserError: the library is not installed.
     """
     module, extra = LIBRARIES.get(os.path.splitext(path)[1], ("", ""))
     if module and importlib.util.find_spec(module) is None:
@@ -129,12 +150,12 @@ def check_library(path: str | os.PathLike[str]) -> None:
 
 
 def shards_of(output: str | os.PathLike[str]) -> Path:
-    """Where the shards are while a file is in the making."""
+    """Return the folder of the shards that a file is made from."""
     return Path(f"{os.fspath(output)}.shards")
 
 
 def earlier_settings(output: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """The settings of a run that has begun to write this output; empty if there is none."""
+    """Return the settings of a run that was started on this output; empty if there is none."""
     if output is None:
         return {}
     for folder in (Path(output), shards_of(output)):
@@ -144,10 +165,14 @@ def earlier_settings(output: str | os.PathLike[str] | None) -> dict[str, Any]:
 
 
 def write_files(files: Mapping[Path, Write], shards: Path) -> None:
-    """Let each function make its file, if it did not before the run was stopped, then remove the shards.
+    """Write the files that do not exist yet, then remove the shards that they are made from.
+
+    Args:
+        files: {path: function that writes it}.
+        shards: the folder of shards.
 
     Raises:
-        ValueError: something else is there by now.
+        UserError: another file of this name has appeared in the meantime.
         OSError: a file cannot be written.
     """
     written = read_written(shards)
@@ -158,20 +183,22 @@ def write_files(files: Mapping[Path, Write], shards: Path) -> None:
 
     for path, write in files.items():
         if is_written(path, written):
-            remove_temporary(path)  # its other name, if a kill came right after it got this one
+            remove_temporary(path)  # a second name of the file, if a kill came right after it got this one
         else:
             write_new(path, write, remember)
-    discard(shards)
+    remove_folder(shards)
 
 
 def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] | None = None) -> None:
-    """Let a function make a file where there is none.
+    """Write a file that does not exist yet, atomically.
 
     Args:
-        remember: is told the path and the file that will get this name, before it gets it.
+        path: the file.
+        write: writes it.
+        remember: called with the path and the finished temporary file, before it gets its name.
 
     Raises:
-        ValueError: something is there by now.
+        UserError: a file of this name already exists.
         OSError: the file cannot be written.
     """
     remove_temporary(path)
@@ -183,13 +210,13 @@ def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] |
                 remember(path, part)
             place_file(part, path)
     except FileExistsError:
-        raise UserError(f"{path} is there already, since the work began: move it away, then go on.") from None
+        raise UserError(f"{path} was created while this command ran. Move it away and run again.") from None
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}). The same command goes on from there.") from error
+        raise OSError(f"{path} cannot be written ({error}). Run the same command again to continue.") from error
 
 
 def read_written(shards: Path) -> dict[str, list[int]]:
-    """{path: identity} of the files that were made of these shards."""
+    """Read {path: identity} of the files that were made from these shards."""
     try:
         written = json.loads((shards / WRITTEN).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -198,28 +225,16 @@ def read_written(shards: Path) -> dict[str, list[int]]:
 
 
 def is_written(path: Path, written: Mapping[str, list[int]]) -> bool:
-    """Whether the file that is there is the one that was written."""
+    """Return whether the file at a path is the one that was made from the shards."""
     return path.exists() and identity(path) == written.get(os.path.abspath(path))
 
 
 def identity(path: Path) -> list[int]:
-    """What stays with a file when it is renamed, and is that of no other."""
+    """Return what identifies a file, even after it is renamed."""
     found = path.stat()
     return [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
-def discard(folder: Path) -> None:
-    """Remove shards of which something was made. Renamed first, so that no part of them looks like a run."""
-    remove_gone(folder)
-    os.replace(folder, discarded_name(folder))
-    remove_gone(folder)
-
-
-def discarded_name(folder: Path) -> Path:
-    """What shards are called while they are removed."""
-    return folder.with_name(f"{folder.name}.gone")
-
-
-def remove_gone(folder: Path) -> None:
-    """Remove what is left of shards that are not needed any more, which may be in the middle of being removed."""
-    shutil.rmtree(discarded_name(folder), ignore_errors=True)
+def remove_gone(shards: Path) -> None:
+    """Remove what a killed process left of a folder of shards that it was removing."""
+    shutil.rmtree(removed_name(shards), ignore_errors=True)

@@ -1,11 +1,11 @@
-"""Runs: jobs whose results are written while they are computed, and that are taken up where they stopped.
+"""Runs: jobs that write their results while they compute them and resume after a stop.
 
-Chunks follow from the input and the settings alone. Each becomes one shard, a file that is there as a whole or not at
-all, with a checksum. A run that is started again, finished or not, computes the shards that are missing or damaged. The
-manifest says what the shards were computed with, and a run with other settings is refused. A job may have files made of
-the results in a shard, which stand beside it.
+The input and the settings alone determine the chunks. Each chunk becomes one shard, written atomically, with a
+checksum. Starting a run again, finished or not, computes only the shards that are missing or damaged. The manifest
+records what the shards were computed with, and a run with other settings is refused. A job may also make files from the
+results in a shard.
 
-Several ranks take turns at the chunks; the first one is given the shards of all and writes them.
+Several ranks compute one chunk each at a time. Rank 0 gathers their shards and writes them.
 """
 
 from __future__ import annotations
@@ -15,92 +15,159 @@ import hashlib
 import io
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
-from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.runs.job import Chunk, Files, Item, Job, OnProgress, Progress, Result, chunks
-from mlx_esm_hf.runs.shards import read_shard, shard_bytes, shard_items, shard_name
-from mlx_esm_hf.runtime import distributed
-from mlx_esm_hf.runtime.files import RESUME_HINT, remove_all_temporary, replace_file
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-MANIFEST, INDEX = "manifest.json", "index.csv"
-CHECKSUMS = "checksums.txt"  # as sha256sum has them, which can check them: sha256sum -c checksums.txt
+from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.runs.job import Arrays, Chunk, Files, Item, Job, OnProgress, Progress, Result
+from mlx_esm_hf.runs.manifest import CHECKSUMS, MANIFEST, read_checksums, read_manifest
+from mlx_esm_hf.runs.outputs import claimed, shards_of, write_files
+from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.files import RESUME_HINT, Write, remove_all_temporary, replace_file
+
+WriteRun = Callable[[Path, "Run"], None]  # writes a file from a finished run
+
+INDEX = "index.csv"
+CHUNK_BYTES = 1 << 28  # of the results of a chunk, which stay in memory until they are written
+
+
+def chunks(items: Iterable[Item], chunk_work: int) -> Iterator[Chunk]:
+    """Yield the items in order, in chunks of at most `chunk_work` work and `CHUNK_BYTES` bytes of results."""
+    chunk: list[Item] = []
+    number = work = size = 0
+    for item in items:
+        if chunk and (work + item.work > chunk_work or size + item.size > CHUNK_BYTES):
+            yield Chunk(number, chunk)
+            number, chunk, work, size = number + 1, [], 0, 0
+        chunk.append(item)
+        work, size = work + item.work, size + item.size
+    if chunk:
+        yield Chunk(number, chunk)
+
+
+def stream(job: Job) -> Iterator[Result]:
+    """Yield the results in order, computed chunk by chunk while the items are read, without writing anything.
+
+    Warns about what was left out.
+    """
+    for chunk in chunks(job.items, job.chunk_work):
+        for item, arrays in zip(chunk.items, job.compute(chunk.items), strict=True):
+            yield Result(item.number, item.id, item.length, arrays, item.name)
+    for message in job.items.left_out:
+        warnings.warn(f"left out: {message}", stacklevel=2)
+
+
+def write_results(
+    job: Job,
+    output: Path,
+    writers: Mapping[str, WriteRun | None],
+    on_progress: OnProgress,
+    others: Mapping[Path, WriteRun] | None = None,
+) -> None:
+    """Compute a job and write its results.
+
+    Args:
+        job: the job.
+        output: a file, or a folder of shards.
+        writers: {suffix: function that writes the output}; None keeps the folder of shards as the output.
+        on_progress: called after each step.
+        others: {path: function that writes it} of files to write besides the output.
+
+    Raises:
+        UserError: see `compute_run`, and another process is writing the output.
+        OSError: a file cannot be written.
+    """
+    others, writer = others or {}, writers[output.suffix]
+    with claimed(output, others):
+        run = compute_run(job, output if writer is None else shards_of(output), on_progress)
+        if writer is not None:
+            files = {path: _bound(write, run) for path, write in {**others, output: writer}.items()}
+            distributed.on_rank_0(lambda: write_files(files, run.folder))
+
+
+def _bound(write: WriteRun, run: Run) -> Write:
+    return lambda path: write(path, run)
 
 
 def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
-    """The finished run of a job: what is missing of it is computed.
+    """Compute what is missing of a job's run and return the finished run.
 
     Args:
-        folder: is made; or that of a run with the same settings and input, which goes on.
-        on_progress: is called after each step.
+        job: the job.
+        folder: a new folder, or the folder of a run with the same settings and input, which is resumed.
+        on_progress: called after each step.
 
     Raises:
-        ValueError: the folder holds something else, or a run with other settings or another input; there are no items;
-            the input has changed meanwhile.
-        OSError: the folder cannot be made or written.
+        UserError: there are no items; the folder contains something else, or a run with other settings or input; the
+            input changed while it was read.
+        OSError: the folder cannot be created or written.
     """
-    run = Run(folder, {"version": 1, "command": job.command, "settings": job.settings, "input": job.input})
+    run = Run(folder, {"version": 1, "command": job.command, "settings": job.settings, "input": job.items.input})
     distributed.on_rank_0(run.open)
     if distributed.all_sum(int(run.finished)):
-        job.left_out[:] = run.manifest.get("left_out", [])
+        job.items.left_out[:] = run.manifest.get("left_out", [])
         return run
-    turns, items, shards, files = chunks(job.items(), job.chunk_work), 0, 0, 0
-    while turn := list(islice(turns, distributed.size())):
-        items, shards = items + sum(len(chunk.items) for chunk in turn), shards + len(turn)
-        missing = [not distributed.all_sum(int(distributed.is_rank_0() and run.has(chunk))) for chunk in turn]
-        mine = distributed.rank() < len(turn) and missing[distributed.rank()]
+    remaining, items, shards, files = chunks(job.items, job.chunk_work), 0, 0, 0
+    while step := list(islice(remaining, distributed.size())):  # one chunk for each rank
+        items, shards = items + sum(len(chunk.items) for chunk in step), shards + len(step)
+        missing = [not distributed.all_sum(int(distributed.is_rank_0() and run.has(chunk))) for chunk in step]
         data = b""
-        if mine:
-            chunk = turn[distributed.rank()]
+        if distributed.rank() < len(step) and missing[distributed.rank()]:
+            chunk = step[distributed.rank()]
             data = shard_bytes(chunk, job.compute(chunk.items))
-        for chunk, shard in zip(turn, distributed.gather(data, turn[0].number), strict=False):
+        for chunk, shard in zip(step, distributed.gather(data, step[0].number), strict=False):
             if shard and distributed.is_rank_0():
                 run.add(shard_name(chunk.number), shard)
         if distributed.is_rank_0():
-            files += sum(run.add_files(chunk, job.files) for chunk in turn)
-        on_progress(Progress(residues(turn), residues(compress(turn, missing)), job.total))
-    if distributed.all_sum(int(not job.input_is_same())):
-        distributed.on_rank_0(run.distrust)
+            files += sum(run.add_files(chunk, job.files) for chunk in step)
+        on_progress(Progress(residues_in(step), residues_in(compress(step, missing)), job.items.total))
+    changed = job.items.has_changed()
+    if distributed.all_sum(int(changed)):
+        distributed.on_rank_0(run.drop_checksums)
         raise UserError(
-            f"{job.input['name']} has changed while it was read, and nothing that was computed of it is trusted: "
-            f"remove {folder}, then start again."
+            f"{job.items.input['name']} has changed while it was read, so the results computed from it are not used. "
+            f"Remove {folder}, then start again."
         )
     distributed.on_rank_0(lambda: run.finish({"items": items, "shards": shards, "files": files}, job))
     return run
 
 
-def residues(turn: Iterable[Chunk]) -> int:
-    """How many there are in chunks."""
-    return sum(item.length for chunk in turn for item in chunk.items)
+def residues_in(step: Iterable[Chunk]) -> int:
+    """Return the number of residues in chunks."""
+    return sum(item.length for chunk in step for item in chunk.items)
 
 
 class Run:
     """A folder of shards.
 
-    Args:
-        folder: where they are.
-        manifest: what they are computed from; once the run is finished also how many they are.
+    Attributes:
+        folder: the folder.
+        manifest: what the shards are computed from, and their number once the run is finished.
+        checksums: {name: SHA-256} of the files that were written.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = json.loads(json.dumps(manifest))
         self.checksums: dict[str, str] = {}
 
     @property
     def finished(self) -> bool:
-        """Whether the manifest says that all is there."""
+        """Whether the manifest says that the run is complete."""
         return "shards" in self.manifest
 
     def open(self) -> None:
-        """Make the folder, or go on with the run that is in it.
+        """Create the folder, or resume the run in it.
 
         Raises:
-            ValueError: it holds something else, or another run.
+            UserError: the folder contains something else, or a run with other settings or input.
         """
         if (self.folder / MANIFEST).exists():
             before = read_manifest(self.folder)
@@ -112,12 +179,12 @@ class Run:
                 for key in ("items", "shards", "files", "left_out"):
                     self.manifest.pop(key, None)
             if not self.finished:
-                self._write_checksums()  # without what a kill cut off
+                self._write_checksums()  # without a line that a kill cut off
             return
         if self.folder.exists() and (
             not self.folder.is_dir() or any(".part" not in name for name in os.listdir(self.folder))
         ):
-            raise UserError(f"{self.folder} is there already, and is no run: choose another output, or remove it.")
+            raise UserError(f"{self.folder} already exists and is not a run. Choose another output, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_all_temporary(self.folder)
         self._write_manifest()
@@ -125,52 +192,58 @@ class Run:
     def _refuse_another(self, before: dict[str, Any]) -> None:
         if "sha256" not in self.manifest["input"]:
             raise UserError(
-                f"{self.folder} holds a run already, and what comes from {self.manifest['input']['name']!r} "
-                "(not a file) cannot be taken up again: choose another output, or remove it."
+                f"{self.folder} already contains a run, and a run on {self.manifest['input']['name']!r} (not a file) "
+                "cannot be resumed. Choose another output, or remove the folder."
             )
         differences = []
         if before["command"] != self.manifest["command"]:
-            differences.append(f"command: {before['command']!r} there, {self.manifest['command']!r} here")
+            differences.append(f"command: {before['command']!r}; now: {self.manifest['command']!r}")
         for part in ("settings", "input"):
             for key, value in self.manifest[part].items():
                 if key != "name" and before[part].get(key) != value:
-                    differences.append(f"{key}: {before[part].get(key)!r} there, {value!r} here")
+                    differences.append(f"{key}: {before[part].get(key)!r}; now: {value!r}")
         if differences:
             raise UserError(
-                f"{self.folder} holds a run that is not this one ({'; '.join(differences)}): choose another "
-                "output, or remove it."
+                f"{self.folder} belongs to a run with other settings ({', '.join(differences)}). Choose another "
+                "output, or remove the folder."
             )
 
     def has(self, chunk: Chunk) -> bool:
-        """Whether the shard of a chunk is there, as it was written."""
+        """Return whether the shard of a chunk exists and is intact."""
         return self._is_intact(shard_name(chunk.number))
 
     def _is_intact(self, name: str) -> bool:
         path = self.folder / name
-        return name in self.checksums and path.is_file() and sha256_of(path) == self.checksums[name]
+        if name not in self.checksums or not path.is_file():
+            return False
+        return hashlib.sha256(path.read_bytes()).hexdigest() == self.checksums[name]
 
     def _intact(self) -> bool:
-        """Whether all of a finished run is there."""
+        """Return whether all files of a finished run exist and are intact."""
         if len(self.checksums) != self.manifest["shards"] + 1 + self.manifest.get("files", 0):
             return False
         names = {INDEX, *(path.name for path in self.shards())}
         return names <= self.checksums.keys() and all(self._is_intact(name) for name in self.checksums)
 
     def shards(self) -> list[Path]:
-        """The shards of a finished run, in order."""
+        """Return the paths of the shards of a finished run, in order."""
         return [self.folder / shard_name(number) for number in range(self.manifest["shards"])]
 
     def results(self) -> Iterator[Result]:
-        """The results of a finished run, in order.
+        """Yield the results of a finished run, in order.
 
         Raises:
-            ValueError: a shard is damaged or missing.
+            UserError: a shard is damaged or missing.
         """
         for path in self.shards():
             yield from read_shard(path)
 
     def add(self, name: str, data: bytes) -> None:
-        """Write a file into the folder, and its checksum."""
+        """Write a file into the folder and record its checksum.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         replace_file(self.folder / name, data)
         self.checksums[name] = hashlib.sha256(data).hexdigest()
         path = self.folder / CHECKSUMS
@@ -183,7 +256,7 @@ class Run:
             raise OSError(f"{path} cannot be written ({error.strerror}). {RESUME_HINT}") from error
 
     def add_files(self, chunk: Chunk, files: Callable[[Item], Files]) -> int:
-        """Make those files of a chunk's items that are missing or damaged, of its shard; returns how many there are."""
+        """Make the missing or damaged files of a chunk's items from its shard; return the number of all its files."""
         wanted = {item.number: files(item) for item in chunk.items}
         names = [name for made in wanted.values() for name in made]
         if not all(self._is_intact(name) for name in names):
@@ -193,8 +266,8 @@ class Run:
                         self.add(name, make(result))
         return len(names)
 
-    def distrust(self) -> None:
-        """Forget what was computed: whoever goes on computes all of it anew."""
+    def drop_checksums(self) -> None:
+        """Drop all checksums, so that a resumed run recomputes everything."""
         self.checksums.clear()
         self._write_checksums()
 
@@ -206,17 +279,18 @@ class Run:
         replace_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
 
     def finish(self, counts: dict[str, int], job: Job) -> None:
-        """Write the index and the checksums, and into the manifest that all is there.
+        """Write the index and the checksums, and mark the run as complete in the manifest.
 
         Args:
-            counts: of items, shards and files.
+            counts: number of "items", "shards" and "files".
+            job: the job that was computed.
 
         Raises:
-            ValueError: there were no items.
+            UserError: there were no items.
         """
         if not counts["items"]:
-            raise UserError("\n".join(["There is nothing to compute.", *job.left_out]))
-        self.manifest |= {name: count for name, count in counts.items() if count} | {"left_out": job.left_out}
+            raise UserError("\n".join(["There is nothing to compute.", *job.items.left_out]))
+        self.manifest |= {name: count for name, count in counts.items() if count} | {"left_out": job.items.left_out}
         table = io.StringIO()
         rows = csv.writer(table)
         for number, (item, columns) in enumerate(self._index(job)):
@@ -228,7 +302,7 @@ class Run:
         self._write_manifest()
 
     def _index(self, job: Job) -> Iterator[tuple[tuple[int, str, int, str], dict[str, Any]]]:
-        """Of each result where it is, and what the job says of it."""
+        """Yield the row of each result in the index, and the additional columns of the job."""
         for path in self.shards():
             if job.columns is None:
                 yield from (((*item, path.name), {}) for item in shard_items(path))
@@ -237,58 +311,49 @@ class Run:
                 yield (result.number, result.id, result.length, path.name), job.columns(result)
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """The hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def shard_name(number: int) -> str:
+    """Return the file name of the shard of a chunk."""
+    return f"shard-{number:08d}.safetensors"
 
 
-def read_checksums(path: Path) -> dict[str, str]:
-    """{name: checksum}, of the last line for each name; lines that are none, such as one that a kill cut off, do not
-    count."""
-    if not path.exists():
-        return {}
-    lines = path.read_text(encoding="ascii", errors="replace").split("\n")
-    return {match[2]: match[1] for line in lines if (match := re.fullmatch(r"([0-9a-f]{64})  (\S+)", line))}
+def shard_bytes(chunk: Chunk, results: Sequence[Arrays]) -> bytes:
+    """Return the bytes of the shard of a chunk.
 
-
-def read_manifest(folder: Path) -> dict[str, Any]:
+    The metadata has one entry: a list with [number, id, length] of each item, and the name of its files if it has any.
+    Several entries would be written in varying order.
     """
+    items = [[item.number, item.id, item.length, *([item.name] if item.name else [])] for item in chunk.items]
+    tensors = {
+        f"{item.number:08d}/{name}": np.ascontiguousarray(array)
+        for item, arrays in zip(chunk.items, results, strict=True)
+        for name, array in arrays.items()
+    }
+    return save(tensors, {"items": json.dumps(items)})
+
+
+def read_shard(path: Path) -> Iterator[Result]:
+    """Yield the results in a shard.
+
     Raises:
-        ValueError: it is none.
+        UserError: the shard is damaged or missing.
     """
-    path = folder / MANIFEST
+    with _open_shard(path) as file:
+        names: dict[int, list[str]] = {}
+        for key in file.keys():  # noqa: SIM118
+            names.setdefault(int(key.partition("/")[0]), []).append(key)
+        for number, id, length, *name in json.loads(file.metadata()["items"]):
+            arrays = {key.partition("/")[2]: file.get_tensor(key) for key in names.get(number, [])}
+            yield Result(number, id, length, arrays, *name)
+
+
+def shard_items(path: Path) -> list[tuple[int, str, int]]:
+    """Return the number, id and length of each item of a shard, without reading its arrays."""
+    with _open_shard(path) as file:
+        return [(number, id, length) for number, id, length, *_ in json.loads(file.metadata()["items"])]
+
+
+def _open_shard(path: Path) -> Any:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} {NO_MANIFEST.format(folder)} ({error})") from error
-    if not is_manifest(manifest):
-        raise UserError(f"{path} {NO_MANIFEST.format(folder)}")
-    return manifest
-
-
-NO_MANIFEST = "is not the manifest of a run: remove {}, or choose another output."
-
-
-def is_manifest(value: Any) -> bool:
-    """Whether what was read has the parts of a manifest, of the right types."""
-    if not isinstance(value, dict) or not isinstance(value.get("command"), str):
-        return False
-    settings, source = value.get("settings"), value.get("input")
-    if not isinstance(settings, dict) or not isinstance(source, dict):
-        return False
-    if not all(is_count(settings.get(name, 1)) for name in ("batch_tokens", "memory")):
-        return False
-    if not {"items", "shards", "left_out"} & value.keys():
-        return True
-    left_out = value.get("left_out")
-    is_list = isinstance(left_out, list) and all(isinstance(message, str) for message in left_out)
-    counts = (value.get("items"), value.get("shards"), value.get("files", 1))
-    return is_list and all(is_count(count) for count in counts)
-
-
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path} is damaged or missing ({error}). Run the same command to compute it again.") from error

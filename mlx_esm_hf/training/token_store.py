@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Report, Source, is_stdin, read_proteins
+from mlx_esm_hf.data.proteins import Report
+from mlx_esm_hf.data.source import STDIN, Proteins, read_proteins, sha256_of
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.runs.run import sha256_of
 from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.runtime.files import remove_temporary, replace_folder
 
@@ -69,7 +69,7 @@ def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabul
 
 
 def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabulary, report: Report) -> None:
-    if is_stdin(source) or not os.path.isfile(source):
+    if source == STDIN or not os.path.isfile(source):
         raise UserError(f"{source} must be a FASTA file: training cannot read proteins from anything else.")
     wanted = {"sha256": sha256_of(source), "vocabulary": sorted(vocabulary.ids.items()), "version": 1}
     wanted = json.loads(json.dumps(wanted))
@@ -83,7 +83,9 @@ def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabu
             _write_store(source, part, vocabulary, report, wanted)
 
 
-def _write_store(source: Source, folder: Path, vocabulary: Vocabulary, report: Report, wanted: dict[str, Any]) -> None:
+def _write_store(
+    source: Proteins, folder: Path, vocabulary: Vocabulary, report: Report, wanted: dict[str, Any]
+) -> None:
     dtype = np.dtype(np.uint8 if max(vocabulary.ids.values()) < 256 else np.uint16)
     ends, hashes = array("q"), array("Q")
     end = 0

@@ -99,7 +99,7 @@ def done(case):
 
 def has_ended(case, code, said):
     """Whether this is the end of a run that is done now, or was before, of which there is only the file."""
-    return code == done(case) or (code == FAILED and "is there already: choose another" in said)
+    return code == done(case) or (code == FAILED and "already exists. Choose another" in said)
 
 
 def outputs(case, folder):

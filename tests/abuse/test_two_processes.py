@@ -6,7 +6,7 @@ import pytest
 
 from tests.abuse.command import FAILED, TIMEOUT, contents, done, run, start, wait_for_shard
 
-REFUSALS = ("is being written by another process", "is there already")
+REFUSALS = ("is being written by another process", "already exists")
 
 
 def refused(code, said):

@@ -90,9 +90,9 @@ def test_embed_esm1_in_a_fresh_process(tmp_path):
 @pytest.mark.parametrize(
     ("fasta", "message"),
     [
-        (">a\nMK3T\n", "holds no proteins.*line 1: 'a' has '3' at 3"),
-        (">a\nMKT\n>long\nMKTAYIAKQRQ\n", "'long' has 11 residues.* ends at 10"),
-        ("", "holds no proteins"),
+        (">a\nMK3T\n", "contains no proteins.*line 1: 'a' has '3' at position 3"),
+        (">a\nMKT\n>long\nMKTAYIAKQRQ\n", "'long' has 11 residues; .* accepts at most 10"),
+        ("", "contains no proteins"),
         ("MKT\n", "not FASTA"),
     ],
 )
@@ -239,7 +239,7 @@ def test_quiet_prints_nothing(run, esm1b):
     ("options", "message"),
     [
         (["--layers", "x"], "--layers must be a comma-separated list of integers"),
-        (["--pooling", "sum"], "pooling sum: choose from"),
+        (["--pooling", "sum"], "pooling must be any of mean, cls, max, residues, chains, got sum"),
         (["--batch-tokens", "many"], "--batch-tokens must be auto or a positive integer"),
         (["--long", "cut"], "not one of error, truncate, window"),
         (["--device", "tpu"], "not one of cpu, gpu"),

@@ -52,10 +52,10 @@ def test_one_file(model, tmp_path):
 @pytest.mark.parametrize(
     ("output", "options", "message"),
     [
-        ("out.ent", [], "told by the suffixes none, a folder of shards, .pdb, .cif"),
-        ("out.pdb", [], "holds the structure of one protein, and there are more"),
-        ("out.pdb", ["--pictures"], "Pictures are files in a folder"),
-        ("out", ["--formats", "mol2"], "formats mol2: choose from pdb, cif"),
+        ("out.ent", [], "can't write `.ent`. Use .pdb or .cif, or a name without a suffix for a folder."),
+        ("out.pdb", [], "contains one structure, but there are several proteins"),
+        ("out.pdb", ["--pictures"], "Pictures are written into a folder"),
+        ("out", ["--formats", "mol2"], "formats must be any of pdb, cif, got mol2"),
         ("out", ["--batch-tokens", "many"], "--batch-tokens must be auto or a positive integer"),
         ("out", ["--dtype", "float16"], "The folding trunk cannot be float16"),
         ("out", ["--num-recycles", "-1"], "the trunk would never run"),

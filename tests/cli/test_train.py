@@ -104,7 +104,7 @@ def test_two_ranks_train_like_one(tmp_path):
         (["nowhere.fasta", "--shape", "2,32,4"], "nowhere.fasta must be a FASTA file"),
         ([PROTEINS, "--shape", "2,32,4", "--schedule", "wave"], "must be one of linear, cosine"),
         ([PROTEINS, "--shape", "2,32,4", "--validation-share", "1"], "validation_share must be in [0, 1), got 1.0"),
-        ([PROTEINS, "--shape", "2,32,4", "--picture", "a.txt"], "pictures are told by the suffixes"),
+        ([PROTEINS, "--shape", "2,32,4", "--picture", "a.txt"], "the suffix of a picture must be one of"),
     ],
 )
 def test_invalid_training_is_one_message(arguments, message, tmp_path):

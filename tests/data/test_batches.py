@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(1, 50), max_size=9)
 
 
 def filled(lengths, budget):
-    """As few groups as can be: each is filled."""
+    """Return the fewest groups possible, each filled up to the budget."""
     groups = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
@@ -30,7 +30,7 @@ def cost(groups, lengths, row_cost):
 
 
 @given(st.lists(st.integers(1, 50)), st.integers(1, 200), st.sampled_from([0, 0.01, 0.25, 4]))
-def test_every_sequence_once_within_the_budget(lengths, budget, token):
+def test_each_sequence_is_in_one_group_within_the_budget(lengths, budget, token):
     found = by_length(lengths, budget, lambda length: token * length)
     assert sorted(i for group in found for i in group) == list(range(len(lengths)))
     for group in found:
@@ -41,13 +41,13 @@ def test_every_sequence_once_within_the_budget(lengths, budget, token):
 
 
 @given(st.lists(st.integers(1, 50)), st.integers(1, 200))
-def test_budget_is_used(lengths, budget):
+def test_without_costs_groups_are_full(lengths, budget):
     assert by_length(lengths, budget) == filled(lengths, budget)
 
 
 @given(LENGTHS, st.integers(1, 200), st.sampled_from([0.015625, 0.125, 1]), st.sampled_from([1, 2]))
-def test_no_other_groups_cost_less(lengths, budget, token, power):
-    """Of rows in this order, in groups that begin at any of them."""
+def test_groups_have_minimal_cost(lengths, budget, token, power):
+    """Compared with all ways to cut the sorted rows into groups."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
     def row_cost(length):
@@ -64,7 +64,7 @@ def test_no_other_groups_cost_less(lengths, budget, token, power):
 
 
 @given(st.lists(st.integers(3, 2000), min_size=20), st.integers(1, 16384))
-def test_padding_costs_less_than_in_filled_groups(lengths, budget):
+def test_groups_cost_no_more_than_full_ones(lengths, budget):
     def row_cost(length):
         return length / 1024
 
@@ -73,8 +73,8 @@ def test_padding_costs_less_than_in_filled_groups(lengths, budget):
     assert sum(len(g) * lengths[g[0]] for g in found) <= sum(len(g) * lengths[g[0]] for g in filled(lengths, budget))
 
 
-def test_what_padding_costs():
-    """Four short proteins beside a long one: a batch of their own costs less, unless starting it costs more."""
+def test_short_rows_are_separated_if_padding_costs_more_than_a_launch():
+    """Four short proteins and a long one."""
     lengths = [100, 1000, 110, 120, 90]
     assert by_length(lengths, 8192) == [[1, 3, 2, 0, 4]]
     assert by_length(lengths, 8192, lambda length: length / 1024) == [[1], [3, 2, 0, 4]]
@@ -86,7 +86,7 @@ def vocabulary(tmp_path):
     return Vocabulary(EsmTokenizer(write_vocabulary(tmp_path)))
 
 
-def test_rows_are_what_the_tokenizer_makes(vocabulary, tmp_path):
+def test_rows_match_the_tokenizer(vocabulary, tmp_path):
     sequences = ["MKTAYI", "GG", "AC<mask>EF"]
     ids = [vocabulary.encode(sequence) for sequence in sequences]
     windows = [Window(0, 0, 6), Window(1, 0, 2), Window(2, 1, 5)]
@@ -100,5 +100,5 @@ def test_rows_are_what_the_tokenizer_makes(vocabulary, tmp_path):
 
 def test_padding_within_a_sequence_is_refused(vocabulary):
     ids = np.array([vocabulary.pad, vocabulary.ids["A"]], np.int32)
-    with pytest.raises(ValueError, match="holds the token for padding"):
+    with pytest.raises(ValueError, match="contains the padding token"):
         list(make_batches([ids], [Window(0, 0, 2)], vocabulary, 100))

@@ -1,39 +1,10 @@
-import gzip
-import io
-import sys
+"""Cleaning sequences."""
 
 import pytest
-import zstandard
-from Bio.Seq import Seq
-from Bio.SeqRecord import SeqRecord
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlx_esm_hf.data.proteins import CHAIN_BREAK, RESIDUES, SPECIAL, Protein, Report, clean, read_proteins, tokens
-
-COMPRESSIONS = {"plain": lambda b: b, "gzip": gzip.compress, "zstd": lambda b: zstandard.ZstdCompressor().compress(b)}
-
-
-@pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
-@pytest.mark.parametrize(
-    "encode", [str.encode, lambda s: s.replace("\n", "\r\n").encode(), lambda s: s.encode("utf-8-sig")]
-)
-def test_reads_what_people_have(tmp_path, monkeypatch, compress, encode):
-    data = compress(encode("\n>sp|P1|ONE first of two\nMKT\nayi\n\n>two\nG G\n"))
-    path = tmp_path / "proteins.fasta"
-    path.write_bytes(data)
-    expected = [Protein("sp|P1|ONE", "MKTAYI", f"{path}, line 2"), Protein("two", "GG", f"{path}, line 6")]
-    assert list(read_proteins(path)) == expected
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
-    assert [p[:2] for p in read_proteins("-")] == [p[:2] for p in expected]
-
-
-def test_reads_what_python_has():
-    records = ["MKT", ("a", "gg"), SeqRecord(Seq("AC"), id="b"), ("c", None), ("d", float("nan")), None, (1, 2, 3)]
-    report = Report()
-    assert [p[:2] for p in read_proteins(records, report=report)] == [("1", "MKT"), ("a", "GG"), ("b", "AC")]
-    assert report.left_out[:2] == ["record 4: 'c' is no sequence, but None.", "record 5: 'd' is no sequence, but nan."]
-    assert len(report.left_out) == 4
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, RESIDUES, SPECIAL, Report, clean, tokens
 
 
 @pytest.mark.parametrize(
@@ -50,7 +21,7 @@ def test_reads_what_python_has():
         ("<mask>|-A", "<mask>|A", 0, 1),
     ],
 )
-def test_rules(sequence, cleaned, replaced, gaps):
+def test_cleaning_rules(sequence, cleaned, replaced, gaps):
     report = Report()
     assert clean(sequence, report=report) == cleaned
     assert (report.replaced, report.gaps) == (replaced, gaps)
@@ -68,53 +39,25 @@ def test_aligned_keeps_gaps():
         ("", "is empty"),
         ("*", "is empty"),
         ("--", "is empty"),
-        ("MK*T", r"stop \(\*\) inside, at 3"),
-        ("MK<pad>T", "token <pad> at 3"),
-        ("MK<masK>T", "token <masK> at 3; known are <mask>"),
-        ("MK3T", "'3' at 3"),
-        ("MKéT", "'é' at 3"),
-        ("MKſT", "'ſ' at 3"),
+        ("MK*T", r"stop \(\*\) at position 3"),
+        ("MK<pad>T", "unknown token <pad> at position 3"),
+        ("MK<masK>T", "unknown token <masK> at position 3; must be one of <mask>"),
+        ("MK3T", "'3' at position 3"),
+        ("MKéT", "'é' at position 3"),
+        ("MKſT", "'ſ' at position 3"),
         ("MKT|", "has an empty chain"),
         ("|MKT", "has an empty chain"),
         ("MKT|--|A", "has an empty chain"),
     ],
 )
-def test_what_cannot_be_read(sequence, message):
+def test_sequences_that_cannot_be_read(sequence, message):
     with pytest.raises(ValueError, match=message):
         clean(sequence)
 
 
-def test_chains():
-    report = Report()
-    (protein, plain) = read_proteins(["mk-t:GG*:J", "MKT"], report=report, chains=True)
-    assert (protein.sequence, plain.sequence) == ("MKT:GG:X", "MKT")
-    assert (report.gaps, report.replaced, report.left_out) == (1, 1, [])
-
-
-@pytest.mark.parametrize(
-    ("sequence", "message"),
-    [
-        ("MKT:", "is empty, in chain 2"),
-        ("::MKT", "is empty, in chain 1"),
-        ("MKT:M3", "has '3' at 2, which is no residue, in chain 2"),
-        ("MK3", "has '3' at 3, which is no residue"),
-    ],
-)
-def test_chains_that_cannot_be_read(sequence, message):
-    report = Report()
-    assert list(read_proteins([("a", sequence)], report=report, chains=True)) == []
-    assert report.left_out == [f"record 1: 'a' {message}."]
-
-
-def test_without_chains_a_colon_is_no_residue():
-    report = Report()
-    assert list(read_proteins([("a", "MKT:GG")], report=report)) == []
-    assert report.left_out == ["record 1: 'a' has ':' at 4, which is no residue."]
-
-
 @given(st.text(st.sampled_from(RESIDUES + "acj-.*<>| \n1é") | st.characters(), max_size=60))
 @example("<mask><mask")
-def test_cleaning_ends_well_or_says_why(text):
+def test_any_text_is_cleaned_or_refused(text):
     try:
         cleaned = clean(text)
     except ValueError as error:
@@ -124,68 +67,3 @@ def test_cleaning_ends_well_or_says_why(text):
     assert all(token in RESIDUES or token in SPECIAL or token == CHAIN_BREAK for token in tokens(cleaned))
     assert "".join(tokens(cleaned)) == cleaned
     assert all(cleaned.split(CHAIN_BREAK))
-
-
-def test_a_bad_record_is_named_and_does_not_lose_the_others(tmp_path):
-    path = tmp_path / "p.fasta"
-    path.write_text(">a\nMKT\n>empty\n>stop in it\nMK*T\nAA\n>\nGG\n")
-    report = Report()
-    assert [p[:2] for p in read_proteins(path, report=report)] == [("a", "MKT"), ("record_4", "GG")]
-    assert report.left_out == [
-        f"{path}, line 3: 'empty' is empty.",
-        f"{path}, line 4: 'stop' has a stop (*) inside, at 3: split it, or cut it there.",
-    ]
-    with pytest.raises(ValueError, match="line 3: 'empty' is empty"):
-        list(read_proteins(path, report=Report(strict=True)))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"MKTAYIAK\n", "line 1: this is not FASTA"),
-        (b"\x89PNG\x00\xff\xfe", "line 1: this is not FASTA"),
-        (gzip.compress(b">one\n" + b"MKT" * 1000)[:-20], "damaged in the first record"),
-        (gzip.compress(b">one\n" + b"MKT" * 1000)[:-6] + b"\0" * 6, "damaged in the first record"),
-        (
-            zstandard.ZstdCompressor().compress(b">one\n" + b"MKT" * 1000)[:9] + b"\xff" * 40,
-            "damaged in the first record",
-        ),
-        (zstandard.ZstdCompressor().compress(b">one\n" + b"MKT" * 1000)[:-3], "ends within a frame"),
-    ],
-    ids=["no title", "binary", "cut gzip", "corrupt gzip", "corrupt zstd", "cut zstd"],
-)
-def test_not_fasta(tmp_path, content, message):
-    path = tmp_path / "proteins.fasta"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        list(read_proteins(path))
-    assert str(path) in str(error.value)
-
-
-def test_several_zstandard_frames_are_one_file(tmp_path):
-    compress = zstandard.ZstdCompressor().compress
-    (tmp_path / "p.fasta.zst").write_bytes(compress(b">a\nMK") + compress(b"T\n>b\nGG\n"))
-    assert [p[:2] for p in read_proteins(tmp_path / "p.fasta.zst")] == [("a", "MKT"), ("b", "GG")]
-
-
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_empty_file_has_no_proteins(tmp_path, content):
-    (tmp_path / "none.fasta").write_text(content)
-    assert list(read_proteins(tmp_path / "none.fasta")) == []
-
-
-@given(st.binary(max_size=300) | st.text(st.sampled_from(">\n\r MKTJ*-<mask>;1"), max_size=300).map(str.encode))
-@example(b">\r>\r")
-@example(b"\x1f\x8b")
-@example(b"\x28\xb5\x2f\xfd")
-def test_any_file_is_read_or_refused(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "fuzzed.fasta"
-    path.write_bytes(data)
-    report = Report()
-    try:
-        proteins = list(read_proteins(path, report=report))
-    except ValueError as error:
-        assert str(path) in str(error)
-        return
-    assert all(protein.id and protein.sequence for protein in proteins)
-    assert all(str(path) in message and "line" in message for message in report.left_out)

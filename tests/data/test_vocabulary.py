@@ -30,13 +30,13 @@ def test_one_id_for_each_position(tmp_path):
     assert ids.dtype == np.int32
 
 
-def test_esm1_has_nothing_behind_the_residues():
+def test_esm1_has_no_tokens_after_the_residues():
     vocabulary = Vocabulary(Esm1Tokenizer())
     assert (vocabulary.before, vocabulary.after) == ([32], [])
 
 
-def test_special_tokens_of_other_names(tmp_path):
-    """A sequence has <mask>, whatever the tokenizer calls it."""
+def test_special_tokens_with_other_names(tmp_path):
+    """<mask> in a sequence is the mask token, whatever its name in the tokenizer."""
     (tmp_path / "vocab.txt").write_text("\n".join("%$*?ACDEFGHIKLMNPQRSTVWY^"))
     special = {"pad_token": "%", "eos_token": "$", "mask_token": "*", "unk_token": "?", "cls_token": "^"}
     vocabulary = Vocabulary(Esm1Tokenizer(tmp_path / "vocab.txt", **special))
@@ -44,8 +44,8 @@ def test_special_tokens_of_other_names(tmp_path):
     assert (vocabulary.before, vocabulary.after) == ([24], [1])
 
 
-def test_a_token_that_is_none_of_the_model_s(tmp_path):
-    with pytest.raises(ValueError, match="has 'é', which toy has no token for"):
+def test_token_outside_the_vocabulary(tmp_path):
+    with pytest.raises(ValueError, match="has 'é', for which toy has no token"):
         Vocabulary(EsmTokenizer(write_vocabulary(tmp_path)), "toy").encode("MKé")
 
 
@@ -63,9 +63,9 @@ def swapped(a, b):
     return tuple({a: b, b: a}.get(token, token) for token in ESM)
 
 
-def test_a_vocabulary_without_residues(tmp_path):
+def test_vocabulary_without_residues(tmp_path):
     tokenizer = with_vocabulary(tmp_path, [token for token in ESM if token not in "AC"])
-    with pytest.raises(ValueError, match="The vocabulary of toy lacks the residues A, C: "):
+    with pytest.raises(ValueError, match="The vocabulary of toy lacks the residues A, C. "):
         Vocabulary(tokenizer, "toy")
 
 
@@ -79,29 +79,29 @@ def test_a_vocabulary_without_residues(tmp_path):
         (tuple(random.Random(0).sample(ESM, len(ESM))), "the config at"),
     ],
 )
-def test_the_tokenizer_of_another_model(tokens, message, tmp_path):
+def test_tokenizer_of_another_model(tokens, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         refuse_other_tokenizer(with_vocabulary(tmp_path, tokens), CONFIG, RESIDUES, "toy")
 
 
 def test_shuffled_residues(tmp_path):
-    with pytest.warns(UserWarning, match="The vocabulary of toy has its residues in another order than its family"):
+    with pytest.warns(UserWarning, match="The residues of the vocabulary of toy have other ids than in its family"):
         refuse_other_tokenizer(with_vocabulary(tmp_path, swapped("L", "A")), CONFIG, RESIDUES, "toy")
 
 
-def test_a_vocabulary_that_the_config_has_itself(tmp_path):
+def test_vocab_list_of_the_config(tmp_path):
     order = swapped("L", "A")
     MLXEsm1Config(vocab_size=33, mask_token_id=32, vocab_list=list(order)).save_pretrained(tmp_path)
     config = MLXEsm1Config.from_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         refuse_other_tokenizer(with_vocabulary(tmp_path, order), config, RESIDUES)
-    with pytest.raises(ValueError, match="other tokens than the vocab_list of its config"):
+    with pytest.raises(ValueError, match="does not match the vocab_list of its config"):
         refuse_other_tokenizer(EsmTokenizer(write_vocabulary(tmp_path)), config, RESIDUES, "toy")
 
 
-def test_tokenizers_that_belong(tmp_path):
-    """Those of all families, and of a table that was padded to a multiple of eight."""
+def test_matching_tokenizers_are_accepted(tmp_path):
+    """Of all families, and with an embedding table padded to a multiple of eight."""
     tokenizer = EsmTokenizer(write_vocabulary(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -113,7 +113,7 @@ def test_tokenizers_that_belong(tmp_path):
 @pytest.mark.parametrize(
     "read", [lambda folder: load_protein_model(MLXAutoModel, folder), lambda folder: pipeline("fill-mask", folder)]
 )
-def test_whoever_loads_a_model_asks(read, tmp_path):
+def test_loading_checks_the_tokenizer(read, tmp_path):
     folder = write_model(tmp_path)
     read(str(folder))
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
@@ -123,7 +123,7 @@ def test_whoever_loads_a_model_asks(read, tmp_path):
         read(str(folder))
 
 
-def test_a_tokenizer_that_fails_is_said_in_a_sentence(tmp_path):
+def test_failing_tokenizer_is_reported(tmp_path):
     tokenizer = EsmTokenizer(write_vocabulary(tmp_path), model_max_length="long")
     with pytest.raises(ValueError, match="The tokenizer of toy fails .*tokenizer_config.json is damaged"):
         Vocabulary(tokenizer, "toy")

@@ -16,19 +16,19 @@ def test_windows_cover_all_and_overlap_by_half(length, longest):
         assert a.stop - b.start >= longest // 2
 
 
-def test_what_fits_is_one_window():
+def test_short_sequence_is_one_window():
     assert cut_windows(0, 30, 30) == cut_windows(0, 30, None) == [Window(0, 0, 30)]
     assert len(cut_windows(0, 31, 30)) == 2
 
 
 @given(LENGTHS, st.integers(1, 60))
-def test_blending_windows_of_one_array_gives_it_back(length, longest):
+def test_blending_windows_restores_the_array(length, longest):
     array = np.random.default_rng(length).normal(size=(length, 3)).astype(np.float32)
     parts = [(window, array[window.start : window.stop]) for window in cut_windows(0, length, longest)]
     np.testing.assert_allclose(blend(parts, length), array, rtol=1e-5, atol=1e-6)
 
 
-def test_a_position_counts_less_towards_an_edge_that_is_no_end():
+def test_weights_taper_at_inner_edges_only():
     assert ramp(Window(0, 0, 4), 4).tolist() == [4, 4, 4, 4]
     assert ramp(Window(0, 0, 4), 6).tolist() == [4, 3, 2, 1]
     assert ramp(Window(0, 2, 6), 6).tolist() == [1, 2, 3, 4]

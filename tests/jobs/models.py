@@ -1,4 +1,4 @@
-"""Tiny models of each family with their tokenizers, as the jobs take them, and the same in fair-esm."""
+"""Tiny models of each family with their tokenizers, and the same models in fair-esm."""
 
 import functools
 
@@ -17,7 +17,7 @@ UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTL
 
 
 def write_model(folder, family="ESM-2", positions=1026, seed=0):
-    """A checkpoint of random weights, large enough that answers differ, and its tokenizer."""
+    """Write a checkpoint of random weights, large enough that results differ, with its tokenizer."""
     mx.random.seed(seed)
     settings = {"eos_token_id": 2, "max_position_embeddings": positions, "initializer_range": 0.3}
     config = MLXEsmConfig(**tiny(family, **settings))
@@ -28,7 +28,7 @@ def write_model(folder, family="ESM-2", positions=1026, seed=0):
 
 @functools.cache
 def fair_esm_pair(family):
-    """fair-esm's model and alphabet, and ours with the same parameters."""
+    """Return fair-esm's model and alphabet, and our model with the same parameters."""
     from tests.parity import fair_esm_peers
 
     peers = fair_esm_peers(family)
@@ -53,8 +53,10 @@ def fair_esm_log_probabilities(model, tokens):
 
 
 def write_folding_model(folder, seed=0):
-    """A folding checkpoint of random weights, none of which is trivial: freshly drawn, all residues would lie within a
-    few Å."""
+    """Write a folding checkpoint of random weights.
+
+    They are scaled so that residues are far apart; with the initial weights all would lie within a few Å.
+    """
     draw = np.random.default_rng(seed)
     model = MLXEsmForProteinFolding(MLXEsmConfig(**tiny_folding()))
     weights = []

@@ -23,7 +23,7 @@ SEQUENCES = [UBIQUITIN, "MKTAYIAKQR", UBIQUITIN[:40]]
 
 
 @pytest.mark.parametrize("family", ["ESM-1", "ESM-1b", "ESM-2"])
-def test_maps_are_fair_esm_s(family):
+def test_maps_match_fair_esm(family):
     model, alphabet, ours = fair_esm_pair(family)
     loaded = type(ours)(ours.network.esm, ours.tokenizer)
     for sequence, result in zip(SEQUENCES, contacts(SEQUENCES, loaded), strict=True):
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def write_pdb(path, sequence, first=100, missing=()):
-    """A helix of Cβ atoms, and Cα for glycine, numbered from `first`."""
+    """Write a helix of Cβ atoms, Cα for glycine, numbered from `first`."""
     from Bio.SeqUtils import seq3
 
     coordinates = np.array([[2.3 * np.cos(1.75 * i), 2.3 * np.sin(1.75 * i), 1.5 * i] for i in range(len(sequence))])
@@ -63,14 +63,14 @@ def test_known_contacts_of_a_structure(tmp_path):
     assert np.isnan(known[3]).all() and np.isnan(known[:, 4]).all()
     masked = UBIQUITIN[:10] + "<mask>" + UBIQUITIN[11:]
     np.testing.assert_array_equal(known_contacts(tmp_path / "p.pdb", masked), known)
-    with pytest.raises(ValueError, match="no chain 'B', but A"):
+    with pytest.raises(ValueError, match="Chain 'B' not found in .* .chains: A."):
         known_contacts(tmp_path / "p.pdb", UBIQUITIN, "B")
     (tmp_path / "empty.pdb").write_text("nothing\n")
-    with pytest.raises(ValueError, match="empty.pdb is no PDB or mmCIF file"):
+    with pytest.raises(ValueError, match="empty.pdb is not a PDB or mmCIF file"):
         known_contacts(tmp_path / "empty.pdb", UBIQUITIN)
 
 
-def test_precision_counts_the_most_probable():
+def test_precision_of_the_most_probable_contacts():
     known = np.zeros((30, 30))
     known[0, 10] = known[10, 0] = known[2, 28] = known[28, 2] = 1
     probabilities = np.zeros((30, 30))
@@ -104,9 +104,9 @@ def test_files(folder, tmp_path):
     assert result.arrays["contacts"][i - 1, j - 1] == np.float32(p)
 
 
-def test_a_picture_is_of_one_protein(folder, tmp_path):
+def test_picture_needs_exactly_one_protein(folder, tmp_path):
     (tmp_path / "p.fasta").write_text(">a\nMKT\n>b\nMKT\n")
-    with pytest.raises(ValueError, match="holds 2"):
+    with pytest.raises(ValueError, match="contains 2"):
         contacts(tmp_path / "p.fasta", folder, tmp_path / "o.npz", picture=tmp_path / "p.png")
     for picture in (tmp_path / "map.foo", tmp_path / "nowhere" / "map.png"):
         with pytest.raises(ValueError, match="map"):
@@ -116,8 +116,8 @@ def test_a_picture_is_of_one_protein(folder, tmp_path):
 
 @needs_cpu
 @pytest.mark.parametrize("native", [True, False], ids=["kernels", "plain"])
-def test_padding_is_avoided(native, folder, monkeypatch):
-    """It is computed here even where the kernels pack other batches."""
+def test_short_proteins_are_not_padded_to_long_ones(native, folder, monkeypatch):
+    """Attention maps include padding even if the kernels pack other batches."""
     if not native:
         monkeypatch.setattr(kernels, "native", None)
     model = load_protein_model(MLXAutoModel, folder)
@@ -143,14 +143,14 @@ def test_windows(tmp_path):
     np.testing.assert_allclose(found, found.T, rtol=1e-6)  # on a GPU the last bits differ
 
 
-def test_a_model_without_a_contact_head_is_refused(folder):
+def test_model_without_contact_head_is_refused(folder):
     model = load_protein_model(MLXAutoModel, folder)
     model.network = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="has no contact head: a Linear does not predict contacts"):
         contacts(["MKT"], model)
 
 
-def test_a_model_without_a_trained_contact_head_is_refused(folder, tmp_path):
+def test_model_with_untrained_contact_head_is_refused(folder, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     state = load_file(f"{folder}/model.safetensors")
@@ -165,7 +165,7 @@ def test_a_model_without_a_trained_contact_head_is_refused(folder, tmp_path):
 
 @pytest.fixture
 def room(folder, monkeypatch):
-    """Lets there be memory for the contacts of so many residues, and no more."""
+    """Limit free memory to what the contacts of a number of residues need."""
     model = load_protein_model(MLXAutoModel, folder)
 
     def set_room(residues):
@@ -174,12 +174,12 @@ def room(folder, monkeypatch):
     return set_room
 
 
-def test_what_does_not_fit_into_memory_is_left_out_before_the_work(folder, room, tmp_path):
+def test_protein_too_large_for_memory_is_left_out_before_the_work(folder, room, tmp_path):
     fasta = tmp_path / "p.fasta"
     fasta.write_text(f">a\n{UBIQUITIN}\n>long\n{'MKTAYIAKQR' * 50}\n>b\n{UBIQUITIN[:40]}\n")
     room(100)
     report = contacts(fasta, folder, tmp_path / "out.npz")
-    message = "line 3: 'long' has 500 residues, which need 0.04 GB of memory; there are 0.00 GB free."
+    message = "line 3: 'long' has 500 residues, which need 0.04 GB of memory; 0.00 GB are free."
     assert len(report.left_out) == 1 and report.left_out[0].endswith(message)
     with np.load(tmp_path / "out.npz") as file:
         assert sorted(file.files) == ["a", "b", "metadata"]
@@ -190,8 +190,8 @@ def test_what_does_not_fit_into_memory_is_left_out_before_the_work(folder, room,
         contacts(fasta, folder, tmp_path / "strict.npz", strict=True)
 
 
-def test_a_run_keeps_to_the_memory_that_it_began_with(folder, room, tmp_path, monkeypatch):
-    """Else the results behind a long protein would be counted anew."""
+def test_resumed_run_keeps_its_memory_limit(folder, room, tmp_path, monkeypatch):
+    """Otherwise the results after a long protein would be numbered differently."""
 
     def stop(*arguments):
         raise KeyboardInterrupt
@@ -209,11 +209,11 @@ def test_a_run_keeps_to_the_memory_that_it_began_with(folder, room, tmp_path, mo
         patch.setattr("mlx_esm_hf.runs.run.shard_bytes", stop)
         contacts(fasta, folder, tmp_path / "other.npz")
     room(100)
-    with pytest.raises(ValueError, match="'long' needs 0.04 GB .* When this run began .* were free, now .*: free some"):
+    with pytest.raises(ValueError, match="'long' needs 0.04 GB .* When this run began, .* were free; now .* Free some"):
         contacts(fasta, folder, tmp_path / "other.npz")
 
 
-def test_a_protein_that_no_memory_holds(folder, tmp_path):
+def test_protein_too_large_for_any_memory(folder, tmp_path):
     (tmp_path / "p.fasta").write_text(f">titin_and_more\n{'A' * 300_000}\n>b\n{UBIQUITIN}\n")
     arguments = ["contacts", tmp_path / "p.fasta", "--model", folder, "--output", tmp_path / "top.csv"]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
@@ -250,8 +250,8 @@ print(peak() - before, bytes_needed(model, L))
 @needs_cpu
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("kernels", ["0", "1"])
-def test_memory_is_as_it_is_said(kernels, tmp_path):
-    """That of one layer's maps, however many layers there are."""
+def test_memory_estimate_is_an_upper_bound(kernels, tmp_path):
+    """It counts the maps of one layer, whatever the number of layers."""
     arguments = [sys.executable, "-c", PEAK, write_vocabulary(tmp_path)]
     environment = os.environ | {"MLX_ESM_KERNELS": kernels, "MLX_ESM_MALLOC": "0"}
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)

@@ -21,7 +21,7 @@ def loaded(folder):
 
 
 @pytest.mark.parametrize("family", ["ESM-1", "ESM-1b", "ESM-2"])
-def test_all_layers_as_fair_esm_extracts_them(family):
+def test_all_layers_match_fair_esm(family):
     model, alphabet, ours = fair_esm_pair(family)
     ours = type(ours)(ours.network.esm, ours.tokenizer)
     layers = list(range(model.num_layers + 1))
@@ -39,7 +39,7 @@ def test_all_layers_as_fair_esm_extracts_them(family):
             np.testing.assert_allclose(arrays[f"cls.{layer}"], states[0], atol=1e-5 * scale)
 
 
-def test_poolings_belong_together(loaded):
+def test_poolings_agree_with_each_other(loaded):
     for result in embed(SEQUENCES, loaded, pooling=["mean", "max", "residues"]):
         residues = result.arrays["residues"]
         assert residues.shape == (result.length, 32)
@@ -47,7 +47,7 @@ def test_poolings_belong_together(loaded):
         np.testing.assert_array_equal(result.arrays["max"], residues.max(0))
 
 
-def test_a_run_of_unknown_letters_keeps_its_places(loaded):
+def test_repeated_unknown_letters_keep_their_positions(loaded):
     (result,) = embed(["MKJJJV"], loaded, pooling=["residues"])
     (expected,) = embed(["MKXXXV"], loaded, pooling=["residues"])
     assert result.length == 6
@@ -57,13 +57,13 @@ def test_a_run_of_unknown_letters_keeps_its_places(loaded):
 def test_negative_layers(loaded):
     (a,) = embed(["MKTAYI"], loaded, layers=[-1, 0, -4])
     assert list(a.arrays) == ["mean.3", "mean.0"]
-    with pytest.raises(ValueError, match="layers 0 to 3"):
+    with pytest.raises(ValueError, match="Layer 4 not found. The model has the layers 0 to 3"):
         embed(["MKT"], loaded, layers=[4])
 
 
 @pytest.mark.parametrize("suffix", ["", ".safetensors", ".npz", ".h5", ".parquet"])
 @pytest.mark.parametrize("pooling", [["mean"], ["mean", "residues"]], ids=["vectors", "residues"])
-def test_formats_hold_the_same(folder, tmp_path, suffix, pooling):
+def test_all_formats_contain_the_same_arrays(folder, tmp_path, suffix, pooling):
     names = ["sp|P12345|ONE", "two", "two", "a/b", "five"]
     records = list(zip(names, SEQUENCES, strict=True))
     expected = [result.arrays for result in embed(records, str(folder), pooling=pooling)]
@@ -149,7 +149,7 @@ def read_parquet(output, names, pooling):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".h5"])
-def test_no_id_hides_another(folder, tmp_path, suffix):
+def test_similar_ids_do_not_collide(folder, tmp_path, suffix):
     records = [(name, "MKT" + "A" * i) for i, name in enumerate(["a", "a", "a#2", "metadata", "sp|a|x"])]
     embed(records, str(folder), tmp_path / f"o{suffix}", pooling=["residues"])
     if suffix == ".h5":
@@ -167,12 +167,12 @@ def test_no_id_hides_another(folder, tmp_path, suffix):
     assert lengths == [3, 4, 5, 6, 7]
 
 
-def test_options_of_loading_are_for_models_that_are_not_loaded(loaded):
+def test_loading_options_are_refused_for_a_loaded_model(loaded):
     with pytest.raises(TypeError, match="poolng, long"):
         embed(["MKT"], loaded, poolng=["cls"], long="nonsense")
 
 
-def test_windows_of_a_protein_that_fits_change_nothing(tmp_path):
+def test_windows_do_not_change_short_proteins(tmp_path):
     folder = str(write_model(tmp_path, "ESM-1b", positions=84))  # 80 residues
     plain = list(embed(SEQUENCES, folder, pooling=["mean", "residues"]))
     windowed = list(embed(SEQUENCES, folder, pooling=["mean", "residues"], long="window"))
@@ -182,7 +182,7 @@ def test_windows_of_a_protein_that_fits_change_nothing(tmp_path):
 
 def test_long_proteins(tmp_path):
     folder = str(write_model(tmp_path, "ESM-1b", positions=34))  # 30 residues
-    with pytest.raises(ValueError, match="'1' has 76 residues, the position table .* ends at 30"):
+    with pytest.raises(ValueError, match="'1' has 76 residues; .* accepts at most 30"):
         list(embed([UBIQUITIN], folder))
     (cut,) = embed([UBIQUITIN], folder, long="truncate", pooling=["residues"])
     (plain,) = embed([UBIQUITIN[:30]], folder, pooling=["residues"])
@@ -195,7 +195,7 @@ def test_long_proteins(tmp_path):
     np.testing.assert_allclose(windowed.arrays["residues"][-5:], end.arrays["residues"][-5:], atol=1e-5)
 
 
-def test_long_proteins_of_a_file_are_all_named_before_any_work(tmp_path):
+def test_all_long_proteins_of_a_file_are_named_before_any_work(tmp_path):
     folder = str(write_model(tmp_path / "model", "ESM-1b", positions=34))
     fasta = tmp_path / "p.fasta"
     fasta.write_text(f">a\nMKT\n>b\n{UBIQUITIN}\n>c\n{UBIQUITIN}\n")
@@ -204,7 +204,7 @@ def test_long_proteins_of_a_file_are_all_named_before_any_work(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_batches_do_not_change_answers(folder):
+def test_batch_size_does_not_change_results(folder):
     one = list(embed(SEQUENCES, str(folder), batch_tokens=1))
     all_at_once = list(embed(SEQUENCES, str(folder), batch_tokens=10000))
     for a, b in zip(one, all_at_once, strict=True):
@@ -217,7 +217,7 @@ def test_half_precision_gives_float32(folder):
     assert result.arrays["mean"].dtype == np.float32
 
 
-def test_base_model_of_a_masked_lm_is_the_same(folder, loaded):
+def test_base_model_of_a_masked_lm_gives_the_same_embeddings(folder, loaded):
     network = MLXEsmForMaskedLM.from_pretrained(folder).eval()
     (a,) = embed(["MKT"], type(loaded)(network.esm, loaded.tokenizer))
     (b,) = embed(["MKT"], loaded)

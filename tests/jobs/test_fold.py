@@ -45,11 +45,11 @@ def table(folder):
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 50], ids=["together", "alone"])
-def test_results_are_those_of_the_model(network, batch_tokens):
-    """In a batch, with chains and without; neither linkers nor padding among them."""
-    proteins, told = [("one", UBIQUITIN[:68]), PROTEINS[1], ("three", UBIQUITIN[10:])], []
-    found = list(fold(proteins, network, num_recycles=1, batch_tokens=batch_tokens, progress=told.append))
-    assert len(told) == (2 if batch_tokens is None else 6)  # passes
+def test_results_match_the_model(network, batch_tokens):
+    """Batched and alone, with and without chains. Linkers and padding are not in the results."""
+    proteins, reported = [("one", UBIQUITIN[:68]), PROTEINS[1], ("three", UBIQUITIN[10:])], []
+    found = list(fold(proteins, network, num_recycles=1, batch_tokens=batch_tokens, progress=reported.append))
+    assert len(reported) == (2 if batch_tokens is None else 6)  # passes
     assert [result.id for result in found] == [id for id, _ in proteins]
     for (_, sequence), result in zip(proteins, found, strict=True):
         output = network.infer(sequence, num_recycles=1)
@@ -74,7 +74,7 @@ def test_results_are_those_of_the_model(network, batch_tokens):
         assert arrays["recycles"] == [1] and arrays["seconds"] > 0
 
 
-def test_a_folder(folder, tmp_path):
+def test_folder_output(folder, tmp_path):
     fold(PROTEINS, str(folder), tmp_path / "out")
     names = {f"{name}{ending}" for name in ("P12345", "two", "three") for ending in ENDINGS}
     of_the_run = {"index.csv", "manifest.json", "checksums.txt", "shard-00000000.safetensors"}
@@ -104,7 +104,7 @@ def test_one_format_and_pictures(network, tmp_path, formats, left):
 
 
 @pytest.mark.parametrize("suffix", [".pdb", ".cif"])
-def test_one_file(network, tmp_path, suffix):
+def test_single_file_output(network, tmp_path, suffix):
     output = tmp_path / f"out{suffix}"
     fold(["MKTAYI:GGA"], network, output)
     (result,) = fold(["MKTAYI:GGA"], network)
@@ -112,15 +112,15 @@ def test_one_file(network, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("source", ["file", "Python"])
-def test_one_file_is_of_one_protein(network, tmp_path, source):
+def test_single_file_needs_exactly_one_protein(network, tmp_path, source):
     proteins = PROTEINS if source == "Python" else write_fasta(tmp_path / "p.fasta", PROTEINS)
-    with pytest.raises(ValueError, match="structure of one protein, and there are more: name a folder"):
+    with pytest.raises(ValueError, match="contains one structure, but there are several proteins"):
         fold(proteins, network, tmp_path / "out.pdb")
     assert not (tmp_path / "out.pdb").exists()
 
 
-def test_names_of_files(network, tmp_path):
-    """Of ids that are not safe in a name, that come twice, or differ in what some systems do not tell apart."""
+def test_file_names(network, tmp_path):
+    """Unsafe, repeated, and differing only in case."""
     ids = ["a/b", "../../up", "P1", "p1", "P1", ".hidden", "é$x$", "x" * 300, "x" * 299, "a b"]
     fold([(id, "MKTAYI") for id in ids], network, tmp_path / "out", formats=["pdb"], num_recycles=0)
     rows = table(tmp_path / "out")
@@ -133,12 +133,12 @@ def test_names_of_files(network, tmp_path):
     assert not (tmp_path / "up.pdb").exists() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_cannot_be_folded_is_left_out(network, tmp_path):
+def test_protein_that_cannot_be_folded_is_left_out(network, tmp_path):
     bad = {
-        "masked": ("MK<mask>T", "has <mask>, and only residues can be folded"),
+        "masked": ("MK<mask>T", "has <mask>, but only residues can be folded"),
         "empty_chain": ("MKT:", "is empty, in chain 2"),
-        "digit": ("MK:M3K", "has '3' at 2, which is no residue, in chain 2"),
-        "unknown": ("XXBX:UX", "has no residue of the twenty, and others have no atoms"),
+        "digit": ("MK:M3K", "has '3' at position 2, which is not a residue, in chain 2"),
+        "unknown": ("XXBX:UX", "has none of the 20 standard residues, and other residues have no atoms"),
     }
     proteins = [PROTEINS[0], *((id, sequence) for id, (sequence, _) in bad.items()), PROTEINS[2]]
     report = fold(write_fasta(tmp_path / "p.fasta", proteins), network, tmp_path / "out")
@@ -149,17 +149,17 @@ def test_what_cannot_be_folded_is_left_out(network, tmp_path):
         fold(proteins, network, tmp_path / "strict", strict=True)
 
 
-def test_what_a_pdb_file_has_no_room_for_is_left_out(network, tmp_path):
+def test_protein_too_large_for_pdb_is_left_out(network, tmp_path):
     many = ":".join("G" * 63)
     proteins = [("many", many), ("few", "MKTAYI")]
     report = fold(proteins, network, tmp_path / "both", num_recycles=0)
     assert [row["id"] for row in table(tmp_path / "both")] == ["few"]
-    assert re.search("'many' has 63 chains, and a PDB file ends at 62: take mmCIF alone", report.left_out[0])
+    assert re.search("'many' has 63 chains, but a PDB file has at most 62: use mmCIF", report.left_out[0])
 
 
 @pytest.fixture
 def room(network, monkeypatch):
-    """Lets there be memory to fold so many residues, and no more."""
+    """Limit free memory to what folding a number of residues needs."""
 
     def set_room(residues):
         monkeypatch.setattr(memory, "free_memory", lambda: FoldingModel(network, 0).bytes_needed(residues) + (1 << 20))
@@ -167,7 +167,7 @@ def room(network, monkeypatch):
     return set_room
 
 
-def test_what_does_not_fit_into_memory_is_left_out(network, room, tmp_path):
+def test_protein_too_large_for_memory_is_left_out(network, room, tmp_path):
     room(500)
     proteins = [("a", "MKTAYI"), ("long", "MKTAYIAKQR" * 60), ("linked", ":".join(["GG"] * 30)), ("b", "MKTAY:GG")]
     report = fold(write_fasta(tmp_path / "p.fasta", proteins), network, tmp_path / "out", batch_tokens=10_000)
@@ -179,7 +179,7 @@ def test_what_does_not_fit_into_memory_is_left_out(network, room, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_tokens": 1000}], ids=["by itself", "as asked"])
-def test_a_run_goes_on_with_the_batches_it_began_with(network, room, tmp_path, options):
+def test_resumed_run_keeps_its_batch_size(network, room, tmp_path, options):
     fasta = write_fasta(tmp_path / "p.fasta", PROTEINS)
     room(100)
     fold(fasta, network, tmp_path / "out", **options)
@@ -193,13 +193,13 @@ def test_a_run_goes_on_with_the_batches_it_began_with(network, room, tmp_path, o
 
 
 def same_but_seconds(found, expected):
-    """Whether all files for users are the same; shards and the table have the seconds of the one computing."""
+    """Return whether all files are the same, except those that contain the seconds of the computation."""
     varies = {name for name in expected if name.startswith("shard-")} | {"index.csv", "checksums.txt"}
     return found.keys() == expected.keys() and all(found[name] == expected[name] for name in expected.keys() - varies)
 
 
-def test_a_damaged_file_is_made_of_its_shard(network, tmp_path, monkeypatch):
-    """Without folding anything."""
+def test_damaged_file_is_remade_from_its_shard(network, tmp_path, monkeypatch):
+    """Without folding again."""
     fasta = write_fasta(tmp_path / "p.fasta", PROTEINS)
     fold(fasta, network, tmp_path / "out", pictures=True)
     before = contents(tmp_path / "out")
@@ -210,15 +210,15 @@ def test_a_damaged_file_is_made_of_its_shard(network, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == before
 
 
-def test_another_number_of_recycles_is_another_run(network, tmp_path):
+def test_run_with_other_recycles_is_refused(network, tmp_path):
     fasta = write_fasta(tmp_path / "p.fasta", PROTEINS[2:])
     fold(fasta, network, tmp_path / "out", num_recycles=0)
-    with pytest.raises(ValueError, match="num_recycles: 0 there, 1 here"):
+    with pytest.raises(ValueError, match="num_recycles: 0; now: 1"):
         fold(fasta, network, tmp_path / "out", num_recycles=1)
 
 
-def test_chunks_cost_about_the_same(network, tmp_path):
-    """So that a kill loses no more than the work of a batch of one long protein."""
+def test_chunks_have_similar_work(network, tmp_path):
+    """A kill loses at most the work of one protein of `batch_tokens` residues."""
     draw = random.Random(0)
     proteins = [(f"p{i}", "".join(draw.choices("ACDEFGHIKLMNPQRSTVWY", k=10 + 3 * i))) for i in range(10)]
     fold(proteins, network, tmp_path / "out", batch_tokens=40, num_recycles=0)
@@ -228,22 +228,22 @@ def test_chunks_cost_about_the_same(network, tmp_path):
     assert list(shards.values()) == [[10, 13, 16, 19, 22], [25, 28], [31], [34], [37]]
 
 
-def test_pairs_of_padding_are_avoided(network):
-    """A short protein goes with others of its length, not with a long one."""
-    told: list = []
+def test_short_proteins_are_not_folded_with_long_ones(network):
+    """Proteins of similar length are folded together."""
+    reported: list = []
     proteins = [("long", 2 * UBIQUITIN), ("a", "MKTAYI"), ("b", "GG")]
-    list(fold(proteins, network, num_recycles=0, batch_tokens=1000, progress=told.append))
-    assert [progress.doing for progress in told] == [
+    list(fold(proteins, network, num_recycles=0, batch_tokens=1000, progress=reported.append))
+    assert [progress.doing for progress in reported] == [
         "long (152 residues), pass 1 of 1",
         "a (6 residues) and 1 more, pass 1 of 1",
     ]
 
 
-def test_each_pass_is_told(network):
-    told = []
+def test_each_pass_is_reported(network):
+    reported = []
     proteins = [("long", UBIQUITIN), ("a", "MKTAYI"), ("b", "GG")]
-    list(fold(proteins, network, num_recycles=1, batch_tokens=80, progress=told.append))
-    assert [progress.doing for progress in told] == [
+    list(fold(proteins, network, num_recycles=1, batch_tokens=80, progress=reported.append))
+    assert [progress.doing for progress in reported] == [
         "long (76 residues), pass 1 of 2",
         "long (76 residues), pass 2 of 2",
         "a (6 residues) and 1 more, pass 1 of 2",
@@ -265,21 +265,21 @@ def test_dtypes(folder, network):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"formats": ["cif", "xyz"]}, ValueError, "formats xyz: choose from pdb, cif"),
+        ({"formats": ["cif", "xyz"]}, ValueError, "formats must be any of pdb, cif, got xyz"),
         ({"num_recycles": -1}, ValueError, "num_recycles=-1"),
-        ({"batch_tokens": 0}, ValueError, "batch_tokens=0: at least one is needed"),
-        ({"dtype": "float32"}, TypeError, "dtype: this is for loading a model"),
-        ({"pictures": True, "output": None}, ValueError, "Pictures are files in a folder"),
+        ({"batch_tokens": 0}, ValueError, "batch_tokens must be at least 1, got 0"),
+        ({"dtype": "float32"}, TypeError, "dtype: options for loading a model"),
+        ({"pictures": True, "output": None}, ValueError, "Pictures are written into a folder"),
     ],
 )
-def test_options_that_are_refused(network, tmp_path, options, error, message):
+def test_invalid_options_are_refused(network, tmp_path, options, error, message):
     arguments = {"output": tmp_path / "out"} | options
     with pytest.raises(error, match=message):
         fold(["MKTAYI"], network, **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_library_that_is_not_installed(network, tmp_path, monkeypatch):
+def test_missing_library_is_reported(network, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "modelcif" else name)
     for output in ("out", "out.cif"):
         with pytest.raises(ValueError, match=r"cif needs modelcif: pip install 'mlx-esm-hf\[fold\]'"):
@@ -287,7 +287,7 @@ def test_a_library_that_is_not_installed(network, tmp_path, monkeypatch):
     fold(["MKTAYI"], network, tmp_path / "out.pdb")
 
 
-def test_memory_is_bounded():
+def test_memory_estimate_is_an_upper_bound():
     """What folding takes with states of pairs as wide as the published ones is a good part of what is foreseen, and
     never more, for a protein and for a batch of as many tokens."""
     fields = tiny_folding()

@@ -1,4 +1,4 @@
-"""A model with its tokenizer, as the jobs load it."""
+"""Loading a model with its tokenizer, and batching."""
 
 import shutil
 
@@ -20,7 +20,7 @@ def folder(tmp_path):
 
 
 def test_model_and_tokenizer_of_one_commit(folder, tmp_path, monkeypatch):
-    """What is pushed after the weights have come is not read."""
+    """What is pushed after the weights were downloaded is not read."""
     later = shutil.copytree(folder, tmp_path / "later")
     (later / "vocab.txt").write_text((folder / "vocab.txt").read_text().replace("L\nA\n", "A\nL\n"))
     hub = Hub({("me/esm", "main"): folder})
@@ -58,30 +58,30 @@ def binary_vocabulary(folder):
 
 
 @pytest.mark.parametrize("damage", [no_vocabulary, cut_config, list_for_config, binary_vocabulary])
-def test_a_tokenizer_that_is_damaged(damage, folder):
+def test_damaged_tokenizer(damage, folder):
     damage(folder)
     with pytest.raises((CheckpointError, OSError), match="tokenizer"):
         load_protein_model(MLXAutoModel, str(folder))
 
 
-def test_device_that_there_is_not(folder):
+def test_unknown_device(folder):
     with pytest.raises(ValueError, match="device='tpu' is not one of cpu, gpu"):
         load_protein_model(MLXAutoModel, str(folder), device="tpu")
 
 
 @pytest.mark.skipif(mx.is_available(mx.gpu), reason="there is a GPU")
-def test_gpu_that_there_is_not(folder):
+def test_missing_gpu(folder):
     with pytest.raises(ValueError, match="device='gpu': MLX has no GPU here"):
         load_protein_model(MLXAutoModel, str(folder), device="gpu")
 
 
 def rows_of(model, lengths):
-    """How many rows each batch of sequences of these lengths has."""
+    """Return the number of rows of each batch of sequences of these lengths."""
     sequences = [np.full(length, model.vocabulary.ids["A"], np.int32) for length in lengths]
     return [len(batch.windows) for batch in model.batches(sequences)]
 
 
-def test_padding_is_avoided_where_it_is_computed(folder, monkeypatch):
+def test_rows_are_separated_if_padding_is_computed(folder, monkeypatch):
     monkeypatch.setattr(kernels, "native", None)
     model = load_protein_model(MLXAutoModel, str(folder), batch_tokens=16384)
     assert rows_of(model, [2000, 100, 99, 98]) == [1, 3]
@@ -89,6 +89,6 @@ def test_padding_is_avoided_where_it_is_computed(folder, monkeypatch):
 
 @needs_cpu
 @needs_kernels
-def test_as_few_batches_as_can_be_where_they_are_packed(folder):
+def test_fewest_batches_if_they_are_packed(folder):
     model = load_protein_model(MLXAutoModel, str(folder), batch_tokens=16384)
     assert rows_of(model, [2000, 100, 99, 98]) == [4]

@@ -1,3 +1,5 @@
+"""`score`."""
+
 import csv
 import itertools
 import re
@@ -5,11 +7,8 @@ import weakref
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mlx_esm_hf import MLXAutoModelForMaskedLM, score
-from mlx_esm_hf.data.mutations import parse, split, suggest_first_residue
 from mlx_esm_hf.data.proteins import STANDARD
 from tests.jobs.models import (
     UBIQUITIN,
@@ -20,11 +19,13 @@ from tests.jobs.models import (
 )
 
 WILD = UBIQUITIN[:20]
+
+
 MUTANTS = ["M1A", "K6R", "Q2E:G10W", "L15L", "T7V:T9S:E18D"]
 
 
 def fair_esm_score(method, model, alphabet, sequence, mutant):
-    """The score of fair-esm's predict.py, position by position."""
+    """Compute the score of fair-esm's predict.py, position by position."""
     index = alphabet.get_idx
     tokens = fair_esm_tokens(alphabet, sequence)
     parts = [re.fullmatch(r"(.)(\d+)(.)", part).groups() for part in mutant.split(":")]
@@ -53,7 +54,7 @@ def masked(model, alphabet, tokens, place):
 
 @pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "pseudo-perplexity"])
 @pytest.mark.parametrize("family", ["ESM-1", "ESM-1b", "ESM-1v", "ESM-2"])
-def test_scores_are_fair_esm_s(family, method):
+def test_scores_match_fair_esm(family, method):
     model, alphabet, ours = fair_esm_pair(family)
     found = score(MUTANTS, WILD, ours, method=method)
     for mutant, row in zip(MUTANTS, found.rows, strict=True):
@@ -66,7 +67,7 @@ def models(tmp_path_factory):
     return [str(write_model(tmp_path_factory.mktemp(f"model{seed}"), seed=seed)) for seed in range(2)]
 
 
-def test_a_table_keeps_its_columns_and_gets_one_for_each_model_and_their_mean(models, tmp_path):
+def test_table_keeps_its_columns_and_gains_scores_and_their_mean(models, tmp_path):
     table = tmp_path / "in.csv"
     table.write_text('name,mut,note\nx,M24A,"a, b"\ny,K29R,\nz,A24M,wrong\n', encoding="utf-8-sig")
     found = score(
@@ -84,12 +85,12 @@ def test_a_table_keeps_its_columns_and_gets_one_for_each_model_and_their_mean(mo
     assert [p.name for p in tmp_path.iterdir() if "shards" in p.name or "part" in p.name] == []
 
 
-def test_the_right_numbering_is_suggested(models):
-    with pytest.raises(ValueError, match="No mutation fits the sequence. More would fit with --first-residue 101"):
+def test_first_residue_is_suggested(models):
+    with pytest.raises(ValueError, match="No mutant matches the sequence. More would match with --first-residue 101"):
         score(["M101A", "Q102A", "K106R"], WILD, models[0])
 
 
-def test_scan_has_all_residues_at_all_positions(models, tmp_path):
+def test_scan_covers_all_residues_at_all_positions(models, tmp_path):
     picture = tmp_path / "map.png"
     found = score(None, WILD, models[0], tmp_path / "scan.csv", picture=picture)
     assert [row["mutant"] for row in found.rows] == [
@@ -106,18 +107,18 @@ def test_scan_has_all_residues_at_all_positions(models, tmp_path):
 @pytest.mark.parametrize(
     ("fasta", "message"),
     [
-        (">a\nMKTAYI\n>b\nMK1\n", "line 3: 'b' has '1' at 3"),
+        (">a\nMKTAYI\n>b\nMK1\n", "line 3: 'b' has '1' at position 3"),
         (">a\nMK-TAYI\n", "The wild type has 1 gaps"),
-        (">a\nMKTAYI\n>b\nMKT\n", "holds 2 proteins"),
+        (">a\nMKTAYI\n>b\nMKT\n", "contains 2 proteins"),
     ],
 )
-def test_nothing_of_a_wild_type_is_dropped_in_silence(fasta, message, tmp_path):
+def test_wild_type_with_bad_records_is_refused(fasta, message, tmp_path):
     (tmp_path / "wild.fasta").write_text(fasta)
     with pytest.raises(ValueError, match=message):
         score(["M1A"], tmp_path / "wild.fasta", "no model is loaded")
 
 
-def test_letters_of_a_wild_type_that_became_x_are_counted(tmp_path):
+def test_replaced_letters_of_the_wild_type_are_counted(tmp_path):
     (tmp_path / "wild.fasta").write_text(">a\nMKJAYIJ\n")
     model = str(write_model(tmp_path / "model"))
     assert score(["M1A"], tmp_path / "wild.fasta", model).replaced == 2
@@ -126,7 +127,7 @@ def test_letters_of_a_wild_type_that_became_x_are_counted(tmp_path):
 
 def test_long_wild_type_in_windows(tmp_path):
     folder = str(write_model(tmp_path, "ESM-1b", positions=34))  # 30 residues
-    with pytest.raises(ValueError, match="ends at 30"):
+    with pytest.raises(ValueError, match="accepts at most 30"):
         score(["M1A"], UBIQUITIN, folder)
     for method in ("masked-marginals", "wt-marginals"):
         row = score(["M1A"], UBIQUITIN, folder, method=method, long="window").rows[0]
@@ -134,22 +135,22 @@ def test_long_wild_type_in_windows(tmp_path):
         assert row[folder] == pytest.approx(plain[folder], abs=1e-4)
 
 
-def test_what_a_model_does_not_read_is_left_out(tmp_path):
+def test_mutant_beyond_a_truncated_wild_type_is_left_out(tmp_path):
     folder = str(write_model(tmp_path, "ESM-1b", positions=34))
     found = score(["M1A", f"{UBIQUITIN[40]}41A"], UBIQUITIN, folder, long="truncate", method="wt-marginals")
     assert folder in found.rows[0] and folder not in found.rows[1]
-    assert found.left_out == [f"row 2: {folder} reads 30 residues."]
+    assert found.left_out == [f"row 2: {folder} reads only the first 30 residues."]
 
 
 def test_columns_are_not_overwritten(models, tmp_path):
     (tmp_path / "in.csv").write_text("mutant,mean\nM1A,mine\n")
-    with pytest.raises(ValueError, match="would be called 'mean'"):
+    with pytest.raises(ValueError, match="would be named 'mean'"):
         score(tmp_path / "in.csv", WILD, models, tmp_path / "out.csv")
 
 
 def test_output_is_not_overwritten(models, tmp_path):
     (tmp_path / "out.csv").write_text("mine")
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="already exists"):
         score(["M1A"], WILD, models[0], tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text() == "mine"
 
@@ -157,13 +158,13 @@ def test_output_is_not_overwritten(models, tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("a,b\n1,2\n", "no column 'mutant'"),
-        ("mutant,b\nM1A\n", "line 2: the row does not have 2 columns"),
-        ("mutant,mutant\nM1A,M1A\n", "two columns of one name"),
-        ("", "no column 'mutant'"),
-        ("mutant\nhello\n", "no substitution like A42G"),
+        ("a,b\n1,2\n", "No column 'mutant'"),
+        ("mutant,b\nM1A\n", "line 2: expected 2 columns"),
+        ("mutant,mutant\nM1A,M1A\n", "two columns of the same name"),
+        ("", "No column 'mutant'"),
+        ("mutant\nhello\n", "is not a mutation. Expected one such as A42G"),
         ("mutant\nM1A:M1C\n", "mutated twice"),
-        ("mutant\nM1J\n", "J is no residue"),
+        ("mutant\nM1J\n", "J is not a residue"),
     ],
 )
 def test_bad_tables(models, tmp_path, table, message):
@@ -172,28 +173,9 @@ def test_bad_tables(models, tmp_path, table, message):
         score(tmp_path / "in.csv", WILD, models[0])
 
 
-@given(st.text(max_size=40) | st.from_regex(r"[A-Za-z]-?[0-9]{1,12}[A-Za-z](:[A-Z][0-9]+[A-Z])?", fullmatch=True))
-def test_any_mutation_is_read_or_refused(text):
-    try:
-        parts = split(text)
-        found = parse(text, WILD, 1)
-    except ValueError as error:
-        assert str(error)
-        return
-    assert len(found) == len(parts) >= 1
-    assert all(WILD[s.position] == s.wild_type for s in found)
-
-
-@given(st.integers(-50, 2000), st.data())
-def test_suggestion_undoes_a_shift(first, data):
-    places = data.draw(st.sets(st.integers(0, len(UBIQUITIN) - 1), min_size=15))
-    mutants = [f"{UBIQUITIN[place]}{place + first}A" for place in places]
-    assert suggest_first_residue(mutants, UBIQUITIN) == first
-
-
 @pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "pseudo-perplexity"])
-def test_no_two_models_at_once(models, tmp_path, monkeypatch, method):
-    """When a model is loaded, those before it are gone."""
+def test_only_one_model_is_in_memory_at_a_time(models, tmp_path, monkeypatch, method):
+    """When a model is loaded, earlier models have been freed."""
     load, alive = MLXAutoModelForMaskedLM.from_pretrained, []
 
     def watched(*args, **kwargs):
@@ -208,7 +190,7 @@ def test_no_two_models_at_once(models, tmp_path, monkeypatch, method):
     assert len(alive) == 5
 
 
-def test_a_table_that_begins_with_an_empty_line(tmp_path):
+def test_table_with_an_empty_first_line(tmp_path):
     (tmp_path / "mutants.csv").write_text("\nmutant\nM1A\n")
-    with pytest.raises(ValueError, match="has no column 'mutant' .*, but nothing in its first line"):
+    with pytest.raises(ValueError, match="No column 'mutant' in .*: its first line is empty"):
         score(tmp_path / "mutants.csv", "MKTAYI", "no model is loaded")

@@ -1,4 +1,4 @@
-"""The files of a structure, as others read them."""
+"""The files of a structure, read by other libraries."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def result(folding):
 
 @dataclass
 class Read:
-    """Atoms in the order of a file."""
+    """The atoms of a file, in its order."""
 
     chains: list
     numbers: list
@@ -49,7 +49,7 @@ class Read:
 
 
 def expected(result):
-    """The atoms that a file has to have."""
+    """Return the atoms that a file must contain."""
     read = Read([], [], [], [], [], [])
     starts = np.cumsum([0, *map(len, CHAINS)])
     for place, residue in enumerate(result.arrays["aatype"]):
@@ -86,8 +86,8 @@ def by_biotite(text, suffix):
 
 @pytest.mark.parametrize("read", [by_gemmi, by_biotite])
 @pytest.mark.parametrize(("suffix", "make"), [("pdb", structures.pdb), ("cif", structures.mmcif)])
-def test_read_back(result, suffix, make, read):
-    """Chains, numbering, atoms, coordinates and B factors; no linkers, and no atoms of X."""
+def test_files_are_read_back_by_other_libraries(result, suffix, make, read):
+    """Chains, numbers, atoms, coordinates and B factors match; linkers and X have no atoms."""
     ours, theirs = expected(result), read(make(result).decode(), suffix)
     for name in ("chains", "numbers", "residues", "names"):
         assert getattr(theirs, name) == getattr(ours, name), name
@@ -98,7 +98,7 @@ def test_read_back(result, suffix, make, read):
 
 
 @pytest.mark.parametrize(("suffix", "make"), [("pdb", structures.pdb), ("cif", structures.mmcif)])
-def test_the_sequences_have_all_residues(result, suffix, make):
+def test_sequences_contain_all_residues(result, suffix, make):
     text = make(result).decode()
     structure = gemmi.read_pdb_string(text) if suffix == "pdb" else None
     if structure is None:
@@ -114,8 +114,8 @@ def angle(a, b, c):
 
 
 @pytest.mark.parametrize(("suffix", "make"), [("pdb", structures.pdb), ("cif", structures.mmcif)])
-def test_the_backbone_is_ideal(result, suffix, make):
-    """In the file, whose digits end at 0.001 Å."""
+def test_backbone_has_ideal_geometry(result, suffix, make):
+    """Within the precision of the file, 0.001 Å."""
     read = by_gemmi(make(result).decode(), suffix)
     names, positions = np.array(read.names), np.array(read.positions)
     nitrogen, alpha, carbon = (positions[names == name] for name in ("N", "CA", "C"))
@@ -125,7 +125,7 @@ def test_the_backbone_is_ideal(result, suffix, make):
     np.testing.assert_allclose(angle(nitrogen, alpha, carbon), 111, atol=2.5)
 
 
-def test_pdb_is_of_80_columns(result):
+def test_pdb_lines_have_80_columns(result):
     lines = structures.pdb(result).decode().splitlines()
     assert {len(line) for line in lines} == {80}
     assert [line[:6].strip() for line in lines if not line.startswith(("ATOM", "SEQRES"))] == [
@@ -136,7 +136,7 @@ def test_pdb_is_of_80_columns(result):
     ]
 
 
-def test_modelcif_says_how_good_it_is(result):
+def test_modelcif_contains_quality_scores(result):
     block = gemmi.cif.read_string(structures.mmcif(result).decode()).sole_block()
     table = block.find("_ma_qa_metric.", ["id", "name", "type", "mode"])
     metrics = {row[0]: tuple(map(gemmi.cif.as_string, list(row)[1:])) for row in table}
@@ -159,7 +159,7 @@ def test_modelcif_says_how_good_it_is(result):
     np.testing.assert_allclose([float(row[3]) for row in local], [read.plddt[i] for i in alphas], atol=1e-3)
 
 
-def test_modelcif_reads_it(result):
+def test_modelcif_reads_the_file(result):
     (system,) = modelcif.reader.read(io.StringIO(structures.mmcif(result).decode()))
     assert system.id == "P12345" and system.title == "ESMFold prediction for sp|P12345|FOUR 'chains'; ?$??"
     assert [len(entity.sequence) for entity in system.entities] == [21, 9, 2]  # two chains are alike
@@ -170,7 +170,7 @@ def test_modelcif_reads_it(result):
 
 
 @pytest.mark.parametrize("id", ["DATA_1", "#1", ";x", "loop_", "_x", "$x", "'", '"', "?", ".", "[x]", "x" * 300])
-def test_ids_that_mean_something_in_a_file(result, id):
+def test_ids_with_special_meaning_in_files(result, id):
     named = result._replace(id=id)
     block = gemmi.cif.read_string(structures.mmcif(named).decode()).sole_block()
     assert gemmi.cif.as_string(block.find_value("_struct.title")).endswith(id[:200].replace('"', "?"))
@@ -179,7 +179,7 @@ def test_ids_that_mean_something_in_a_file(result, id):
     assert len(by_gemmi(structures.pdb(named).decode(), "pdb").names) == len(expected(result).names)
 
 
-def test_the_same_bytes_each_time(result):
+def test_bytes_are_reproducible(result):
     for make in (
         structures.pdb,
         structures.mmcif,
@@ -191,7 +191,7 @@ def test_the_same_bytes_each_time(result):
         assert make(result) == make(result)
 
 
-def test_the_aligned_error_as_alphafold_db_has_it(result):
+def test_aligned_error_in_the_layout_of_alphafold_db(result):
     text = structures.aligned_error_json(result).decode()
     ((key, error), (largest, value)) = json.loads(text)[0].items()
     assert (key, largest, value) == ("predicted_aligned_error", "max_predicted_aligned_error", 31.75)
@@ -220,7 +220,7 @@ def test_pictures(result, draw):
 
 
 def made_up(chains):
-    """A result of glycines, in chains of these lengths."""
+    """Make a result of glycines in chains of these lengths."""
     length = sum(chains)
     random = np.random.default_rng(0)
     glycine = RESTYPES.index("G")
@@ -242,19 +242,19 @@ def made_up(chains):
 @pytest.mark.parametrize(
     ("chains", "message"),
     [
-        ([10_000], "has 10,000 residues in a chain, and a PDB file ends at 9,999"),
-        ([2] * 63, "has 63 chains, and a PDB file ends at 62"),
-        ([9_000, 9_000, 7_000], "has 100,003 atoms, and a PDB file ends at 99,999"),
+        ([10_000], "has 10,000 residues in a chain, but a PDB file has at most 9,999"),
+        ([2] * 63, "has 63 chains, but a PDB file has at most 62"),
+        ([9_000, 9_000, 7_000], "has 100,003 atoms, but a PDB file has at most 99,999"),
     ],
 )
-def test_what_a_pdb_file_has_no_room_for(chains, message):
+def test_limits_of_pdb_files_are_checked(chains, message):
     arrays = made_up(chains).arrays
-    with pytest.raises(ValueError, match=f"^{message}: take mmCIF alone"):
+    with pytest.raises(ValueError, match=f"^{message}: use mmCIF"):
         structures.refuse_for_pdb(arrays["aatype"], arrays["chain_index"])
 
 
 @pytest.mark.parametrize("chains", [[9_999], [1] * 62])
-def test_the_most_that_a_pdb_file_has_room_for(chains):
+def test_largest_pdb_files(chains):
     result = made_up(chains)
     structures.refuse_for_pdb(result.arrays["aatype"], result.arrays["chain_index"])
     read = by_gemmi(structures.pdb(result).decode(), "pdb")
@@ -266,7 +266,7 @@ def test_the_most_that_a_pdb_file_has_room_for(chains):
 
 
 @pytest.mark.parametrize("chains", [[10_001], [1] * 100])
-def test_mmcif_has_room_for_more(chains):
+def test_mmcif_has_no_such_limits(chains):
     result = made_up(chains)
     read = by_biotite(structures.mmcif(result).decode(), "cif")
     assert len(read.names) == 4 * sum(chains) and len(set(read.chains)) == len(chains)

@@ -228,7 +228,7 @@ def test_invalid_options(esm2, tmp_path):
         ({"dequantize": True}, "is not quantized"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, got 'int8'"),
         ({"report": []}, "The report has no proteins"),
-        ({"report": ["M1"]}, "'1' has '1' at 2"),
+        ({"report": ["M1"]}, "'1' has '1' at position 2"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             convert(esm2, tmp_path / "result", **options)

@@ -1,4 +1,4 @@
-"""The files that are made of shards: the same each time, and a full disk is an error of the operating system."""
+"""Output files: reproducible bytes, and errors of a full disk."""
 
 import subprocess
 import sys
@@ -16,8 +16,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("pooling", ["mean", "residues"])
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".h5", ".parquet"])
-def test_the_same_bytes_each_time(suffix, pooling, folder, tmp_path):
-    """The safetensors library puts metadata into a random order, one of thousands here."""
+def test_bytes_are_reproducible(suffix, pooling, folder, tmp_path):
+    """The safetensors library writes metadata in random order, one of thousands here."""
     written = set()
     for i in range(4):
         output = tmp_path / f"{i}{suffix}"
@@ -32,21 +32,21 @@ from mlx_esm_hf import embed
 def limit(*arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 if sys.argv[3] == "limited":
-    import mlx_esm_hf.jobs.protein_job as job
-    write_files = job.write_files
-    job.write_files = lambda *arguments: (limit(), write_files(*arguments))
+    from mlx_esm_hf.runs import run
+    write_files = run.write_files
+    run.write_files = lambda *arguments: (limit(), write_files(*arguments))
 embed(sys.argv[1], sys.argv[2], sys.argv[4], pooling=["residues"], batch_tokens=512)
 """
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".h5", ".parquet"])
-def test_a_full_disk_is_told_and_the_same_command_goes_on(suffix, folder, tmp_path):
+def test_full_disk_is_reported_and_the_command_resumes(suffix, folder, tmp_path):
     fasta, output = tmp_path / "in.fasta", tmp_path / f"out{suffix}"
     fasta.write_text("".join(f">{i}\n{UBIQUITIN * 2}\n" for i in range(20)))
     command = [sys.executable, "-c", LIMITED, str(fasta), folder]
     done = subprocess.run([*command, "limited", str(output)], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"OSError: {output} cannot be written (") and last.endswith("goes on from there."), (
+    assert last.startswith(f"OSError: {output} cannot be written (") and last.endswith("again to continue."), (
         done.stderr
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", f"out{suffix}.shards"]

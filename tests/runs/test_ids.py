@@ -1,4 +1,4 @@
-"""Ids that files cannot hold are found before the work, and no two become one."""
+"""Invalid ids are found before the work, and different ids never collide in files."""
 
 import numpy as np
 import pytest
@@ -20,21 +20,23 @@ ODD = {"NUL": "a\0b", "half a character": "a\ud800", "very long": "x" * 40_000, 
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_no_file_holds_is_left_out(suffix, folder, tmp_path):
+def test_invalid_ids_are_left_out(suffix, folder, tmp_path):
     computed = []
     records = [(id, "MKT") for id in ["a", *ODD.values(), "b"]]
     report = embed(records, folder, tmp_path / f"out{suffix}", progress=computed.append)
-    assert len(report.left_out) == len(ODD) and sum(progress.computed for progress in computed) == 6
-    for message, said in zip(report.left_out, ["NUL", "half of a character", "32768 at most", "lines"], strict=True):
+    assert len(report.left_out) == len(ODD) and sum(progress.residues_computed for progress in computed) == 6
+    for message, said in zip(
+        report.left_out, ["NUL", "unpaired surrogate", "32768 at most", "line break"], strict=True
+    ):
         assert said in message and len(message) < 300
     with pytest.raises(ValueError, match="has a NUL in its id"):
         embed(records, folder, tmp_path / f"strict{suffix}", strict=True)
 
 
-def test_a_nul_in_a_file_is_found_by_the_survey(folder, tmp_path):
-    """Two ids that a zip archive would cut to one."""
+def test_survey_finds_nul_in_ids(folder, tmp_path):
+    """A zip archive would cut both ids to the same name."""
     (tmp_path / "in.fasta").write_bytes(b">a\0b\nMKT\n>a\0c\nMKT\n")
-    with pytest.raises(ValueError, match="(?s)holds no proteins.*has a NUL in its id.*has a NUL in its id"):
+    with pytest.raises(ValueError, match="(?s)contains no proteins.*has a NUL in its id.*has a NUL in its id"):
         embed(tmp_path / "in.fasta", folder, tmp_path / "out.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
 
@@ -45,7 +47,7 @@ NAMES = ["x", "x.npy", "x.npy.npy", ".", "", "..", "__metadata__", "metadata", "
 
 @pytest.mark.parametrize("pooling", [["residues"], ["mean", "residues"]], ids="+".join)
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".h5"])
-def test_no_two_ids_become_one(suffix, pooling, folder, tmp_path):
+def test_different_ids_never_become_the_same_name(suffix, pooling, folder, tmp_path):
     records = [(name, "M" + "A" * i) for i, name in enumerate(NAMES)]
     for order in (records, records[::-1]):
         output = tmp_path / f"out{suffix}"
@@ -55,7 +57,7 @@ def test_no_two_ids_become_one(suffix, pooling, folder, tmp_path):
 
 
 def read(path, suffix):
-    """The states of residues, each through the name that a reader would ask for."""
+    """Read the states of residues by name."""
     if suffix == ".npz":
         with np.load(path) as file:
             return [file[name] for name in file.files if file[name].ndim == 2]
@@ -74,20 +76,20 @@ def read(path, suffix):
 @pytest.mark.parametrize(
     ("suffix", "pooling"), [(".safetensors", "mean"), (".npz", "mean"), (".safetensors", "residues")]
 )
-def test_more_ids_than_a_file_holds(suffix, pooling, folder, tmp_path, monkeypatch):
+def test_too_many_ids_for_a_format(suffix, pooling, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ids, "HEADER", 1000)
     monkeypatch.setattr(ids, "ID_ARRAY", 1000)
     fasta = tmp_path / "in.fasta"
     fasta.write_text("".join(f">protein{i}\nMKT\n" for i in range(100)))
-    with pytest.raises(ValueError, match="proteins and more.*choose .h5, .parquet or a folder of shards"):
+    with pytest.raises(ValueError, match="more than .* proteins.*Choose .h5, .parquet or a folder of shards"):
         embed(fasta, folder, tmp_path / f"out{suffix}", pooling=[pooling])
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
     report = embed(fasta, folder, tmp_path / "out.h5", pooling=[pooling])
     assert not report.left_out
 
 
-def test_the_header_is_as_large_as_it_is_said(folder, tmp_path):
-    """What is counted before the work is no less than what is written, nor much more."""
+def test_header_size_is_estimated_closely(folder, tmp_path):
+    """The size counted before the work is an upper bound, and not much larger than the real size."""
     records = [(f'protein "{i}" of é', "MKT") for i in range(300)]
     for pooling, arrays in ((["mean"], 0), (["residues", "mean"], 2)):
         embed(records, folder, tmp_path / "out.safetensors", pooling=pooling)
@@ -100,8 +102,8 @@ def test_the_header_is_as_large_as_it_is_said(folder, tmp_path):
         assert written - 1000 <= counted.header <= 2 * written
 
 
-def test_names_of_files():
-    """Safe everywhere, readable, and no two alike, be it where `a` and `A` are one name."""
+def test_file_names():
+    """Safe on all systems, readable, and different even if case is ignored."""
     named = {
         "sp|P12345|ONE_HUMAN": "P12345",
         "p12345": "p12345_2",

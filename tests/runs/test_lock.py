@@ -1,4 +1,4 @@
-"""Two processes with one output."""
+"""Two processes with the same output."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def command(kind, fasta, folder, output):
 
 
 @pytest.mark.parametrize("name", ["out", "out.npz", "out.h5", "score.csv"])
-def test_the_second_process_is_refused(name, fasta, folder, tmp_path):
+def test_second_process_is_refused(name, fasta, folder, tmp_path):
     output = tmp_path / name
     arguments = command(output.stem, fasta, folder, output)
     first = subprocess.Popen(arguments, stderr=subprocess.PIPE)
@@ -44,7 +44,7 @@ def test_the_second_process_is_refused(name, fasta, folder, tmp_path):
         first.send_signal(signal.SIGSTOP)
         second = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert second.returncode == 1
-        assert f"{output} is being written by another process: wait until that has ended" in second.stderr
+        assert f"{output} is being written by another process: Wait until it has ended" in second.stderr
     finally:
         first.send_signal(signal.SIGCONT)
     assert first.communicate()[0] is None and first.returncode == 0
@@ -56,7 +56,7 @@ def test_the_second_process_is_refused(name, fasta, folder, tmp_path):
             assert path.read_bytes() == alone.read_bytes()
 
 
-def test_a_lock_is_taken_and_given_back(tmp_path):
+def test_lock_is_acquired_and_released(tmp_path):
     with locked(tmp_path / "out"):
         with pytest.raises(ValueError, match="is being written by another process"), locked(tmp_path / "out"):
             pass
@@ -67,30 +67,30 @@ def test_a_lock_is_taken_and_given_back(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_file_without_its_process_is_no_lock(tmp_path):
+def test_leftover_lock_file_does_not_lock(tmp_path):
     (tmp_path / ".out.mlx-esm.lock").touch()
     with locked(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kill_when_all_is_done_leaves_no_lock(tmp_path):
-    """The next command, which is refused since the file is there, removes it."""
+def test_leftover_lock_file_of_a_finished_run_is_removed(tmp_path):
+    """The next command removes it, although it is refused because the file exists."""
     (tmp_path / "out.npz").touch()
     (tmp_path / ".out.npz.mlx-esm.lock").touch()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         check_outputs(tmp_path / "out.npz", [".npz"])
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
 
 
-def test_a_link_for_a_lock_file_is_not_followed(tmp_path):
+def test_link_in_place_of_a_lock_file_is_not_followed(tmp_path):
     (tmp_path / ".out.mlx-esm.lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError), locked(tmp_path / "out"):
         pass
     assert not os.path.lexists(tmp_path / "elsewhere")
 
 
-def test_a_folder_has_one_lock_under_all_its_names(tmp_path):
+def test_links_to_a_folder_share_its_lock(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with (

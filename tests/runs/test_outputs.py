@@ -1,4 +1,4 @@
-"""The files that a job is asked for: none is ever written over, and each is there as a whole or not at all."""
+"""Output files are written atomically and never overwrite others."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def fasta(tmp_path):
 
 
 def call(job, fasta, folder, files):
-    """A job with the files that it can write, by their suffixes."""
+    """Run a job with all files that it can write, given by their suffixes."""
     if job == "embed":
         return embed(fasta, folder, files[".npz"])
     if job == "fill_mask":
@@ -61,12 +61,12 @@ def files(tmp_path):
 
 @pytest.mark.parametrize(("job", "suffix"), EACH)
 @pytest.mark.parametrize("kind", ["file", "link to nowhere"])
-def test_what_is_there_is_kept(job, suffix, kind, fasta, folder, files, tmp_path):
+def test_existing_file_is_kept(job, suffix, kind, fasta, folder, files, tmp_path):
     if kind == "file":
         files[suffix].write_text("mine")
     else:
         files[suffix].symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=f"out{suffix} is there already: choose another output, or remove it"):
+    with pytest.raises(ValueError, match=f"out{suffix} already exists. Choose another output, or remove it"):
         call(job, fasta, folder, files)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.fasta", f"out{suffix}"]
     if kind == "file":
@@ -74,7 +74,7 @@ def test_what_is_there_is_kept(job, suffix, kind, fasta, folder, files, tmp_path
 
 
 @pytest.mark.parametrize(("job", "suffix"), [("embed", ".npz"), ("score", ".csv")])
-def test_a_link_for_the_shards_is_refused(job, suffix, fasta, folder, files, tmp_path):
+def test_link_in_place_of_shards_is_refused(job, suffix, fasta, folder, files, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / f"out{suffix}.shards").symlink_to("mine")
     with pytest.raises(ValueError, match="shards is a link"):
@@ -91,12 +91,14 @@ def kill(*args, **kwargs):
 
 
 @pytest.mark.parametrize(("job", "suffix"), [(job, s) for job, s in EACH if job != "score without an output"])
-def test_what_came_after_a_stop_is_kept(job, suffix, fasta, folder, files, tmp_path, monkeypatch):
+def test_file_created_after_a_stop_is_kept(job, suffix, fasta, folder, files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("mlx_esm_hf.runs.outputs.write_new", kill)
         call(job, fasta, folder, files)
     files[suffix].write_text("mine")
-    with pytest.raises(ValueError, match=f"out{suffix} is there already, and .*shards is not done: move the file away"):
+    with pytest.raises(
+        ValueError, match=f"out{suffix} already exists, but .*shards is not finished. Move the file away"
+    ):
         call(job, fasta, folder, files)
     assert files[suffix].read_text() == "mine"
     files[suffix].unlink()
@@ -106,8 +108,8 @@ def test_what_came_after_a_stop_is_kept(job, suffix, fasta, folder, files, tmp_p
 
 @pytest.mark.parametrize("job", ["score", "contacts"])
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_stop_between_the_files_ends_well(job, after, fasta, folder, files, tmp_path, monkeypatch):
-    """What the run wrote itself before it was stopped is not in its way, and is not written again."""
+def test_stop_between_two_files_is_resumed(job, after, fasta, folder, files, tmp_path, monkeypatch):
+    """Files that the stopped run wrote are accepted and not written again."""
     from mlx_esm_hf.runs import outputs
 
     def place_and_die(part, path):
@@ -125,10 +127,10 @@ def test_a_stop_between_the_files_ends_well(job, after, fasta, folder, files, tm
     assert {path: path.stat().st_ino for path in there} == there
 
 
-def test_what_comes_while_the_work_goes_on_is_kept(fasta, folder, tmp_path, monkeypatch):
+def test_file_created_during_the_work_is_kept(fasta, folder, tmp_path, monkeypatch):
     output = tmp_path / "out.npz"
-    embeddings = "mlx_esm_hf.jobs.protein_job.compute_run"
-    from mlx_esm_hf.jobs.protein_job import compute_run
+    embeddings = "mlx_esm_hf.runs.run.compute_run"
+    from mlx_esm_hf.runs.run import compute_run
 
     def slow(*args):
         run = compute_run(*args)
@@ -136,7 +138,7 @@ def test_what_comes_while_the_work_goes_on_is_kept(fasta, folder, tmp_path, monk
         return run
 
     monkeypatch.setattr(embeddings, slow)
-    with pytest.raises(ValueError, match="out.npz is there already, since the work began: move it away, then go on"):
+    with pytest.raises(ValueError, match="out.npz was created while this command ran. Move it away and run again"):
         embed(fasta, folder, output)
     monkeypatch.undo()
     assert output.read_text() == "mine"
@@ -146,13 +148,13 @@ def test_what_comes_while_the_work_goes_on_is_kept(fasta, folder, tmp_path, monk
         assert file["ids"].tolist() == ["a"]
 
 
-def test_two_files_of_one_name(fasta, folder, tmp_path):
-    with pytest.raises(ValueError, match="out.npz is to be written twice"):
+def test_same_path_for_two_files_is_refused(fasta, folder, tmp_path):
+    with pytest.raises(ValueError, match="out.npz would be written twice"):
         contacts(fasta, folder, tmp_path / "out.npz", top=tmp_path / "out.npz")
 
 
-def test_parts_have_names_of_their_own(tmp_path):
-    """A link that waits under the name that is written is replaced, never followed."""
+def test_temporary_files_have_unique_names(tmp_path):
+    """A link in place of the file is replaced and never followed."""
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "out.npz").symlink_to(tmp_path / "precious")
     replace_file(tmp_path / "out.npz", b"ours")
@@ -167,8 +169,8 @@ def test_parts_have_names_of_their_own(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npz", "precious"]
 
 
-def test_a_kill_right_after_a_file_got_its_name_leaves_nothing(fasta, folder, tmp_path, monkeypatch):
-    """Until its other name is removed, it has two."""
+def test_kill_after_a_file_got_its_name_leaves_nothing(fasta, folder, tmp_path, monkeypatch):
+    """Until its temporary name is removed, the file has two names."""
     output, unlink = tmp_path / "out.npz", Path.unlink
 
     def kill(path, missing_ok=False):
@@ -186,7 +188,7 @@ def test_a_kill_right_after_a_file_got_its_name_leaves_nothing(fasta, folder, tm
     assert output.read_bytes() == written
 
 
-def test_placing_never_replaces_even_without_links(tmp_path, monkeypatch):
+def test_placing_a_file_never_replaces_another(tmp_path, monkeypatch):
     def no_links(*args):
         raise PermissionError(1, "Operation not permitted")
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped, taken up again, and shared among ranks."""
+"""Runs that are stopped, resumed, and shared among ranks."""
 
 import gzip
 import hashlib
@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from mlx_esm_hf import MLXAutoModel, embed, load_protein_model
-from mlx_esm_hf.runs.job import Item, Job, chunks, no_progress
-from mlx_esm_hf.runs.outputs import earlier_settings
-from mlx_esm_hf.runs.run import Run, compute_run, read_manifest
+from mlx_esm_hf.runs.job import Item, ItemList, Job, no_progress
+from mlx_esm_hf.runs.manifest import read_manifest
+from mlx_esm_hf.runs.run import Run, chunks, compute_run
 from tests.jobs.models import UBIQUITIN, write_model
 from tests.processes import ON_TWO_RANKS, RESTORE_SIGINT
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory):
-    """300 proteins, a bad one and a name that comes twice among them."""
+    """300 proteins, one of them bad, and a repeated id."""
     residues, path = random.Random(0), tmp_path_factory.mktemp("fasta") / "p.fasta"
     with path.open("w") as file:
         for i in range(300):
@@ -55,7 +55,7 @@ def digests(output):
 
 @pytest.fixture(scope="module")
 def whole(fasta, folder, tmp_path_factory):
-    """A run that nobody disturbs."""
+    """A run without interruption."""
     output = tmp_path_factory.mktemp("whole") / "out"
     done = subprocess.run(command(fasta, folder, output), capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr  # one record was left out
@@ -63,8 +63,8 @@ def whole(fasta, folder, tmp_path_factory):
     return output
 
 
-def kill_and_go_on(fasta, folder, whole, output, kills, seed):
-    """Kill the command `kills` times at random moments after its first shard, then let it end."""
+def kill_and_resume(fasta, folder, whole, output, kills, seed):
+    """Kill the command several times at random moments after a new shard, then let it finish."""
     moments = random.Random(seed)
     for _ in range(kills):
         before = len(digests(output))
@@ -81,15 +81,15 @@ def kill_and_go_on(fasta, folder, whole, output, kills, seed):
     assert json.loads((output / "manifest.json").read_text()) == json.loads((whole / "manifest.json").read_text())
 
 
-def test_three_kills_leave_no_trace(fasta, folder, whole, tmp_path):
+def test_three_kills_do_not_change_the_result(fasta, folder, whole, tmp_path):
     assert len(digests(whole)) > 5
-    kill_and_go_on(fasta, folder, whole, tmp_path / "out", kills=3, seed=0)
+    kill_and_resume(fasta, folder, whole, tmp_path / "out", kills=3, seed=0)
 
 
 @pytest.mark.long
-def test_twenty_kills_leave_no_trace(fasta, folder, whole, tmp_path):
+def test_twenty_kills_do_not_change_the_result(fasta, folder, whole, tmp_path):
     for seed in range(5):
-        kill_and_go_on(fasta, folder, whole, tmp_path / f"out{seed}", kills=4, seed=seed)
+        kill_and_resume(fasta, folder, whole, tmp_path / f"out{seed}", kills=4, seed=seed)
 
 
 # The command, with a Ctrl-C as soon as its first shard is written.
@@ -108,7 +108,7 @@ app()
 """
 
 
-def test_ctrl_c_ends_cleanly_and_goes_on(fasta, folder, whole, tmp_path):
+def test_ctrl_c_ends_cleanly_and_resumes(fasta, folder, whole, tmp_path):
     output = tmp_path / "out"
     arguments = command(fasta, folder, output)[len(COMMAND) :]
     stopped = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True)
@@ -119,8 +119,8 @@ def test_ctrl_c_ends_cleanly_and_goes_on(fasta, folder, whole, tmp_path):
     assert digests(output) == digests(whole)
 
 
-def test_a_file_format_goes_on_too(fasta, folder, whole, tmp_path):
-    """Its shards are kept until the file is there."""
+def test_file_output_is_resumed(fasta, folder, whole, tmp_path):
+    """The shards are kept until the file exists."""
     output = tmp_path / "out.npz"
     process = subprocess.Popen(command(fasta, folder, output), stderr=subprocess.DEVNULL)
     shards = Path(f"{output}.shards")
@@ -135,23 +135,23 @@ def test_a_file_format_goes_on_too(fasta, folder, whole, tmp_path):
 
 
 def test_other_settings_and_other_input_are_refused(fasta, folder, whole, tmp_path):
-    with pytest.raises(ValueError, match=r"layers: \[3\] there, \[0\] here"):
+    with pytest.raises(ValueError, match=r"layers: \[3\]; now: \[0\]"):
         embed(fasta, folder, whole, layers=[0], batch_tokens=256)
     other = tmp_path / "other.fasta"
     other.write_bytes(fasta.read_bytes().replace(b"A", b"C", 1))
-    with pytest.raises(ValueError, match="sha256: .* there, .* here"):
+    with pytest.raises(ValueError, match="sha256: .*; now: "):
         embed(other, folder, whole, batch_tokens=256)
     other_model = str(write_model(tmp_path / "model", seed=1))
-    with pytest.raises(ValueError, match="weights: .* there, .* here"):
+    with pytest.raises(ValueError, match="weights: .*; now: "):
         embed(fasta, other_model, whole, batch_tokens=256)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="is no run"):
+    with pytest.raises(ValueError, match="already exists and is not a run"):
         embed(fasta, folder, tmp_path / "mine")
     assert len(digests(whole)) > 5
 
 
-def test_what_was_done_is_not_done_again(fasta, folder, whole):
+def test_finished_run_is_not_recomputed(fasta, folder, whole):
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
     done = []
     embed(fasta, folder, whole, batch_tokens=256, progress=done.append)
@@ -159,8 +159,8 @@ def test_what_was_done_is_not_done_again(fasta, folder, whole):
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
-def test_batches_of_a_stopped_run_are_kept(fasta, folder, whole, tmp_path):
-    """`--batch-tokens auto` depends on the memory that is free, so the manifest's number counts."""
+def test_resumed_run_keeps_its_batch_size(fasta, folder, whole, tmp_path):
+    """`--batch-tokens auto` depends on free memory, so the number in the manifest is used."""
     assert load_protein_model(MLXAutoModel, folder, output=whole).batch_tokens == 256
 
 
@@ -169,7 +169,7 @@ def test_standard_input_streams_and_does_not_resume(folder, tmp_path):
     done = subprocess.run(arguments, input=b">a\nMKT\n", capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     again = subprocess.run(arguments, input=b">a\nMKT\n", capture_output=True, check=False)
-    assert again.returncode == 1 and b"cannot be taken up again" in again.stderr
+    assert again.returncode == 1 and b"cannot be resumed" in again.stderr
 
 
 FROM = {
@@ -181,7 +181,7 @@ FROM = {
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize("line", FROM.values(), ids=FROM)
-def test_what_can_be_read_once_streams_and_does_not_resume(line, folder, tmp_path):
+def test_pipes_stream_and_do_not_resume(line, folder, tmp_path):
     fasta, output = tmp_path / "in.fasta.gz", tmp_path / "out"
     fasta.write_bytes(gzip.compress(b">a\nMKT\n>b\nMKTAYI\n"))
     parts = {"command": shlex.join(COMMAND), "fasta": fasta, "pipe": tmp_path / "pipe"}
@@ -190,11 +190,11 @@ def test_what_can_be_read_once_streams_and_does_not_resume(line, folder, tmp_pat
     assert done.returncode == 0, done.stderr
     assert [result.id for result in Run(output, read_manifest(output)).results()] == ["a", "b"]
     again = subprocess.run(["bash", "-c", line.split("&&")[-1]], capture_output=True, text=True, timeout=600)
-    assert again.returncode == 1 and "cannot be taken up again" in again.stderr
+    assert again.returncode == 1 and "cannot be resumed" in again.stderr
 
 
-def test_standard_input_that_is_closed(folder, fasta, tmp_path):
-    """MLX takes the descriptor 0, which the next file gets, for a failure to open it."""
+def test_closed_standard_input(folder, fasta, tmp_path):
+    """MLX treats file descriptor 0, which the next opened file gets, as an error."""
     done = []
     for source in ("-", fasta):
         arguments = [*COMMAND, "embed", source, "--model", folder, "--output", tmp_path / "out.npz"]
@@ -204,7 +204,7 @@ def test_standard_input_that_is_closed(folder, fasta, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz"]
 
 
-def test_input_that_changes_while_it_is_read(folder, tmp_path):
+def test_input_changed_while_it_is_read(folder, tmp_path):
     fasta, output = tmp_path / "in.fasta", tmp_path / "out"
     fasta.write_text(f">a\n{UBIQUITIN}\n>b\n{UBIQUITIN}\n")
     before = fasta.read_bytes()
@@ -212,74 +212,29 @@ def test_input_that_changes_while_it_is_read(folder, tmp_path):
     def change(progress):
         fasta.write_text(f">a\n{UBIQUITIN}\n>c\n{UBIQUITIN}\n")
 
-    with pytest.raises(ValueError, match="in.fasta has changed while it was read.*remove .*out, then start again"):
+    with pytest.raises(ValueError, match="in.fasta has changed while it was read.*Remove .*out, then start again"):
         embed(fasta, folder, output, progress=change)
-    with pytest.raises(ValueError, match="sha256: .* there, .* here"):
+    with pytest.raises(ValueError, match="sha256: .*; now: "):
         embed(fasta, folder, output)
     fasta.write_bytes(before)
-    told = []
-    embed(fasta, folder, output, progress=told.append)
-    assert sum(progress.computed for progress in told) == 2 * len(UBIQUITIN)
+    reported = []
+    embed(fasta, folder, output, progress=reported.append)
+    assert sum(progress.residues_computed for progress in reported) == 2 * len(UBIQUITIN)
 
 
-def test_what_was_computed_of_a_changed_input_is_not_trusted(tmp_path):
-    job, told = small_job(), []
-    job.input_is_same = lambda: False
+def test_results_from_a_changed_input_are_recomputed(tmp_path):
+    job, reported = small_job(), []
+    job.items.has_changed = lambda: True
     with pytest.raises(ValueError, match="x has changed while it was read"):
         compute_run(job, tmp_path / "out", no_progress)
     assert not Run(tmp_path / "out", read_manifest(tmp_path / "out")).finished
-    compute_run(small_job(), tmp_path / "out", told.append)
-    assert [progress.computed for progress in told] == [10] * 6
+    compute_run(small_job(), tmp_path / "out", reported.append)
+    assert [progress.residues_computed for progress in reported] == [10] * 6
 
 
-WHOLE = {
-    "version": 1,
-    "command": "test",
-    "settings": {},
-    "input": {"name": "x", "sha256": "y"},
-    "items": 6,
-    "shards": 6,
-    "left_out": [],
-}
-ODD_MANIFESTS = [
-    "",
-    "3",
-    "[" * 100_000,
-    *(
-        json.dumps(WHOLE | {key: value})
-        for key, value in [
-            *((name, odd) for name in ("command", "settings", "input", "left_out") for odd in (None, 3, [3], True)),
-            *((name, odd) for name in ("items", "shards") for odd in (None, "6", 0, -1, 1.5, True, [6])),
-            ("left_out", "text"),
-            ("settings", {"batch_tokens": "256"}),
-            ("settings", {"memory": []}),
-        ]
-    ),
-    *(json.dumps({k: v for k, v in WHOLE.items() if k != key}) for key in WHOLE if key != "version"),
-]
-
-
-@pytest.mark.parametrize("text", ODD_MANIFESTS, ids=lambda text: text[-60:])
-def test_a_manifest_with_other_types(text, tmp_path):
-    compute_run(small_job(), tmp_path / "out", no_progress)
-    before = digests(tmp_path / "out")
-    (tmp_path / "out" / "manifest.json").write_text(text)
-    with pytest.raises(ValueError, match="manifest.json is not the manifest of a run: remove"):
-        compute_run(small_job(), tmp_path / "out", no_progress)
-    with pytest.raises(ValueError, match="manifest.json is not the manifest of a run: remove"):
-        earlier_settings(tmp_path / "out")
-    assert digests(tmp_path / "out") == before
-
-
-def test_a_manifest_of_very_many_shards(tmp_path):
-    compute_run(small_job(), tmp_path / "out", no_progress)
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps(WHOLE | {"shards": 10**15}))
-    assert compute_run(small_job(), tmp_path / "out", no_progress).manifest["shards"] == 6
-
-
-def test_a_folder_that_cannot_be_written(fasta, folder, tmp_path):
+def test_folder_that_cannot_be_written(fasta, folder, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="out cannot be written: there is no folder"):
+    with pytest.raises(ValueError, match="out cannot be written: folder .* not found"):
         embed(fasta, folder, tmp_path / "file" / "out")
     if os.geteuid():  # root may write everywhere
         tmp_path.chmod(0o500)
@@ -293,17 +248,18 @@ def item(number):
 
 
 def small_job(count=6):
-    """A shard for each of some items."""
+    """Return a job with one shard for each item."""
 
     def compute(items):
         return [{"x": np.arange(3)} for _ in items]
 
-    return Job("test", {}, {"name": "x", "sha256": "y"}, lambda: map(item, range(count)), compute, chunk_work=16)
+    items = ItemList([item(number) for number in range(count)], {"name": "x", "sha256": "y"})
+    return Job("test", {}, items, compute, chunk_work=16)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shard-00000002.safetensors", "index.csv"])
-def test_a_kill_leaves_no_part_of_a_file(name, tmp_path, monkeypatch):
-    """In a folder that stays."""
+def test_temporary_files_of_a_killed_run_are_removed(name, tmp_path, monkeypatch):
+    """When the run is resumed in the same folder."""
     folder, whole = tmp_path / "out", tmp_path / "whole"
     replace = os.replace
 
@@ -322,7 +278,7 @@ def test_a_kill_leaves_no_part_of_a_file(name, tmp_path, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
-def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
+def test_full_disk_keeps_finished_shards(tmp_path, monkeypatch):
     fsync, calls = os.fsync, []
 
     def full(descriptor):
@@ -341,11 +297,11 @@ def test_a_full_disk_keeps_what_was_done(tmp_path, monkeypatch):
     monkeypatch.undo()
     computed = []
     run = compute_run(small_job(), tmp_path / "out", computed.append)
-    assert [progress.computed for progress in computed] == [0, 0, 10, 10, 10, 10]
+    assert [progress.residues_computed for progress in computed] == [0, 0, 10, 10, 10, 10]
     assert run.finished and [result.number for result in run.results()] == list(range(6))
 
 
-def test_chunks_follow_from_the_items():
+def test_chunks_are_limited_by_work_and_bytes():
     items = [item(i) for i in range(10)]
     assert [[i.number for i in chunk.items] for chunk in chunks(items, 64)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     large = [Item(i, "", None, 1, 1, 1 << 27) for i in range(5)]
@@ -357,7 +313,7 @@ def on_two_ranks(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_two_ranks_give_what_one_gives(fasta, folder, whole, tmp_path):
+def test_two_ranks_give_the_results_of_one(fasta, folder, whole, tmp_path):
     done = on_two_ranks(*command(fasta, folder, tmp_path / "out.npz", "--pooling", "mean,residues"))
     assert done.stdout.count("'p7' is empty") + done.stderr.count("'p7' is empty") == 1, done.stderr
     embed(fasta, folder, tmp_path / "one.npz", pooling=["mean", "residues"], batch_tokens=256)
@@ -368,7 +324,7 @@ def test_two_ranks_give_what_one_gives(fasta, folder, whole, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.npz", "out.npz"]
 
 
-def test_two_ranks_score_what_one_scores(folder, tmp_path):
+def test_two_ranks_give_the_scores_of_one(folder, tmp_path):
     options = ["score", "--sequence", UBIQUITIN, "--model", folder, "--batch-tokens", "256", "--output"]
     done = on_two_ranks(*COMMAND, *options, tmp_path / "two.csv")
     subprocess.run([*COMMAND, *options, tmp_path / "one.csv"], check=True, capture_output=True)
@@ -381,8 +337,8 @@ def test_two_ranks_score_what_one_scores(folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.csv", "two.csv"]
 
 
-def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, monkeypatch):
-    """After the file is there, and in the middle of removing what it was made from."""
+def test_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, monkeypatch):
+    """After the file was written, and while its shards are removed."""
     output = tmp_path / "out.npz"
 
     class Killed(Exception):
@@ -392,17 +348,17 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_esm_hf.runs.outputs.discard", kill)
+        patch.setattr("mlx_esm_hf.runs.outputs.remove_folder", kill)
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     written = output.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_esm_hf.runs.outputs.remove_gone", lambda folder: folder.exists() or kill())
+        patch.setattr("mlx_esm_hf.runtime.files.shutil.rmtree", lambda path, **options: path.exists() and kill())
         with pytest.raises(Killed):
             embed(fasta, folder, output, batch_tokens=256)
     assert output.read_bytes() == written
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.npz.shards.gone"]
-    with pytest.raises(ValueError, match=r"out\.npz is there already"):
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.npz.shards.gone", "out.npz"]
+    with pytest.raises(ValueError, match=r"out\.npz already exists"):
         embed(fasta, folder, output, batch_tokens=256)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz"]
     output.unlink()
@@ -410,13 +366,13 @@ def test_a_stop_while_shards_are_removed_loses_nothing(fasta, folder, tmp_path, 
     assert output.read_bytes() == written and len(report.left_out) == 1
 
 
-def test_a_file_that_came_in_between_is_kept(fasta, folder, tmp_path, monkeypatch):
+def test_file_created_between_two_runs_is_kept(fasta, folder, tmp_path, monkeypatch):
     output = tmp_path / "out.npz"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("mlx_esm_hf.runs.run.shard_bytes", stop)
         embed(fasta, folder, output, batch_tokens=256)
     output.write_text("mine")
-    with pytest.raises(ValueError, match="is there already, and .*shards is not done"):
+    with pytest.raises(ValueError, match="already exists, but .*shards is not finished"):
         embed(fasta, folder, output, batch_tokens=256)
     assert output.read_text() == "mine"
 
@@ -430,7 +386,7 @@ def cut(path):
 
 
 def flip(path):
-    """A bit of the last number: the file opens as if nothing were wrong."""
+    """Flip a bit of the last element: the file still opens without an error."""
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -449,26 +405,26 @@ LOOKED_AT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "anew"), LOOKED_AT)
-def test_a_finished_run_is_looked_at_again(name, damage, anew, tmp_path):
-    """What is missing or damaged is computed anew, and nothing else."""
+@pytest.mark.parametrize(("name", "damage", "recomputed"), LOOKED_AT)
+def test_damage_to_a_finished_run_is_repaired(name, damage, recomputed, tmp_path):
+    """Only what is missing or damaged is computed again."""
     folder = tmp_path / "out"
     compute_run(small_job(), folder, no_progress)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     DAMAGE[damage](folder / name)
     assert (folder / name).exists() is (damage != "deleted")
-    told = []
-    run = compute_run(small_job(), folder, told.append)
+    reported = []
+    run = compute_run(small_job(), folder, reported.append)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [result.number for result in run.results()] == list(range(6))
-    assert sum(progress.computed for progress in told) == anew
+    assert sum(progress.residues_computed for progress in reported) == recomputed
     again = []
     compute_run(small_job(), folder, again.append)
     assert again == []
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_shard_of_a_stopped_run_is_looked_at_again(damage, tmp_path):
+def test_damaged_shard_of_a_stopped_run_is_recomputed(damage, tmp_path):
     folder, whole = tmp_path / "out", tmp_path / "whole"
     job = small_job()
 
@@ -482,23 +438,23 @@ def test_a_shard_of_a_stopped_run_is_looked_at_again(damage, tmp_path):
         compute_run(job, folder, no_progress)
     assert len(digests(folder)) == 4
     damage(folder / "shard-00000001.safetensors")
-    told = []
-    compute_run(small_job(), folder, told.append)
-    assert [progress.computed for progress in told] == [0, 10, 0, 0, 10, 10]
+    reported = []
+    compute_run(small_job(), folder, reported.append)
+    assert [progress.residues_computed for progress in reported] == [0, 10, 0, 0, 10, 10]
     compute_run(small_job(), whole, no_progress)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
 def job_with_files():
-    """Two files for each item, beside the shards."""
+    """Return a job with two files for each item."""
     job = small_job()
-    job.items = lambda: (item(number)._replace(name=f"n{number}") for number in range(6))
+    job.items.items = [item(number)._replace(name=f"n{number}") for number in range(6)]
     job.files = lambda item: {f"{item.name}{end}": lambda result: f"{result}".encode() for end in (".a", ".b")}
     job.columns = lambda result: {"files": result.name, "sum": result.arrays["x"].sum()}
     return job
 
 
-def test_files_of_results(tmp_path):
+def test_files_of_items(tmp_path):
     folder = tmp_path / "out"
     run = compute_run(job_with_files(), folder, no_progress)
     assert read_manifest(folder)["files"] == 12
@@ -511,20 +467,20 @@ def test_files_of_results(tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_files_are_made_again_of_their_shards(damage, tmp_path):
-    """Those that are damaged, without computing anything."""
-    folder, told = tmp_path / "out", []
+def test_damaged_files_are_remade_from_shards(damage, tmp_path):
+    """Without computing anything."""
+    folder, reported = tmp_path / "out", []
     compute_run(job_with_files(), folder, no_progress)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     damage(folder / "n3.b")
-    compute_run(job_with_files(), folder, told.append)
+    compute_run(job_with_files(), folder, reported.append)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert sum(progress.computed for progress in told) == 0
-    compute_run(job_with_files(), folder, stop)  # is not told of anything: all is there
+    assert sum(progress.residues_computed for progress in reported) == 0
+    compute_run(job_with_files(), folder, stop)  # is not reported of anything: all is there
 
 
 @pytest.mark.parametrize("name", ["n2.a", "n2.b", "index.csv"])
-def test_a_kill_between_two_files(name, tmp_path, monkeypatch):
+def test_kill_between_two_files(name, tmp_path, monkeypatch):
     folder, whole, add = tmp_path / "out", tmp_path / "whole", Run.add
 
     def kill(run, added, data):
@@ -535,14 +491,14 @@ def test_a_kill_between_two_files(name, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "add", kill)
         compute_run(job_with_files(), folder, no_progress)
-    told = []
-    compute_run(job_with_files(), folder, told.append)
+    reported = []
+    compute_run(job_with_files(), folder, reported.append)
     compute_run(job_with_files(), whole, no_progress)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
-    assert [progress.computed for progress in told][:3] == [0, 0, 0]
+    assert [progress.residues_computed for progress in reported][:3] == [0, 0, 0]
 
 
-def test_checksums_are_those_of_sha256sum(tmp_path):
+def test_checksums_have_the_format_of_sha256sum(tmp_path):
     compute_run(small_job(), tmp_path / "out", no_progress)
     lines = (tmp_path / "out" / "checksums.txt").read_text().splitlines()
     named = dict(reversed(line.split("  ")) for line in lines)
@@ -552,14 +508,14 @@ def test_checksums_are_those_of_sha256sum(tmp_path):
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == checksum
 
 
-def test_a_shard_that_is_lost_while_it_is_read(tmp_path):
+def test_shard_damaged_while_it_is_read(tmp_path):
     run = compute_run(small_job(), tmp_path / "out", no_progress)
     shard = tmp_path / "out" / "shard-00000002.safetensors"
     cut(shard)
-    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged or missing.*computes it again"):
+    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged or missing.*to compute it again"):
         list(run.results())
     shard.unlink()
-    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged or missing.*computes it again"):
+    with pytest.raises(ValueError, match="shard-00000002.safetensors is damaged or missing.*to compute it again"):
         list(run.results())
 
 
@@ -574,7 +530,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 @pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_file(folder, tmp_path):
-    """20,000 proteins in the memory of the first 2,000 of them."""
+    """20,000 proteins need the same memory as the first 2,000 of them."""
     lengths = np.random.default_rng(0).lognormal(5.9, 0.7, 20_000).astype(int).clip(20, 5_000)
     peaks = []
     for count in (2_000, 20_000):

@@ -52,7 +52,7 @@ def test_a_label_for_each_residue(vocabulary, tmp_path):
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        ("classification", "M1T,yes", r"line 3: has '1' at 2, which is no residue"),
+        ("classification", "M1T,yes", r"line 3: has '1' at position 2, which is not a residue"),
         ("classification", ",yes", "line 3: is empty"),
         ("classification", "MKT,", "line 3: has no label"),
         ("regression", "MKT,high", "line 3: could not convert string to float: 'high'"),

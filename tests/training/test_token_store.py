@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from mlx_esm_hf.data.proteins import Report, read_proteins
+from mlx_esm_hf.data.proteins import Report
+from mlx_esm_hf.data.source import read_proteins
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
 from mlx_esm_hf.training.token_store import open_store, split

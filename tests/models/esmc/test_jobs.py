@@ -132,7 +132,7 @@ def test_generate(folder: str, order: str) -> None:
     (design,) = generate([CHAINS], folder, order=order, sweeps=1, fixed="1-3,7")
     assert len(design.sequence) == 11 and design.sequence[6] == "|"
     assert design.sequence[:3] == "MKT" and design.sequence[7] == "A" and "<mask>" not in design.sequence
-    with pytest.warns(UserWarning, match="has 10 residues, and none at 11"):
+    with pytest.warns(UserWarning, match="has 10 residues, so position 11"):
         assert not list(generate([CHAINS], folder, fixed="11"))
 
 
@@ -143,7 +143,7 @@ def test_contacts(folder: str) -> None:
 
 def test_other_families_have_no_chains(tmp_path: Path) -> None:
     write_model(tmp_path)
-    with pytest.warns(UserWarning, match=r"'2' has '\|', which .* has no token for"):
+    with pytest.warns(UserWarning, match=r"'2' has '\|', for which .* has no token"):
         (result,) = embed(["MKTA", CHAINS], str(tmp_path))
     assert result.id == "1"
 
