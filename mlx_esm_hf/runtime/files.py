@@ -17,7 +17,7 @@ RESUME_HINT = "All finished work is kept; run the same command again to resume."
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Create an empty file beside `path`, to be written and then renamed to it. It is removed when the block ends.
+    """Create an empty file next to `path`, to be written and then renamed to it. It is removed when the block ends.
 
     Its name is new, so no other process writes to it and no link waits under it.
     """
@@ -31,7 +31,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Create an empty folder beside `path`. What it holds when the block ends is removed."""
+    """Create an empty folder next to `path`. What it holds when the block ends is removed."""
     temporary = temporary_name(path)
     temporary.mkdir()
     try:
@@ -41,7 +41,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that nothing has yet."""
+    """Return a hidden name next to `path` that nothing has yet."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part{path.suffix}")
 
 
@@ -125,7 +125,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def replace_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` when the block ends, or is removed if it raises.
 
-    It has the name of `path` already, inside a hidden folder beside it.
+    It has the name of `path` already, inside a hidden folder next to it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as temporary:
