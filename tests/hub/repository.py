@@ -42,7 +42,7 @@ class Repository:
 
     Attributes:
         token: the only token that may read it; None if everyone may.
-        gated: whether others are told that it exists.
+        gated: whether it is gated.
         commits: {id: commit}
         refs: {name of a branch, tag or pull request: id of a commit}
         objects: {SHA-256: content} of uploaded large files, committed or not.

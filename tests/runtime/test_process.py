@@ -1,4 +1,4 @@
-"""A fork after a model was made is told, not waited for."""
+"""A process that was forked after a model was made raises an error instead of hanging."""
 
 import subprocess
 import sys
