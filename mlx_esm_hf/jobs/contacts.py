@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +30,18 @@ SEPARATION = 6  # least distance of the two residues of a contact in the sequenc
 RANGES = {"all": (6, None), "short": (6, 12), "medium": (12, 24), "long": (24, None)}
 DISTANCE = 8.0  # Å between Cβ atoms
 ATTENTION_TOKENS = 512  # most tokens of a batch: attention maps grow with the square of the length
+
+
+@overload
+def contacts(
+    proteins: Proteins, model: str | ProteinModel, output: None = None, **options: Any
+) -> Iterator[Result]: ...
+
+
+@overload
+def contacts(
+    proteins: Proteins, model: str | ProteinModel, output: str | os.PathLike[str], **options: Any
+) -> Report: ...
 
 
 def contacts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +30,14 @@ FORMATS: dict[str, WriteRun | None] = {
     ".h5": formats.write_h5,
     ".parquet": formats.write_parquet,
 }
+
+
+@overload
+def embed(proteins: Proteins, model: str | ProteinModel, output: None = None, **options: Any) -> Iterator[Result]: ...
+
+
+@overload
+def embed(proteins: Proteins, model: str | ProteinModel, output: str | os.PathLike[str], **options: Any) -> Report: ...
 
 
 def embed(

@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -19,6 +19,18 @@ from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import Run
+
+
+@overload
+def fill_mask(
+    proteins: Proteins, model: str | ProteinModel, output: None = None, **options: Any
+) -> Iterator[Result]: ...
+
+
+@overload
+def fill_mask(
+    proteins: Proteins, model: str | ProteinModel, output: str | os.PathLike[str], **options: Any
+) -> Report: ...
 
 
 def fill_mask(

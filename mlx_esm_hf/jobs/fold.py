@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import mlx.core as mx
 import numpy as np
@@ -43,6 +43,21 @@ Make = Callable[[Result], bytes]  # makes the bytes of a file from a result
 STRUCTURES: dict[str, Make] = {"pdb": structures.pdb, "cif": structures.mmcif}
 CONFIDENCE: dict[str, Make] = {"_pae.json": structures.aligned_error_json, ".npz": structures.confidence_npz}
 PICTURES: dict[str, Make] = {"_plddt.png": structures.plddt_picture, "_pae.png": structures.aligned_error_picture}
+
+
+@overload
+def fold(
+    proteins: Proteins, model: str | os.PathLike[str] | MLXEsmForProteinFolding, output: None = None, **options: Any
+) -> Iterator[Result]: ...
+
+
+@overload
+def fold(
+    proteins: Proteins,
+    model: str | os.PathLike[str] | MLXEsmForProteinFolding,
+    output: str | os.PathLike[str],
+    **options: Any,
+) -> Report: ...
 
 
 def fold(

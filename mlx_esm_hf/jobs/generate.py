@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -118,6 +118,18 @@ class Plan:
     def work(self, window_tokens: int) -> int:
         """Return the tokens that go through the model for a window: a pass for each token, in each sweep."""
         return (1 + self.sweeps if self.order == "gibbs" else 1) * window_tokens**2
+
+
+@overload
+def generate(
+    proteins: Proteins | None, model: str | ProteinModel, output: None = None, **options: Any
+) -> Iterator[Design]: ...
+
+
+@overload
+def generate(
+    proteins: Proteins | None, model: str | ProteinModel, output: str | os.PathLike[str], **options: Any
+) -> Report: ...
 
 
 def generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -22,6 +22,18 @@ from mlx_esm_hf.runs.run import WriteRun
 
 METHODS = ("exact", "one-pass")
 FORMATS: dict[str, WriteRun | None] = {"": None, ".csv": write_csv}
+
+
+@overload
+def perplexity(
+    proteins: Proteins, model: str | ProteinModel, output: None = None, **options: Any
+) -> Iterator[Result]: ...
+
+
+@overload
+def perplexity(
+    proteins: Proteins, model: str | ProteinModel, output: str | os.PathLike[str], **options: Any
+) -> Report: ...
 
 
 def perplexity(

@@ -250,7 +250,7 @@ def confidence_npz(result: Result) -> bytes:
 
 
 def chain_ends(result: Result) -> np.ndarray:
-    """Where in a picture one chain ends and the next begins, in residues counted from 1."""
+    """Return where one chain ends and the next begins, in residues counted from 1, such as 10.5."""
     return np.flatnonzero(np.diff(result.arrays["chain_index"])) + 1.5
 
 
