@@ -5,13 +5,13 @@ from typing import Any
 
 from hypothesis import settings
 
-# Drawn examples may take any time: how long they do depends on what else the machine does.
-settings.register_profile("any time", deadline=None)
-settings.load_profile("any time")
+# No time limit for examples: on a busy machine some are slow.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    parity = sys.modules.get("tests.parity")  # imported if parity was tested; it brings torch
+    parity = sys.modules.get("tests.parity")  # do not import it here: it imports torch
     if parity and parity.COMPARISONS:
         terminalreporter.section("parity: MLX and torch against float64")
         for line in parity.report():
