@@ -1,7 +1,7 @@
-"""The CPU kernels of native/; all else about the package stands in setup.cfg.
+"""Build the CPU kernels of `native/`. All other settings of the package are in setup.cfg.
 
-They are built on Linux with MLX's own extension mechanism. Where that fails the package is installed without them and
-runs on plain MLX; `_native.json`, beside the module, keeps which MLX it was built with or why it was not.
+The kernels are built on Linux with MLX's CMake extension. If the build fails, the package is installed without them and
+runs on plain MLX. `_native.json`, next to the module, records the MLX version of the build or the reason it failed.
 """
 
 import json
@@ -17,22 +17,22 @@ from pathlib import Path
 from setuptools import setup
 
 
-def missing(compiler, headers):
-    """What is missing to build the kernels, and what to install; None where nothing is.
+def missing_build_tool(compiler, headers):
+    """Return which build tool is missing and how to install it, or None if the kernels can be built.
 
     Args:
-        compiler: of C++, as the environment variable CXX has it: a command, perhaps with options.
-        headers: the folder in which Python's C headers should be.
+        compiler: the C++ compiler in the form of the environment variable CXX: a command, optionally with options.
+        headers: the folder that should contain Python's C headers.
     """
     if shutil.which(compiler.split()[0]) is None:
         return (
-            f"there is no C++ compiler, {compiler!r}: install g++ 11 or newer (Debian and Ubuntu: apt install g++; "
+            f"C++ compiler {compiler!r} not found: install g++ 11 or newer (Debian and Ubuntu: apt install g++; "
             "Fedora: dnf install gcc-c++)"
         )
     if not Path(headers, "Python.h").exists():
         return (
-            f"Python's headers are not installed, {headers} has no Python.h: install them (Debian and Ubuntu: apt "
-            "install python3-dev; Fedora: dnf install python3-devel)"
+            f"Python.h not found in {headers}: install Python's headers (Debian and Ubuntu: apt install python3-dev; "
+            "Fedora: dnf install python3-devel)"
         )
     return None
 
@@ -47,20 +47,20 @@ if sys.platform == "linux":
             folder.mkdir(parents=True, exist_ok=True)
             os.environ.setdefault("CMAKE_GENERATOR", "Ninja")
             state = {"mlx": version("mlx-cpu")}
-            reason = missing(os.environ.get("CXX") or "c++", sysconfig.get_path("include"))
+            reason = missing_build_tool(os.environ.get("CXX") or "c++", sysconfig.get_path("include"))
             if reason:
-                state = {"error": f"{reason}, and then this package again"}
+                state = {"error": f"{reason}, then reinstall mlx-esm-hf"}
             else:
-                # A fresh folder each time: what CMake remembers of a build in pip's isolated environment are paths that
-                # vanish with it.
-                with tempfile.TemporaryDirectory() as fresh:
-                    self.build_temp = fresh
+                # CMake's cache would keep paths of pip's isolated build environment, which pip deletes.
+                with tempfile.TemporaryDirectory() as build_folder:
+                    self.build_temp = build_folder
                     try:
                         super().build_extension(extension)
                     except (OSError, subprocess.CalledProcessError) as error:
-                        state = {"error": f"{error} It needs g++ 11 or newer; `pip install -v` shows more"}
+                        hint = "The kernels need g++ 11 or newer. `pip install -v` shows the output of the build"
+                        state = {"error": f"{error} {hint}"}
             if "error" in state:
-                print(f"The CPU kernels are not built: {state['error']}", file=sys.stderr)
+                print(f"The CPU kernels were not built: {state['error']}", file=sys.stderr)
             (folder / "_native.json").write_text(json.dumps(state))
 
     kernels = CMakeExtension("mlx_esm_hf.ops._native", "native")

@@ -1,6 +1,7 @@
-"""Check an installed wheel: no libmlx in it, kernels on (on a Linux CPU), a small model that answers as without them.
+"""Check an installed wheel: it contains no libmlx, its kernels load (on Linux), and they agree with plain MLX.
 
-Run by the Python of an environment that holds the wheel and its dependencies; the repository is not imported.
+Run it with the Python of an environment in which the wheel and its dependencies are installed. It does not import the
+repository.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from mlx_esm_hf import MLXEsmConfig, MLXEsmModel
 from mlx_esm_hf.ops import kernels
 
 
-def answer() -> list[float]:
-    """The last hidden state of a small random model, the same in each process."""
+def model_output() -> list[float]:
+    """Return the last hidden state of a small random model, which has the same weights in every process."""
     mx.random.seed(0)
     config = MLXEsmConfig(
         vocab_size=33,
@@ -35,25 +36,26 @@ def answer() -> list[float]:
 
 
 def check() -> None:
+    """Exit with a message if the installed wheel is wrong."""
     if any(file.name.startswith("libmlx") for file in files("mlx-esm-hf") or ()):
-        sys.exit("The wheel holds a libmlx. It is mlx-cpu's: a second one would have devices and streams of its own.")
+        sys.exit("The wheel contains a libmlx. It must use mlx-cpu's: a second copy has its own devices and streams.")
     print(f"kernels: {kernels.STATE}")
     if sys.platform == "linux" and kernels.native is None:
-        sys.exit("The wheel has no kernels that work here.")
+        sys.exit("The kernels of the wheel do not work on this machine.")
     plain = subprocess.run(
-        [sys.executable, __file__, "--answer"],
+        [sys.executable, __file__, "--output"],
         env={**os.environ, "MLX_ESM_KERNELS": "0"},
         stdout=subprocess.PIPE,
         check=True,
     )
-    difference = max(abs(a - b) for a, b in zip(answer(), json.loads(plain.stdout), strict=True))
-    print(f"largest difference to plain MLX: {difference:.1e}")
+    difference = max(abs(a - b) for a, b in zip(model_output(), json.loads(plain.stdout), strict=True))
+    print(f"largest difference from plain MLX: {difference:.1e}")
     if not difference < 1e-4:
-        sys.exit("The kernels and plain MLX disagree.")
+        sys.exit("The results of the kernels and of plain MLX differ by 1e-4 or more.")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--answer"]:
-        print(json.dumps(answer()))
+    if sys.argv[1:] == ["--output"]:
+        print(json.dumps(model_output()))
     else:
         check()

@@ -1,4 +1,4 @@
-"""Versions that stand in more than one file, which have to stay one; installs, which build the kernels or say why."""
+"""Versions that appear in several files must agree. An install builds the kernels or records why it could not."""
 
 import configparser
 import importlib.util
@@ -38,7 +38,7 @@ def pyproject():
 
 
 def requirements(text):
-    """The requirements in a value of setup.cfg that hold on Linux, by their names."""
+    """Return {name: requirement} of a value of setup.cfg, for Linux."""
     lines = [Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return {line.name: line for line in lines if line.marker is None or line.marker.evaluate(LINUX)}
 
@@ -47,15 +47,15 @@ def workflow(name):
     return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
 
 
-def test_kernels_are_built_with_the_mlx_that_is_installed(setup, pyproject):
+def test_kernels_are_built_with_the_installed_mlx(setup, pyproject):
     installed = requirements(setup["options.extras_require"]["cpu"])["mlx"]
     built = requirements("\n".join(pyproject["build-system"]["requires"]))["mlx"]
-    assert re.fullmatch(r"==\d+(\.\d+)+", str(built.specifier)), "one version, not a range"
+    assert re.fullmatch(r"==\d+(\.\d+)+", str(built.specifier)), "the build must pin one version"
     assert installed.specifier == built.specifier
 
 
-def test_who_needs_no_kernels_is_bound_to_no_version(setup, pyproject):
-    """CUDA's users, Macs, and an environment with another package that wants a newer MLX."""
+def test_mlx_is_pinned_only_with_the_kernels(setup, pyproject):
+    """CUDA, macOS and environments in which another package requires a newer MLX accept a range."""
     everywhere = requirements(setup["options"]["install_requires"])["mlx"]
     built = requirements("\n".join(pyproject["build-system"]["requires"]))["mlx"]
     version = str(built.specifier).removeprefix("==")
@@ -64,8 +64,8 @@ def test_who_needs_no_kernels_is_bound_to_no_version(setup, pyproject):
         assert not requirements(setup["options.extras_require"][extra])["mlx"].specifier
 
 
-def test_pythons(setup, pyproject):
-    """Those of the classifiers are tested, have wheels, and are in the image that wheels are built in."""
+def test_python_versions_agree(setup, pyproject):
+    """Each Python of the classifiers is tested, has wheels and is in the image that builds them."""
     named = re.findall(r":: Python :: (3\.\d+)", setup["metadata"]["classifiers"])
     assert workflow("tests.yml")["jobs"]["tests"]["strategy"]["matrix"]["python"] == named
     tags = [f"cp{python.replace('.', '')}" for python in named]
@@ -76,7 +76,7 @@ def test_pythons(setup, pyproject):
     assert copies == [(python, tag, tag) for python, tag in zip(named, tags, strict=True)]
 
 
-def test_oldest_python(setup, pyproject):
+def test_oldest_python_agrees(setup, pyproject):
     oldest = min(re.findall(r":: Python :: 3\.(\d+)", setup["metadata"]["classifiers"]), key=int)
     assert setup["options"]["python_requires"] == f">=3.{oldest}"
     assert setup["mypy"]["python_version"] == f"3.{oldest}"
@@ -89,12 +89,12 @@ def test_citation_is_of_this_version():
 
 
 @pytest.mark.parametrize("package", ["torch", "fair-esm"])
-def test_benchmarks_run_what_the_tests_hold_to(setup, package):
+def test_benchmarks_and_tests_require_the_same_version(setup, package):
     extras = setup["options.extras_require"]
     assert requirements(extras["benchmarks"])[package] == requirements(extras["test"])[package]
 
 
-def test_image_that_is_built_is_the_one_that_is_used(pyproject):
+def test_wheels_are_built_in_the_image_of_the_repository(pyproject):
     settings = pyproject["tool"]["cibuildwheel"]
     images = {settings[f"manylinux-{machine}-image"] for machine in ("x86_64", "aarch64")}
     commands = [step.get("run", "") for step in workflow("wheels.yml")["jobs"]["linux"]["steps"]]
@@ -102,32 +102,32 @@ def test_image_that_is_built_is_the_one_that_is_used(pyproject):
 
 
 def load_setup():
-    """The module setup.py, without running it."""
+    """Import setup.py without running `setup()`."""
     specification = importlib.util.spec_from_file_location("package_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
 
-def test_what_is_missing_to_build_the_kernels(tmp_path):
-    missing = load_setup().missing
+def test_missing_build_tool(tmp_path):
+    missing = load_setup().missing_build_tool
     (tmp_path / "Python.h").touch()
     assert missing(f"{sys.executable} -O2", tmp_path) is None
-    no_compiler = missing("c++-of-nowhere -O2", tmp_path)
-    assert "no C++ compiler, 'c++-of-nowhere -O2'" in no_compiler and "apt install g++" in no_compiler
+    no_compiler = missing("missing-c++ -O2", tmp_path)
+    assert "C++ compiler 'missing-c++ -O2' not found" in no_compiler and "apt install g++" in no_compiler
     no_headers = missing(sys.executable, tmp_path / "include")
-    assert f"{tmp_path / 'include'} has no Python.h" in no_headers and "apt install python3-dev" in no_headers
+    assert f"Python.h not found in {tmp_path / 'include'}" in no_headers and "apt install python3-dev" in no_headers
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="for Linux, where there are kernels")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="kernels are built on Linux only")
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what git has, where `pip install` may leave its `build/`."""
+    """A copy of the files in git, so that `pip install` does not leave a `build/` in the repository."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE)
     if listed.returncode != 0:
-        pytest.skip("needs a checkout")
+        pytest.skip("needs a git checkout")
     for name in filter(None, listed.stdout.decode().split("\0")):
         (tmp_path / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / "checkout" / name)
@@ -135,7 +135,7 @@ def checkout(tmp_path):
 
 
 def install(checkout, target, **environment):
-    """Install into the folder `target`. Returns what is known of the kernels there, and whether there are some."""
+    """Install into the folder `target`. Returns its `_native.json` and whether it contains the kernels."""
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, checkout]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -145,7 +145,7 @@ def install(checkout, target, **environment):
 
 @linux
 @pytest.mark.long
-def test_each_install_from_a_checkout_builds_the_kernels(checkout, tmp_path, pyproject):
+def test_every_install_from_a_checkout_builds_the_kernels(checkout, tmp_path, pyproject):
     version = str(requirements("\n".join(pyproject["build-system"]["requires"]))["mlx"].specifier).removeprefix("==")
     for target in (tmp_path / "first", tmp_path / "second"):
         assert install(checkout, target) == ({"mlx": version}, True)
@@ -156,11 +156,11 @@ def test_each_install_from_a_checkout_builds_the_kernels(checkout, tmp_path, pyp
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
-        ("c++-of-nowhere", "there is no C++ compiler, 'c++-of-nowhere': install g++"),
-        ("false", "It needs g++ 11 or newer"),
+        ("missing-c++", "C++ compiler 'missing-c++' not found: install g++"),
+        ("false", "The kernels need g++ 11 or newer"),
     ],
 )
-def test_an_install_that_cannot_build_the_kernels_says_why(checkout, tmp_path, compiler, reason):
+def test_install_without_kernels_records_the_reason(checkout, tmp_path, compiler, reason):
     state, kernels = install(checkout, tmp_path / "target", CXX=compiler)
     assert reason in state["error"] and not kernels
     show = "from mlx_esm_hf.ops import kernels; print(kernels.STATE)"

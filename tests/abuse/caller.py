@@ -1,8 +1,10 @@
-"""Gives arguments to `mlx-esm`, one call after the other, in a process that may die of one:
-`python -m tests.abuse.caller '["embed", ...]' ...`
+"""Run `mlx-esm` once for each argument, in one process.
 
-For each a line of JSON: {"argument", "outcome", "code", "said"}. The outcome is "bug" if there was a traceback, or a
-message of an error that no line of the package raised to be told; else "done" or "refused".
+    python -m tests.abuse.caller '["embed", ...]' ...
+
+Prints a JSON line for each call: {"argument", "outcome", "code", "printed"}. The outcome is "bug" if the command ended
+with an exception that is neither an OSError nor raised by a `raise` statement of the package; otherwise "done" or
+"refused".
 """
 
 import json
@@ -10,7 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.modules["torch"] = None  # type: ignore[assignment]
+sys.modules["torch"] = None  # type: ignore[assignment]  # keeps transformers from importing torch
 
 from typer.testing import CliRunner  # noqa: E402
 
@@ -22,20 +24,20 @@ PACKAGE = Path(mlx_esm_hf.__file__).parent
 
 def call(arguments):
     result = CliRunner().invoke(app, arguments)
-    said, outcome = result.output, "refused" if result.exit_code == 1 else "done"
-    if error := unmeant(result.exception):
-        outcome, said = "bug", said + "".join(traceback.format_exception(error))
-    return {"outcome": outcome, "code": result.exit_code, "said": said}
+    printed, outcome = result.output, "refused" if result.exit_code == 1 else "done"
+    if error := unexpected_error(result.exception):
+        outcome, printed = "bug", printed + "".join(traceback.format_exception(error))
+    return {"outcome": outcome, "code": result.exit_code, "printed": printed}
 
 
-def unmeant(error):
-    """What ended the command, if it was a bug: neither an exit, nor the operating system's, nor raised by us."""
+def unexpected_error(error):
+    """Return the exception that ended the command, or None if the package raised it on purpose or it is an OSError."""
     while isinstance(error, SystemExit) or type(error).__name__ == "Exit":
         error = error.__cause__ or error.__context__
     if error is None or isinstance(error, OSError):
         return None
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return None if PACKAGE in Path(place.filename).parents and place.line.startswith("raise ") else error
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return None if PACKAGE in Path(frame.filename).parents and frame.line.startswith("raise ") else error
 
 
 if __name__ == "__main__":

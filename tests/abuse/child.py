@@ -1,8 +1,10 @@
-"""The command `mlx-esm` as a process to be killed: `python -m tests.abuse.child embed ...`
+"""The command `mlx-esm` as a process that can kill itself.
 
-Without torch, which transformers would import: that takes seconds each time. It counts what it does to files beside its
-output (opens to write, links, renames, removals). With KILL_AT in the environment it kills itself before that one, by
-number, and with KILL_BEFORE before the first one whose path this regular expression fits.
+    python -m tests.abuse.child embed ...
+
+It counts its operations on files in the output's folder: opening for writing, linking, renaming, removing. If the
+environment variable KILL_AT is a number n, it kills itself before operation n. If KILL_BEFORE is a regular expression,
+it kills itself before the first operation on a path that matches.
 """
 
 import os
@@ -10,14 +12,14 @@ import re
 import signal
 import sys
 
-sys.modules["torch"] = None  # type: ignore[assignment]
+sys.modules["torch"] = None  # type: ignore[assignment]  # keeps transformers from importing torch, which takes seconds
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 class FileOperations:
-    """An audit hook that counts, and kills."""
+    """An audit hook that counts file operations and kills the process at the chosen one."""
 
     def __init__(self, folder, kill_at, kill_before):
         self.folder, self.kill_at, self.kill_before, self.count = folder, kill_at, kill_before, 0

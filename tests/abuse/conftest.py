@@ -1,6 +1,6 @@
 import pytest
 
-from tests.abuse.command import CASES, Inputs, contents, done, file_operations, run
+from tests.abuse.command import CASES, Inputs, contents, file_operations, run, success_code
 
 
 @pytest.fixture(scope="session")
@@ -10,14 +10,14 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=CASES)
 def case(request):
-    """A job with a format."""
+    """A job with an output format."""
     return request.param
 
 
 @pytest.fixture(scope="session")
-def whole(case, inputs, tmp_path_factory):
-    """What a run of the case writes that nobody disturbs, and how many file operations that takes."""
-    folder = tmp_path_factory.mktemp("whole")
-    code, said = run(inputs.command(case, folder))
-    assert code == done(case), said
-    return contents(folder), file_operations(said)
+def undisturbed(case, inputs, tmp_path_factory):
+    """The files that an undisturbed run of the case writes, and its number of file operations."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, printed = run(inputs.command(case, folder))
+    assert code == success_code(case), printed
+    return contents(folder), file_operations(printed)

@@ -1,4 +1,4 @@
-"""An input that changes while a run reads it: never a result of both."""
+"""Change the input while a run reads it: the results must not mix the old input and the new."""
 
 import os
 import random
@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.abuse.command import FAILED, RESIDUES, TIMEOUT, contents, has_ended, run, start, wait_for_shard
+from tests.abuse.command import FAILED, RESIDUES, TIMEOUT, contents, is_finished, run, start, wait_for_shard
 
 CASES = ["embed .npz", "embed folder", "fill-mask .csv"]
 
@@ -21,7 +21,7 @@ def cut(path):
 
 
 def rewrite(path):
-    """In place: the same ids and lengths, other residues."""
+    """Change residues in place, but no id and no length."""
     path.write_text(path.read_text().replace("A", "W"))
 
 
@@ -36,7 +36,7 @@ CHANGES = [append, cut, rewrite, replace, os.remove]
 
 @pytest.fixture(scope="module")
 def fasta(inputs):
-    """More than is read at once."""
+    """A file too large for one read."""
     rng, path = random.Random(0), inputs.fasta.with_name("many.fasta")
     sequences = ["".join(rng.choices(RESIDUES, k=100)) + "<mask>" for _ in range(400)]
     path.write_text("".join(f">p{number}\n{sequence}\n" for number, sequence in enumerate(sequences)))
@@ -45,12 +45,12 @@ def fasta(inputs):
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
-def test_input_that_changes(case, fasta, inputs, tmp_path):
-    (tmp_path / "whole").mkdir()
-    arguments = inputs.command(case, tmp_path / "whole", fasta=fasta, batch_tokens=100)
-    code, said = run(arguments)
-    assert code == 0, said
-    expected, original, told = contents(tmp_path / "whole"), fasta.read_bytes(), []
+def test_input_changes_during_a_run(case, fasta, inputs, tmp_path):
+    (tmp_path / "undisturbed").mkdir()
+    arguments = inputs.command(case, tmp_path / "undisturbed", fasta=fasta, batch_tokens=100)
+    code, printed = run(arguments)
+    assert code == 0, printed
+    expected, original, reported = contents(tmp_path / "undisturbed"), fasta.read_bytes(), []
     for change in CHANGES:
         folder = tmp_path / change.__name__
         folder.mkdir()
@@ -60,13 +60,13 @@ def test_input_that_changes(case, fasta, inputs, tmp_path):
         process.send_signal(signal.SIGSTOP)
         change(fasta)
         process.send_signal(signal.SIGCONT)
-        said = process.communicate(timeout=TIMEOUT)[0]
+        printed = process.communicate(timeout=TIMEOUT)[0]
         fasta.write_bytes(original)
         if process.returncode == FAILED:
-            assert "Traceback" not in said and fasta.name in said, said
-            told.append(change.__name__)
-        code, said = run(arguments)
-        assert has_ended(case, code, said) or code == 0, said
+            assert "Traceback" not in printed and fasta.name in printed, printed
+            reported.append(change.__name__)
+        code, printed = run(arguments)
+        assert is_finished(case, code, printed) or code == 0, printed
         assert contents(folder) == expected, change
-    print(f"{case}: {len(CHANGES)} changes, told: {', '.join(told)}")
-    assert told == [change.__name__ for change in CHANGES]
+    print(f"{case}: {len(CHANGES)} changes, reported: {', '.join(reported)}")
+    assert reported == [change.__name__ for change in CHANGES]

@@ -1,6 +1,6 @@
-"""A disk that is full, files that may not grow, a folder that is read-only: in the shards, and at the end.
+"""Run on a full disk, with a file size limit and on a read-only disk, while shards or the final output are written.
 
-The command says so in a sentence, leaves nothing half-written, and goes on when it can.
+The command must report the reason without a traceback, leave no incomplete file, and resume once it can.
 """
 
 import os
@@ -13,16 +13,16 @@ from functools import partial
 
 import pytest
 
-from tests.abuse.command import FAILED, contents, done, has_ended, outputs, run
+from tests.abuse.command import FAILED, contents, is_finished, outputs, run, success_code
 
 pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or os.geteuid() != 0, reason="mounts a disk of its own, which takes root"
+    not sys.platform.startswith("linux") or os.geteuid() != 0, reason="mounts a file system, which requires root"
 )
 PAGE = 4096
 
 
 class Disk:
-    """A file system in memory, with a size that can be changed."""
+    """A file system in memory whose size can be changed."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -32,9 +32,9 @@ class Disk:
         subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
 
     def fill(self, free_pages):
-        """Leave room for so many pages."""
-        found = os.statvfs(self.folder)
-        used = (found.f_blocks - found.f_bfree) * found.f_frsize
+        """Shrink the file system to this number of free pages."""
+        status = os.statvfs(self.folder)
+        used = (status.f_blocks - status.f_bfree) * status.f_frsize
         self.remount(f"size={used + free_pages * PAGE}")
 
     def unmount(self):
@@ -49,50 +49,50 @@ def disk(tmp_path):
     disk.unmount()
 
 
-def places(case, folder):
-    """Before which file a run is killed, so that what comes next is this file: of the shards, and of the end."""
+def kill_points(case, folder):
+    """Return {stage: pattern}. A run that is killed before the matching file continues with this file."""
     last = "index.csv" if case == "embed folder" else outputs(case, folder)[0].name
-    parts = re.escape(str(folder))
+    prefix = re.escape(str(folder))
     return {
-        "in the shards": r".*/\.shard-00000002\..*",
-        "at the end": rf"{parts}(/out)?/\.{re.escape(last)}\..*\.part.*",
+        "while writing shards": r".*/\.shard-00000002\..*",
+        "while writing the output": rf"{prefix}(/out)?/\.{re.escape(last)}\..*\.part.*",
     }
 
 
-def limit_files(size):
-    """In the child: no file may become larger."""
+def limit_file_size(size):
+    """Limit the size of every file that this process writes. Runs in the child before the command."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", ["in the shards", "at the end"])
-def test_no_room(case, place, inputs, whole, disk):
+@pytest.mark.parametrize("stage", ["while writing shards", "while writing the output"])
+def test_disk_is_full_or_read_only(case, stage, inputs, undisturbed, disk):
     arguments = inputs.command(case, disk.folder)
-    code, said = run(arguments, env={"KILL_BEFORE": places(case, disk.folder)[place]})
-    assert code == -signal.SIGKILL, said
+    code, printed = run(arguments, env={"KILL_BEFORE": kill_points(case, disk.folder)[stage]})
+    assert code == -signal.SIGKILL, printed
     ends = {}
     disk.fill(0)
-    ends["no page left"] = run(arguments)
-    left = half_written(disk.folder, whole[0])
+    ends["no free page"] = run(arguments)
+    incomplete = incomplete_files(disk.folder, undisturbed[0])
     disk.remount("size=16m")
-    ends["files of 100 bytes"] = run(arguments, preexec_fn=partial(limit_files, 100))
-    left += half_written(disk.folder, whole[0])
-    ends["read-only"] = read_only(disk, arguments)
-    left += half_written(disk.folder, whole[0])
+    ends["files of 100 bytes"] = run(arguments, preexec_fn=partial(limit_file_size, 100))
+    incomplete += incomplete_files(disk.folder, undisturbed[0])
+    ends["read-only"] = run_read_only(disk, arguments)
+    incomplete += incomplete_files(disk.folder, undisturbed[0])
     disk.fill(1)
-    ends["a page left"] = run(arguments)  # room for some, and for small results
+    ends["one free page"] = run(arguments)  # enough for some steps, and for all of a small result
     disk.remount("size=16m")
-    told = [name for name, (code, said) in ends.items() if code == FAILED and is_told(said)]
-    code, said = run(arguments)
-    print(f"{case}, {place}: told in a sentence: {', '.join(told)}; half-written: {len(left)}")
-    assert not left
-    assert set(told) | {"a page left"} == ends.keys(), ends
-    assert "a page left" in told or ends["a page left"][0] == done(case), ends
-    assert has_ended(case, code, said), said
-    assert contents(disk.folder) == whole[0]
+    reported = [name for name, (code, printed) in ends.items() if code == FAILED and is_reported(printed)]
+    code, printed = run(arguments)
+    print(f"{case}, {stage}: reported: {', '.join(reported)}; incomplete files: {len(incomplete)}")
+    assert not incomplete
+    assert set(reported) | {"one free page"} == ends.keys(), ends
+    assert "one free page" in reported or ends["one free page"][0] == success_code(case), ends
+    assert is_finished(case, code, printed), printed
+    assert contents(disk.folder) == undisturbed[0]
 
 
-def read_only(disk, arguments):
+def run_read_only(disk, arguments):
     disk.remount("ro")
     try:
         return run(arguments)
@@ -100,18 +100,18 @@ def read_only(disk, arguments):
         disk.remount("rw")
 
 
-def is_told(said):
-    """Whether the reason is told in a sentence, with what to do."""
+def is_reported(printed):
+    """Return whether the command printed the reason as an error message, without a traceback."""
     reasons = ("No space left on device", "File too large", "Read-only file system")
-    return "Traceback" not in said and "Error: " in said and any(reason in said for reason in reasons)
+    return "Traceback" not in printed and "Error: " in printed and any(reason in printed for reason in reasons)
 
 
-GROWING = {"out/manifest.json", "out/checksums.txt"}  # say how far a run is
+PROGRESS = {"out/manifest.json", "out/checksums.txt"}  # updated during a run
 
 
-def half_written(folder, expected):
-    """The parts of files, and the files that have their names and are not what they should be."""
-    found = contents(folder)
-    parts = [path for path in found if ".part" in path]
-    whole = (found.keys() & expected.keys()) - GROWING
-    return parts + [path for path in whole if found[path] != expected[path]]
+def incomplete_files(folder, expected):
+    """Return the temporary files in a folder, and the files whose content differs from that of a finished run."""
+    files = contents(folder)
+    temporary = [path for path in files if ".part" in path]
+    named = (files.keys() & expected.keys()) - PROGRESS
+    return temporary + [path for path in named if files[path] != expected[path]]

@@ -1,5 +1,7 @@
-"""A thousand malformed FASTA files and tables of mutants through the commands: none crashes, none is a traceback, none
-gives a wrong number, and of none a record is lost in silence."""
+"""Run the commands on a thousand malformed FASTA files and tables of mutants.
+
+None may crash, end with a traceback, give a wrong result or lose a record silently.
+"""
 
 import csv
 import gzip
@@ -21,7 +23,7 @@ from mlx_esm_hf import MLXAutoModelForMaskedLM
 from tests.abuse.command import RESIDUES, WILD_TYPE, outcomes
 from tests.vocabulary import write_vocabulary
 
-EACH = 200  # of each kind
+PER_KIND = 200
 
 TITLES = [
     "",
@@ -82,11 +84,11 @@ PIECES += [
 ENDS = ["\n", "\n", "\r\n", "\r", "\n\n"]
 
 
-# Files, written by rng
+# Random FASTA files
 
 
 def records(rng):
-    """The text of a FASTA file with odd titles, odd letters and odd line ends."""
+    """Return the text of a FASTA file with unusual titles, letters and line ends."""
     end, text = rng.choice(ENDS), ""
     for number in range(rng.randint(1, 6)):
         sequence = rng.choices(RESIDUES, k=rng.randint(0, 30))
@@ -103,42 +105,42 @@ def odd_records(rng):
     return records(rng).encode(rng.choice(["utf-8"] * 8 + ["utf-16"]), "replace")
 
 
-def sound(rng):
+def valid_records(rng):
     return "".join(f">p{i}\n{''.join(rng.choices(RESIDUES, k=20))}\n" for i in range(4)).encode()
 
 
 def damaged(data, rng):
-    """Some bytes changed, removed, put in, or all from some place on."""
+    """Return the data with some bytes changed, inserted or removed, or with the end cut off or overwritten."""
     data = bytearray(data)
     what = rng.choice(["flip", "cut", "insert", "remove", "noise"])
-    place = rng.randrange(len(data))
+    start = rng.randrange(len(data))
     if what == "flip":
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.randrange(256)
     elif what == "cut":
-        del data[place:]
+        del data[start:]
     elif what == "insert":
-        data[place:place] = rng.randbytes(rng.randint(1, 8))
+        data[start:start] = rng.randbytes(rng.randint(1, 8))
     elif what == "remove":
-        del data[place : place + rng.randint(1, 30)]
+        del data[start : start + rng.randint(1, 30)]
     else:
-        data[place:] = rng.randbytes(len(data) - place)
+        data[start:] = rng.randbytes(len(data) - start)
     return bytes(data)
 
 
 def damaged_records(rng):
-    return damaged(sound(rng), rng)
+    return damaged(valid_records(rng), rng)
 
 
 def compressed(rng):
-    """Compressed, then damaged; or damaged, then compressed; or two streams, or something behind the stream."""
-    squeeze = rng.choice([gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress])
+    """Return a damaged stream, a stream of odd records, two streams, or a stream followed by other bytes."""
+    compress = rng.choice([gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress])
     return rng.choice(
         [
-            lambda: damaged(squeeze(sound(rng)), rng),
-            lambda: squeeze(odd_records(rng)),
-            lambda: squeeze(sound(rng)) + squeeze(sound(rng)),
-            lambda: squeeze(sound(rng)) + rng.choice([b"\0" * 9, b"x", b"\n"]),
+            lambda: damaged(compress(valid_records(rng)), rng),
+            lambda: compress(odd_records(rng)),
+            lambda: compress(valid_records(rng)) + compress(valid_records(rng)),
+            lambda: compress(valid_records(rng)) + rng.choice([b"\0" * 9, b"x", b"\n"]),
         ]
     )()
 
@@ -146,11 +148,11 @@ def compressed(rng):
 FASTA = {"odd records": odd_records, "damaged records": damaged_records, "compressed": compressed}
 
 
-# What has to become of a file, by the rules of the README and none of the package's code
+# Expected records of a file, from the rules in the documentation and without the package's code
 
 
-def text_of(data):
-    """The text of a file; None if its compressed stream is damaged."""
+def decoded(data):
+    """Return the text of a file; None if its compressed stream is damaged."""
     try:
         if data.startswith(b"\x1f\x8b"):
             data = gzip.decompress(data)
@@ -168,7 +170,7 @@ def text_of(data):
 
 
 def cleaned(sequence):
-    """The tokens of a sequence; None if it is an error."""
+    """Return the tokens of a sequence; None if it is invalid."""
     tokens = re.findall(r"<[^<>]*>|.", "".join(sequence.split()), re.DOTALL)
     if tokens[-1:] == ["*"]:
         tokens.pop()
@@ -185,7 +187,7 @@ def cleaned(sequence):
 
 
 def expected_records(text):
-    """(id, tokens or None) of each record of a text; None if it is no FASTA."""
+    """Return (id, tokens or None) for each record of a text; None if the text is not FASTA."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     while lines and not lines[0].strip():
         lines.pop(0)
@@ -204,7 +206,7 @@ def expected_records(text):
 
 
 class Model:
-    """What the model says of tokens, without the package's pipelines."""
+    """The model's answers for tokens, without the package's jobs and tokenizer."""
 
     def __init__(self, folder, tmp_path):
         self.network = MLXAutoModelForMaskedLM.from_pretrained(folder).eval()
@@ -236,7 +238,7 @@ def close(a, b):
     return np.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-# What each job with each format has to hold: the ids in order, or in any order
+# Readers of the ids in an output: in the order of the input, except for HDF5
 
 
 def npz_ids(path):
@@ -297,37 +299,37 @@ JOBS = {
 
 
 def has_work(job, tokens):
-    """Whether a job has something to do for a record."""
+    """Return whether a job has something to compute for a record."""
     return bool(tokens) and (job not in ("fill-mask", "generate") or "<mask>" in tokens)
 
 
-def wrong_result(job, suffix, data, result, output, model):
-    """What is wrong with the outcome of a job on a FASTA file; None if nothing is."""
-    text = text_of(data)
+def fasta_problem(job, suffix, data, result, output, model):
+    """Return what is wrong with the outcome of a job on a FASTA file; None if it is right."""
+    text = decoded(data)
     expected = None if text is None else expected_records(text)
-    good = [record for record in expected or [] if has_work(job, record[1])]
+    valid = [record for record in expected or [] if has_work(job, record[1])]
     if result["code"] == 1:
-        if good:
-            return "refused, with good records"
+        if valid:
+            return "refused, but some records are valid"
         if output.exists():
-            return "refused, and a file is there"
-        named = result["said"].count(", line ")
-        return "records that are not named" if named < len(expected or []) else None
-    left_out = len(re.findall("^Left out: ", result["said"], re.MULTILINE))
-    if left_out != len(expected) - len(good) or result["code"] != (3 if left_out else 0):
+            return "refused, but a file was written"
+        named = result["printed"].count(", line ")
+        return "refused without naming every record" if named < len(expected or []) else None
+    left_out = len(re.findall("^Left out: ", result["printed"], re.MULTILINE))
+    if left_out != len(expected) - len(valid) or result["code"] != (3 if left_out else 0):
         return f"{left_out} left out, exit code {result['code']}"
-    ids, names = JOBS[job, suffix](output), [name for name, _ in good]
-    if (job, suffix) == ("contacts", ".npz"):  # the second of one name is called name#2
-        return None if len(ids) == len(names) and set(names) - {"metadata"} <= set(ids) else f"other ids: {ids}"
+    ids, names = JOBS[job, suffix](output), [name for name, _ in valid]
+    if (job, suffix) == ("contacts", ".npz"):  # the second record of this name is stored as name#2
+        return None if len(ids) == len(names) and set(names) - {"metadata"} <= set(ids) else f"ids differ: {ids}"
     if suffix == ".h5":
         ids, names = sorted(ids), sorted(names)
     if ids != names:
-        return f"other ids: {ids}"
+        return f"ids differ: {ids}"
     if suffix == ".npz":
         with np.load(output) as file:
             means = file["mean"]
-        if not all(close(mean, model.mean(tokens)) for mean, (_, tokens) in zip(means, good, strict=True)):
-            return "other numbers"
+        if not all(close(mean, model.mean(tokens)) for mean, (_, tokens) in zip(means, valid, strict=True)):
+            return "embeddings differ"
     return None
 
 
@@ -336,7 +338,7 @@ def wrong_result(job, suffix, data, result, output, model):
 def test_malformed_fasta(kind, inputs, model, tmp_path):
     rng, jobs = random.Random(kind), [("embed", ".npz")] * 8 + list(JOBS)
     cases, calls = {}, {}
-    for number in range(EACH):
+    for number in range(PER_KIND):
         path = tmp_path / f"{number}.fasta"
         job, suffix = rng.choice(jobs)
         output = path.with_name(f"out{number}{suffix}")
@@ -345,11 +347,11 @@ def test_malformed_fasta(kind, inputs, model, tmp_path):
         arguments = [job, path, "--model", inputs.models["ESM-2"], "--output", output]
         calls[path] = json.dumps([str(a) for a in arguments])
 
-    def wrong_with(path, result):
+    def find_problem(path, result):
         job, suffix, data, output = cases[path]
-        return wrong_result(job, suffix, data, result, output, model)
+        return fasta_problem(job, suffix, data, result, output, model)
 
-    judge(kind, calls, wrong_with)
+    check_results(kind, calls, find_problem)
 
 
 # Tables of mutants
@@ -361,14 +363,14 @@ COLUMNS = [["mutant"], ["mutant", "y"], ["x", "mutant", "é"], ["mutant", "mutan
 
 
 def table(rng):
-    """The text of a CSV file with odd columns, odd cells and odd rows."""
+    """Return the text of a CSV file with unusual columns, cells and rows."""
     columns = rng.choice(COLUMNS)
     if rng.random() < 0.7:
         columns = rng.choice([["mutant"], ["id", "mutant", "note"]])
-    places = [rng.randrange(len(WILD_TYPE)) for _ in range(rng.randint(0, 8))]
+    positions = [rng.randrange(len(WILD_TYPE)) for _ in range(rng.randint(0, 8))]
     rows = []
-    for place in places:
-        cell = f"{WILD_TYPE[place]}{place + 1}{rng.choice(RESIDUES)}" if rng.random() < 0.7 else rng.choice(CELLS)
+    for position in positions:
+        cell = f"{WILD_TYPE[position]}{position + 1}{rng.choice(RESIDUES)}" if rng.random() < 0.7 else rng.choice(CELLS)
         row = [cell if name == "mutant" else rng.choice(["", "1", "a,b", 'q"q', "é\n", "x" * 99]) for name in columns]
         if rng.random() < 0.03:
             row = rng.choice([row[:-1], [*row, "more"], []])
@@ -394,7 +396,7 @@ TABLES = {"odd tables": odd_table, "damaged tables": damaged_table}
 
 
 def expected_rows(data):
-    """The header and the rows of a table; None if it is none with the column."""
+    """Return the header and the rows of a table; None if it is invalid or has no column of mutants."""
     try:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
     except (csv.Error, UnicodeDecodeError):
@@ -406,86 +408,87 @@ def expected_rows(data):
 
 
 def substitutions(cell):
-    """[(position, residue)] of a cell like M1G:Q2A that fits the wild type; None if it does not."""
+    """Return [(position, residue)] of a cell like M1G:Q2A, positions from 0; None if it does not fit the wild type."""
     found = {}
     for part in cell.split(":"):
         match = re.fullmatch(r"\s*([A-Za-z])(-?\d{1,9})([A-Za-z])\s*", part)
         if not match or match[3].upper() == "J":
             return None
-        place = int(match[2]) - 1
-        if not 0 <= place < len(WILD_TYPE) or WILD_TYPE[place] != match[1].upper() or place in found:
+        position = int(match[2]) - 1
+        if not 0 <= position < len(WILD_TYPE) or WILD_TYPE[position] != match[1].upper() or position in found:
             return None
-        found[place] = match[3].upper()
+        found[position] = match[3].upper()
     return found.items()
 
 
-class Expected:
-    """The scores of mutations, computed plainly."""
+class ReferenceScores:
+    """Scores of mutations, computed without the package's jobs: one masked position at a time."""
 
     def __init__(self, model):
         self.ids, self.rows = model.ids, []
-        for place in range(len(WILD_TYPE)):
-            masked = [*WILD_TYPE[:place], "<mask>", *WILD_TYPE[place + 1 :]]
-            self.rows.append(model.log_probabilities(masked)[place])
+        for position in range(len(WILD_TYPE)):
+            masked = [*WILD_TYPE[:position], "<mask>", *WILD_TYPE[position + 1 :]]
+            self.rows.append(model.log_probabilities(masked)[position])
 
     def score(self, mutant):
         rows, ids = self.rows, self.ids
-        return sum(rows[place][ids[to]] - rows[place][ids[WILD_TYPE[place]]] for place, to in mutant)
+        return sum(rows[i][ids[to]] - rows[i][ids[WILD_TYPE[i]]] for i, to in mutant)
 
 
-def wrong_table(data, result, output, expected, name):
-    """What is wrong with the outcome of `score`; None if nothing is."""
+def table_problem(data, result, output, expected, name):
+    """Return what is wrong with the outcome of `score`; None if it is right."""
     rows = expected_rows(data)
     mutants = [] if rows is None else [substitutions(row[rows[0].index("mutant")]) for row in rows[1:]]
     if result["code"] == 1:
         if any(mutants):
-            return "refused, with good rows"
-        return "refused, and a file is there" if output.exists() else None
+            return "refused, but some rows are valid"
+        return "refused, but a file was written" if output.exists() else None
     if rows is None:
         return "not refused"
-    left_out = len(re.findall(r"^Left out: row \d+: ", result["said"], re.MULTILINE))
+    left_out = len(re.findall(r"^Left out: row \d+: ", result["printed"], re.MULTILINE))
     if left_out != mutants.count(None) or result["code"] != (3 if left_out else 0):
         return f"{left_out} left out, exit code {result['code']}"
     with open(output, newline="", encoding="utf-8") as file:
         written = [row for row in csv.reader(file) if row]
     if [row[:-1] for row in written] != rows or written[0][-1] != name:
-        return "other rows"
+        return "rows differ"
     for row, mutant in zip(written[1:], mutants, strict=True):
         if (row[-1] == "") is not (mutant is None) or (mutant and not close(float(row[-1]), expected.score(mutant))):
-            return f"other numbers: {row}"
+            return f"score differs: {row}"
     return None
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", TABLES)
 def test_malformed_tables(kind, inputs, model, tmp_path):
-    rng, expected, name = random.Random(kind), Expected(model), str(inputs.models["ESM-2"])
-    files = {tmp_path / f"{number}.csv": TABLES[kind](rng) for number in range(EACH)}
+    rng, expected, name = random.Random(kind), ReferenceScores(model), str(inputs.models["ESM-2"])
+    files = {tmp_path / f"{number}.csv": TABLES[kind](rng) for number in range(PER_KIND)}
     calls = {}
     for path, data in files.items():
         path.write_bytes(data)
         arguments = ["score", path, "--sequence", WILD_TYPE, "--model", name, "--output", f"{path}.out.csv"]
         calls[path] = json.dumps([str(a) for a in arguments])
-    judge(
+    check_results(
         kind,
         calls,
-        lambda path, result: wrong_table(files[path], result, path.with_name(f"{path.name}.out.csv"), expected, name),
+        lambda path, result: table_problem(files[path], result, path.with_name(f"{path.name}.out.csv"), expected, name),
     )
 
 
-def judge(kind, calls, wrong_with):
-    """Call the command, and assert that nothing is wrong with what it says and writes.
+def check_results(kind, calls, find_problem):
+    """Run the command on each input and assert that every outcome is right.
 
     Args:
+        kind: the kind of input, for the printed summary.
         calls: {path: arguments}.
-        wrong_with: what is wrong with the result of a path, which was done or refused.
+        find_problem: returns what is wrong with the result for a path (done or refused), or None.
     """
-    found = outcomes("tests.abuse.caller", list(calls.values()))
+    results = outcomes("tests.abuse.caller", list(calls.values()))
     wrong, counts = [], Counter()
     for path, argument in calls.items():
-        result = found[argument]
+        result = results[argument]
         counts[result["outcome"]] += 1
-        problem = result["outcome"] if result["outcome"] not in ("done", "refused") else wrong_with(path, result)
+        problem = result["outcome"] if result["outcome"] not in ("done", "refused") else find_problem(path, result)
         if problem:
             wrong.append((problem, path, result))
     print(f"{kind}: {len(calls)} malformed, {dict(counts)}, wrong: {len(wrong)}")

@@ -1,4 +1,4 @@
-"""A limit of memory: the command says that there is too little, or is killed by the system, and goes on with more."""
+"""Limit the memory: the command must report it, or is killed by the kernel, and resumes once it has enough."""
 
 import os
 import signal
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.abuse.command import FAILED, contents, done, run
+from tests.abuse.command import FAILED, contents, run, success_code
 
-GROUP = Path("/sys/fs/cgroup/memory")  # version 1; version 2 has all controllers in one tree
+GROUP = Path("/sys/fs/cgroup/memory")  # cgroup version 1; version 2 has no folder for each controller
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not os.access(GROUP / "cgroup.procs", os.W_OK),
-    reason="needs a memory cgroup that it may write",
+    reason="needs a writable memory cgroup (version 1)",
 )
 MEGABYTES = (20, 30, 40, 50, 60, 80, 120, 200, 400)
 
@@ -27,21 +27,21 @@ def group(request):
 
 
 def enter(group):
-    """In the child: into the group, with all that it becomes."""
+    """Move this process into the group. Runs in the child before the command."""
     (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 @pytest.mark.long
-def test_little_memory(case, inputs, whole, group, tmp_path):
+def test_memory_limit(case, inputs, undisturbed, group, tmp_path):
     arguments, ends = inputs.command(case, tmp_path), []
     for megabytes in MEGABYTES:
         (group / "memory.limit_in_bytes").write_text(f"{megabytes}M")
         ends.append(run(arguments, preexec_fn=partial(enter, group)))
-        if ends[-1][0] == done(case):
+        if ends[-1][0] == success_code(case):
             break
     killed = [code for code, _ in ends if code == -signal.SIGKILL]
-    told = [said for code, said in ends if code == FAILED and "Traceback" not in said]
-    print(f"{case}: {len(killed)} killed, {len(told)} told, done with {MEGABYTES[len(ends) - 1]} MB")
-    assert len(killed) + len(told) + 1 == len(ends) and ends[-1][0] == done(case), ends
-    assert killed or told
-    assert contents(tmp_path) == whole[0]
+    reported = [printed for code, printed in ends if code == FAILED and "Traceback" not in printed]
+    print(f"{case}: {len(killed)} killed, {len(reported)} reported, done with {MEGABYTES[len(ends) - 1]} MB")
+    assert len(killed) + len(reported) + 1 == len(ends) and ends[-1][0] == success_code(case), ends
+    assert killed or reported
+    assert contents(tmp_path) == undisturbed[0]

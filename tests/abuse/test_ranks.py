@@ -1,4 +1,4 @@
-"""Ranks that are killed: their run ends, and goes on."""
+"""Kill one of two ranks: the other one must end as well, and the same command must resume the run."""
 
 import os
 import random
@@ -13,7 +13,7 @@ from tests.abuse.command import TIMEOUT, contents, run, start, wait_for_shard
 from tests.processes import ON_TWO_RANKS
 
 CASES = ["embed .npz", "embed folder", "perplexity .csv"]
-KILLS = 4  # of each case, of either rank in turn
+KILLS = 4  # of each case; the ranks take turns
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -23,11 +23,11 @@ def on_two_ranks(arguments):
 
 
 def pid_of(rank, folder):
-    """The process that writes into a folder as this rank."""
+    """Return the process id of a rank of the run that writes into a folder; None if it has ended."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             environment, command = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if f"MLX_RANK={rank}\0".encode() in environment and str(folder).encode() in command:
             return int(process.name)
@@ -36,11 +36,11 @@ def pid_of(rank, folder):
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
-def test_a_rank_that_is_killed(case, inputs, tmp_path):
-    (tmp_path / "whole").mkdir()
-    code, said = run(on_two_ranks(inputs.command(case, tmp_path / "whole")))
-    expected, rng, killed = contents(tmp_path / "whole"), random.Random(case), 0
-    assert expected, said
+def test_run_resumes_after_a_rank_was_killed(case, inputs, tmp_path):
+    (tmp_path / "undisturbed").mkdir()
+    code, printed = run(on_two_ranks(inputs.command(case, tmp_path / "undisturbed")))
+    expected, rng, killed = contents(tmp_path / "undisturbed"), random.Random(case), 0
+    assert expected, printed
     for number in range(KILLS):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -51,9 +51,9 @@ def test_a_rank_that_is_killed(case, inputs, tmp_path):
         if pid := pid_of(number % 2, folder):
             os.kill(pid, signal.SIGKILL)
             killed += 1
-        process.communicate(timeout=TIMEOUT)  # the launcher does not wait for the dead
+        process.communicate(timeout=TIMEOUT)  # the launcher must not wait for the killed rank
         assert pid_of(0, folder) is None and pid_of(1, folder) is None
-        code, said = run(arguments)
-        assert contents(folder) == expected, said
+        code, printed = run(arguments)
+        assert contents(folder) == expected, printed
     print(f"{case}: {killed} ranks killed, wrong: 0")
     assert killed > KILLS / 2
