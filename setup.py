@@ -42,7 +42,10 @@ if sys.platform == "linux":
     from mlx.extension import CMakeBuild, CMakeExtension
 
     class BuildKernels(CMakeBuild):
+        """Build the kernels, or record why they could not be built."""
+
         def build_extension(self, extension):
+            """Build the extension and write `_native.json`."""
             folder = Path(self.get_ext_fullpath(extension.name)).parent
             folder.mkdir(parents=True, exist_ok=True)
             os.environ.setdefault("CMAKE_GENERATOR", "Ninja")

@@ -217,6 +217,7 @@ def compare(converted: Path, original: Original, fasta: Path) -> dict[str, tuple
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description="Compare a converted model with the original on real proteins.",
         epilog="A .pt file is loaded by fair-esm, which can run arbitrary code from it: only check files you trust.",

@@ -88,6 +88,7 @@ def separated(state: dict[str, mx.array]) -> dict[str, mx.array]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Convert the open weights of ESMC to a Hugging Face folder.")
     parser.add_argument("checkpoint", type=Path, help="a .pth file")
     parser.add_argument("output", type=Path, help="the folder to write")

@@ -188,6 +188,7 @@ def write_tokenizer(config: MLXEsmConfig, output: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Convert a checkpoint of fair-esm to a Hugging Face folder.")
     parser.add_argument(
         "checkpoint", type=Path, help="a .pt file; its -contact-regression.pt must be in the same folder"

@@ -136,6 +136,7 @@ def write_tokenizer(output: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Convert ESMFold of fair-esm to a Hugging Face folder.")
     parser.add_argument("folding", type=Path, help="esmfold_3B_v1.pt")
     parser.add_argument("language_model", type=Path, help="esm2_t36_3B_UR50D.pt")

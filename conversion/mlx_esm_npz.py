@@ -127,6 +127,7 @@ def write_tokenizer(output: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Convert weights of mlx-esm to a Hugging Face folder.")
     parser.add_argument("weights", type=Path, help="an .npz file")
     parser.add_argument("output", type=Path, help="the folder to write")

@@ -59,6 +59,7 @@ def ca_atoms(pdb: str) -> list:
 
 
 def main() -> None:
+    """Run the checks and print the results."""
     checkpoint = sys.argv[1] if len(sys.argv) > 1 else "facebook/esmfold_v1"
     if len(sys.argv) > 2:
         notebook = Path(sys.argv[2]).read_text(encoding="utf-8")

@@ -129,6 +129,7 @@ def by_model(sides: list[Peptides], model: str, train: str, seed: int, epochs: f
 
 
 def main() -> None:
+    """Run the experiment and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a Hub repository or a folder; default: the bundled model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

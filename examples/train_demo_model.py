@@ -34,6 +34,7 @@ CONTEXT, HELD_OUT, MASKED = 256, 0.06, 0.15
 
 
 def write_fasta(path: Path, proteins: list[Protein]) -> None:
+    """Write proteins to a FASTA file."""
     path.write_text("".join(f">{protein.id}\n{protein.sequence}\n" for protein in proteins))
 
 
@@ -177,6 +178,7 @@ The model is better than each protein's own composition by {found["lead"]:.3f} n
 
 
 def main() -> None:
+    """Train the model, measure it and write it with its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("proteins", help="a FASTA file, plain or compressed")
     parser.add_argument("output", type=Path, help="the folder to write")

@@ -37,7 +37,12 @@ def hold_to_bar(
     """Assert that our error is within the bar and return the errors by each measure. The arrays have the same shape.
 
     Args:
+        ours: our result.
+        theirs: torch's result.
+        float64: the exact result.
+        label: what is compared, for messages.
         scale: a lower bound for the output's scale.
+        ratio: allowed error relative to torch's.
         floor: allowed error relative to the scale, in addition to torch's.
     """
     ours, theirs, float64 = (np.asarray(x, dtype=np.float64) for x in (ours, theirs, float64))

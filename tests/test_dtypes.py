@@ -76,7 +76,7 @@ def test_integer_weights_are_refused(folder):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_integer_weights_in_a_bin_file_are_refused(zipped, folder):
-    """torch stores such a tensor as IntStorage."""
+    """Torch stores such a tensor as IntStorage."""
     state = torch_model().state_dict()
     name = "esm.encoder.layer.1.output.dense.weight"
     (folder / "model.safetensors").unlink()

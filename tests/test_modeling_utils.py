@@ -201,7 +201,7 @@ def test_stored_frequencies_are_used(dialect, tmp_path):
     ],
 )
 def test_round_trip(kind, dtype, shard, task, tmp_path):
-    """theirs -> ours -> theirs -> ours keeps all bits and outputs, without warnings."""
+    """Theirs -> ours -> theirs -> ours keeps all bits and outputs, without warnings."""
     a, b, c = (tmp_path / name for name in "abc")
     torch_model(task, kind).to(getattr(torch, dtype)).save_pretrained(a, max_shard_size=shard)
     original = theirs(task).from_pretrained(a)
@@ -287,7 +287,7 @@ print(json.dumps(result))
 
 @pytest.mark.long
 def test_transformers_4_loads_what_we_save(tmp_path):
-    """transformers 4.x, in a new environment or MLX_ESM_TRANSFORMERS4_PYTHON, has no warnings and equal outputs."""
+    """Transformers 4.x, in a new environment or MLX_ESM_TRANSFORMERS4_PYTHON, has no warnings and equal outputs."""
     python = python_of_transformers_4(tmp_path)
     for kind in KINDS:
         models = {}

@@ -39,7 +39,7 @@ def test_readme_is_short():
 
 
 def test_readme_links_to_files_that_exist():
-    """mkdocs checks the links of the pages; nothing else checks those of the README."""
+    """Mkdocs checks the links of the pages; nothing else checks those of the README."""
     text = README.read_text(encoding="utf-8")
     for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text)):
         if target.startswith("https:"):
@@ -124,8 +124,10 @@ def publishing_blocks():
 
 @pytest.fixture
 def newcomer(tmp_path):
-    """Yield a function that types commands as a user with a folder "my-model" and an account on a Hub, where Meta has
-    the base model."""
+    """Yield a function that types commands as a user with a folder "my-model" and an account on a loopback Hub.
+
+    The Hub has the base model.
+    """
     hub = Hub(users={"hf_me": "me"})
     hub.repos[BASE] = Repository()
     hub.repos[BASE].commit({"README.md": b"---\nlicense: mit\n---\n"}, "Card")

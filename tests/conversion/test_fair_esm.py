@@ -114,7 +114,7 @@ def hold_layers(model, family, case, theirs):
 
 @pytest.mark.parametrize("family", ["ESM-1b", "ESM-1v", "ESM-2"])
 def test_transformers(converted, family):
-    """transformers loads the folder with equal outputs. It only warns about the missing contact head of ESM-1v."""
+    """Transformers loads the folder with equal outputs. It only warns about the missing contact head of ESM-1v."""
     case = converted(family)
     with heard("transformers") as said:
         model, info = EsmForMaskedLM.from_pretrained(case.output, attn_implementation="eager", output_loading_info=True)

@@ -288,8 +288,10 @@ def test_missing_library_is_reported(network, tmp_path, monkeypatch):
 
 
 def test_memory_estimate_is_an_upper_bound():
-    """What folding takes with states of pairs as wide as the published ones is a good part of what is foreseen, and
-    never more, for a protein and for a batch of as many tokens."""
+    """Compare the memory that folding takes, with pair states of the published width, with the estimate.
+
+    It never exceeds the estimate and is a good part of it, for one protein and for a batch of as many tokens.
+    """
     fields = tiny_folding()
     fields["esmfold_config"]["trunk"] |= {"pairwise_state_dim": 128, "pairwise_head_width": 32, "num_blocks": 1}
     model = FoldingModel(MLXEsmForProteinFolding(MLXEsmConfig(**fields)).eval(), 0)

@@ -60,7 +60,7 @@ def rows(conversion):
 @pytest.mark.parametrize("task", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"])
 @pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_dtype(dtype, task, tmp_path):
-    """transformers loads the result without a warning, with the values of its own cast."""
+    """Transformers loads the result without a warning, with the values of its own cast."""
     model = torch_model(task, num_labels=3)
     model.save_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours", dtype=dtype)
@@ -419,8 +419,11 @@ LARGE = {
     ],
 )
 def test_memory(model, format, dtype, limit, tmp_path, capsys):
-    """Converting needs the memory of the largest array. Running the 4-bit model on 76 residues stays below the limit,
-    including the whole process and the mapped pages of the file."""
+    """Check the memory of converting and running a model.
+
+    Converting needs the memory of the largest array. Running the 4-bit model on 76 residues stays below the limit,
+    including the whole process and the mapped pages of the file.
+    """
     shape, model_class = LARGE[model]()
     with torch.device("meta"):
         sizes = [4 * parameter.numel() for parameter in model_class(shape).parameters()]  # in float32

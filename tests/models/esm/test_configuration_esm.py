@@ -122,7 +122,7 @@ def test_esm_saves_no_fields_unknown_to_transformers():
 
 @pytest.mark.parametrize("field", ESM1_FIELDS)
 def test_esm1_fields_are_refused_elsewhere(field):
-    """transformers would ignore the field and compute something else from the same config."""
+    """Transformers would ignore the field and compute something else from the same config."""
     changed = not getattr(MLXEsmConfig(**ESM2), field)
     with pytest.raises(ValueError, match=f"{field} must not be set for model_type 'esm': .* Use MLXEsm1Config"):
         MLXEsmConfig(**ESM2, **{field: changed})

@@ -338,7 +338,7 @@ def test_refused_configs() -> None:
 
 @pytest.mark.parametrize("stem", ["float32", "float16"])
 def test_round_trip(request: pytest.FixtureRequest, stem: str, tmp_path: Any) -> None:
-    """transformers loads the files that we save, with the same bits and dtypes."""
+    """Transformers loads the files that we save, with the same bits and dtypes."""
     models = request.getfixturevalue("models" if stem == "float32" else "half_stem")
     models.ours.save_pretrained(tmp_path)
     back, info = EsmForProteinFolding.from_pretrained(tmp_path, output_loading_info=True)
