@@ -266,7 +266,7 @@ def test_dtypes(folder, network):
     ("options", "error", "message"),
     [
         ({"formats": ["cif", "xyz"]}, ValueError, "formats xyz: choose from pdb, cif"),
-        ({"num_recycles": -1}, ValueError, "num_recycles=-1"),
+        ({"num_recycles": -1}, ValueError, "num_recycles must be at least 0, got -1"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens=0: at least one is needed"),
         ({"dtype": "float32"}, TypeError, "dtype: this is for loading a model"),
         ({"pictures": True, "output": None}, ValueError, "Pictures are files in a folder"),
