@@ -266,7 +266,7 @@ def test_dtypes(folder, network):
     ("options", "error", "message"),
     [
         ({"formats": ["cif", "xyz"]}, ValueError, "formats must be any of pdb, cif, got xyz"),
-        ({"num_recycles": -1}, ValueError, "num_recycles=-1"),
+        ({"num_recycles": -1}, ValueError, "num_recycles must be at least 0, got -1"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens must be at least 1, got 0"),
         ({"dtype": "float32"}, TypeError, "dtype: options for loading a model"),
         ({"pictures": True, "output": None}, ValueError, "Pictures are written into a folder"),

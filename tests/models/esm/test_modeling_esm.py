@@ -485,10 +485,8 @@ def test_containers(get_peers: Callable[..., Peers], head: str, kind: str) -> No
         strict=True,
     ):
         assert isinstance(ours, mx.array) and mx.array_equal(ours, other), name
-    ids, mask = given["input_ids"], given["attention_mask"]
-    assert mx.array_equal(
-        model.predict_contacts(ids, mask), model.predict_contacts(inputs["input_ids"], inputs["attention_mask"])
-    )
+    predict_contacts = model.base_model.predict_contacts
+    assert mx.array_equal(predict_contacts(**for_contacts(given)), predict_contacts(**for_contacts(inputs)))
 
 
 @pytest.mark.parametrize("dtype", [bool, np.float32, np.uint8])

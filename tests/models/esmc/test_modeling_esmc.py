@@ -379,7 +379,7 @@ def test_containers(get_peers: Callable[..., Peers]) -> None:
     "arguments, message",
     [
         ({"input_ids": [[0, 64, 2]]}, r"input_ids\[0, 1\] is 64, expected 0 to 63"),
-        ({"input_ids": [0, 5, 2]}, "input_ids must be"),
+        ({"input_ids": [0, 5, 2]}, "input_ids must have shape"),
         ({"input_ids": [[0, 5, 2]], "attention_mask": [[1, 1]]}, "attention_mask must have the shape of the input"),
         (
             {"input_ids": [[0, 5, 2]], "sequence_id": [[0, 0]]},
