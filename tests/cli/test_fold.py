@@ -58,7 +58,7 @@ def test_one_file(model, tmp_path):
         ("out", ["--formats", "mol2"], "formats must be any of pdb, cif, got mol2"),
         ("out", ["--batch-tokens", "many"], "--batch-tokens must be auto or a positive integer"),
         ("out", ["--dtype", "float16"], "The folding trunk cannot be float16"),
-        ("out", ["--num-recycles", "-1"], "the trunk would never run"),
+        ("out", ["--num-recycles", "-1"], "num_recycles must be at least 0, got -1"),
     ],
 )
 def test_user_errors(model, tmp_path, output, options, message):
