@@ -17,7 +17,7 @@ TROUBLE = [
     ("GET /cdn/", 404, "answered 404"),
     ("GET /cdn/", 416, "answered 416 .*try again; the download starts over"),
     ("GET /cdn/", 429, "answered 429 .*too many requests"),
-    ("GET /cdn/", 500, "answered 500 .*do it again later"),
+    ("GET /cdn/", 500, "answered 500 .*try again later"),
     ("GET /cdn/", "cut", None),
     (
         "GET /cdn/",
@@ -84,7 +84,7 @@ def test_connection_that_stays_cut(server, patient, tmp_path):
         ("GET .*config.json", "corrupt", "config.json was damaged in the download: its checksum is not [0-9a-f]{40}"),
         ("HEAD .*config.json", 403, "answered 403 .*the token does not allow this"),
         ("HEAD .*config.json", 429, "answered 429 .*too many requests: wait a few minutes"),
-        ("GET .*config.json", 500, "answered 500 .*do it again later"),
+        ("GET .*config.json", 500, "answered 500 .*try again later"),
         ("GET .*config.json", "cut", "the connection to .* failed .*Try again"),
     ],
 )
