@@ -388,7 +388,7 @@ class Evil:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_malicious_pickle(zipped, tmp_path):
-    """It is refused and not executed; torch with weights_only=False executes it."""
+    """Loading it fails and executes nothing; torch.load with weights_only=False executes it."""
     save_bin(torch_model(), tmp_path)
     path, marker = tmp_path / "pytorch_model.bin", tmp_path / "marker"
     state = torch_model().state_dict() | {"evil": Evil(marker)}

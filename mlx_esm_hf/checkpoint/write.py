@@ -73,7 +73,7 @@ def save_safetensors(
     Args:
         state: {key: array}. Emptied, see `write_safetensors`.
         folder: where to write.
-        max_shard_size: most bytes in a file, or a string such as "5GB".
+        max_shard_size: maximum bytes of a file, or a string such as "5GB".
         variant: write `model.<variant>.safetensors`.
     """
     name = with_variant(SAFETENSORS, variant)

@@ -125,7 +125,9 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     """
     parts = opt.parse_list(text)
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--shape must be layers, hidden size and heads such as 6,320,20, got {text}.")
+        raise UserError(
+            f"--shape must be three positive integers, layers,hidden size,heads, such as 6,320,20; got {text}."
+        )
     layers, hidden_size, heads = (int(part) for part in parts)
     if hidden_size % (2 * heads):
         raise UserError(f"--shape {text}: the hidden size must be a multiple of twice the number of heads.")

@@ -40,7 +40,7 @@ def by_length(lengths: Sequence[int], batch_tokens: int, row_cost: RowCost | Non
 
     Args:
         lengths: tokens of each row.
-        batch_tokens: most tokens of a group, padding included.
+        batch_tokens: maximum tokens of a group, padding included.
         row_cost: cost of a row by its padded length; None for no cost, which gives the fewest groups possible.
 
     Returns:
@@ -77,7 +77,7 @@ def make_batches(
         sequences: token ids [positions] of each protein.
         windows: the windows to batch.
         vocabulary: adds the special tokens and the padding.
-        batch_tokens: most tokens of a batch, padding included.
+        batch_tokens: maximum tokens of a batch, padding included.
         row_cost: see `by_length`.
 
     Raises:

@@ -27,7 +27,7 @@ def cut_windows(sequence: int, length: int, longest: int | None) -> list[Window]
     Args:
         sequence: index of the sequence.
         length: its positions.
-        longest: most positions of a window; None for no limit.
+        longest: maximum positions of a window; None for no limit.
     """
     if longest is None or length <= longest:
         return [Window(sequence, 0, length)]

@@ -29,7 +29,7 @@ from mlx_esm_hf.runtime.costs import costs
 SEPARATION = 6  # least distance of the two residues of a contact in the sequence (Rao et al. 2020, section 3.1)
 RANGES = {"all": (6, None), "short": (6, 12), "medium": (12, 24), "long": (24, None)}
 DISTANCE = 8.0  # Å between Cβ atoms
-ATTENTION_TOKENS = 512  # most tokens of a batch: attention maps grow with the square of the length
+ATTENTION_TOKENS = 512  # maximum tokens of a batch: attention maps grow with the square of the length
 
 
 @overload

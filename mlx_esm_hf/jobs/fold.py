@@ -36,7 +36,7 @@ from mlx_esm_hf.runtime.costs import costs
 from mlx_esm_hf.runtime.device import use_device
 
 LINKER = "G" * 25  # between two chains, as in fair-esm
-PAIR_STATES = 8  # most copies of the pair states in memory at a time
+PAIR_STATES = 8  # maximum copies of the pair states in memory at a time
 
 Make = Callable[[Result], bytes]  # makes the bytes of a file from a result
 
@@ -87,7 +87,7 @@ def fold(
         formats: formats of the structures in a folder: "pdb", "cif" or both.
         pictures: also draw pLDDT along the chains, `_plddt.png`, and the predicted aligned error, `_pae.png`.
         num_recycles: how often the trunk runs again after its first pass; None for the number in the model's config.
-        batch_tokens: most residues that are folded together, linkers and padding included, if they fit into memory;
+        batch_tokens: maximum residues folded together, linkers and padding included, if they fit into memory;
             None for 1,024 on a GPU and 256 on a CPU.
         strict: raise an error for a bad record instead of leaving it out.
         progress: called after each step and each pass.
@@ -245,7 +245,7 @@ class FoldingModel:
         recycles: how often the trunk runs again after its first pass.
         name: where the model is from, for manifests and messages.
         revision: its commit, for manifests.
-        batch_tokens: most residues of a batch, linkers and padding included.
+        batch_tokens: maximum residues of a batch, linkers and padding included.
     """
 
     network: MLXEsmForProteinFolding
@@ -261,7 +261,7 @@ class FoldingModel:
 
     @property
     def chunk_work(self) -> int:
-        """Most work of a chunk: that of one protein of `batch_tokens` residues, which bounds what a kill can lose."""
+        """Maximum work of a chunk: one protein of `batch_tokens` residues. It bounds what a kill can lose."""
         return pairs(self.batch_tokens)
 
     def refuse_long(self, length: int) -> None:

@@ -48,7 +48,7 @@ class ProteinModel:
         revision: its commit, for manifests.
         long: how to treat a protein that is longer than the position table: "error", "truncate", or "window" to cut it
             into overlapping windows.
-        batch_tokens: most tokens of a batch, padding included; 0 for as many as suit the device and its free memory.
+        batch_tokens: maximum tokens of a batch, padding included; 0 for what suits the device and its memory.
     """
 
     network: Any
@@ -67,7 +67,7 @@ class ProteinModel:
 
     @property
     def longest(self) -> int | None:
-        """Most positions that the model accepts at once; None for no limit."""
+        """Maximum positions that the model accepts at once; None for no limit."""
         most: int | None = self.network.max_tokens
         return None if most is None else most - self.vocabulary.around
 
@@ -78,7 +78,7 @@ class ProteinModel:
 
     @property
     def chunk_work(self) -> int:
-        """Most work of a chunk, in tokens."""
+        """Maximum work of a chunk, in tokens."""
         return CHUNK_BATCHES * self.batch_tokens
 
     def refuse_long(self, length: int) -> None:
@@ -215,7 +215,7 @@ def load_protein_model(
         activation_dtype: see `MLXPreTrainedModel.from_pretrained`.
         device: "cpu" or "gpu"; None for MLX's default.
         long: how to treat proteins that are longer than the position table; see `ProteinModel`.
-        batch_tokens: most tokens of a batch, padding included; None for as many as suit the device and its free memory.
+        batch_tokens: maximum tokens of a batch, padding included; None for what suits the device and its memory.
         output: the output of a run. A resumed run keeps its batch size.
         hub: `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download` of `from_pretrained`, for model
             and tokenizer.

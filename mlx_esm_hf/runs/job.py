@@ -147,7 +147,7 @@ class Job:
         settings: what the results depend on besides the items, for the manifest.
         items: the items.
         compute: returns the arrays of each of some items.
-        chunk_work: most work of a chunk, in units of `Item.work`.
+        chunk_work: maximum work of a chunk, in units of `Item.work`.
         files: returns the files of an item that a folder of shards also contains.
         columns: returns additional columns of the index for a result; None for none.
     """

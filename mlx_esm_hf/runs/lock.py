@@ -24,7 +24,7 @@ def locked(output: Path) -> Iterator[None]:
         UserError: another process has locked the output.
         OSError: the folder cannot be written.
     """
-    real = Path(os.path.realpath(output))  # the same lock for all links to a folder
+    real = Path(os.path.realpath(output))  # one lock, whichever link leads to the output
     path = real.with_name(f".{real.name}.mlx-esm.lock")
     descriptor = distributed.on_rank_0(lambda: acquire(path, output))
     try:
@@ -51,7 +51,7 @@ def acquire(path: Path, output: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        os.close(descriptor)  # another process released this lock and removed its file in the meantime
+        os.close(descriptor)  # the previous owner removed this file before it unlocked it: try again with a new one
 
 
 def release(path: Path, descriptor: int) -> None:

@@ -11,9 +11,9 @@ from mlx_esm_hf.runtime.threads import thread_limits
 
 
 def prepare() -> None:
-    """Give MLX a fast BLAS if it lacks one and, on a CPU, keep freed memory for reuse.
+    """Replace the slow reference BLAS of MLX's CPU package and, on a CPU, keep freed memory for reuse.
 
-    `MLX_ESM_BLAS=0` and `MLX_ESM_MALLOC=0` turn these off.
+    `MLX_ESM_BLAS=0` turns off the first, `MLX_ESM_MALLOC=0` the second.
     """
     limits = thread_limits()
     if "cgroup quota" in limits and os.environ.get("MLX_ESM_BLAS") != "0":  # OpenBLAS ignores this limit

@@ -42,7 +42,7 @@ JUMP_SLOT = {62: 7, 183: 1026}  # ELF machine: relocation type, for x86-64 and a
 
 @functools.cache
 def bind() -> str:
-    """Give MLX's CPU matmul a fast BLAS if it lacks one. Return the name of the BLAS it now uses."""
+    """Replace the slow reference BLAS of MLX's CPU package by OpenBLAS, and return the name of the BLAS in use."""
     if sys.platform == "darwin":
         return "Accelerate"
     mlx = _mappings("libmlx.so")

@@ -11,7 +11,7 @@ class Costs(NamedTuple):
     """How work should be batched on one kind of device.
 
     Attributes:
-        max_batch_tokens: most tokens in a batch of a language model.
+        max_batch_tokens: maximum tokens in a batch of a language model.
         launch_tokens: overhead of launching such a batch, in tokens computed in the same time.
         contact_launch_pairs: overhead of launching a batch of contact maps, in token pairs computed in the same time.
         fold_batch_tokens: residues in a batch that is folded.

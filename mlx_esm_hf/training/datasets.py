@@ -154,7 +154,7 @@ def batches_by_tokens(
     Args:
         items: indices in random order.
         lengths: tokens of each item of the data set.
-        tokens: most tokens of a batch. A longer item forms a batch of its own.
+        tokens: maximum tokens of a batch. A longer item forms a batch of its own.
         rng: shuffles the batches.
     """
     pool_size = max(1, POOL * tokens // max(1, int(lengths[items].mean())))

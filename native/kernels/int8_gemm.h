@@ -78,7 +78,8 @@ inline void round_panel(const float* panel, long K, long group, Int8Panel out) {
         uvec together{};
 #pragma GCC unroll 4
         for (int i = 0; i < TOGETHER; i++) {
-          // The maximum changes no value. It prevents a fused multiply-add, so that all machines round alike.
+          // The maximum changes no result. It separates product and sum, so that no compiler fuses them and all machines
+          // round alike.
           const vec shifted = max(load(x + (k + i) * T) * to_integer, splat(-127.0f)) + round;
           sum += shifted - round;
           together |= ((uvec)shifted & ((1u << WIDTH) - 1)) << WIDTH * i;

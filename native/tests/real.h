@@ -1,9 +1,9 @@
 // Numbers that know how far float32 arithmetic may be from them.
 //
-// A Real carries its value in double and the variance of the error that float32 makes on the way to it. Each operation
+// A Real carries its value in double and the variance of the error that computing it in float32 has. Each operation
 // on float32 rounds its result by at most UNIT times its size. Rounding errors are modelled as independent and uniform,
 // so their variances add up, and a sum of them exceeds BOUND standard deviations with a probability of at most
-// 2 exp(-BOUND² / 2), which is 3e-14 for 8 (the uniform distribution is sub-Gaussian with its own variance). This is
+// 2 exp(-BOUND² / 2), which is 3e-14 for BOUND = 8 (the uniform distribution is sub-Gaussian with its own variance). This is
 // the probabilistic error analysis of Higham and Mary 2019 (doi:10.1137/18M1226312) and of Connolly, Higham and Mary
 // 2021 (doi:10.1137/20M1334796), carried along with the computation. The error of a sum is thus compared with what was
 // summed, never with the result, which may happen to cancel.

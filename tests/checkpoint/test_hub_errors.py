@@ -49,7 +49,7 @@ def test_errors(format, request_, kind, message, server, patient, tmp_path):
 
 
 def test_cut_download_resumes_where_it_ended(server, patient, tmp_path, monkeypatch):
-    """It resumes with the chunk of 10 MB (here 1000 bytes) that was being sent."""
+    """The download resumes at the start of the chunk that was cut off: 10 MB, here 1000 bytes."""
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     whole = (tmp_path / "save" / "model.safetensors").stat().st_size
     asked = []

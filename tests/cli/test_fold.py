@@ -110,7 +110,7 @@ def without_seconds(folder):
 
 
 def test_killed_run_resumes_with_identical_files(fasta, model, tmp_path):
-    """Files are identical byte for byte, except for seconds and the free memory in the manifest."""
+    """The files equal those of an uninterrupted run, except for seconds, their checksums, and the memory limit."""
     assert run(*arguments(fasta, model, tmp_path / "whole"))[0] == 0
     output = tmp_path / "out"
     command = [sys.executable, "-m", "tests.abuse.child", "fold", *map(str, arguments(fasta, model, output))]

@@ -98,7 +98,7 @@ def test_two_ranks_train_like_one(tmp_path):
     ("arguments", "message"),
     [
         ([PROTEINS], "Pass either --model to continue training a model, or --shape"),
-        ([PROTEINS, "--shape", "2,32"], "--shape must be layers, hidden size and heads"),
+        ([PROTEINS, "--shape", "2,32"], "--shape must be three positive integers"),
         ([PROTEINS, "--shape", "2,30,4"], "a multiple of twice the number of heads"),
         ([PROTEINS, "--shape", "2,32,4", "--weights", "1,2"], "for each of the 1 files, not all of them 0, got"),
         (["nowhere.fasta", "--shape", "2,32,4"], "nowhere.fasta must be a FASTA file"),

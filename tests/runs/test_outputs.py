@@ -189,7 +189,7 @@ def test_kill_after_a_file_got_its_name_leaves_nothing(fasta, folder, tmp_path, 
 
 
 def test_placing_a_file_never_replaces_another(tmp_path, monkeypatch):
-    def no_links(*args):
+    def no_links(*args):  # as on a file system without hard links
         raise PermissionError(1, "Operation not permitted")
 
     (tmp_path / "out").write_text("mine")
