@@ -65,7 +65,7 @@ AGAINST = {"": "best peer", "transformers": "transformers at its best", "gemm": 
 
 
 class Grid(NamedTuple):
-    """The contents of a table."""
+    """A table of the report: its title, column headings and rows of cells."""
 
     title: str
     columns: tuple[str, ...]

@@ -114,7 +114,7 @@ def make_config(settings: dict[str, Any], state: dict[str, mx.array]) -> MLXEsmC
     table = (config.vocab_size, config.hidden_size)
     if config.num_hidden_layers != layers or state["embed_tokens.weight"].shape != table:
         raise ValueError(
-            f"its settings have {config.num_hidden_layers} layers and embeddings of shape {table}, but its weights "
+            f"its settings describe {config.num_hidden_layers} layers and embeddings of shape {table}, but its weights "
             f"have {layers} layers and embeddings of shape {state['embed_tokens.weight'].shape}"
         )
     return config

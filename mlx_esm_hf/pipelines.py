@@ -90,9 +90,10 @@ class Pipeline:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     def _outputs(self, texts: Sequence[str], options: dict[str, Any]) -> Iterator[tuple[np.ndarray, mx.array]]:
-        """Yield the token ids [L] of each text and the model's output.
+        """Yield the token ids [L] of each text, without padding, and the model's output.
 
-        The output is the logits, or the last hidden state of a model without logits: [L, ...] if it is for tokens.
+        The output is the logits, or the last hidden state of a model without logits: [L, ...] without padding, unless
+        the model gives one answer per sequence.
         """
         for start in range(0, len(texts), self.batch_size):
             batch = list(texts[start : start + self.batch_size])

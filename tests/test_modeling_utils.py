@@ -287,7 +287,7 @@ print(json.dumps(result))
 
 @pytest.mark.long
 def test_transformers_4_loads_what_we_save(tmp_path):
-    """Transformers 4.x, in a new environment or MLX_ESM_TRANSFORMERS4_PYTHON, has no warnings and equal outputs."""
+    """What we save loads in transformers 4.x without warnings and gives equal outputs; ESM-1 is refused."""
     python = python_of_transformers_4(tmp_path)
     for kind in KINDS:
         models = {}

@@ -55,11 +55,11 @@ def checkpoint_files(
 
 
 def find_shards(repo_id_or_dir: str, index: str, **hub: Any) -> list[str]:
-    """Return the paths of the files that an index names, downloading several at a time.
+    """Return the local paths of the shards that an index lists, downloading several missing ones at a time.
 
     Args:
         repo_id_or_dir: a repository on the Hub, or a folder.
-        index: path of the index.
+        index: local path of the index file.
         **hub: arguments of `find_file`.
 
     Raises:

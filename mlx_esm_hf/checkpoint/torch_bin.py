@@ -68,8 +68,8 @@ _SETTINGS = (
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _CHUNK = 1 << 20  # bytes read at a time to check them
-_MAX_DIMENSIONS = 32  # limit of NumPy 1
-_MAX_EXPANSION = 1 << 30  # bytes by which tensors with repeated elements may exceed the file size
+_MAX_DIMENSIONS = 32  # NumPy 1 allows no more
+_MAX_EXPANSION = 1 << 30  # bytes by which all tensors together may exceed the file; a stride of 0 repeats elements
 
 _ADVICE = "Nothing in the file was executed. Download it again, or use the safetensors version of the model."
 

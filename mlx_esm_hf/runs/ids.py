@@ -89,7 +89,7 @@ class FileNames:
     used: set[str] = field(default_factory=set)
 
     def name(self, id: str) -> str:
-        """Return the file name for the next id."""
+        """Return a file name for this id, without suffix, that no earlier id got."""
         safe = re.sub(r"[^A-Za-z0-9._+=@-]", "_", accession(id))[:LONGEST_NAME]
         name = base = safe if re.match("[A-Za-z0-9]", safe) else f"_{safe}"
         count = 1

@@ -183,7 +183,7 @@ def write_files(files: Mapping[Path, Write], shards: Path) -> None:
 
     for path, write in files.items():
         if is_written(path, written):
-            remove_temporary(path)  # a second name of the file, if a kill came right after it got this one
+            remove_temporary(path)  # left, as a second link to this file, if a kill came right after `place_file`
         else:
             write_new(path, write, remember)
     remove_folder(shards)

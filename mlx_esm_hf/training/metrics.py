@@ -95,8 +95,8 @@ def _labelled_only(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndar
     """Return the logits [n, classes] and labels [n] of the items that have a label."""
     if predictions.ndim != labels.ndim + 1 or predictions.shape[:-1] != labels.shape or predictions.shape[-1] < 2:
         raise UserError(
-            f"Expected logits of shape (*labels.shape, classes) with two or more classes, got shape {predictions.shape} "
-            f"for labels of shape {labels.shape}."
+            "Expected logits of shape (*labels.shape, classes) with two or more classes, got shape "
+            f"{predictions.shape} for labels of shape {labels.shape}."
         )
     labelled = labels != IGNORE_INDEX
     predictions, labels = predictions[labelled], labels[labelled]

@@ -101,8 +101,8 @@ inline void linear_block(const Linear& p, const Block& block, const float* packe
   const long K = p.inputs, t0 = block.t0, t1 = block.t1;
   arena.clear();
   float* product = arena.take(p.token_block * OUTPUTS);
-  // With few tokens, converted rows should fit in the L1 cache. K-blocking (hence rounding) is independent of the
-  // batch: a token's result does not depend on the other tokens.
+  // For few tokens, convert only MR rows of the weight at a time, so that they stay in the L1 cache. The blocks along K,
+  // and hence the rounding, do not depend on the batch: a token's result is the same whatever tokens are next to it.
   const long together = p.converts && t1 - t0 <= 3 * NR ? MR : OUTPUTS, most = p.converts ? 2 * DEPTH : DEPTH;
   const long depth = round_up(ceil_div(K, ceil_div(K, most)), 32);  // a multiple of the smallest group
   for (long n = block.first; n < block.last; n += together) {

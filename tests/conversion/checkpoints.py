@@ -99,7 +99,7 @@ def save(model: torch.nn.Module, path: Path, format: str = "zip", regression: bo
 
 
 def load(path: Path) -> tuple[torch.nn.Module, esm.Alphabet]:
-    """Load a checkpoint with fair-esm's loader. Current torch versions must be told to allow pickles."""
+    """Load a checkpoint with fair-esm's loader, which does not pass the weights_only=False that torch needs."""
     torch_load = torch.load
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "load", lambda file, map_location: torch_load(file, map_location, weights_only=False))

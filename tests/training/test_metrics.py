@@ -152,7 +152,7 @@ def test_constant_predictions():
             [[1], [2]],
             [0, 1],
             "accuracy",
-            r"Expected logits of two or more classes .* shape \(2, 1\)",
+            r"two or more classes, got shape \(2, 1\)",
         ),
         (SINGLE, logits(1, 2), [0, 1, 1], "accuracy", r"labels of shape \(3,\)"),
         (MULTI, [[1, 2], [3, 4]], [[0, 1], [1, 1]], "roc_auc", "undefined for label 1: all 2 labels are 1"),

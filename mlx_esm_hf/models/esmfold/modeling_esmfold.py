@@ -374,7 +374,7 @@ def refuse_float16(dtype: mx.Dtype | None) -> None:
 
 
 def stem_config(config: PreTrainedConfig) -> Any:
-    """Return the config of the language model in a folding model."""
+    """Return the config of a folding model's language model: a copy with folding switched off."""
     config = copy.deepcopy(config)
     config.is_folding_model = False
     config.esmfold_config = None
