@@ -44,7 +44,7 @@ def test_second_process_is_refused(name, fasta, folder, tmp_path):
         first.send_signal(signal.SIGSTOP)
         second = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert second.returncode == 1
-        assert f"{output} is being written by another process: Wait until it has ended" in second.stderr
+        assert f"{output} is being written by another process. Wait until it has ended" in second.stderr
     finally:
         first.send_signal(signal.SIGCONT)
     assert first.communicate()[0] is None and first.returncode == 0
