@@ -206,17 +206,17 @@ def add_quality(
 
     # ModelCIF writes the docstrings of these classes into the file.
     class MeanPLDDT(qa_metric.Global, qa_metric.PLDDT):
-        """mean pLDDT of the atoms."""
+        """mean pLDDT of the atoms"""  # noqa: D415
 
         name, software = "pLDDT", scored_by
 
     class PTM(qa_metric.Global, qa_metric.NormalizedScore):
-        """predicted TM-score."""
+        """predicted TM-score"""  # noqa: D415
 
         name, software = "pTM", scored_by
 
     class ResiduePLDDT(qa_metric.Local, qa_metric.PLDDT):
-        """pLDDT of the CA atom."""
+        """pLDDT of the CA atom"""  # noqa: D415
 
         name, software = "pLDDT", scored_by
 
