@@ -173,14 +173,17 @@ USER_SCRIPT = """
 from typing import Any
 from typing_extensions import assert_type
 from mlx_esm_hf import MLXAutoModel, MLXEsmForMaskedLM, embed, load_protein_model
+from mlx_esm_hf.data.proteins import Report
 
 assert_type(MLXEsmForMaskedLM.from_pretrained("demo"), MLXEsmForMaskedLM)
 model, info = MLXEsmForMaskedLM.from_pretrained("demo", output_loading_info=True)
 assert_type((model, info), tuple[MLXEsmForMaskedLM, dict[str, Any]])
 MLXEsmForMaskedLM.from_pretrained(8)  # call-overload
-embed("in.fasta", load_protein_model(MLXAutoModel, "demo"), layers=[0, -1])
-embed("in.fasta", "demo", pooling=7)  # arg-type
-embed("in.fasta", 8)  # arg-type
+for result in embed("in.fasta", load_protein_model(MLXAutoModel, "demo"), layers=[0, -1]):
+    assert_type(result.id, str)
+assert_type(embed("in.fasta", "demo", "out.npz"), Report)
+embed("in.fasta", 8)  # call-overload
+load_protein_model(MLXAutoModel, 8)  # arg-type
 """
 
 
