@@ -107,7 +107,7 @@ def test_use_safetensors(tmp_path):
         assert (loaded.lm_head.bias == value).all(), choice
     (tmp_path / "model.safetensors").unlink()
     assert (MLXEsmForMaskedLM.from_pretrained(tmp_path).lm_head.bias == 1).all()
-    with pytest.raises(OSError, match=r"none of model.safetensors, model.safetensors.index.json: there"):
+    with pytest.raises(OSError, match=r"none of model.safetensors, model.safetensors.index.json was found"):
         MLXEsmForMaskedLM.from_pretrained(tmp_path, use_safetensors=True)
 
 

@@ -148,7 +148,7 @@ def newcomer(tmp_path):
 
 def check(hub, printed):
     """Check what the commands print, and what the repository then holds."""
-    assert "would go to me/my-model. Nothing was sent." in printed
+    assert "would be uploaded to me/my-model. Nothing was uploaded." in printed
     last, commit = printed.splitlines()[-1], hub.commit("me/my-model", "main")
     assert last.endswith(f"/me/my-model/commit/{commit}")
     files = hub.repos["me/my-model"].files()

@@ -115,4 +115,4 @@ def test_converted(models, real_checkpoint, proteins, tokenized, tmp_path):
     quantized = MLXEsmForSequenceClassification.from_pretrained(tmp_path / "quantized")
     logits = np.array(models.mlx(**tokenized(0, 4)).logits)
     assert np.abs(np.array(quantized(**tokenized(0, 4)).logits) - logits).max() < 0.02 * np.abs(logits).max()
-    assert ("same best class", "", "100.00%") in done.rows
+    assert ("same top class", "", "100.00%") in done.rows

@@ -181,7 +181,7 @@ def test_activation_dtype_needs_quantized_weights(name, esm2, tmp_path):
     arguments = [name, *source, "--model", esm2, "--output", tmp_path / output, "--activation-dtype", "int8", *options]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 1 and not (tmp_path / output).exists()
-    assert f"activation_dtype='int8' is for layers of 4 or 8 bits in mode 'affine', and {esm2} is not quantized" in (
+    assert f"activation_dtype='int8' needs layers of 4 or 8 bits in mode 'affine', but {esm2} is not quantized" in (
         result.output.replace("\n", " ")
     )
 

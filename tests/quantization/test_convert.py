@@ -224,7 +224,10 @@ def test_invalid_options(esm2, tmp_path):
         ({"quantize": True, "rules": {"*": "int8"}}, "mode must be one of affine, mxfp4, mxfp8, nvfp4, got 'int8'"),
         ({"quantize": True, "rules": {"heads": 8}}, "No layer matches 'heads'"),
         ({"quantize": True, "rules": {"*": None}}, "No layer can be quantized."),
-        ({"quantize": True, "mode": "mxfp4", "rules": {"*embeddings": "mxfp4"}}, "quantized in mode 'affine'"),
+        (
+            {"quantize": True, "mode": "mxfp4", "rules": {"*embeddings": "mxfp4"}},
+            "embedding table must be 'affine', got 'mxfp4'",
+        ),
         ({"dequantize": True}, "is not quantized"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, got 'int8'"),
         ({"report": []}, "The report has no proteins"),

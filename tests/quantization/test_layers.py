@@ -381,7 +381,7 @@ def edit_weights(folder, **arrays):
         ({"bits": "4", "group_size": 32}, "bits must be one of .* in mode 'affine', got 4"),
         ({"bits": 4, "group_size": 32, "mode": [1]}, "does not describe"),
         ({"bits": 4, "group_size": 32, QUERY: False}, f"does not describe '{QUERY}'"),
-        ({"bits": 4, "group_size": 128}, "the config's `quantization` cannot be .*128"),
+        ({"bits": 4, "group_size": 128}, "invalid `quantization` in the config .*128"),
     ],
 )
 def test_damaged_block(block, message, folder):
