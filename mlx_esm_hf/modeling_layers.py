@@ -92,7 +92,7 @@ class Embedding(nn.Embedding):
             raise UserError(f"The quantization mode of an embedding table must be 'affine', got {mode!r}.")
         if quantize_input:
             raise UserError("quantize_input=True is not supported for an embedding table: its inputs are ids.")
-        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)  # type: ignore[arg-type, return-value]
+        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)  # type: ignore[arg-type]
 
 
 class FrozenBuffers(nn.Module):

@@ -203,7 +203,7 @@ def _from_file(path: str) -> Iterator[Record]:
                     f"{name}, line {lines.number}: this is not FASTA. Expected a title line such as '>P1' first."
                 )
             start = lines.number
-            for number, (title, sequence) in enumerate(SimpleFastaParser(chain([first], lines)), 1):  # type: ignore
+            for number, (title, sequence) in enumerate(SimpleFastaParser(chain([first], lines)), 1):
                 words = title.split(maxsplit=1)
                 identifier = words[0] if words else f"record_{number}"
                 yield f"{name}, line {start}", identifier, sequence
@@ -219,7 +219,7 @@ def _decompressed(raw: Any) -> IO[bytes]:
     if start[:2] == b"\x1f\x8b":
         return gzip.open(raw)  # type: ignore[return-value]
     if start == b"\x28\xb5\x2f\xfd":
-        return io.BufferedReader(_Zstandard(raw))  # type: ignore[return-value]
+        return io.BufferedReader(_Zstandard(raw))
     return raw
 
 

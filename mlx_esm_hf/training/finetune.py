@@ -88,11 +88,11 @@ def finetune(
         tokenizer = load_tokenizer(model)
         vocabulary = Vocabulary(tokenizer, str(model))
         columns = {"sequence_column": sequence_column, "label_column": label_column}
-        data = read_table(table, task, vocabulary, report, **columns)  # type: ignore[arg-type]
+        data = read_table(table, task, vocabulary, report, **columns)
         if validation is None:
             data, held_out = split_by_sequence(data, validation_share)
         else:
-            held_out = read_table(validation, task, vocabulary, report, classes=data.classes, **columns)  # type: ignore
+            held_out = read_table(validation, task, vocabulary, report, classes=data.classes, **columns)
         args = MLXTrainingArguments(output, **{"eval_strategy": "epoch", "save_strategy": "epoch"} | arguments)
         network = load_model_for(task, model, data.classes, args.seed)
         check_lengths(data, held_out, network.max_tokens)

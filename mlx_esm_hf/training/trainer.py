@@ -216,7 +216,7 @@ class MLXTrainer:
             metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=label_ids))
         metrics = {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": v for name, v in metrics.items()}
         metrics[f"{prefix}_runtime"] = time.perf_counter() - began
-        return PredictionOutput(predictions=predictions, label_ids=label_ids, metrics=metrics)  # type: ignore[arg-type]
+        return PredictionOutput(predictions=predictions, label_ids=label_ids, metrics=metrics)
 
     @staticmethod
     def _sum_over_ranks(value: float) -> float:

@@ -30,13 +30,13 @@ class MLXEsmConfig(EsmConfig):
     """
 
     if TYPE_CHECKING:  # optional in transformers, but a model needs them
-        vocab_size: int  # type: ignore[assignment]
-        mask_token_id: int  # type: ignore[assignment]
-        pad_token_id: int  # type: ignore[assignment]
-        layer_norm_eps: float  # type: ignore[assignment]
+        vocab_size: int
+        mask_token_id: int
+        pad_token_id: int
+        layer_norm_eps: float
         num_labels: int
-        output_attentions: bool  # type: ignore[assignment]
-        output_hidden_states: bool  # type: ignore[assignment]
+        output_attentions: bool
+        output_hidden_states: bool
         esmfold_config: Any
         vocab_list: Any
 

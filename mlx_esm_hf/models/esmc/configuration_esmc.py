@@ -20,13 +20,13 @@ class MLXEsmcConfig(EsmcConfig):
     """
 
     if TYPE_CHECKING:  # optional in transformers, but always set here
-        pad_token_id: int  # type: ignore[assignment]
-        mask_token_id: int  # type: ignore[assignment]
-        head_dim: int  # type: ignore[assignment]
+        pad_token_id: int
+        mask_token_id: int
+        head_dim: int
         rope_parameters: dict[str, Any]
         num_labels: int
-        output_attentions: bool  # type: ignore[assignment]
-        output_hidden_states: bool  # type: ignore[assignment]
+        output_attentions: bool
+        output_hidden_states: bool
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
