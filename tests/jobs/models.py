@@ -14,6 +14,7 @@ from tests.tiny import tiny, tiny_folding
 from tests.vocabulary import write_vocabulary
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+MASKED = UBIQUITIN[:5] + "<mask>" * 3 + UBIQUITIN[8:30]
 
 
 def write_model(folder, family="ESM-2", positions=1026, seed=0):

@@ -32,11 +32,6 @@ def test_maps_match_fair_esm(family):
         np.testing.assert_allclose(result.arrays["contacts"], theirs, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(write_model(tmp_path_factory.mktemp("esm2")))
-
-
 def write_pdb(path, sequence, first=100, missing=()):
     """Write a helix of Cβ atoms, Cα for glycine, numbered from `first`."""
     from Bio.SeqUtils import seq3

@@ -3,25 +3,9 @@
 import csv
 
 import numpy as np
-import pytest
 
-from mlx_esm_hf import MLXAutoModelForMaskedLM, fill_mask, load_protein_model
-from tests.jobs.models import (
-    UBIQUITIN,
-    write_model,
-)
-
-MASKED = UBIQUITIN[:5] + "<mask>" * 3 + UBIQUITIN[8:30]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(write_model(tmp_path_factory.mktemp("esm2")))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_protein_model(MLXAutoModelForMaskedLM, folder)
+from mlx_esm_hf import fill_mask
+from tests.jobs.models import MASKED, UBIQUITIN, write_model
 
 
 def test_csv_matches_the_arrays(folder, tmp_path):

@@ -6,25 +6,10 @@ from Bio import SeqIO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_esm_hf import MLXAutoModelForMaskedLM, generate, load_protein_model
+from mlx_esm_hf import generate
 from mlx_esm_hf.data.proteins import STANDARD
 from mlx_esm_hf.jobs.generate import Sampling, parse_positions
-from tests.jobs.models import (
-    UBIQUITIN,
-    write_model,
-)
-
-MASKED = UBIQUITIN[:5] + "<mask>" * 3 + UBIQUITIN[8:30]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(write_model(tmp_path_factory.mktemp("esm2")))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_protein_model(MLXAutoModelForMaskedLM, folder)
+from tests.jobs.models import MASKED, UBIQUITIN
 
 
 def test_design_by_length_is_resumed_and_not_mixed(folder, tmp_path):

@@ -7,25 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_esm_hf import MLXAutoModelForMaskedLM, load_protein_model, perplexity
+from mlx_esm_hf import perplexity
 from mlx_esm_hf.jobs.perplexity import one_pass
 from tests.jobs.models import (
     UBIQUITIN,
     fair_esm_log_probabilities,
     fair_esm_pair,
     fair_esm_tokens,
-    write_model,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(write_model(tmp_path_factory.mktemp("esm2")))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_protein_model(MLXAutoModelForMaskedLM, folder)
 
 
 @pytest.mark.parametrize("family", ["ESM-1", "ESM-1b", "ESM-2"])
