@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.write import write_safetensors
 from mlx_esm_hf.errors import CheckpointError, UserError
-from mlx_esm_hf.runtime.files import remove_folder, replace_folder
+from mlx_esm_hf.runtime.files import remove_all_temporary, remove_folder, replace_folder
 
 ARRAYS, STATE = "training.safetensors", "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -120,6 +120,6 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
 
 def remove_parts(folder: Path) -> None:
     """Remove incomplete checkpoints left by killed processes."""
-    for pattern in (".checkpoint-*.part", ".checkpoint-*.gone"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    remove_all_temporary(folder, "checkpoint-*")
+    for path in folder.glob(".checkpoint-*.gone"):
+        shutil.rmtree(path, ignore_errors=True)
