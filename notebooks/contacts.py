@@ -16,8 +16,8 @@
 # human ubiquitin, compares them with its crystal structure (PDB entry 1UBI), and draws the structure.
 #
 # Everything runs offline on the model that comes with the package. It is **too small to predict contacts**: all its
-# probabilities are close to one half, and its top predictions are right about as often as random pairs. Of the top
-# predictions of Meta's smallest ESM-2 (8 million parameters) about one in three is right here. Set `MODEL` to a Hub
+# probabilities are close to one half, and its top predictions are right about as often as random pairs. About one in
+# three of the top predictions of Meta's smallest ESM-2 (8 million parameters) is right here. Set `MODEL` to a Hub
 # repository, such as `facebook/esm2_t33_650M_UR50D`, to see contacts. The stored picture `docs/images/contacts.png`
 # comes from a fine-tuned ESM-2 of 8 million parameters, not from the bundled model.
 #
