@@ -120,9 +120,9 @@ def reporting_errors(console: Console, stopped: Callable[[], str]) -> Iterator[N
 
 def is_other_rank() -> bool:
     """Return whether rank 0 of this run, another process, prints the messages."""
-    import mlx.core as mx
+    from mlx_esm_hf.runtime import distributed
 
-    return mx.distributed.init().rank() > 0
+    return not distributed.is_rank_0()
 
 
 def print_training_summary(output: Path, perplexity: bool = False) -> None:
