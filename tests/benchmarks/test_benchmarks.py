@@ -45,6 +45,7 @@ def run(tmp_path_factory):
     return done.stdout, json.loads((folder / "a.json").read_text()), (folder / "a.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_every_peer_is_measured_in_every_workload(run):
     printed, data, markdown = run
     rows = {(row["workload"], row["case"], row["peer"]): row for row in data["results"]}
@@ -62,6 +63,7 @@ def test_every_peer_is_measured_in_every_workload(run):
     assert [row for row in data["results"] if "figure" not in row and row["peer"] != "esm-cpp"] == []
 
 
+@pytest.mark.long
 def test_ratios_are_computed_from_the_figures(run):
     rows = [row for row in run[1]["results"] if "figure" in row]
     ours = {(row["workload"], row["case"]): row["figure"]["median"] for row in rows if row["peer"] == "ours"}
@@ -72,6 +74,7 @@ def test_ratios_are_computed_from_the_figures(run):
         assert row["ratio"]["median"] == pytest.approx(ratio), row
 
 
+@pytest.mark.long
 def test_results_are_compared(run):
     """The results of peers are compared with ours in each workload that has results."""
     deviations = {}
@@ -86,6 +89,7 @@ def test_results_are_compared(run):
     assert max(sum(deviations.values(), [])) <= 1e-3
 
 
+@pytest.mark.long
 def test_products_are_compared_with_the_peak(run):
     """The table has a line for each product, with each peer's best as a fraction of the FMA loop's best."""
     printed, data, markdown = run
@@ -99,6 +103,7 @@ def test_products_are_compared_with_the_peak(run):
         assert f"| tiny | {case} | {' | '.join(cells)} |" in markdown
 
 
+@pytest.mark.long
 def test_the_table_of_precisions(run):
     """The table has a line for each precision with the figures of all its cases."""
     _, data, markdown = run
@@ -114,6 +119,7 @@ def test_the_table_of_precisions(run):
     assert min(value for (case, _), value in figures.items() if case == "peak memory") > 0.1
 
 
+@pytest.mark.long
 def test_targets_have_verdicts(run):
     printed, data, markdown = run
     for workload, count in TARGETS.items():

@@ -69,6 +69,7 @@ def test_kernels_with_many_seeds(program):
     check(program, "--seeds", "100")
 
 
+@pytest.mark.long
 def test_faults_are_found(program):
     """The checks fail for kernels with a missing term, a dropped bias, exchanged rows, a wrong scale and the like."""
     summaries = [line for line in run(program, "--faults").splitlines() if " faults, " in line]
