@@ -27,7 +27,7 @@ TAIL_Q = (1.0, 1.1886239477562983, 0.5224212044247064, 0.088594318123727)
 # 2^f for |f| <= 1/2, fitted in the same way. The largest relative error is 7.5e-8.
 EXP2 = (1.0000000716542266, 0.6931469670506254, 0.24022119725322993, 0.05550713296586601, 0.009675541274876368,
         0.0013276464528452075)  # fmt: skip
-ROUND = 1.5 * 2**23  # after adding it, the low bits of a float32 hold the nearest integer
+ROUND = 1.5 * 2**23 + 127  # after adding it, the low bits of a float32 hold the nearest integer and an exponent's bias
 
 
 def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
@@ -39,11 +39,11 @@ def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
 
 
 def _exp2(t: mx.array) -> mx.array:
-    """Return 2^t for t <= 0, at least the smallest normal float32."""
+    """Return 2^t for t <= 0, at least the smallest normal float32. NaN stays NaN, as 2^n is a factor."""
     t = mx.maximum(t, -126.0)
     shifted = t + ROUND
     power = _polynomial(EXP2, t - (shifted - ROUND))
-    return (power.view(mx.int32) + (shifted.view(mx.int32) << 23)).view(mx.float32)
+    return power * (shifted.view(mx.int32) << 23).view(mx.float32)
 
 
 @mx.custom_function
@@ -66,9 +66,9 @@ def _normal(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
 
 @mx.custom_function
 def _gelu(x: mx.array) -> mx.array:
-    """Return x Φ(x), computed as max(x, 0) - |x| Φ(-|x|), which avoids cancellation."""
+    """Return x Φ(x), computed as max(x, 0) - |x| Φ(-|x|), which avoids cancellation. -inf becomes NaN, as in torch."""
     size, _, tail = _normal(x)
-    return mx.maximum(x, 0.0) - size * tail
+    return mx.where(x > 0, x, x * 0) - size * tail
 
 
 @_gelu.vjp

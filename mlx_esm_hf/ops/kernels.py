@@ -89,8 +89,9 @@ def warn_if_missing() -> None:
     """Warn once if there are no kernels on a Linux CPU, and say why. Do nothing if they were turned off."""
     if native is None and STATE != CHOSEN_OFF and sys.platform == "linux" and not mx.is_available(mx.gpu):
         warnings.warn(
-            f"The kernels for CPUs are {STATE}. Without them, models give the same results but are several times "
-            "slower. Set MLX_ESM_KERNELS=0 to silence this warning.",
+            # Measured: 29 s of processor time with kernels, 143 s without; ESM-2 8M, the 100 proteins of examples/.
+            f"The kernels for CPUs are {STATE}, so embedding takes about 5 times the processor time, with the same "
+            "results (MLX_ESM_KERNELS=0 silences this warning).",
             RuntimeWarning,
             stacklevel=2,
         )

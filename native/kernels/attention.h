@@ -137,7 +137,7 @@ struct Head {
 
 // The running softmax over the keys so far, for a vector of queries.
 struct Softmax {
-  vec maximum = splat(HIDDEN), total{};
+  vec maximum = splat(-__FLT_MAX__), total{};
 
   // Add n scores, which are NR apart, and replace them with e^(score - maximum). Return the factor that converts sums
   // under the old maximum to the new one.
@@ -155,6 +155,9 @@ struct Softmax {
     total = total * factor + sums;
     return factor;
   }
+
+  // The denominator: at least 1, the term of the largest score, unless all scores are negative infinity. Then it is NaN.
+  vec denominator() const { return total < 0.5f ? splat(__builtin_nanf("")) : total; }
 };
 
 // Compute the context [d, NR] of a panel of queries, not yet divided by the softmax's denominator, which is left in
@@ -196,7 +199,7 @@ inline void write_context(const Head& head, long first, float* context, const So
   for (int j = 0; j < NV; j++)
     for (long i = 0; i < p.head_dim; i++) {
       float* at = context + i * NR + j * W;
-      store(at, load(at) / softmax[j].total);
+      store(at, load(at) / softmax[j].denominator());
     }
   unpack(context, count, p.head_dim, [&](long token, long column, vec v, long columns) {
     store_columns(p.out + head.at(first + token) + column, v, columns);
@@ -205,7 +208,7 @@ inline void write_context(const Head& head, long first, float* context, const So
   float maxima[NR], totals[NR];
   for (int j = 0; j < NV; j++) {
     store(maxima + j * W, softmax[j].maximum);
-    store(totals + j * W, softmax[j].total);
+    store(totals + j * W, softmax[j].denominator());
   }
   for (long i = 0; i < count; i++) {
     p.maximum[head.statistics_at(first + i)] = maxima[i];

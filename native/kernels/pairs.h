@@ -191,7 +191,7 @@ struct Triangle {
           multiply<true>(n, keys + k * C + h * d, C, queries + h * d * NR, d, scores, true);
         });
         for (long i = h * d * NR; i < (h + 1) * d * NR; i += W)
-          store(context + i, load(context + i) / softmax[i / W % NV].total);
+          store(context + i, load(context + i) / softmax[i / W % NV].denominator());
       }
       apply_gate(context, nullptr, gate, p.gate.bias, C);
       product(p.output.weight, context, C, C, y);

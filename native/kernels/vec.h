@@ -85,11 +85,15 @@ inline void transpose(vec (&r)[W]) {
 constexpr float EXP2[] = {
     1.0f, 0.69314718246f, 0.24022646248f, 0.055503286421f, 0.0096184890717f, 0.0013399930904f, 0.00015345812426f};
 
-// e^x for x <= 0, within 1 ulp if the machine has fused multiply-adds. Below x = -87 it stays at 1.6e-38. NaN stays
-// NaN.
+// e^x for x <= 0, within 1 ulp if the machine has fused multiply-adds. Below x = -87 it stays at 1.6e-38.
+//
+// NaN stays NaN, whatever its payload, because 2^n is a factor. With MAY_BE_NAN = false, n is added to the bits of the
+// exponent, which would turn some NaN into numbers, but takes 4% less time in GELU, which clamps x before.
+template <bool MAY_BE_NAN = true>
 inline vec exp_nonpositive(vec x) {
   constexpr float log2e = 1.4426950216293335f, log2e_rest = 1.925963033500011e-08f;
-  constexpr float round = 1.5f * (1 << 23);  // adding it leaves the nearest integer in the low bits
+  // Adding it leaves the nearest integer in the low bits, plus the bias of an exponent for a factor.
+  constexpr float round = 1.5f * (1 << 23) + (MAY_BE_NAN ? 127 : 0);
   x = max(splat(-87.0f), x);
   vec shifted = x * log2e + round;
   vec n = shifted - round;
@@ -97,8 +101,8 @@ inline vec exp_nonpositive(vec x) {
   vec p = splat(EXP2[6]);
 #pragma GCC unroll 6
   for (int i = 5; i >= 0; i--) p = p * f + EXP2[i];
-  // Unsigned: in an unused lane, which may hold anything, the addition may overflow.
-  return (vec)((uvec)p + ((uvec)shifted << 23));
+  const uvec exponent = (uvec)shifted << 23;
+  return MAY_BE_NAN ? p * (vec)exponent : (vec)((uvec)p + exponent);
 }
 
 // The upper tail of the normal distribution at a >= 0, divided by e^(-a²/2), as P(a) / Q(a). Fitted by weighted least
@@ -109,7 +113,7 @@ inline vec normal_tail_ratio(vec a) {
   return p / q;
 }
 
-// min(|x|, 12). The tail at 12 is 2e-33. Beyond it come denormal numbers, which are slow, and an overflow.
+// min(|x|, 12), and 12 for NaN. The tail at 12 is 2e-33. Beyond it come denormal numbers, which are slow, and an overflow.
 inline vec size(vec x) {
   vec a = max(x, -x);
   return a < 12.0f ? a : splat(12.0f);
@@ -118,7 +122,7 @@ inline vec size(vec x) {
 // x Φ(x), computed as max(x, 0) - |x| Φ(-|x|), which has no cancellation.
 inline vec gelu(vec x) {
   vec a = size(x);
-  vec tail = exp_nonpositive(a * a * -0.5f) * normal_tail_ratio(a);
+  vec tail = exp_nonpositive<false>(a * a * -0.5f) * normal_tail_ratio(a);
   return (x > 0.0f ? x : x * 0.0f) - a * tail;
 }
 
@@ -128,8 +132,9 @@ inline vec sigmoid(vec x) {
   return x < 0.0f ? e * larger : larger;
 }
 
-// x / (1 + e^-x). x is clamped at -88 because exp_nonpositive stops at -87; the result there is about -1e-36.
-inline vec silu(vec x) { return max(splat(-88.0f), x) * sigmoid(x); }
+// x / (1 + e^-x). x is clamped at -88 because exp_nonpositive stops at -87; the result there is about -1e-36. Negative
+// infinity becomes NaN, as in torch.
+inline vec silu(vec x) { return (x < -88.0f ? x * 0.0f - 88.0f : x) * sigmoid(x); }
 
 inline vec silu_derivative(vec x) {
   const vec s = sigmoid(x);
@@ -139,7 +144,7 @@ inline vec silu_derivative(vec x) {
 // The derivative Φ(x) + x φ(x), where φ is the normal density.
 inline vec gelu_derivative(vec x) {
   vec a = size(x);
-  vec bell = exp_nonpositive(a * a * -0.5f);
+  vec bell = exp_nonpositive<false>(a * a * -0.5f);
   vec tail = bell * normal_tail_ratio(a);
   vec near = x > 12.0f ? a : x < -12.0f ? -a : x;
   return (x > 0.0f ? 1.0f - tail : tail) + near * bell * 0.3989422804014327f;

@@ -4,6 +4,7 @@
 //   test_kernels --faults                 tests of kernels with a fault (faults.h), each of which must fail
 //
 // Arrays have exactly the size that kernels.h gives, so the address sanitizer finds every access past their ends.
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -325,6 +326,27 @@ void test_sum_of_squares() {
   }
 }
 
+// NaN stays NaN whatever its payload and sign, in a whole vector and in the last one.
+void test_nan() {
+  for (unsigned bits : {0x7fc00000u, 0x7fc00001u, 0x7fffffffu, 0xffffffffu})
+    for (long place : {5, 36}) {
+      const long width = 37;
+      float nan;
+      std::memcpy(&nan, &bits, sizeof nan);
+      Floats x = Inputs("NaN", {place}).numbers(width), y(width), ones(width, 1);
+      x[place] = nan;
+      auto spoilt = [&] { return std::count_if(y.begin(), y.end(), [](float v) { return std::isnan(v); }); };
+      tested.gelu(x.data(), y.data(), width);
+      expect(spoilt() == 1 && std::isnan(y[place]), "gelu keeps NaN");
+      tested.swiglu(x.data(), ones.data(), y.data(), width);
+      expect(spoilt() == 1 && std::isnan(y[place]), "swiglu keeps NaN");
+      tested.softmax(x.data(), y.data(), 1, width);
+      expect(spoilt() == width, "softmax keeps NaN");
+      tested.layer_norm(x.data(), ones.data(), nullptr, y.data(), 1, width, 1e-5f);
+      expect(spoilt() == width, "layer norm keeps NaN");
+    }
+}
+
 struct Options {
   bool mask, rotary, learned;
   int bias;  // 0: none, 1: one for all sequences, 2: one per sequence
@@ -626,6 +648,7 @@ constexpr Test TESTS[] = {
     {"swiglu", test_swiglu},
     {"layer norm", test_layer_norm},
     {"softmax", test_softmax},
+    {"softmax", test_nan},
     {"AdamW", test_adamw},
     {"sum of squares", test_sum_of_squares},
     {"attention", test_attentions},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -101,6 +102,25 @@ def test_attention_at_the_ends_of_float32():
 
 
 @every_set
+@pytest.mark.parametrize("keys", [3, 300], ids=["one block of keys", "several"])
+def test_scores_of_minus_infinity(keys):
+    """If all scores of a query are -inf, its result is NaN, as in torch. One finite score is enough for a result."""
+    key, value = np.ones((keys, 8), np.float32), numbers(keys, 8)
+    query = np.ones((keys, 8), np.float32)
+    query[0, 0] = -np.inf
+    attend = functools.partial(native.attention, heads=1, offsets=[0, keys])
+    found = np.array(attend(mx.array(query), mx.array(key), mx.array(value)))
+    assert np.isnan(found[0]).all() and np.isfinite(found[1:]).all()
+    key[-1, 0] = -1  # now a score is +inf
+    assert np.isnan(np.array(attend(mx.array(query), mx.array(key), mx.array(value)))[0]).all()
+    bias = np.full((1, 1, keys, keys), -np.inf, np.float32)
+    bias[..., -1] = 0
+    ones = mx.ones((keys, 8))
+    found = np.array(attend(ones, ones, mx.array(value), bias=mx.array(bias)))
+    np.testing.assert_allclose(found, np.tile(value[-1], (keys, 1)), rtol=1e-6)
+
+
+@every_set
 @pytest.mark.parametrize("options", OPTIONS)
 def test_results_do_not_depend_on_the_batch(options):
     offsets = [0, 1, 1, 18, 258, 600]
@@ -113,7 +133,8 @@ def test_results_do_not_depend_on_the_batch(options):
     together = attend(slice(None), offsets)
     for start, end in itertools.pairwise(offsets):
         assert np.array_equal(attend(slice(start, end), [0, end - start]), together[start:end])
-    for spoilt, bad in itertools.product(range(3), (np.nan, np.inf)):
+    nan_with_payload = np.uint32(0xFFFFFFFF).view(np.float32)
+    for spoilt, bad in itertools.product(range(3), (np.nan, np.inf, nan_with_payload)):
         x = [i.copy() for i in inputs]
         x[spoilt][18] = bad  # this token is never hidden
         found = attend(slice(None), offsets, x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mlx_esm_hf import ops
+from mlx_esm_hf.ops import cpu
 from tests.marks import needs_kernels
 from tests.ops.reference import (
     EPS,
@@ -58,7 +59,8 @@ def test_swiglu_of_extreme_values():
     x = np.array([0, 1e-30, -1e-30, 88, -88, 100, -100, 3e38, -3e38, np.inf, -np.inf, np.nan, 1] * 3, np.float32)[:-1]
     ones = mx.ones(len(x))
     y, slope = native.swiglu(mx.array(x), ones), mx.grad(lambda x: native.swiglu(x, ones).sum())(mx.array(x))
-    exact_x = torch.tensor(x.clip(-1e3), dtype=torch.float64, requires_grad=True)  # below that, torch computes -inf · 0
+    clipped = np.where(np.isinf(x), x, x.clip(-1e3))  # below that, torch computes finite · 0
+    exact_x = torch.tensor(clipped, dtype=torch.float64, requires_grad=True)
     exact = F.silu(exact_x)
     exact.sum().backward()
     np.testing.assert_allclose(np.array(y), exact.detach().numpy(), rtol=1e-6, atol=1e-30)
@@ -76,6 +78,27 @@ def test_rows_with_nan_or_infinity():
         (native.layer_norm(mx.array(x), mx.ones(37), mx.zeros(37), EPS), F.layer_norm(torch.tensor(x), (37,))),
     ):
         np.testing.assert_allclose(np.array(ours), theirs.numpy(), rtol=1e-4, atol=1e-6)
+
+
+# Quiet and signalling NaN, with and without a payload and a sign.
+NANS = (0x7FC00000, 0xFFC00000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF)
+
+
+@every_set
+@pytest.mark.parametrize("backend", [native, cpu], ids=["kernels", "cpu"])
+@pytest.mark.parametrize("bits", [*NANS, 0x7F800000, 0xFF800000], ids=hex)
+def test_nan_and_infinity_are_not_swallowed(bits, backend):
+    """An element that torch does not compute as finite is not finite here."""
+    x = np.linspace(-3, 3, 37).astype(np.float32)
+    x.view(np.uint32)[[5, 36]] = bits  # in a whole vector, and in the last one
+    ours, theirs, ones = mx.array(x), torch.tensor(x), mx.ones(37)
+    for name, found, expected in (
+        ("gelu", backend.gelu(ours), F.gelu(theirs)),
+        ("swiglu", backend.swiglu(ours, ones), F.silu(theirs)),
+        ("softmax", backend.softmax(ours), theirs.softmax(-1)),
+        ("layer norm", backend.layer_norm(ours, ones, None, EPS), F.layer_norm(theirs, (37,))),
+    ):
+        assert np.array_equal(np.isfinite(np.array(found)), np.isfinite(expected.numpy())), name
 
 
 @every_set

@@ -175,3 +175,29 @@ def test_wrong_shapes_are_rejected():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFFFFFFF, 0x7F800000], ids=["nan", "nan with a payload", "inf"])
+def test_nan_and_infinity_are_not_swallowed(bits):
+    """NaN in any parameter makes the result NaN. An infinite gate or ReLU may saturate, as in torch."""
+    L, spoilt = 3, np.uint32(bits).view(np.float32)
+    z, mask = numbers(1, L, L, C), np.ones((1, L, L), np.float32)
+    affine = [norm(1), layer(C, C, 3), layer(C, C, 5)]
+    projections = [numbers(C, C, seed=7 + i, scale=C**-0.5) for i in range(3)]
+    operations = {
+        "gated linear": (lambda z, n, g, y: pairs.gated_linear(z, n, g, y, mask=mx.array(mask)), affine),
+        "transition": (lambda z, n, e, s: pairs.transition(z, n, e, s), affine),
+        "triangle attention": (
+            lambda z, n, g, o, b, q, k, v: pairs.triangle_attention(z, mx.array(mask[:, 0]), n, b, q, k, v, g, o),
+            [*affine, numbers(2, C, seed=12), *projections],
+        ),
+    }
+    for name, (operation, parameters) in operations.items():
+        flat = [x for p in parameters for x in (p if isinstance(p, list) else [p])]
+        for place, parameter in enumerate(flat):
+            before = parameter.flat[0]
+            parameter.flat[0] = spoilt
+            arguments = [Affine(*map(mx.array, p)) if isinstance(p, list) else mx.array(p) for p in parameters]
+            finite = mx.isfinite(operation(mx.array(z), *arguments)).all().item()
+            parameter.flat[0] = before
+            assert not finite or np.isinf(spoilt), (name, place)

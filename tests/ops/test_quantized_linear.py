@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import mlx.core as mx
 import numpy as np
@@ -134,6 +135,24 @@ def test_integers_with_nan_and_infinity():
     x[1, 3], x[2, 40], x[3] = np.nan, np.inf, 0
     y = np.array(native.quantized_linear(mx.array(x), *quantized, group_size=32, bits=8, integers=True))
     assert np.isnan(y[[1, 2]]).all() and np.isfinite(y[[0, 3, 4]]).all() and (y[3] == 0).all()
+
+
+@every_set
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu", "relu"])
+def test_scales_with_nan_and_infinity(bits, dtype, activation):
+    """A scale or a bias that is NaN or infinite spoils its output, and no other, with and without int8 inputs."""
+    x = mx.array(1 + np.abs(numbers(5, 64)))
+    weight, scales, biases = mx.quantize(mx.array(np.abs(numbers(3, 64, seed=1))), 32, bits)
+    scales, biases = scales.astype(dtype), biases.astype(dtype)
+    for spoilt, value in itertools.product(range(2), (np.nan, np.inf)):
+        parameters = [mx.array(scales), mx.array(biases)]
+        parameters[spoilt][1, 0] = value
+        for integers in (False, True) if bits in (4, 8) else (False,):
+            options = {"activation": activation, "group_size": 32, "bits": bits, "integers": integers}
+            y = np.array(native.quantized_linear(x, weight, *parameters, **options))
+            assert np.isfinite(y[:, [0, 2]]).all() and not np.isfinite(y[:, 1]).any()
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "relu"])
