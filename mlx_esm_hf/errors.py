@@ -15,3 +15,18 @@ class UserRuntimeError(UserError, RuntimeError):
 
 class NonFiniteLossError(UserError, FloatingPointError):
     """A training loss or gradient that is infinite or NaN."""
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """A result of a model that is infinite or NaN."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a command as Ctrl-C does."""
+
+    exit_code = 143
+
+
+def quoted(id: str) -> str:
+    """Return an id quoted for a message, shortened to 100 characters."""
+    return repr(id if len(id) <= 100 else f"{id[:100]}...")

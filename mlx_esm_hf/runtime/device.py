@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_esm_hf.checks import check_choice
 from mlx_esm_hf.errors import UserError
 
+DEVICES = ("cpu", "gpu")
 TORCH_GPUS = ("gpu", "cuda", "mps")  # what torch users call a GPU
 
 
@@ -27,8 +29,7 @@ def use_device(device: str | None) -> None:
     """
     if device is None:
         return
-    if device not in ("cpu", "gpu"):
-        raise UserError(f"device={device!r} is not one of cpu, gpu.")
+    check_choice("device", device, DEVICES)
     use_torch_device(device)
 
 

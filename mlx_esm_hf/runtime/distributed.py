@@ -1,20 +1,43 @@
-"""Several processes that share one run (`mlx.launch`). Every rank computes; rank 0 writes."""
+"""Several processes that share one run (`mlx.launch`). Every rank computes; rank 0 writes.
+
+Every collective operation of the package is here, because each must report a lost rank in the same way.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.runtime.files import RESUME_HINT
+from mlx_esm_hf.errors import UserError, UserRuntimeError
 
 CHECKSUM_BYTES = 32
+LOST = "Another process of this run was lost. Finished work is saved; run the same command again to continue."
 
 T = TypeVar("T")
+
+
+_lost = False  # whether a rank was lost: MLX may wait forever in a second collective operation after that
+
+
+@contextmanager
+def reporting_lost_ranks() -> Iterator[None]:
+    """Raise MLX's errors in collective operations as `UserRuntimeError`. Also a decorator.
+
+    MLX is lazy, so the block has to evaluate what it communicates, and only that.
+    """
+    global _lost
+    if _lost:
+        raise UserRuntimeError(LOST)
+    try:
+        yield
+    except RuntimeError as error:
+        _lost = True
+        raise UserRuntimeError(LOST) from error
 
 
 def rank() -> int:
@@ -40,10 +63,26 @@ def all_sum(value: int) -> int:
 
 
 def all_sum_array(x: mx.array) -> mx.array:
-    """Return the elementwise sum of the ranks' arrays, all of one shape. Every rank has to call it."""
-    return mx.distributed.all_sum(x, stream=mx.cpu)
+    """Return the elementwise sum of the ranks' arrays, all of one shape, evaluated. Every rank has to call it."""
+    mx.eval(x)
+    with reporting_lost_ranks():
+        total = mx.distributed.all_sum(x, stream=mx.cpu)
+        mx.eval(total)
+    return total
 
 
+def average_gradients(gradients: Any) -> Any:
+    """Return the mean of the ranks' trees of gradients, evaluated. Every rank has to call it."""
+    import mlx.nn as nn
+
+    mx.eval(gradients)
+    with reporting_lost_ranks():
+        mean = nn.average_gradients(gradients)
+        mx.eval(mean)
+    return mean
+
+
+@reporting_lost_ranks()
 def all_min(value: int) -> int:
     """Return the smallest of the ranks' values. Every rank has to call it."""
     if size() == 1:
@@ -51,6 +90,7 @@ def all_min(value: int) -> int:
     return mx.distributed.all_min(mx.array(value), stream=mx.cpu).item()  # type: ignore[return-value]
 
 
+@reporting_lost_ranks()
 def gather(data: bytes, step: int) -> list[bytes]:
     """Return the bytes that each rank passed, in rank order, on every rank.
 
@@ -59,8 +99,8 @@ def gather(data: bytes, step: int) -> list[bytes]:
         step: a number that differs between calls of one run, so that data of an earlier call is recognised.
 
     Raises:
-        OSError: another rank has ended. MLX does not report this and returns uninitialised memory in place of its data,
-            which is why a checksum travels with the data.
+        UserRuntimeError: another rank has ended. MLX does not always report this and may return uninitialised memory in
+            place of its data, which is why a checksum travels with the data.
     """
     if size() == 1:
         return [data]
@@ -72,7 +112,7 @@ def gather(data: bytes, step: int) -> list[bytes]:
     received = [row[:length].tobytes() for row, length in zip(gathered, sizes, strict=True)]
     parts = [(message[:CHECKSUM_BYTES], message[CHECKSUM_BYTES:]) for message in received]
     if any(checksum(part, step) != expected for expected, part in parts):
-        raise OSError(f"Another rank has ended. {RESUME_HINT}")
+        raise UserRuntimeError(LOST)
     return [part for _, part in parts]
 
 
@@ -94,6 +134,12 @@ def on_rank_0(action: Callable[[], T]) -> T | None:
             result = action()
         except Exception as raised:
             error = raised
-    if all_sum(int(error is not None)):
+    try:
+        failed = all_sum(int(error is not None))
+    except UserRuntimeError:
+        if error is None:
+            raise
+        raise error from None  # the reason why the other ranks have ended as well
+    if failed:
         raise error or UserError("Rank 0 failed; see its message.")
     return result

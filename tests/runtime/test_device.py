@@ -28,7 +28,7 @@ def test_use_device():
         assert mx.default_device() == before
         use_device("cpu")
         assert mx.default_device() == mx.cpu and device_name() == "cpu" and half_precision_is_slow()
-        with pytest.raises(ValueError, match="device='cuda' is not one of cpu, gpu"):
+        with pytest.raises(ValueError, match="device must be one of cpu, gpu, got 'cuda'"):
             use_device("cuda")
     finally:
         mx.set_default_device(before)

@@ -49,3 +49,26 @@ def test_fork_before_any_model(tmp_path):
 def test_spawn_after_a_model(tmp_path):
     out, errors = run(tmp_path, "spawn", "before")
     assert out[:3] == ["computed", "computed", "ended 0"], errors
+
+
+THREADS = """
+import threading
+import mlx.core as mx
+from mlx_esm_hf.runtime.process import check_process
+
+def work():
+    check_process()  # as a model does
+    mx.eval(mx.random.normal((2,)))
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_do_not_abort_the_process_at_exit():
+    """Without `_ClearStreams`, most of such processes abort, in MLX."""
+    codes = [subprocess.run([sys.executable, "-c", THREADS], capture_output=True).returncode for _ in range(4)]
+    assert codes == [0] * 4
