@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_esm_hf.checks import suggestion
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runtime.device import half_precision_is_slow
 
@@ -37,6 +38,20 @@ def as_dtype(dtype: Any) -> mx.Dtype | None:
     return DTYPES.get(str(dtype).rpartition(".")[2])
 
 
+def check_dtype(requested: Any) -> mx.Dtype | None:
+    """Return the `mx.Dtype` that the caller requests; None for "auto".
+
+    Raises:
+        ValueError: it names no dtype.
+    """
+    if requested != "auto" and as_dtype(requested) is None:
+        raise UserError(
+            f"dtype must be one of {', '.join(DTYPES)}, 'auto', or their objects; got {requested!r}."
+            f"{suggestion(requested, DTYPES)}"
+        )
+    return as_dtype(requested)
+
+
 def name_of(dtype: mx.Dtype) -> str:
     """Return a dtype's name as configs spell it, such as "float32"."""
     return str(dtype).rpartition(".")[2]
@@ -54,9 +69,7 @@ def resolve_dtype(requested: Any, configured: Any, stored: list[mx.Dtype]) -> mx
         ValueError: `requested` names no dtype.
     """
     if requested is not None and requested != "auto":
-        if (dtype := as_dtype(requested)) is None:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, 'auto', or their objects; got {requested!r}.")
-        return dtype
+        return check_dtype(requested)
     dtype = as_dtype(configured) or (stored[0] if stored else mx.float32)
     if dtype in (mx.float16, mx.bfloat16) and half_precision_is_slow():
         warn_once(
