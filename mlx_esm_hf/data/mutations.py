@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import re
 from collections import Counter
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mlx_esm_hf.data.proteins import CHAIN_BREAK, RESIDUES, residue_places, tokens
+from mlx_esm_hf.data.source import check_file
+from mlx_esm_hf.data.tables import open_csv, refuse_repeated
 from mlx_esm_hf.errors import UserError
 
 SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d{1,9})([A-Za-z])")
@@ -92,22 +93,7 @@ def read_table(path: str | os.PathLike[str], column: str) -> tuple[list[str], li
         UserError: the file is not CSV or lacks the column, or a row does not fit the header. The message names the
             line.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns, rows = list(reader.fieldnames or []), []
-            if len(set(columns)) < len(columns):
-                raise UserError(f"{path} has two columns of the same name: {', '.join(columns)}.")
-            if column not in columns:
-                if not columns:
-                    raise UserError(f"No column {column!r} in {path}: its first line is empty.")
-                raise UserError(
-                    f"No column {column!r} in {path} (columns: {', '.join(columns)}). Pass `--mutant-column NAME`."
-                )
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(f"{path}, line {reader.line_num}: expected {len(columns)} columns.")
-                rows.append(row)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a CSV file ({error}).") from error
-    return columns, rows
+    check_file(path, "a CSV file")
+    table = open_csv(path, mutant=column)
+    refuse_repeated(path, table.columns)
+    return table.columns, [row for _, row in table.rows]

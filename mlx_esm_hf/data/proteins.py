@@ -31,6 +31,10 @@ class Protein(NamedTuple):
     sequence: str
     place: str = ""
 
+    def __repr__(self) -> str:
+        end = "..." if len(self.sequence) > 40 else ""
+        return f"Protein(id={self.id!r}, sequence='{self.sequence[:40]}{end}', place={self.place!r})"
+
 
 @dataclass
 class Report:
@@ -40,12 +44,14 @@ class Report:
         strict: raise an error for a bad record instead of leaving it out.
         replaced: number of letters outside the alphabet that became X.
         gaps: number of gaps that were dropped.
+        renamed: number of records whose id repeats an earlier one, and which got a number: `id#2`.
         left_out: a message for each record that was left out.
     """
 
     strict: bool = False
     replaced: int = 0
     gaps: int = 0
+    renamed: int = 0
     left_out: list[str] = field(default_factory=list)
 
     def leave_out(self, message: str) -> None:
@@ -57,11 +63,6 @@ class Report:
         if self.strict:
             raise UserError(message)
         self.left_out.append(message)
-
-
-def quoted(id: str) -> str:
-    """Return an id quoted for a message, shortened to 100 characters."""
-    return repr(id if len(id) <= 100 else f"{id[:100]}...")
 
 
 def tokens(sequence: str) -> list[str]:

@@ -7,9 +7,10 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -19,10 +20,11 @@ import zstandard
 from Bio.Seq import Seq
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
-from mlx_esm_hf.data.proteins import Protein, Report, clean, clean_chains, quoted
-from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.data.proteins import RESIDUES, Protein, Report, clean, clean_chains
+from mlx_esm_hf.errors import UserError, quoted
 
 STDIN = "-"
+BARE_SEQUENCE = re.compile(rf"(?:[{RESIDUES}:|*-]|<mask>){{3,}}")
 
 # What callers may pass as proteins: the path of a FASTA file, "-" for standard input, or Python objects.
 Proteins = str | os.PathLike | Iterable[Any]
@@ -63,16 +65,16 @@ class ProteinSource:
             chains: a protein may have several chains, separated by `:`.
 
         Raises:
-            UserError: standard input is closed.
+            UserError: standard input is closed, or a file is not found, is a folder, is empty or is not FASTA.
         """
         if not isinstance(proteins, (str, os.PathLike)):
             return cls("Python", objects=proteins, aligned=aligned, chains=chains)
         path = os.fspath(proteins)
         if path == STDIN:
             _standard_input()
-        # Pipes and other special files can be read only once.
-        if path == STDIN or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)):
+        if is_stream(path):
             return cls(path, path, aligned=aligned, chains=chains)
+        check_fasta(path)
         return cls(os.path.basename(path), path, can_reread=True, aligned=aligned, chains=chains)
 
     @property
@@ -91,11 +93,12 @@ class ProteinSource:
         """Return whether a file has changed since its checksum was first asked for."""
         return self.path is not None and self.can_reread and sha256_of(self.path) != self.sha256
 
-    def read(self, report: Report | None = None) -> Iterator[Protein]:
+    def read(self, report: Report | None = None, rename: Callable[[str], str] = str) -> Iterator[Protein]:
         """Yield the proteins in order, cleaned; those that cannot be read are left out.
 
         Args:
             report: takes the counts and messages. If it is strict, a bad record raises an error.
+            rename: returns the name of the next record, given its id. It is called for each record in the source.
 
         Raises:
             UserError: the file is not FASTA or is damaged.
@@ -103,7 +106,8 @@ class ProteinSource:
         """
         report = report if report is not None else Report()
         cleaned = clean_chains if self.chains else clean
-        for place, name, sequence in _from_python(self.objects) if self.path is None else _from_file(self.path):
+        for place, id, sequence in _from_python(self.objects) if self.path is None else _from_file(self.path):
+            name = rename(id)
             try:
                 if not isinstance(sequence, str):
                     raise UserError(f"is not a sequence, but {sequence!r}")
@@ -143,6 +147,47 @@ def read_proteins(
         ['MKTAYI', 'MK']
     """
     return ProteinSource.open(proteins, aligned, chains).read(report)
+
+
+def is_stream(path: str) -> bool:
+    """Return whether a path is `-`, a pipe or another special file, which can be read only once."""
+    return path == STDIN or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
+
+
+def check_file(path: str | os.PathLike[str], expected: str) -> None:
+    """Refuse a path that is not a file that can be read.
+
+    Args:
+        path: the path.
+        expected: what the file should be, such as "a FASTA file".
+
+    Raises:
+        UserError: the file is not found, is a folder, or cannot be opened.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{os.fspath(path)} is a folder. Expected {expected}.")
+    try:
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        raise UserError(f"File not found: {os.fspath(path)}.") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{quoted(os.fspath(path))} cannot be read ({reason}).") from error
+
+
+def check_fasta(path: str) -> None:
+    """Refuse a path that is not a FASTA file with at least one record.
+
+    Raises:
+        UserError: the file is not found, is a folder, is empty or is not FASTA.
+    """
+    if not os.path.exists(path) and BARE_SEQUENCE.fullmatch(path):
+        shown = path if len(path) <= 100 else f"{path[:100]}..."
+        raise UserError(f"File not found: {shown}. To pass a sequence, write a FASTA file or pipe it to `-`.")
+    check_file(path, "a FASTA file")
+    if next(_from_file(path), None) is None:
+        raise UserError(f"{path} contains no proteins: the file is empty.")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
@@ -23,6 +24,8 @@ def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
             is not kept.
         CheckpointError: a file is damaged or incomplete.
     """
+    from transformers import AutoTokenizer  # imports torch if it is installed
+
     # `find_file` compares the checksums of downloads, which transformers does not.
     find_file(source, "tokenizer_config.json", **hub)
     vocabulary = find_file(source, "vocab.txt", **hub) or find_file(source, "tokenizer.json", **hub)

@@ -4,7 +4,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlx_esm_hf.data.proteins import CHAIN_BREAK, RESIDUES, SPECIAL, Report, clean, tokens
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, RESIDUES, SPECIAL, Protein, Report, clean, tokens
+
+
+def test_repr_of_a_protein_is_short():
+    assert repr(Protein("a", "MKT", "p.fasta, line 1")) == "Protein(id='a', sequence='MKT', place='p.fasta, line 1')"
+    assert len(repr(Protein("a", "MKT" * 999))) < 100
 
 
 @pytest.mark.parametrize(
