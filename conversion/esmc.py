@@ -15,8 +15,10 @@ import mlx.core as mx
 
 from mlx_esm_hf import EsmcTokenizer, MLXEsmcConfig, MLXEsmcForMaskedLM
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_bin
+from mlx_esm_hf.checkpoint.write import stale_weights
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.models.esmc.names import SEPARATED
+from mlx_esm_hf.runtime.files import replace_files
 
 HEAD_DIM = 64  # of all published models; it cannot be derived from the shapes of the weights
 BLOCKS = "transformer.blocks."  # prefix of the layer numbers
@@ -39,9 +41,9 @@ def convert(checkpoint: Path, output: Path) -> MLXEsmcForMaskedLM:
         model.load_state_dict(separated(state))
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
-    output.mkdir(parents=True, exist_ok=True)
-    EsmcTokenizer().save_pretrained(output)
-    model.save_pretrained(output)
+    with replace_files(output, stale_weights()) as folder:
+        EsmcTokenizer().save_pretrained(folder)
+        model.save_pretrained(folder)
     return model
 
 

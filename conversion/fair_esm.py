@@ -20,7 +20,9 @@ from transformers.models.esm.configuration_esm import get_default_vocab_list
 
 from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_checkpoint
+from mlx_esm_hf.checkpoint.write import stale_weights
 from mlx_esm_hf.errors import CheckpointError
+from mlx_esm_hf.runtime.files import replace_files
 
 PAD, MASK = 1, 32  # token ids of ESM-1b, ESM-1v and ESM-2
 
@@ -36,8 +38,9 @@ def convert(checkpoint: Path, output: Path) -> MLXEsmForMaskedLM:
         OSError: a file cannot be read or written.
     """
     model = read(checkpoint)
-    write_tokenizer(model.config, output)
-    model.save_pretrained(output)
+    with replace_files(output, stale_weights()) as folder:
+        write_tokenizer(model.config, folder)
+        model.save_pretrained(folder)
     return model
 
 
@@ -177,8 +180,7 @@ def esm_config(settings: dict[str, Any], **fields: Any) -> MLXEsmConfig:
 
 
 def write_tokenizer(config: MLXEsmConfig, output: Path) -> None:
-    """Write the tokenizer of the model into a folder, which is created if necessary."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Write the tokenizer of the model into a folder."""
     if isinstance(config, MLXEsm1Config):
         Esm1Tokenizer().save_pretrained(output)
     else:

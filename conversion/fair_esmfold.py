@@ -28,8 +28,10 @@ from transformers.models.esm.configuration_esm import (
 from conversion import fair_esm
 from mlx_esm_hf import EsmTokenizer, MLXEsmConfig, MLXEsmForProteinFolding
 from mlx_esm_hf.checkpoint.torch_bin import load_torch_checkpoint, omegaconf_values
+from mlx_esm_hf.checkpoint.write import stale_weights
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.models.esmfold.residue_constants import RESTYPES_WITH_X
+from mlx_esm_hf.runtime.files import replace_files
 
 # Settings of the structure module: {name in fair-esm: name in transformers}.
 RENAMES = {
@@ -83,8 +85,9 @@ def convert(folding: Path, language_model: Path, output: Path) -> MLXEsmForProte
         model.load_state_dict(state | {f"esm.{name}": x for name, x in tree_flatten(stem.esm.parameters())})
     except RuntimeError as error:
         raise CheckpointError(f"{folding}, with the language model {language_model}: {error}") from error
-    write_tokenizer(output)
-    model.save_pretrained(output)
+    with replace_files(output, stale_weights()) as folder:
+        write_tokenizer(folder)
+        model.save_pretrained(folder)
     return model
 
 
@@ -128,8 +131,7 @@ def known(settings: dict[str, Any], config: type) -> dict[str, Any]:
 
 
 def write_tokenizer(output: Path) -> None:
-    """Write the tokenizer of ESMFold into a folder, which is created if necessary."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Write the tokenizer of ESMFold into a folder."""
     vocabulary = output / "vocab.txt"
     vocabulary.write_text("\n".join(VOCABULARY), encoding="utf-8")
     EsmTokenizer(vocabulary, pad_token=VOCABULARY[0]).save_pretrained(output)

@@ -17,7 +17,9 @@ import numpy as np
 
 from mlx_esm_hf import Esm1Tokenizer, MLXEsm1Config, MLXEsmForMaskedLM
 from mlx_esm_hf.checkpoint.names import Dialect
+from mlx_esm_hf.checkpoint.write import stale_weights
 from mlx_esm_hf.errors import CheckpointError
+from mlx_esm_hf.runtime.files import replace_files
 
 # Padding, end, mask, two gaps, unknown, residues, start.
 ALPHABET = "%$*-.?ABCDEFGHIKLMNOPQRSTUVWXYZ^"
@@ -59,8 +61,9 @@ def convert(weights: Path, output: Path) -> MLXEsmForMaskedLM:
         model.load_state_dict({names[key]: array for key, array in state.items()})
     except RuntimeError as error:
         raise CheckpointError(f"{weights}: {error}") from error
-    write_tokenizer(output)
-    model.save_pretrained(output)
+    with replace_files(output, stale_weights()) as folder:
+        write_tokenizer(folder)
+        model.save_pretrained(folder)
     return model
 
 
@@ -118,8 +121,7 @@ def make_config(state: dict[str, np.ndarray], path: Path) -> MLXEsm1Config:
 
 
 def write_tokenizer(output: Path) -> None:
-    """Write the tokenizer of mlx-esm into a folder, which is created if necessary."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Write the tokenizer of mlx-esm into a folder."""
     vocabulary = output / "vocab.txt"
     vocabulary.write_text("\n".join(ALPHABET), encoding="utf-8")
     special = {"pad_token": "%", "eos_token": "$", "mask_token": "*", "unk_token": "?", "cls_token": "^"}

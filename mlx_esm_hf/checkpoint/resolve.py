@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from mlx_esm_hf.checkpoint.hub_errors import hub_error
 from mlx_esm_hf.errors import CheckpointError
+from mlx_esm_hf.runtime.files import finish_replacing
 from mlx_esm_hf.version import __version__
 
 SAFETENSORS = "model.safetensors"
@@ -98,6 +100,22 @@ def shard_names(path: str | os.PathLike[str]) -> list[str]:
     return sorted(shards)
 
 
+def check_source(repo_id_or_dir: str) -> None:
+    """Refuse a model that is neither a folder nor a possible name of a repository.
+
+    Raises:
+        OSError: the folder is not found, or it is a file.
+    """
+    if os.path.isdir(repo_id_or_dir):
+        return
+    if os.path.isfile(repo_id_or_dir):
+        raise OSError(f"{repo_id_or_dir} is a file. Pass the folder of a checkpoint, or a Hub repository.")
+    try:
+        validate_repo_id(repo_id_or_dir)
+    except HFValidationError as error:
+        raise OSError(f"Folder {repo_id_or_dir} not found.") from error
+
+
 def find_file(
     repo_id_or_dir: str,
     name: str,
@@ -123,12 +141,15 @@ def find_file(
         force_download: download the file even if it is in the cache.
 
     Raises:
-        OSError: the Hub refused or did not respond, or the download was damaged and therefore removed.
+        OSError: the Hub refused or did not respond; the download was damaged and therefore removed; or an interrupted
+            save into the folder cannot be finished.
     """
     path = os.path.join(subfolder, name)
     if os.path.isdir(repo_id_or_dir):
         path = os.path.join(repo_id_or_dir, path)
+        finish_replacing(os.path.dirname(path))
         return path if os.path.isfile(path) else None
+    check_source(repo_id_or_dir)
     cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     commit = getattr(revision, "resolved", None)
     if commit and not force_download:

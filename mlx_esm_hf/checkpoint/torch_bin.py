@@ -175,6 +175,8 @@ def _load_path(path: str | os.PathLike[str], allowed: frozenset[str], state_of: 
     with open(path, "rb") as file:
         try:
             return _load(file, os.fstat(file.fileno()).st_size, allowed, state_of)
+        except MemoryError as error:
+            raise MemoryError(f"{os.fspath(path)} needs more memory to be read than is available.") from error
         except Exception as error:  # zipfile, pickletools, NumPy and MLX fail in many ways on damaged bytes
             known = isinstance(error, CheckpointError)
             reason = error if known else f"the file is damaged ({type(error).__name__}: {error})"
@@ -275,6 +277,14 @@ def _unpickle(file: BinaryIO, allowed: frozenset[str] = _ALLOWED_GLOBALS) -> tup
     Returns:
         The unpickled data, and all persistent ids in it.
     """
+    try:
+        return _interpret(file, allowed)
+    except MemoryError as error:  # a pickle of a state dict is small
+        raise CheckpointError("the file is damaged (a length in its pickle is too large)") from error
+
+
+def _interpret(file: BinaryIO, allowed: frozenset[str]) -> tuple[Any, list[Any]]:
+    """Do the work of `_unpickle`."""
     stack: list[Any] = []
     identities: list[Any] = []
     marks: list[int] = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import glob
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ def save_safetensors(
         max_shard_size: maximum bytes of a file, or a string such as "5GB".
         variant: write `model.<variant>.safetensors`.
     """
+    check_shard_size(max_shard_size)
     name = with_variant(SAFETENSORS, variant)
     split = split_state_dict_into_shards_factory(
         state,
@@ -93,11 +94,24 @@ def save_safetensors(
     return files
 
 
-def remove_stale_shards(folder: str | os.PathLike[str], files: list[str], variant: str | None = None) -> None:
-    """Remove weights of an earlier save that would be read instead of `files` or together with them."""
-    stem = re.escape(with_variant(SAFETENSORS, variant).removesuffix(".safetensors"))
-    index = re.escape(with_variant(f"{SAFETENSORS}.index.json", variant))
-    stale = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors|{index}")
-    for file in Path(folder).iterdir():
-        if stale.fullmatch(file.name) and file.name not in files:
-            file.unlink()
+def stale_weights(variant: str | None = None) -> list[str]:
+    """Return shell patterns of weights that would be read instead of newly saved ones or together with them."""
+    stem = glob.escape(with_variant(SAFETENSORS, variant).removesuffix(".safetensors"))
+    number = "[0-9]" * 5
+    index = glob.escape(with_variant(f"{SAFETENSORS}.index.json", variant))
+    return [f"{stem}.safetensors", f"{stem}-{number}-of-{number}.safetensors", index]
+
+
+def check_shard_size(max_shard_size: int | str) -> None:
+    """Refuse a maximum size of a weights file that is not a positive number of bytes.
+
+    Raises:
+        ValueError: it is not such as 5000000000 or "5GB".
+    """
+    if isinstance(max_shard_size, str):
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) *[KMGT]B", max_shard_size, re.IGNORECASE)
+        is_size = match is not None and float(match[1]) > 0
+    else:
+        is_size = type(max_shard_size) is int and max_shard_size > 0
+    if not is_size:
+        raise UserError(f'max_shard_size must be a positive size such as "5GB", got {max_shard_size!r}.')

@@ -142,5 +142,5 @@ def test_weights_of_a_missing_repository(server, tmp_path):
         checkpoint_files("someone/absent", **options)
     with pytest.raises(OSError, match="has no branch, tag or commit 'v9'"):
         checkpoint_files(ID, revision="v9", **options)
-    with pytest.raises(OSError, match="Repo id must"):
+    with pytest.raises(OSError, match="Folder a/b/c not found"):
         checkpoint_files("a/b/c", **options)

@@ -723,3 +723,18 @@ def test_fuzz_of_training_checkpoints(tmp_path_factory, format):
             load_torch_checkpoint(path)
 
     check()
+
+
+def test_too_little_memory_is_not_a_damaged_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.bin"
+    torch.save({"x": torch.ones(3)}, path)
+    monkeypatch.setattr("mlx_esm_hf.checkpoint.torch_bin._arrays", lambda *_: bytearray(1 << 62))
+    with pytest.raises(MemoryError, match="model.bin needs more memory"):
+        load_torch_bin(path)
+
+
+def test_damaged_length_is_not_too_little_memory(tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"\x80\x02\x8d" + (1 << 62).to_bytes(8, "little") + b"MKT")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_torch_bin(path)
