@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -13,27 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from transformers import AutoTokenizer
-from transformers.utils.hub import resolve_revision
 
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files, find_file
-from mlx_esm_hf.checkpoint.write import save_safetensors
+from mlx_esm_hf.checkpoint.write import check_shard_size, save_safetensors
+from mlx_esm_hf.checks import check_choice
 from mlx_esm_hf.data.proteins import Protein, Report
-from mlx_esm_hf.data.source import Proteins, read_proteins
+from mlx_esm_hf.data.source import Proteins, check_fasta, is_stream, read_proteins
+from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.dtypes import STORED_DTYPES
-from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.errors import CheckpointError, UserError
 from mlx_esm_hf.hub.card import task_head
 from mlx_esm_hf.hub.files import CARD, CONFIG, FIGURES, OTHERS, REPORT
 from mlx_esm_hf.hub.publish import Publication, hub_id, publish
 from mlx_esm_hf.jobs.protein_model import load_network
-from mlx_esm_hf.loading import read_config
+from mlx_esm_hf.loading import commit_of, read_config, squares_overflow, unusable
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import (
     MLXAutoModel,
     MLXAutoModelForMaskedLM,
     MLXAutoModelForSequenceClassification,
     MLXAutoModelForTokenClassification,
+    open_checkpoint,
 )
 from mlx_esm_hf.quantization.layers import (
     INTEGER_BITS,
@@ -45,7 +47,7 @@ from mlx_esm_hf.quantization.layers import (
     replace_layers,
 )
 from mlx_esm_hf.quantization.report import Row, compare, table
-from mlx_esm_hf.runtime.files import new_folder
+from mlx_esm_hf.runtime.files import check_new_folder, new_folder
 from mlx_esm_hf.version import __version__
 
 CLASSES: dict[str, Any] = {
@@ -143,11 +145,18 @@ def convert(
     )
     usual = make_spec(bits, group_size, mode or "affine", activation_dtype)
     exceptions = {pattern: spec_of_rule(how, usual) for pattern, how in (rules or {}).items()}
-    commit = resolve_revision(source, revision or "main") or "main"
+    check_shard_size(max_shard_size)
+    check_new_folder(Path(output).resolve())
+    if isinstance(report, (str, os.PathLike)) and not is_stream(os.fspath(report)):
+        check_fasta(os.fspath(report))
+    commit = commit_of(source, revision or "main") or "main"
     config = read_config(source, revision=commit)
     if (quantize or dequantize) and bool(config.get("quantization")) == quantize:
         raise UserError(f"{source} is {'already quantized' if quantize else 'not quantized'}.")
     cls = class_of(config, source)
+    checkpoint = open_checkpoint(cls, source, commit)
+    if quantize:
+        choose_specs(checkpoint.skeleton(), usual, exceptions)  # refuses rules that match no layer
     proteins = None if report is None else read_for_report(report, source, commit)
     precision: Any = dtype or config.get("dtype") or config.get("torch_dtype") or stored_dtype(source, commit)
 
@@ -168,6 +177,7 @@ def convert(
         del model
         gc.collect()  # a model is in reference cycles, and keeps every computed array alive
         save_safetensors(state, folder, max_shard_size)
+        refuse_unusable(cls, source, commit, folder)
         written.save_pretrained(folder)
         copy_others(source, commit, folder)
 
@@ -185,6 +195,24 @@ def convert(
     return conversion
 
 
+def refuse_unusable(cls: Any, source: str, revision: str, folder: Path) -> None:
+    """Check the written weights for values that are NaN or infinite, such as those that overflow in a smaller dtype.
+
+    Reading the files again needs no more memory than the largest array.
+
+    Raises:
+        CheckpointError: such values. The message names the parameter, and its largest value in the source.
+    """
+    for path in checkpoint_files(str(folder)):
+        for key, array in load_file(path).items():
+            if mx.issubdtype(array.dtype, mx.floating) and squares_overflow(array):
+                model = load_network(cls, source, revision=revision, dtype="float32", lazy=True)
+                dequantize_layers(model, mx.float32)
+                _, stored = model.to_save(given_parameters(model))
+                weight = re.sub(r"\.(scales|biases)$", ".weight", key)
+                raise CheckpointError(f"{source}: {unusable(key, array, stored.get(weight, array))}")
+
+
 def read_for_report(proteins: Proteins, source: str, revision: str) -> list[Protein]:
     """Read the proteins of the report before converting, so that errors come early.
 
@@ -192,7 +220,7 @@ def read_for_report(proteins: Proteins, source: str, revision: str) -> list[Prot
         ValueError: there are no proteins, or some cannot be read.
         OSError: the file was not found, or the source has no tokenizer.
     """
-    AutoTokenizer.from_pretrained(source, revision=revision)
+    load_tokenizer(source, revision=revision)
     found = list(read_proteins(proteins, report=Report(strict=True)))
     if not found:
         raise UserError("The report has no proteins to compare the models on.")
@@ -205,11 +233,11 @@ def check_options(dtype: str | None, quantize: bool, dequantize: bool, **spec: A
     Raises:
         ValueError: an unknown dtype, or options that contradict each other.
     """
-    if dtype is not None and dtype not in STORED_DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}.")
+    if dtype is not None:
+        check_choice("dtype", dtype, STORED_DTYPES)
     if quantize and dequantize:
         raise UserError("Pass either quantize or dequantize, not both.")
-    if given := [name for name, value in spec.items() if value and not quantize]:
+    if given := [name for name, value in spec.items() if value not in (None, {}) and not quantize]:
         raise UserError(f"{', '.join(given)}: only valid with quantize.")
 
 

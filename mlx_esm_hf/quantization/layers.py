@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_esm_hf.checks import check_choice
 from mlx_esm_hf.errors import CheckpointError, UserError
 from mlx_esm_hf.modeling_layers import Embedding, Linear, QuantizedLinear, dequantized_weight
 
@@ -24,6 +25,9 @@ from mlx_esm_hf.modeling_layers import Embedding, Linear, QuantizedLinear, dequa
 GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 INTEGER_BITS = (4, 8)  # bits of weights that can be multiplied with int8 inputs
 INTEGER_GROUP = 32  # default group size with int8 inputs: one large input degrades its whole group
+SETTINGS = {"bits": int, "group_size": int, "mode": str, "activation_dtype": str}  # of a layer in a config
+REQUIRED = ("bits", "group_size")
+NAMES_OF_TYPES = {int: "an integer", str: "a string"}
 BITS = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 
 
@@ -55,19 +59,23 @@ def make_spec(
     Raises:
         ValueError: MLX does not support this combination.
     """
-    if mode not in BITS:
-        raise UserError(f"mode must be one of {', '.join(BITS)}, got {mode!r}.")
+    check_choice("mode", mode, BITS)
     usual_group = INTEGER_GROUP if activation_dtype and mode == "affine" else GROUP_SIZES[mode][0]
-    spec = QuantSpec(group_size or usual_group, bits or BITS[mode][0], mode, activation_dtype)
+    spec = QuantSpec(
+        usual_group if group_size is None else group_size,
+        BITS[mode][0] if bits is None else bits,
+        mode,
+        activation_dtype,
+    )
     for name, value, possible in (
         ("bits", spec.bits, BITS[mode]),
-        ("group size", spec.group_size, GROUP_SIZES[mode]),
+        ("group_size", spec.group_size, GROUP_SIZES[mode]),
     ):
-        if value not in possible:
+        if type(value) is not int or value not in possible:
             known = ", ".join(map(str, sorted(possible)))
             raise UserError(f"{name} must be one of {known} in mode {mode!r}, got {value}.")
-    if activation_dtype not in (None, "int8"):
-        raise UserError(f"activation_dtype must be 'int8' or None, got {activation_dtype!r}.")
+    if activation_dtype is not None:
+        check_choice("activation_dtype", activation_dtype, ["int8"])
     if activation_dtype and (mode != "affine" or spec.bits not in INTEGER_BITS):
         raise UserError(f"activation_dtype {activation_dtype!r} needs mode 'affine' and 4 or 8 bits.")
     return spec
@@ -154,17 +162,34 @@ def declared_specs(config: Any, names: Iterable[str], prefix: str, source: str) 
         bare = path.removeprefix(f"{prefix}.")
         settings = block.get(f"{prefix}.{bare}", block.get(bare, block))
         try:
-            specs[bare] = make_spec(
-                settings["bits"],
-                settings["group_size"],
-                settings.get("mode", "affine"),
-                settings.get("activation_dtype"),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            specs[bare] = spec_from(settings)
+        except ValueError as error:
             raise CheckpointError(
-                f"{source}: the config's `quantization` block does not describe {path!r} ({error})."
+                f"{source}: the config's `quantization` block does not describe {path!r}: {error}"
             ) from error
     return specs
+
+
+def spec_from(settings: Any) -> QuantSpec:
+    """Return the spec of a config's settings for a layer.
+
+    Raises:
+        ValueError: settings are missing, or have another type or value than MLX supports. The message names the key.
+    """
+    if not isinstance(settings, dict):
+        raise UserError(f"expected its settings, got {settings!r}.")
+    others = {name for name, value in settings.items() if not isinstance(value, (dict, bool))}  # those are layers
+    if unknown := sorted(others - SETTINGS.keys()):
+        raise UserError(f"{unknown[0]!r} is unknown (known: {', '.join(SETTINGS)}).")
+    for name, kind in SETTINGS.items():
+        value = settings.get(name)
+        if value is None and name in REQUIRED:
+            raise UserError(f"{name!r} is missing.")
+        if value is not None and type(value) is not kind:  # True is an int, and 8.0 equals 8
+            raise UserError(f"{name!r} must be {NAMES_OF_TYPES[kind]}, got {value!r}.")
+        if value == 0:
+            raise UserError(f"{name!r} must be at least 1, got 0.")
+    return make_spec(**{name: settings[name] for name in SETTINGS if settings.get(name) is not None})
 
 
 # Layers of a model
@@ -205,12 +230,27 @@ def quantize_activations(model: nn.Module, activation_dtype: str, source: str) -
     if not fitting:
         kinds = sorted({f"{spec.bits} bits ({spec.mode})" for _, spec in found})
         has = f"has layers of {', '.join(kinds)}" if kinds else "is not quantized"
-        raise UserError(
-            f"activation_dtype={activation_dtype!r} needs layers of 4 or 8 bits in mode 'affine', but {source} {has}. "
-            "Quantize it with mlx-esm convert --quantize --bits 8."
-        )
+        raise needs_layers(activation_dtype, source, has)
     for layer, spec in fitting:
         layer.activation_dtype = make_spec(spec.bits, spec.group_size, spec.mode, activation_dtype).activation_dtype
+
+
+def check_activation_dtype(activation_dtype: str | None, config: Any, source: str) -> None:
+    """Refuse an `activation_dtype` for a checkpoint that is not quantized, before its weights are loaded.
+
+    Raises:
+        ValueError: the config declares no quantization.
+    """
+    if activation_dtype is not None and not getattr(config, "quantization", None):
+        raise needs_layers(activation_dtype, source, "is not quantized")
+
+
+def needs_layers(activation_dtype: str, source: str, has: str) -> UserError:
+    """Return the error about a model without layers that can round their inputs."""
+    return UserError(
+        f"activation_dtype={activation_dtype!r} needs layers of 4 or 8 bits in mode 'affine', but {source} {has}. "
+        "Quantize it with mlx-esm convert --quantize --bits 8."
+    )
 
 
 def has_int8_activations(model: nn.Module) -> bool:

@@ -72,6 +72,37 @@ def test_dtype(dtype, task, tmp_path):
     assert_same_state(*({k: v for k, v in s.items() if not k.endswith(frequencies)} for s in (found, expected)))
 
 
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float16"}, {"dtype": "float16", "quantize": True}], ids=["cast", "quantized"]
+)
+def test_overflow_is_refused(options, tmp_path):
+    model = torch_model()
+    with torch.no_grad():
+        model.esm.encoder.layer[1].output.dense.weight[0, 0] = 1e6
+    model.save_pretrained(tmp_path / "source")
+    expected = r"'esm.encoder.layer.1.output.dense.(weight|scales|biases)' has values up to 1e\+06, which overflow in"
+    with pytest.raises(ValueError, match=expected):
+        convert(tmp_path / "source", tmp_path / "half", **options)
+    assert names(tmp_path) == {"source"}
+    convert(tmp_path / "source", tmp_path / "brain", dtype="bfloat16")
+
+
+def test_damaged_source_is_refused(tmp_path):
+    model = torch_model()
+    with torch.no_grad():
+        model.lm_head.bias[0] = torch.nan
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="'lm_head.bias' is damaged: 1 of its 33 values are NaN or infinite"):
+        convert(tmp_path / "source", tmp_path / "copy")
+
+
+def test_report_without_a_tokenizer(tmp_path):
+    torch_model().save_pretrained(tmp_path / "source")
+    with pytest.raises((OSError, ValueError), match="tokenizer"):
+        convert(tmp_path / "source", tmp_path / "half", dtype="float16", report=PROTEINS)
+    assert names(tmp_path) == {"source"}
+
+
 def test_from_bin_in_shards_to_shards(tmp_path):
     (tmp_path / "bin").mkdir()
     model = torch_model()

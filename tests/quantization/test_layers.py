@@ -35,6 +35,7 @@ from mlx_esm_hf.quantization.layers import (
     spec_of,
 )
 from tests.marks import needs_cpu
+from tests.tiny import as_loaded
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
 TOKENS = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "eos_token_id": 2}
@@ -49,12 +50,12 @@ QUERY = "esm.encoder.layer.0.attention.self.query"
 
 def small(cls=MLXEsmForMaskedLM, **overrides):
     mx.random.seed(0)
-    return cls(MLXEsmConfig(**TOKENS | FAMILY | SMALL | overrides)).eval()
+    return as_loaded(cls(MLXEsmConfig(**TOKENS | FAMILY | SMALL | overrides))).eval()
 
 
 def esm1():
     mx.random.seed(0)
-    return MLXEsmForMaskedLM(MLXEsm1Config(**SMALL, initializer_range=0.1)).eval()
+    return as_loaded(MLXEsmForMaskedLM(MLXEsm1Config(**SMALL, initializer_range=0.1))).eval()
 
 
 def quantized(model, spec=MODES["affine"], rules=None):
@@ -100,10 +101,10 @@ def test_default_group_size_with_int8_activations():
     ("asked", "message"),
     [
         ({"bits": 7}, "bits must be one of 2, 3, 4, 5, 6, 8 in mode 'affine', got 7"),
-        ({"group_size": 16}, "group size must be one of 32, 64, 128 in mode 'affine', got 16"),
+        ({"group_size": 16}, "group_size must be one of 32, 64, 128 in mode 'affine', got 16"),
         ({"mode": "mxfp4", "bits": 8}, "bits must be one of 4 in mode 'mxfp4', got 8"),
-        ({"mode": "nvfp4", "group_size": 32}, "group size must be one of 16 in mode 'nvfp4', got 32"),
-        ({"activation_dtype": "int4"}, "activation_dtype must be 'int8' or None, got 'int4'"),
+        ({"mode": "nvfp4", "group_size": 32}, "group_size must be one of 16 in mode 'nvfp4', got 32"),
+        ({"activation_dtype": "int4"}, "activation_dtype must be one of int8, got 'int4'"),
         ({"activation_dtype": "int8", "bits": 6}, "activation_dtype 'int8' needs mode 'affine' and 4 or 8 bits"),
         ({"activation_dtype": "int8", "mode": "mxfp8"}, "activation_dtype 'int8' needs mode 'affine' and 4 or 8 bits"),
         ({"mode": "int8"}, "mode must be one of affine, mxfp4, mxfp8, nvfp4, got 'int8'"),
@@ -243,7 +244,7 @@ def test_activation_dtype_skips_unsupported_layers(tmp_path):
         (None, "int8", "mode 'affine', but .* is not quantized. Quantize it with mlx-esm convert"),
         (make_spec(3, 32), "int8", r"mode 'affine', but .* has layers of 3 bits \(affine\)."),
         (make_spec(mode="mxfp8"), "int8", r"mode 'affine', but .* has layers of 8 bits \(mxfp8\)."),
-        (make_spec(8, 32), "int4", "activation_dtype must be 'int8' or None, got 'int4'"),
+        (make_spec(8, 32), "int4", "activation_dtype must be one of int8, got 'int4'"),
     ],
 )
 def test_unsupported_activation_dtype(spec, activation_dtype, message, tmp_path):
@@ -376,9 +377,18 @@ def edit_weights(folder, **arrays):
     ("block", "message"),
     [
         (None, "'esm.encoder.layer.0.attention.output.dense' and 11 more layers are quantized, but the config has no"),
-        ({"bits": 4}, "block does not describe 'esm.encoder.*' .'group_size'"),
-        ({"bits": 4, "group_size": 17}, "group size must be one of 32, 64, 128 in mode 'affine', got 17"),
-        ({"bits": "4", "group_size": 32}, "bits must be one of .* in mode 'affine', got 4"),
+        ({"bits": 4}, "block does not describe 'esm.encoder.*': 'group_size' is missing"),
+        ({"bits": 4, "group_size": 17}, "group_size must be one of 32, 64, 128 in mode 'affine', got 17"),
+        ({"bits": "4", "group_size": 32}, "'bits' must be an integer, got '4'"),
+        ({"bits": 8.0, "group_size": 32}, "'bits' must be an integer, got 8.0"),
+        ({"bits": True, "group_size": 32}, "'bits' must be an integer, got True"),
+        ({"bits": 4, "group_size": "32"}, "'group_size' must be an integer, got '32'"),
+        ({"bits": 4, "group_size": 0}, "'group_size' must be at least 1, got 0"),
+        ({"bits": -4, "group_size": 32}, "bits must be one of .* got -4"),
+        ({"bits": 4, "group_size": 32, "mode": "x"}, "mode must be one of"),
+        ({"bits": 4, "group_size": 32, "activation_dtype": 8}, "'activation_dtype' must be a string, got 8"),
+        ({"bits": 4, "group_size": 32, "groups": 8}, "'groups' is unknown"),
+        ({"bits": 4, "group_size": 32, QUERY: {"bits": 4}}, f"'{QUERY}': 'group_size' is missing"),
         ({"bits": 4, "group_size": 32, "mode": [1]}, "does not describe"),
         ({"bits": 4, "group_size": 32, QUERY: False}, f"does not describe '{QUERY}'"),
         ({"bits": 4, "group_size": 128}, "invalid `quantization` in the config .*128"),
@@ -510,3 +520,32 @@ def test_quantized_contact_head():
     assert weight.shape == (1, 32)
     dequantize_layers(model, mx.float32)
     np.testing.assert_allclose(np.array(model.predict_contacts(IDS[:1], MASK[:1])), contacts, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w, s, b: (w, s.astype(mx.float16), b),
+            f"{QUERY}.scales' has dtype float16, .*biases' float32; must be",
+        ),
+        (lambda w, s, b: (w, s, b.astype(mx.bfloat16)), f"{QUERY}.scales' has dtype float32, .*biases' bfloat16; must"),
+        (lambda w, s, b: (None, s, b), f"lacks 1 parameters .*{QUERY}.weight"),
+        (lambda w, s, b: (w, None, b), f"{QUERY}.*(integer dtype|Shapes differ|in the checkpoint)"),
+        (lambda w, s, b: (w, s, None), f"lacks 1 parameters .*{QUERY}.biases"),
+        (lambda w, s, b: (w, s[:, :1], b), f"{QUERY}.scales: .* in the checkpoint"),
+        (lambda w, s, b: (w, s[0], b), f"{QUERY}.scales: .* in the checkpoint"),
+        (lambda w, s, b: (w, s[0, 0], b), f"{QUERY}.scales: .* in the checkpoint"),
+        (lambda w, s, b: (w, s, mx.concatenate([b, b])), f"{QUERY}.biases: .* in the checkpoint"),
+        (lambda w, s, b: (w[:, :2], s, b), f"{QUERY}.weight: .* in the checkpoint"),
+        (lambda w, s, b: (w, s.at[0, 0].add(mx.nan), b), f"{QUERY}.scales' is damaged: 1 of its 128 values are NaN"),
+        (lambda w, s, b: (w, s, b.at[0, 0].add(mx.inf)), f"{QUERY}.biases' is damaged: 1 of its 128 values are NaN"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_damaged_scales(change, message, dtype, folder):
+    arrays = mx.load(str(folder / "model.safetensors"))
+    keys = [f"{QUERY}.{part}" for part in ("weight", "scales", "biases")]
+    edit_weights(folder, **dict(zip(keys, change(*(arrays[key] for key in keys)), strict=True)))
+    with pytest.raises((CheckpointError, RuntimeError), match=f"(?s){message}"):
+        MLXEsmForMaskedLM.from_pretrained(folder, dtype=dtype)
