@@ -15,11 +15,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from transformers import PreTrainedConfig
 from transformers.utils.hub import resolve_revision
 
+from mlx_esm_hf import ops
 from mlx_esm_hf.checkpoint.names import canonical_names
-from mlx_esm_hf.checkpoint.resolve import find_file
+from mlx_esm_hf.checkpoint.resolve import check_source, find_file
 from mlx_esm_hf.dtypes import cast_error, name_of
 from mlx_esm_hf.errors import CheckpointError, UserError, UserRuntimeError
 from mlx_esm_hf.quantization.layers import QuantSpec, layers
+from mlx_esm_hf.runtime.files import finish_replacing
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,11 @@ def commit_of(source: str, revision: str = "main", **hub: Any) -> Any:
         source: Hub id or folder.
         revision: branch, tag or commit.
         hub: the arguments of `find_file`.
+
+    Raises:
+        OSError: the source is a folder that is not found.
     """
+    check_source(source)
     where = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
     return resolve_revision(source, revision, **where)
 
@@ -70,6 +76,7 @@ def read_config(source: str, **hub: Any) -> dict[str, Any]:
         OSError: the file is missing, empty or not JSON; or what `find_file` raises.
         ValueError: the file is JSON, but not an object.
     """
+    finish_replacing(os.path.join(source, hub.get("subfolder") or ""))
     hub["revision"] = commit_of(source, **hub)
     # For an unresolved revision transformers' own call below explains why the repository or revision is missing.
     if hasattr(hub["revision"], "resolved"):
@@ -226,12 +233,13 @@ def assign(
             "checkpoint is incomplete, or its config.json belongs to another one."
         )
 
+    refuse_unlike_scales(names, arrays, source)
     initialized = missing | {name for name, _, _ in mismatched}
     held = dict(tree_flatten(model.parameters()))
     quantized = [path for path, layer in layers(model) if isinstance(layer, nn.QuantizedLinear)] if keep_scales else []
     kept = {f"{path}.{name}" for path in quantized for name in ("scales", "biases")}
     for key, name in names.items():
-        array = arrays.pop(key)
+        array = stored = arrays.pop(key)
         if name in unexpected or name in initialized:
             continue
         if reason := cast_error(array.dtype, held[name].dtype):
@@ -239,6 +247,8 @@ def assign(
         if model.is_cast(name, array) and name not in kept:
             array = array.astype(model.loaded_dtype(name, dtype))
         try:
+            if not lazy and mx.issubdtype(array.dtype, mx.floating) and squares_overflow(array):
+                raise CheckpointError(f"{source}: {unusable(key, array, stored)}")
             if not lazy:
                 mx.eval(array)
         except RuntimeError as error:
@@ -252,6 +262,67 @@ def assign(
     model.config.dtype = name_of(dtype)
     model.set_newly_initialized(initialized)
     return matched
+
+
+def refuse_unlike_scales(names: Mapping[str, str], arrays: Mapping[str, mx.array], source: str) -> None:
+    """Check that the scales and biases of each quantized layer have the same dtype, as MLX needs.
+
+    Args:
+        names: {key: name of the parameter}.
+        arrays: {key: array}.
+        source: Hub id or folder, for messages.
+
+    Raises:
+        CheckpointError: they have different dtypes.
+    """
+    keys = {name: key for key, name in names.items()}
+    for name, key in keys.items():
+        scales = keys.get(f"{name.removesuffix('.biases')}.scales")
+        if not (name.endswith(".biases") and scales and mx.issubdtype(arrays[scales].dtype, mx.floating)):
+            continue
+        if arrays[scales].dtype != arrays[key].dtype:
+            found = f"{scales!r} has dtype {name_of(arrays[scales].dtype)}, {key!r} {name_of(arrays[key].dtype)}"
+            raise CheckpointError(f"{source}: {found}; must be the same. Convert the checkpoint again.")
+
+
+# Unusable parameters
+
+
+def squares_overflow(array: mx.array) -> mx.array:
+    """Return whether an array has NaN, infinity or a value whose square overflows float32, as a lazy scalar.
+
+    Layer norms square the values. One sum reads the array once, which is cheaper than `mx.isfinite`.
+    """
+    return mx.logical_not(mx.isfinite(ops.sum_of_squares(array.astype(mx.float32))))
+
+
+def unusable_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that are infinite or NaN, or whose squares overflow."""
+    named: Any = tree_flatten(model.parameters())
+    found = {name: squares_overflow(x) for name, x in named if mx.issubdtype(x.dtype, mx.floating)}
+    mx.eval(found)
+    return [name for name, overflows in found.items() if overflows]
+
+
+def unusable(name: str, array: mx.array, stored: mx.array) -> str:
+    """Return what is wrong with a parameter that `squares_overflow`, and what to do.
+
+    Args:
+        name: its name, for the message.
+        array: its values.
+        stored: the values in the checkpoint, of which `array` is a cast.
+    """
+    bad, bad_stored = (int(mx.logical_not(mx.isfinite(x)).sum()) for x in (array, stored))
+    largest = f"{mx.abs(stored.astype(mx.float32)).max().item():.4g}"
+    if bad > bad_stored:
+        return (
+            f"{name!r} has values up to {largest}, which overflow in {name_of(array.dtype)}. Use float32, or bfloat16."
+        )
+    if bad:
+        what = f"{bad:,} of its {array.size:,} values are NaN or infinite"
+    else:
+        what = f"it has values up to {largest}, whose squares overflow"
+    return f"{name!r} is damaged: {what}. Download the checkpoint again, or choose another one."
 
 
 # Reports

@@ -5,6 +5,7 @@ MLX does not check the indices of a gather: a token id or position outside its t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -13,13 +14,22 @@ import numpy as np
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runtime.process import check_process
 
+NUMBERS = "biufc"  # NumPy's kinds of dtypes: bool, signed and unsigned integers, floats, complex
 IGNORE_INDEX = -100  # label of tokens excluded from the loss
 
 
 def as_array(x: Any) -> Any:
-    """Convert a list, NumPy array, torch tensor or `mx.array` to `mx.array`; None stays None."""
+    """Convert a list, NumPy array, torch tensor or `mx.array` to `mx.array`; None stays None.
+
+    Raises:
+        UserError: `x` is text, a dict of inputs, or something else that is not an array of numbers.
+    """
     if x is None or isinstance(x, mx.array):
         return x
+    if isinstance(x, Mapping):  # the result of a tokenizer
+        raise UserError(
+            f"Expected an array of numbers, got a {type(x).__name__}. Unpack what a tokenizer returns: model(**inputs)."
+        )
     if hasattr(x, "detach"):  # a torch tensor; NumPy has no bfloat16
         x = x.detach().cpu()
         x = (x if str(x.dtype) != "torch.bfloat16" else x.float()).numpy()
@@ -27,9 +37,18 @@ def as_array(x: Any) -> Any:
         x = np.asarray(x)
     except ValueError as error:
         raise UserError("Rows must have the same length: tokenize with padding=True.") from error
-    if x.dtype == object:
-        raise UserError(f"Expected an array of numbers, got {x.tolist()!r:.100}.")
-    return mx.array(x)
+    if x.dtype.kind in "SU":
+        raise UserError(
+            f"Expected an array of numbers, got the text {x.ravel()[:1].tolist()!r:.50}. Tokenize sequences first: "
+            'inputs = tokenizer(sequences, padding=True, return_tensors="mlx"), then model(**inputs).'
+        )
+    try:
+        if x.dtype.kind in NUMBERS:
+            return mx.array(x)
+    except (RuntimeError, TypeError, ValueError):  # MLX has no such dtype
+        pass
+    kind = "" if x.dtype == object else f"{x.dtype} "
+    raise UserError(f"Expected an array of numbers, got {kind}{x.tolist()!r:.100}.")
 
 
 def to_numpy(x: mx.array | None) -> np.ndarray | None:
@@ -100,7 +119,8 @@ def check_inputs(input_ids: Any, attention_mask: Any, position_ids: Any, inputs_
 def _shape_of(input_ids: mx.array | None, inputs_embeds: mx.array | None, hidden_size: int) -> tuple[int, int]:
     if input_ids is not None:
         if input_ids.ndim != 2:
-            raise UserError(f"input_ids must have shape [batch, length], got {input_ids.shape}.")
+            hint = " For a batch of one sequence, pass [input_ids]." if input_ids.ndim == 1 else ""
+            raise UserError(f"input_ids must have shape [batch, length], got {input_ids.shape}.{hint}")
         B, L = input_ids.shape
     else:
         assert inputs_embeds is not None

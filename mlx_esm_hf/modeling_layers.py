@@ -7,6 +7,8 @@ never checks the type of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from textwrap import indent
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -15,6 +17,39 @@ import numpy as np
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.errors import UserError
+
+
+def collapsed_repr(module: nn.Module) -> str:
+    """Return the repr of a module and its children. Equal neighbours of a list share an entry, as in torch."""
+    return _block(f"{type(module).__name__}({module._extra_repr()}", _entries(module.children()))
+
+
+def _entries(children: dict[str, Any]) -> list[str]:
+    """Return the lines of children: modules, and lists and dicts of them. Empty ones hold no modules."""
+    lines = []
+    for name, child in children.items():
+        if isinstance(child, nn.Module):
+            lines.append(f"({name}): {collapsed_repr(child)}")
+        elif isinstance(child, list) and child:
+            lines.append(f"({name}): {_list_repr(child)}")
+        elif child:
+            lines.append(f"({name}): {_block('dict(', _entries(child))}")
+    return lines
+
+
+def _list_repr(children: list[Any]) -> str:
+    lines, first = [], 0
+    texts = [entry.removeprefix("(x): ") for child in children for entry in _entries({"x": child})]
+    for text, equal in groupby(texts):
+        count = len(list(equal))
+        lines.append(f"({first}): {text}" if count == 1 else f"({first}-{first + count - 1}): {count} x {text}")
+        first += count
+    return _block("list(", lines)
+
+
+def _block(head: str, lines: Sequence[str]) -> str:
+    body = "".join(f"\n{indent(line, '  ')}" for line in lines)
+    return f"{head}{body}\n)" if lines else f"{head})"
 
 
 class Linear(nn.Linear):

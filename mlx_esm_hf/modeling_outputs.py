@@ -7,13 +7,30 @@ last two skip fields that are None. B is the batch, L the tokens, D the hidden s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from transformers.utils import ModelOutput
 
+from mlx_esm_hf.dtypes import name_of
 
-@dataclass
-class MLXBaseModelOutput(ModelOutput):
+
+class MLXModelOutput(ModelOutput):
+    """Base of the outputs. Its repr has the dtypes and shapes of the arrays, and does not compute them."""
+
+    def __repr__(self) -> str:
+        fields = "".join(f"\n  {name}={_described(value)}," for name, value in self.items())
+        return f"{type(self).__name__}({fields}\n)"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, tuple):  # of arrays of the same shape
+        return f"{len(value)} x {_described(value[0])}" if value else "()"
+    return f"{name_of(value.dtype)}{list(value.shape)}"
+
+
+@dataclass(repr=False)
+class MLXBaseModelOutput(MLXModelOutput):
     """Output of an encoder and of `MLXEsmcModel`.
 
     Attributes:
@@ -27,8 +44,8 @@ class MLXBaseModelOutput(ModelOutput):
     attentions: tuple[mx.array, ...] | None = None
 
 
-@dataclass
-class MLXBaseModelOutputWithPooling(ModelOutput):
+@dataclass(repr=False)
+class MLXBaseModelOutputWithPooling(MLXModelOutput):
     """Output of `MLXEsmModel`: the encoder's fields and `pooler_output` [B, D]."""
 
     last_hidden_state: mx.array | None = None
@@ -37,8 +54,8 @@ class MLXBaseModelOutputWithPooling(ModelOutput):
     attentions: tuple[mx.array, ...] | None = None
 
 
-@dataclass
-class MLXMaskedLMOutput(ModelOutput):
+@dataclass(repr=False)
+class MLXMaskedLMOutput(MLXModelOutput):
     """Output of the masked language models: `loss` [] and `logits` [B, L, vocab_size]."""
 
     loss: mx.array | None = None
@@ -47,8 +64,8 @@ class MLXMaskedLMOutput(ModelOutput):
     attentions: tuple[mx.array, ...] | None = None
 
 
-@dataclass
-class MLXSequenceClassifierOutput(ModelOutput):
+@dataclass(repr=False)
+class MLXSequenceClassifierOutput(MLXModelOutput):
     """Output of the sequence classifiers: `loss` [] and `logits` [B, num_labels]."""
 
     loss: mx.array | None = None
@@ -57,8 +74,8 @@ class MLXSequenceClassifierOutput(ModelOutput):
     attentions: tuple[mx.array, ...] | None = None
 
 
-@dataclass
-class MLXTokenClassifierOutput(ModelOutput):
+@dataclass(repr=False)
+class MLXTokenClassifierOutput(MLXModelOutput):
     """Output of the token classifiers: `loss` [] and `logits` [B, L, num_labels]."""
 
     loss: mx.array | None = None
@@ -67,8 +84,8 @@ class MLXTokenClassifierOutput(ModelOutput):
     attentions: tuple[mx.array, ...] | None = None
 
 
-@dataclass
-class MLXEsmForProteinFoldingOutput(ModelOutput):
+@dataclass(repr=False)
+class MLXEsmForProteinFoldingOutput(MLXModelOutput):
     """Output of `MLXEsmForProteinFolding`: the last pass of the trunk, for B proteins of at most L residues.
 
     N is the number of blocks of the structure module; the last block is the result. Positions are in Å. At padding the

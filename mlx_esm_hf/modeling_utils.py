@@ -15,16 +15,16 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.hub import PushToHubMixin
 
-from mlx_esm_hf import loading
+from mlx_esm_hf import demo, loading
 from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files
-from mlx_esm_hf.checkpoint.write import remove_stale_shards, save_safetensors
+from mlx_esm_hf.checkpoint.write import save_safetensors, stale_weights
 from mlx_esm_hf.dtypes import as_dtype, cast_error, name_of, resolve_dtype, warn_once
 from mlx_esm_hf.errors import CheckpointError, UserError, UserRuntimeError
 from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
-from mlx_esm_hf.modeling_layers import TiedDecoder
+from mlx_esm_hf.modeling_layers import TiedDecoder, collapsed_repr
 from mlx_esm_hf.ops.kernels import warn_if_missing
 from mlx_esm_hf.quantization.layers import (
     declare,
@@ -91,8 +91,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         check_process()
         warn_if_missing()
         self.config = config
-        # Names of parameters that the checkpoint lacked; see `refuse_untrained`.
-        self._newly_initialized: frozenset[str] = frozenset()
+        # Initial values of parameters that the checkpoint lacked, without those of the base model. None: not loaded.
+        self._newly_initialized: dict[str, mx.array] | None = None
+
+    __repr__ = collapsed_repr
 
     # Loading and saving
 
@@ -190,6 +192,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 "loaded model (mlx.nn.quantize)."
             )
         source = str(pretrained_model_name_or_path)
+        if source == demo.FOLDER:
+            warn_once(demo.NOTICE)
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         # Resolve once, so that config and weights belong to one commit and an offline cache is found at once.
         hub |= {"revision": loading.commit_of(source, revision=revision, **hub), "force_download": force_download}
@@ -231,7 +235,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             keep_scales=(requested is None or requested == "auto") and dtype == mx.float32,
         )
         if report:
-            loading.report_loading(cls.__name__, source, matched)
+            # A part without a loss, such as the contact head, refuses when it is used.
+            missing = {name for name in matched.missing if not model.is_without_loss(name)}
+            loading.report_loading(cls.__name__, source, matched._replace(missing=missing))
         model.eval()
         if not output_loading_info:
             return model
@@ -275,10 +281,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         if not safe_serialization:
             raise UserError("safe_serialization must be True: only safetensors files are written.")
         config, state = self.to_save(state_dict)
-        with replace_files(save_directory) as folder:
-            files = save_safetensors(state, folder, max_shard_size, variant)
+        with replace_files(save_directory, stale_weights(variant)) as folder:
+            save_safetensors(state, folder, max_shard_size, variant)
             config.save_pretrained(folder)
-        remove_stale_shards(save_directory, files, variant)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
@@ -304,7 +309,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         declare(config, self)
         state = dict(self.state_dict() if state_dict is None else state_dict)
         tied = [f"{self.output_embeddings}.weight"] if self._is_tied() else []
-        for name in [*tied, *self._untrainable()]:  # saved random weights would look trained when loaded
+        for name in [*tied, *self._untrained()]:  # saved random weights would look trained when loaded
             state.pop(name, None)
         return config, names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
 
@@ -393,8 +398,16 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             )
         weights = {name: arrays[key].astype(held[name].dtype) for key, name in names.items() if name in held}
         self.update(tree_unflatten(list(weights.items())))
-        self.set_newly_initialized(self._newly_initialized - weights.keys())
+        self.set_newly_initialized(self.newly_initialized - weights.keys())
         return IncompatibleKeys(sorted(missing), sorted(unexpected))
+
+    def load_weights(self: Model, file_or_weights: str | list[tuple[str, mx.array]], strict: bool = True) -> Model:
+        """Assign arrays by their names in the model, from a file or a list of (name, array); see `mlx.nn.Module`."""
+        weights = mx.load(file_or_weights) if isinstance(file_or_weights, str) else file_or_weights
+        weights = dict(weights)  # type: ignore[arg-type]
+        super().load_weights(list(weights.items()), strict)
+        self.set_newly_initialized(self.newly_initialized - weights.keys())
+        return self
 
     def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
         """Yield (name, array) of each parameter, without buffers. Tied weights occur once, as the embedding table."""
@@ -427,7 +440,21 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     @property
     def max_tokens(self) -> int | None:
         """Maximum number of tokens in a row; None if unlimited."""
+        return self.max_tokens_of(self.config)
+
+    @classmethod
+    def max_tokens_of(cls, config: Any) -> int | None:
+        """Return the maximum number of tokens in a row of a model with this config; None if unlimited."""
         return None
+
+    @classmethod
+    def checked_config(cls, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Return a config as this class uses it.
+
+        Raises:
+            ValueError: no model of this class can be built from it.
+        """
+        return config
 
     @property
     def base_model(self) -> Any:
@@ -611,35 +638,61 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
     @property
     def newly_initialized(self) -> frozenset[str]:
-        """Names of the parameters that the checkpoint lacked."""
-        return self._newly_initialized
+        """Names of the parameters that the checkpoint lacked; in a new model, of those that training cannot reach."""
+        initial = self._newly_initialized
+        names = set(filter(self.is_without_loss, self._own_parameters()) if initial is None else initial)
+        if self.base_model is not self:
+            names |= {f"{self.base_model_prefix}.{name}" for name in self.base_model.newly_initialized}
+        return frozenset(names)
 
     def set_newly_initialized(self, names: Iterable[str]) -> None:
         """Set the names of parameters that the checkpoint lacked, here and in the base model."""
-        self._newly_initialized = frozenset(names)
+        names, prefix = set(names), f"{self.base_model_prefix}."
+        self._newly_initialized = {name: array for name, array in self._own_parameters().items() if name in names}
         if self.base_model is not self:
-            prefix = f"{self.base_model_prefix}."
             self.base_model.set_newly_initialized(n.removeprefix(prefix) for n in names if n.startswith(prefix))
 
     def refuse_untrained(self, part: str, task: str) -> None:
         """Raise ValueError if `part` was not in the checkpoint, instead of returning results of random weights."""
-        if any(name.startswith(f"{part}.") for name in self._newly_initialized):
+        if any(name.startswith(f"{part}.") for name in self.newly_initialized):
+            reason = f"The checkpoint had no {part}"
+            if self._newly_initialized is None:
+                reason = f"The {part} of a new model is not trained"
+            train = "" if self.is_without_loss(f"{part}.") else "train it (.train()) "
             raise UserError(
-                f"The checkpoint had no {part}, so {task} would use random weights. Load a checkpoint that has it, "
-                "train it (.train()) or assign it (.load_state_dict()) first."
+                f"{reason}, so {task} would use random weights. Load a checkpoint that has it, {train}or assign it "
+                "(.load_state_dict()) first."
             )
 
     def train(self: Model, mode: bool = True) -> Model:
         """Set training mode, as in torch. Heads that the checkpoint lacked can be used afterwards."""
-        if mode:
-            self.set_newly_initialized(self._untrainable())
+        if mode and self.base_model._newly_initialized is not None:
+            self.set_newly_initialized(filter(self.is_without_loss, self.newly_initialized))
         super().train(mode)
         return self
 
-    def _untrainable(self) -> list[str]:
-        """Return the names of parameters that the checkpoint lacked and that receive no gradient: they stay random."""
-        prefix, names = f"{self.base_model_prefix}.", self._newly_initialized
-        return [name for name in names if name.removeprefix(prefix).startswith(self.without_loss)]
+    def _own_parameters(self) -> dict[str, mx.array]:
+        """Return {name: array} without the parameters of the base model."""
+        prefix = f"{self.base_model_prefix}." if self.base_model is not self else None
+        return {name: x for name, x in self.named_parameters() if prefix is None or not name.startswith(prefix)}
+
+    def is_without_loss(self, name: str) -> bool:
+        """Return whether a parameter receives no gradient: what the checkpoint lacked stays random."""
+        return name.removeprefix(f"{self.base_model_prefix}.").startswith(self.without_loss)
+
+    def _untrained(self) -> list[str]:
+        """Return the names of parameters that were neither loaded nor trained.
+
+        A caller's own training loop may leave the model in evaluation mode, but it replaces the arrays that it trains.
+        """
+        initial = self._newly_initialized or {}
+        own = self._own_parameters()
+        names = [
+            n for n in self.newly_initialized if self.is_without_loss(n) or (n in initial and own.get(n) is initial[n])
+        ]
+        if self.base_model is not self:
+            names += [f"{self.base_model_prefix}.{name}" for name in self.base_model._untrained()]
+        return names
 
 
 def arrays_in(tree: Any, path: str = "") -> Iterator[tuple[str, mx.array]]:

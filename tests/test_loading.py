@@ -1,5 +1,7 @@
 """Matching, checking and reporting the keys of a checkpoint, compared with transformers."""
 
+import mlx.core as mx
+import numpy as np
 import pytest
 import transformers
 from mlx.utils import tree_flatten
@@ -208,3 +210,41 @@ def test_config_ties_weights(tied, tmp_path):
     model = assert_loads_as_transformers(tmp_path, "ForMaskedLM")
     assert ("lm_head.decoder.weight" in dict(tree_flatten(model.parameters()))) is not tied
     assert "lm_head.decoder.weight" in model.state_dict()
+
+
+KEY = "esm.encoder.layer.1.output.dense.weight"
+
+
+def set_value(folder, value, key=KEY):
+    path = str(folder / "model.safetensors")
+    arrays = {name: np.array(array) for name, array in mx.load(path).items()}
+    arrays[key].flat[3] = value
+    mx.save_safetensors(path, {name: mx.array(x) for name, x in arrays.items()}, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.nan, "1 of its 2,048 values are NaN or infinite"),
+        (np.inf, "1 of its 2,048 values are NaN or infinite"),
+        (-np.inf, "1 of its 2,048 values are NaN or infinite"),
+        (1e30, r"it has values up to 1e\+30, whose squares overflow"),
+    ],
+)
+def test_damaged_values(value, message, folder):
+    set_value(folder, value)
+    with pytest.raises(
+        CheckpointError, match=f"{folder}: '{KEY}' is damaged: {message}. Download the checkpoint again"
+    ):
+        MLXEsmForMaskedLM.from_pretrained(folder)
+    MLXEsmForMaskedLM.from_pretrained(folder, lazy=True)  # reads no weights
+
+
+def test_values_that_overflow_in_the_requested_dtype(folder):
+    set_value(folder, -1e6)
+    with pytest.raises(
+        CheckpointError, match=f"'{KEY}' has values up to 1e.06, which overflow in float16. Use float32"
+    ):
+        MLXEsmForMaskedLM.from_pretrained(folder, dtype="float16")
+    for dtype in ("float32", "bfloat16"):
+        MLXEsmForMaskedLM.from_pretrained(folder, dtype=dtype)

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import BatchEncoding
 
+from mlx_esm_hf.errors import UserError
 from tests.models.esm.test_modeling_esm import CLASSES, build
 from tests.parity import PAD
 
@@ -55,6 +57,37 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
         r"shape of the input, \(2, 4\), got \(2, 3\)",
     ),
 }
+
+
+NO_NUMBERS: list[tuple[Any, str]] = [
+    ("MKTAYI", r"got the text \['MKTAYI'\]. Tokenize sequences first: .* model\(\*\*inputs\)"),
+    (["MKT", "MKTAYI"], "got the text .* Tokenize sequences first"),
+    (b"MKT", "got the text .* Tokenize sequences first"),
+    ({"input_ids": IDS}, r"got a dict. Unpack what a tokenizer returns: model\(\*\*inputs\)"),
+    (BatchEncoding({"input_ids": IDS}), r"got a BatchEncoding. Unpack"),
+    ([[5, None]], r"Expected an array of numbers, got \[\[5, None\]\]"),
+    (np.array([[5]], object), r"Expected an array of numbers, got \[\[5\]\]"),
+    ([[2**70]], "Expected an array of numbers"),
+    (np.array(["2020-01-01"], "M8[D]"), "Expected an array of numbers, got datetime64"),
+    (np.array([[5]], np.longdouble), "Expected an array of numbers, got float128"),
+    ({5, 6}, "Expected an array of numbers"),
+    (5, r"must have shape \[batch, length\], got \(\)"),
+    ([[[5]]], r"must have shape \[batch, length\], got \(1, 1, 1\)"),
+    ([5, 6], r"For a batch of one sequence, pass \[input_ids\]"),
+    ([[True]], "must be integers, got mlx.core.bool"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), NO_NUMBERS, ids=lambda value: str(type(value).__name__))
+def test_what_is_no_array_of_ids_is_refused(given: Any, message: str) -> None:
+    """Also as the mask, and by contact prediction."""
+    model = build("ESM-2", "model")
+    for use in (model, lambda x: model.predict_contacts(x, None)):
+        with pytest.raises(UserError, match=message):
+            use(given)
+    if "numbers" in message or "text" in message:
+        with pytest.raises(UserError, match=message):
+            model(IDS, given)
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)

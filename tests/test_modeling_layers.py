@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+import mlx_esm_hf
 from mlx_esm_hf import MLXEsmForMaskedLM
 from mlx_esm_hf.modeling_layers import (
     Embedding,
@@ -16,6 +17,7 @@ from mlx_esm_hf.modeling_layers import (
 )
 from mlx_esm_hf.ops import dispatch, gpu
 from tests.parity import batch, config
+from tests.tiny import SIZE, tiny_folding
 
 ACTIVATIONS = {None: lambda x: x, "gelu": nn.gelu, "relu": nn.relu}
 
@@ -111,3 +113,25 @@ def test_quantized_embedding(backend):
     assert close(quantized.as_linear(x), x @ reference.T)
     with pytest.raises(ValueError, match="must be 'affine', got 'mxfp4'"):
         table.to_quantized(mode="mxfp4")
+
+
+def test_repr_collapses_equal_layers():
+    """As in torch. A layer that differs, such as a quantized one, has an entry of its own."""
+    model = MLXEsmForMaskedLM(config("ESM-2", num_hidden_layers=6))
+    assert "(0-5): 6 x MLXEsmLayer(" in repr(model) and repr(model).count("MLXEsmLayer(") == 1
+    assert "(0-5): 6 x MLXEsmLayer(" in repr(model.esm.encoder)
+    layer = model.esm.encoder.layer[2].intermediate
+    layer.dense = layer.dense.to_quantized(32, 8)
+    for entry in ("(0-1): 2 x", "(2): MLXEsmLayer(", "(3-5): 3 x"):
+        assert entry in repr(model)
+
+
+@pytest.mark.parametrize("name", ["MLXEsmModel", "MLXEsmForSequenceClassification", "MLXEsmForTokenClassification"])
+def test_repr_of_every_head(name):
+    assert "(0-2): 3 x MLXEsmLayer(" in repr(getattr(mlx_esm_hf, name)(config("ESM-2", num_hidden_layers=3)))
+
+
+def test_repr_of_a_folding_model_and_esmc():
+    folding = mlx_esm_hf.MLXEsmForProteinFolding(mlx_esm_hf.MLXEsmConfig(**tiny_folding()))
+    assert "(0-1): 2 x" in repr(folding)
+    assert "(0-2): 3 x MLXEsmcLayer(" in repr(mlx_esm_hf.MLXEsmcModel(mlx_esm_hf.MLXEsmcConfig(**SIZE)))

@@ -7,6 +7,14 @@ from tests.models.esm.test_modeling_esm import build
 from tests.parity import batch
 
 
+def test_repr_has_shapes_instead_of_numbers() -> None:
+    output = build("ESM-2")([[0, 5, 2]], output_hidden_states=True, output_attentions=True)
+    lines = repr(output).splitlines()
+    assert lines[0] == "MLXMaskedLMOutput(" and lines[1].startswith("  logits=float32[1, 3, 3")
+    assert [line.split("=")[0].strip() for line in lines[2:4]] == ["hidden_states", "attentions"]
+    assert " x float32[1, 3, " in lines[2] and len(repr(output)) < 200
+
+
 def test_model_output() -> None:
     model = build("ESM-2")
     inputs = batch(head="lm")

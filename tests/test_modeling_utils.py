@@ -12,6 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.optimizers import SGD
+from safetensors import safe_open
 
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsm1Config, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmModel, dtypes
@@ -42,7 +44,7 @@ from tests.checkpoints import (
     write_large,
 )
 from tests.marks import needs_cpu, needs_kernels
-from tests.tiny import SIZE
+from tests.tiny import SIZE, as_loaded
 
 ROOT = Path(mlx_esm_hf.__file__).parents[1]
 
@@ -321,7 +323,7 @@ def test_transformers_4_loads_what_we_save(tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("dtype", "shard"), [("float32", "50GB"), ("float16", SHARD)])
 def test_esm1_round_trip(dtype, shard, task, tmp_path):
-    model = ours(task)(MLXEsm1Config(**SIZE, num_labels=3)).eval().to(dtype)
+    model = as_loaded(ours(task)(MLXEsm1Config(**SIZE, num_labels=3))).eval().to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [f"MLXEsm{task}"]
     with heard("mlx_esm_hf") as said:
@@ -471,6 +473,42 @@ def test_untrained_contact_head(tmp_path):
         assert {name for name in reloaded.newly_initialized if "contact_head" in name}
     model = MLXEsmForMaskedLM.from_pretrained(write(tmp_path, torch_model().state_dict()))
     assert model.predict_contacts(INPUTS["input_ids"], INPUTS["attention_mask"]).shape == (2, 7, 7)
+
+
+@pytest.mark.parametrize("task", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+def test_contact_head_of_a_new_model(task, tmp_path):
+    """No training reaches it: it refuses, is not saved, and torch's transformers loads the folder without it."""
+    model = ours(task)(config())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="The contact_head of a new model is not trained.* or assign it"):
+            model.base_model.predict_contacts(INPUTS["input_ids"], INPUTS["attention_mask"])
+        model.save_pretrained(tmp_path)
+        with safe_open(tmp_path / "model.safetensors", "np") as file:
+            assert not [key for key in file.keys() if "contact_head" in key]  # noqa: SIM118
+        model.train().eval()
+    _, info = theirs(task).from_pretrained(tmp_path, output_loading_info=True)
+    assert {key.rpartition(".")[0].removeprefix("esm.") for key in info["missing_keys"]} == {"contact_head.regression"}
+    weights = [(name, x) for name, x in model.state_dict().items() if "contact_head" in name]
+    model.load_weights(weights, strict=False)
+    assert model.base_model.predict_contacts(INPUTS["input_ids"], None).shape == (2, 7, 7)
+    model.save_pretrained(tmp_path)
+    assert not ours(task).from_pretrained(tmp_path).newly_initialized
+
+
+@pytest.mark.parametrize("how", ["untrained", "trainer", "own loop"])
+def test_a_head_that_was_not_trained_is_not_saved(how, tmp_path):
+    """What a checkpoint lacked is saved after training, with or without `train()`."""
+    torch_model("Model").save_pretrained(tmp_path / "base")
+    model = ours("ForSequenceClassification").from_pretrained(tmp_path / "base", num_labels=2)
+    if how == "trainer":
+        model.train()
+    if how == "own loop":
+        _, gradients = nn.value_and_grad(model, lambda model: model(**INPUTS).logits.sum())(model)
+        SGD(0.1).update(model, gradients)
+    model.save_pretrained(tmp_path / "saved")
+    reloaded = ours("ForSequenceClassification").from_pretrained(tmp_path / "saved")
+    assert any("classifier" in name for name in reloaded.newly_initialized) == (how == "untrained")
+    assert not any("encoder" in name for name in reloaded.newly_initialized)
 
 
 @pytest.mark.parametrize("previous", ["50GB", SHARD])

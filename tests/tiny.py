@@ -19,6 +19,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def as_loaded(model: Any) -> Any:
+    """Return a new model as if a checkpoint had had all of its random weights, so that its contact head is used."""
+    model.load_state_dict(model.state_dict())
+    return model
+
+
 def tiny(family: str = "ESM-2", **overrides: Any) -> dict[str, Any]:
     """Return the config fields for one of `FAMILIES`; for `MLXEsm1Config` use `SIZE` alone."""
     positions = {"max_position_embeddings": 40, "token_dropout": True}

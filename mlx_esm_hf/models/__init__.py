@@ -1,1 +1,8 @@
 """The networks, one folder per family, named and laid out as in transformers' `models/`."""
+
+import pkgutil
+
+import lazy_loader
+
+# The modules are attributes, imported on first use.
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, [module.name for module in pkgutil.iter_modules(__path__)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.loading import commit_of, read_config
+from mlx_esm_hf.errors import CheckpointError, UserError
+from mlx_esm_hf.loading import commit_of, load_config, read_config
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.esm.configuration_esm import MLXEsm1Config, MLXEsmConfig
 from mlx_esm_hf.models.esm.modeling_esm import (
@@ -24,6 +25,9 @@ from mlx_esm_hf.models.esmc.modeling_esmc import (
     MLXEsmcForTokenClassification,
     MLXEsmcModel,
 )
+from mlx_esm_hf.quantization.layers import declared_specs
+
+MOST_LAYERS = 1000
 
 
 class AutoClass:
@@ -127,3 +131,72 @@ class MLXAutoModelForTokenClassification(AutoClass):
         MLXEsm1Config.model_type: MLXEsmForTokenClassification,
         MLXEsmcConfig.model_type: MLXEsmcForTokenClassification,
     }
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint whose config has been read and checked, and whose weights have not.
+
+    Attributes:
+        model_class: class of the model.
+        config: its config.
+        source: Hub id or folder.
+        hub: arguments of `find_file`, with the resolved revision.
+    """
+
+    model_class: type[MLXPreTrainedModel]
+    config: Any
+    source: str
+    hub: dict[str, Any]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Maximum number of tokens in a row; None if unlimited."""
+        return self.model_class.max_tokens_of(self.config)
+
+    @property
+    def residues(self) -> dict[str, int]:
+        """{residue: token id} in the published vocabularies of the model's family."""
+        return self.model_class.residues
+
+    @property
+    def commit(self) -> dict[str, str]:
+        """`{"revision": commit}`, so that other files are read from the same commit; empty for a folder."""
+        commit = None if os.path.isdir(self.source) else getattr(self.hub["revision"], "resolved", None)
+        return {"revision": commit} if commit else {}
+
+    def skeleton(self) -> Any:
+        """Return a model with random weights, to check names of layers. MLX computes none of the weights.
+
+        Raises:
+            CheckpointError: the config has more layers than any model.
+        """
+        if self.config.num_hidden_layers > MOST_LAYERS:
+            raise CheckpointError(f"The config.json of {self.source} has {self.config.num_hidden_layers} layers.")
+        return self.model_class(self.config)
+
+    def load(self, **options: Any) -> Any:
+        """Load the weights; `options` are those of `MLXPreTrainedModel.from_pretrained`."""
+        return self.model_class.from_pretrained(self.source, **self.hub, **options)
+
+
+def open_checkpoint(cls: Any, source: str, revision: str | None = None, **hub: Any) -> Checkpoint:
+    """Read and check the config of a checkpoint, but not its weights.
+
+    Args:
+        cls: an Auto class or a model class.
+        source: Hub id or folder.
+        revision: branch, tag or commit; None for main.
+        hub: the other arguments of `find_file`.
+
+    Raises:
+        UserError: the class cannot load this model.
+        OSError: the repository or its config was not found.
+    """
+    hub["revision"] = commit_of(source, revision or "main", **hub)
+    if issubclass(cls, AutoClass):
+        cls = cls._class_for(read_config(source, **hub).get("model_type", ""), source)
+    config, _ = load_config(cls, source, {}, **hub)
+    config = cls.checked_config(config)
+    declared_specs(config, (), cls.base_model_prefix, source)  # refuses checkpoints that are quantized for torch
+    return Checkpoint(cls, config, source, hub)

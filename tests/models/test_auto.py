@@ -6,7 +6,7 @@ from transformers import BertConfig
 
 import mlx_esm_hf
 from mlx_esm_hf import MLXEsm1Config, MLXEsmcConfig, MLXEsmConfig
-from tests.tiny import SIZE, tiny
+from tests.tiny import SIZE, as_loaded, tiny
 
 CONFIGS = {
     "esm": lambda: MLXEsmConfig(**tiny()),
@@ -26,7 +26,7 @@ def classes(task, model_type="esm"):
 @pytest.mark.parametrize("task", TASKS)
 def test_class_and_arguments(tmp_path, task, model_type):
     auto, expected = classes(task, model_type)
-    saved = auto.from_config(CONFIGS[model_type]())
+    saved = as_loaded(auto.from_config(CONFIGS[model_type]()))
     assert type(saved) is expected
     saved.save_pretrained(tmp_path)
     model, info = auto.from_pretrained(tmp_path, dtype="float16", output_loading_info=True)

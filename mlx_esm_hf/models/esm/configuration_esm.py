@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, EsmConfig, PreTrainedConfig
 
+from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.errors import UserError
 
 GENERIC_FIELDS = frozenset(PreTrainedConfig().to_dict())
@@ -154,8 +155,9 @@ def check_config(config: MLXEsmConfig, folds: bool = False) -> None:
             raise UserError(f"{option}=True is not supported: the models are encoders. Set {option}=False.")
     if config.is_folding_model and not folds:
         raise UserError(
-            "is_folding_model=True is not supported by this class. Use MLXEsmForProteinFolding, or set "
-            "is_folding_model=False for its language model."
+            f"{quoted_name(config)} is a folding model (is_folding_model=True). Fold with `mlx-esm fold` or "
+            "MLXEsmForProteinFolding, use a language model such as facebook/esm2_t33_650M_UR50D, or pass "
+            "is_folding_model=False to from_pretrained for its language model."
         )
     if folds:
         check_folding_config(config)
@@ -180,6 +182,11 @@ def check_config(config: MLXEsmConfig, folds: bool = False) -> None:
         raise UserError(f"The config's layer_norm_eps must be positive, got {config.layer_norm_eps}.")
 
 
+def quoted_name(config: MLXEsmConfig) -> str:
+    """Return the name of a config's model in backquotes, or "This model" if it has none."""
+    return f"`{shown_name(config.name_or_path)}`" if config.name_or_path else "This model"
+
+
 def check_folding_config(config: MLXEsmConfig) -> None:
     """Check the settings of folding.
 
@@ -187,7 +194,9 @@ def check_folding_config(config: MLXEsmConfig) -> None:
         ValueError: an invalid or unsupported value.
     """
     if not config.is_folding_model:
-        raise UserError("is_folding_model must be True: this is the config of a language model, which cannot fold.")
+        raise UserError(
+            f"{quoted_name(config)} is a language model. Folding needs an ESMFold model such as facebook/esmfold_v1."
+        )
     fold: Any = config.esmfold_config
     trunk, structure = fold.trunk, fold.trunk.structure_module
     for state, head in (("sequence_state_dim", "sequence_head_width"), ("pairwise_state_dim", "pairwise_head_width")):

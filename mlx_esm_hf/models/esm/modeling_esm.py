@@ -31,6 +31,7 @@ from mlx_esm_hf.modeling_layers import (
     Embedding,
     FrozenBuffers,
     LayerNorm,
+    collapsed_repr,
     dequantized_weight,
     each_layer,
     first_token,
@@ -302,6 +303,8 @@ class MLXEsmLayer(nn.Module):
 class MLXEsmEncoder(nn.Module):
     """All layers and the final layer norm: [B, L, D], or packed [1, T, D], to the same shape."""
 
+    __repr__ = collapsed_repr
+
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.layer = [MLXEsmLayer(config) for _ in range(config.num_hidden_layers)]
@@ -467,17 +470,22 @@ class MLXEsmPreTrainedModel(MLXPreTrainedModel):
     residues = RESIDUE_IDS
 
     def __init__(self, config: PreTrainedConfig):
-        config = as_mlx_config(config)
-        check_config(config, self.folds)
-        super().__init__(config)
+        super().__init__(self.checked_config(config))
         self.config: MLXEsmConfig
 
-    @property
-    def max_tokens(self) -> int | None:
-        """Longest row that the position table has room for; None for the families without such a table."""
-        if self.config.position_embedding_type != "absolute":
+    @classmethod
+    def checked_config(cls, config: PreTrainedConfig) -> MLXEsmConfig:
+        """Return the config as an `MLXEsmConfig`, checked by `check_config`."""
+        ours = as_mlx_config(config)
+        check_config(ours, cls.folds)
+        return ours
+
+    @classmethod
+    def max_tokens_of(cls, config: Any) -> int | None:
+        """Return the longest row that the position table has room for; None for the families without such a table."""
+        if config.position_embedding_type != "absolute":
             return None
-        return self.config.max_position_embeddings - self.config.pad_token_id - 1
+        return config.max_position_embeddings - config.pad_token_id - 1
 
 
 class MLXEsmModel(MLXEsmPreTrainedModel):
@@ -550,8 +558,8 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
 
         Args:
             tokens: [B, L] token ids.
-            attention_mask: [B, L], 1 for tokens and 0 for padding, which may be on either side. The map of a row does
-                not depend on the side; transformers shifts the map of a left-padded row.
+            attention_mask: [B, L], 1 for tokens and 0 for padding, which may be on either side; None without padding.
+                The map of a row does not depend on the side; transformers shifts the map of a left-padded row.
 
         Returns:
             [B, residues, residues], where residues is L without <cls> and, except in ESM-1, <eos>.
@@ -562,8 +570,9 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         Source: Rao et al. 2020; transformers' `EsmModel.predict_contacts`.
         """
         self.refuse_untrained("contact_head", "contact prediction")
-        tokens, mask = as_array(tokens), as_array(attention_mask).astype(mx.bool_)
+        tokens = as_array(tokens)
         hidden_states, layout, position_embeddings = self.embed(tokens, attention_mask, keep_padding=True)
+        mask = mx.ones(tokens.shape, mx.bool_) if attention_mask is None else as_array(attention_mask).astype(mx.bool_)
         layers = each_layer(self.encoder.layer, hidden_states, layout, position_embeddings, output_attentions=True)
         real = mask[:, None, :, None] & mask[:, None, None, :]
         order = first_token_order(mask)

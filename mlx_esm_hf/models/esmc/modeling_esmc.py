@@ -188,10 +188,15 @@ class MLXEsmcPreTrainedModel(MLXPreTrainedModel):
     residues = RESIDUE_IDS
 
     def __init__(self, config: PreTrainedConfig):
-        config = as_mlx_config(config)
-        check_config(config)
-        super().__init__(config)
+        super().__init__(self.checked_config(config))
         self.config: MLXEsmcConfig
+
+    @classmethod
+    def checked_config(cls, config: PreTrainedConfig) -> MLXEsmcConfig:
+        """Return the config as an `MLXEsmcConfig`, checked by `check_config`."""
+        ours = as_mlx_config(config)
+        check_config(ours)
+        return ours
 
 
 class MLXEsmcModel(MLXEsmcPreTrainedModel):

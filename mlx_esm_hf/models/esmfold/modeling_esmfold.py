@@ -366,7 +366,7 @@ class MLXEsmForProteinFolding(FrozenBuffers, MLXEsmPreTrainedModel):
 
 def refuse_float16(dtype: mx.Dtype | None) -> None:
     """Raise ValueError if `dtype` is float16."""
-    if dtype == mx.float16:
+    if dtype is not None and dtype == mx.float16:  # MLX cannot compare a dtype with None
         raise UserError(
             "The folding trunk cannot be float16: its triangle multiplications overflow, and most structures become "
             "NaN. Use float32 or bfloat16; with esmfold_config.fp16_esm the ESM-2 stem stays in float16."

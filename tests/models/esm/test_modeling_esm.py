@@ -50,7 +50,7 @@ from tests.parity import (
     true_float64,
     with_mask,
 )
-from tests.tiny import SIZE
+from tests.tiny import SIZE, as_loaded
 
 ALL_FAMILIES = ("ESM-1", *FAMILIES)
 CLASSES = {HEADS[head][0]: head for head in ("model", "lm", "token", "single_label")}
@@ -522,11 +522,11 @@ def test_float_containers(get_peers: Callable[..., Peers]) -> None:
 
 
 def build(family: str, head: str = "lm", **overrides: Any) -> Any:
-    """Create a model with random weights, in evaluation mode."""
+    """Create a model with random weights, in evaluation mode, as if it had been loaded."""
     if family == "ESM-1":
         size = {**SIZE, **overrides}
-        return MLXEsmForMaskedLM(MLXEsm1Config(**size)).eval()
-    return getattr(mlx_esm_hf, f"MLXEsm{HEADS[head][0]}")(config(family, head, **overrides)).eval()
+        return as_loaded(MLXEsmForMaskedLM(MLXEsm1Config(**size))).eval()
+    return as_loaded(getattr(mlx_esm_hf, f"MLXEsm{HEADS[head][0]}")(config(family, head, **overrides))).eval()
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -795,11 +795,17 @@ def test_tied_weights(tied: bool) -> None:
 # Errors
 
 
-@pytest.mark.parametrize("option", ["is_decoder", "add_cross_attention", "is_folding_model"])
+@pytest.mark.parametrize("option", ["is_decoder", "add_cross_attention"])
 @pytest.mark.parametrize("head", CLASSES.values())
 def test_unsupported_option(head: str, option: str) -> None:
     with pytest.raises(ValueError, match=f"(?i){option}=True is not supported.*set {option}=False"):
         build("ESM-2", head, **{option: True})
+
+
+@pytest.mark.parametrize("head", CLASSES.values())
+def test_folding_config(head: str) -> None:
+    with pytest.raises(ValueError, match="This model is a folding model.*MLXEsmForProteinFolding"):
+        build("ESM-2", head, is_folding_model=True)
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "pad_token_id", "mask_token_id"])

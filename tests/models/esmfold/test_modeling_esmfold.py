@@ -338,7 +338,7 @@ def test_refused_configs() -> None:
     fields = tiny_folding()
     with pytest.raises(ValueError, match="Use MLXEsmForProteinFolding"):
         MLXEsmForMaskedLM(MLXEsmConfig(**fields))
-    with pytest.raises(ValueError, match="a language model, which cannot fold"):
+    with pytest.raises(ValueError, match="is a language model. Folding needs an ESMFold model"):
         MLXEsmForProteinFolding(MLXEsmConfig(**fields | {"is_folding_model": False}))
     with pytest.raises(ValueError, match="vocab_list lacks <mask>"):
         MLXEsmForProteinFolding(MLXEsmConfig(**fields | {"vocab_list": fields["vocab_list"][:-1]}))
