@@ -20,14 +20,12 @@ class Ids:
 
     Attributes:
         suffix: suffix of the output; "" for a folder of shards.
-        arrays: number of arrays of each result that have a name of their own; 0 if all results form one matrix.
         count: number of ids added.
         longest: characters of the longest id.
         header: bytes of a safetensors header with these ids, at most.
     """
 
     suffix: str
-    arrays: int = 0
     count: int = 0
     longest: int = 0
     header: int = 0
@@ -57,19 +55,41 @@ class Ids:
         """
         self.count += 1
         self.longest = max(self.longest, len(id))
-        name = json.dumps(id)
-        # The list of ids is JSON within JSON. Each array has an entry {"dtype":…,"shape":…,"data_offsets":…}.
-        self.header += len(json.dumps(name)) + self.arrays * (len(name) + 120)
+        self.header += len(json.dumps(json.dumps(id)))  # the list of ids is JSON within JSON
         if self.suffix == ".safetensors" and self.header > HEADER:
             raise UserError(
                 f"The ids of more than {self.count - 1:,} proteins do not fit into the header of a .safetensors file "
                 "(at most 100 MB). Choose .h5, .parquet or a folder of shards."
             )
-        if self.suffix == ".npz" and not self.arrays and 4 * self.count * self.longest > ID_ARRAY:
+        if self.suffix == ".npz" and 4 * self.count * self.longest > ID_ARRAY:
             raise UserError(
                 f"The ids of more than {self.count - 1:,} proteins, the longest with {self.longest:,} characters, "
                 "would take over 4 GiB in an .npz file. Choose .h5, .parquet or a folder of shards."
             )
+
+
+class UniqueIds:
+    """Makes ids unique: the second record with the id `a` is called `a#2`, or the next number that is not taken.
+
+    Attributes:
+        used: the names so far.
+        renamed: how many differ from their id.
+    """
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
+        self.renamed = 0
+        self._last: dict[str, int] = {}
+
+    def name(self, id: str) -> str:
+        """Return the id if no earlier record has this name, else the id with a number."""
+        name = id
+        while name in self.used:
+            self._last[id] = self._last.get(id, 1) + 1
+            name = f"{id}#{self._last[id]}"
+        self.renamed += name != id
+        self.used.add(name)
+        return name
 
 
 def accession(name: str) -> str:

@@ -57,25 +57,42 @@ class Result(NamedTuple):
     arrays: Arrays
     name: str = ""
 
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{name!r}: {x.dtype}{list(x.shape)}" for name, x in self.arrays.items())
+        return f"Result(number={self.number}, id={self.id!r}, length={self.length}, arrays={{{arrays}}})"
+
 
 # {file name: function that makes the file's bytes from a result}
 Files = Mapping[str, Callable[[Result], bytes]]
 
 
+LOADING, COMPUTING, WRITING = "loading", "computing", "writing"
+
+
 class Progress(NamedTuple):
-    """A step of a job. All counts are residues.
+    """A step of a job, or the beginning of one of its phases. All counts are residues.
 
     Attributes:
         residues_done: finished in this step, computed or found on disk.
         residues_computed: those of them that were computed.
         residues_total: of all items; None if unknown.
-        doing: what the job is doing within a step.
+        doing: what the job is doing within a step, or in the phase that begins.
+        phase: LOADING (the model and the input), COMPUTING or WRITING if this phase begins, with nothing done yet; ""
+            for a step. A phase may begin several times.
+        seconds: how long the computed residues took.
     """
 
     residues_done: int
     residues_computed: int
     residues_total: int | None
     doing: str = ""
+    phase: str = ""
+    seconds: float = 0.0
+
+
+def begin(phase: str, doing: str = "", residues_total: int | None = None) -> Progress:
+    """Return the beginning of a phase."""
+    return Progress(0, 0, residues_total, doing, phase)
 
 
 OnProgress = Callable[[Progress], None]
@@ -85,9 +102,42 @@ def no_progress(progress: Progress) -> None:
     """Ignore progress."""
 
 
+class Bar:
+    """A progress bar of residues, in a notebook or on a terminal."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def __call__(self, progress: Progress) -> None:
+        """Advance the bar. A bar that reaches its total is closed, and the next step opens another."""
+        from tqdm.auto import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=progress.residues_total, unit=" residues", unit_scale=True)
+        self.bar.total = progress.residues_total or self.bar.total
+        self.bar.set_postfix_str(progress.doing, refresh=False)
+        self.bar.update(progress.residues_done)
+        self.bar.refresh()
+        if self.bar.n == self.bar.total:
+            self.bar.close()
+            self.bar = None
+
+
+def as_on_progress(progress: OnProgress | bool) -> OnProgress:
+    """Return the function to call after each step: a new bar for True, one that does nothing for False."""
+    if isinstance(progress, bool):
+        return Bar() if progress else no_progress
+    return progress
+
+
 def no_files(item: Item) -> Files:
     """Return no files, for a job whose results are only in its shards."""
     return {}
+
+
+def no_cause(content: Any) -> str:
+    """Return "": the cause is unknown."""
+    return ""
 
 
 class Items(Protocol):
@@ -146,10 +196,12 @@ class Job:
         command: name of the job.
         settings: what the results depend on besides the items, for the manifest.
         items: the items.
-        compute: returns the arrays of each of some items.
+        compute: returns the arrays of each of some items. It may raise NonFiniteError; a result that is infinite or NaN
+            is refused in any case.
         chunk_work: maximum work of a chunk, in units of `Item.work`.
         files: returns the files of an item that a folder of shards also contains.
         columns: returns additional columns of the index for a result; None for none.
+        cause: returns why the result of an item, given by its content, is NaN or infinite, and what to do about it.
     """
 
     command: str
@@ -159,3 +211,4 @@ class Job:
     chunk_work: int
     files: Callable[[Item], Files] = no_files
     columns: Callable[[Result], dict[str, Any]] | None = None
+    cause: Callable[[Any], str] = no_cause

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.files import make_parent
 
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Lock an output for the duration of the block. The ranks of a run share one lock.
+    """Lock an output for the duration of the block, and create its folder. The ranks of a run share one lock.
 
     The lock is held on an empty file beside the output. The system releases it when the process ends, however it ends.
 
@@ -26,6 +27,7 @@ def locked(output: Path) -> Iterator[None]:
     """
     real = Path(os.path.realpath(output))  # one lock, whichever link leads to the output
     path = real.with_name(f".{real.name}.mlx-esm.lock")
+    make_parent(real)
     descriptor = distributed.on_rank_0(lambda: acquire(path, output))
     try:
         yield

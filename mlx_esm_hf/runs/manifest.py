@@ -39,6 +39,53 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def manifest_of(command: str, settings: dict[str, Any], source: dict[str, str]) -> dict[str, Any]:
+    """Return the manifest of a new run, with values as JSON reads them.
+
+    Args:
+        command: name of the job.
+        settings: what the results depend on besides the input.
+        source: the description of the input.
+    """
+    return json.loads(json.dumps({"version": 1, "command": command, "settings": settings, "input": source}))
+
+
+def refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to resume a run with other settings or input.
+
+    Args:
+        folder: its folder.
+        before: its manifest.
+        now: the manifest of the new run, or what is known of it: only the settings in it are compared.
+
+    Raises:
+        UserError: they differ. The message lists the differences.
+    """
+    if "sha256" not in now["input"]:
+        raise UserError(
+            f"{folder} already contains a run, and a run on {now['input']['name']!r} (not a file) cannot be resumed. "
+            "Choose another output, or remove the folder."
+        )
+    differences = []
+    if before["command"] != now["command"]:
+        differences.append(f"command: {before['command']}; now: {now['command']}")
+    for part in ("settings", "input"):
+        for key, value in now[part].items():
+            if key != "name" and before[part].get(key) != value:
+                differences.append(f"{key}: {shown(before[part].get(key))}; now: {shown(value)}")
+    if differences:
+        raise UserError(
+            f"{folder} belongs to a run with other settings ({', '.join(differences)}). Choose another output, or "
+            "remove the folder."
+        )
+
+
+def shown(value: Any) -> str:
+    """Return a setting as users write it: a list without brackets, and words without quotes."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def is_manifest(value: Any) -> bool:
     """Return whether a value has the parts of a manifest, with the right types."""
     if not isinstance(value, dict) or not isinstance(value.get("command"), str):

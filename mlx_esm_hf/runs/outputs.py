@@ -11,19 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_esm_hf.checks import suggestion
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.lock import locked
-from mlx_esm_hf.runs.manifest import MANIFEST, read_manifest
+from mlx_esm_hf.runs.manifest import MANIFEST, manifest_of, read_manifest, refuse_another
 from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.runtime.files import (
     Write,
-    flush_to_disk,
+    check_parent,
+    complete,
     place_file,
     remove_folder,
     remove_temporary,
     removed_name,
     replace_file,
-    temporary_file,
+    temporary_folder,
 )
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -49,9 +51,8 @@ def check_outputs(
         others: files to write besides the output.
 
     Raises:
-        UserError: the suffix is unknown, a library is not installed, a folder does not exist, a file already exists, or
-            another process is writing it.
-        OSError: the folder cannot be written.
+        UserError: the suffix is unknown, a library is not installed, a folder cannot be created or written, a file
+            already exists, the folder of shards contains something else, or another process is writing it.
     """
     paths = [Path(other) for other in others if other is not None]
     if output is not None:
@@ -61,10 +62,13 @@ def check_outputs(
             choices = f"{', '.join(known)} or {last}" if known else last
             folder = ", or a name without a suffix for a folder" if "" in suffixes else ""
             what = f"`{path.suffix}`" if path.suffix else "a folder"
-            raise UserError(f"{output}: can't write {what}. Use {choices}{folder}.")
+            hint = suggestion(path.suffix, known + [last]) if path.suffix else ""
+            raise UserError(f"Can't write {what}. Use {choices}{folder}.{hint}")
         check_writable(path)
         with locked(path):  # also removes the lock file of a process that was killed at its end
             remove_gone(shards_of(path))
+        if "" in suffixes:  # otherwise the folder of shards contains a run for each model
+            distributed.on_rank_0(lambda: refuse_occupied(shards_of(path) if path.suffix else path))
         if path.suffix:
             paths.append(path)
     for path in paths:
@@ -96,6 +100,18 @@ def refuse_existing(paths: Iterable[Path], shards: Path | None) -> None:
             raise UserError(f"{path} already exists. Choose another output, or remove it.")
 
 
+def refuse_occupied(folder: Path) -> None:
+    """Refuse a folder of shards that contains something else.
+
+    Raises:
+        UserError: the path is a file, or a folder without a manifest in which there is anything but temporary files.
+    """
+    if not folder.exists() or (folder / MANIFEST).exists():
+        return
+    if not folder.is_dir() or any(".part" not in name for name in os.listdir(folder)):
+        raise UserError(f"{folder} already exists and is not a run. Choose another output, or remove it.")
+
+
 @contextmanager
 def claimed(output: Path | None, others: Iterable[Path] = ()) -> Iterator[None]:
     """Lock these outputs for the duration of the block.
@@ -122,19 +138,22 @@ def check_picture(path: str | os.PathLike[str] | None) -> None:
     Raises:
         UserError: the suffix is not one of `PICTURES`.
     """
-    if path is not None and os.path.splitext(path)[1] not in PICTURES:
-        raise UserError(f"{os.fspath(path)}: the suffix of a picture must be one of {', '.join(PICTURES)}.")
+    suffix = "" if path is None else os.path.splitext(path)[1]
+    if path is not None and suffix not in PICTURES:
+        *known, last = PICTURES
+        raise UserError(
+            f"{os.fspath(path)}: can't draw {f'`{suffix}`' if suffix else 'a picture without a suffix'}. "
+            f"Use {', '.join(known)} or {last}.{suggestion(suffix, PICTURES)}"
+        )
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a path whose folder does not exist or whose format needs a library that is not installed.
+    """Refuse a path that cannot be written, or whose format needs a library that is not installed.
 
     Raises:
-        UserError: the folder does not exist, or the library is not installed.
+        UserError: the folder cannot be created or written, or the library is not installed.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise UserError(f"{os.fspath(path)} cannot be written: folder {folder} not found.")
+    check_parent(path)
     check_library(path)
 
 
@@ -162,6 +181,27 @@ def earlier_settings(output: str | os.PathLike[str] | None) -> dict[str, Any]:
         if (folder / MANIFEST).exists():
             return read_manifest(folder)["settings"]
     return {}
+
+
+def refuse_other_run(
+    output: str | os.PathLike[str] | None, command: str, settings: dict[str, Any], source: dict[str, str]
+) -> None:
+    """Refuse an output on which a run with other settings or input was started, before the model is loaded.
+
+    Args:
+        output: a file, or a folder of shards; None for none.
+        command: name of the job.
+        settings: the settings that are known so far.
+        source: the description of the input.
+
+    Raises:
+        UserError: see `refuse_another`.
+    """
+    if output is None:
+        return
+    folder = shards_of(output) if Path(output).suffix else Path(output)
+    if (folder / MANIFEST).exists():
+        refuse_another(folder, read_manifest(folder), manifest_of(command, settings, source))
 
 
 def write_files(files: Mapping[Path, Write], shards: Path) -> None:
@@ -194,7 +234,7 @@ def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] |
 
     Args:
         path: the file.
-        write: writes it.
+        write: writes it. The file exists, and is empty.
         remember: called with the path and the finished temporary file, before it gets its name.
 
     Raises:
@@ -203,9 +243,11 @@ def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] |
     """
     remove_temporary(path)
     try:
-        with temporary_file(path) as part:
+        with temporary_folder(path) as folder:
+            part = folder / path.name
+            part.touch()
             write(part)
-            flush_to_disk(part)
+            complete(part)
             if remember is not None:
                 remember(path, part)
             place_file(part, path)

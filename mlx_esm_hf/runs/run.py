@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress, islice
@@ -25,10 +26,23 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.runs.job import Arrays, Chunk, Files, Item, Job, OnProgress, Progress, Result
-from mlx_esm_hf.runs.manifest import CHECKSUMS, MANIFEST, read_checksums, read_manifest
-from mlx_esm_hf.runs.outputs import claimed, shards_of, write_files
+from mlx_esm_hf.errors import NonFiniteError, UserError, quoted
+from mlx_esm_hf.runs.job import (
+    COMPUTING,
+    WRITING,
+    Arrays,
+    Chunk,
+    Files,
+    Item,
+    Job,
+    OnProgress,
+    Progress,
+    Result,
+    begin,
+    no_progress,
+)
+from mlx_esm_hf.runs.manifest import CHECKSUMS, MANIFEST, manifest_of, read_checksums, read_manifest, refuse_another
+from mlx_esm_hf.runs.outputs import claimed, refuse_occupied, shards_of, write_files
 from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.runtime.files import RESUME_HINT, Write, remove_all_temporary, replace_file
 
@@ -52,13 +66,42 @@ def chunks(items: Iterable[Item], chunk_work: int) -> Iterator[Chunk]:
         yield Chunk(number, chunk)
 
 
-def stream(job: Job) -> Iterator[Result]:
+def compute_items(job: Job, items: Sequence[Item]) -> Sequence[Arrays]:
+    """Compute some items of a job. All results of all jobs pass through here.
+
+    Raises:
+        NonFiniteError: a result is infinite or NaN. The message names the item and the cause.
+    """
+    try:
+        results = job.compute(items)
+        wrong = [item for item, arrays in zip(items, results, strict=True) if not all_finite(arrays)]
+        if not wrong:
+            return results
+    except NonFiniteError:
+        if len(items) > 1:  # alone, an item is known to be the one that fails
+            return [arrays for item in items for arrays in compute_items(job, [item])]
+        wrong = list(items)
+    message = f"The result of {quoted(wrong[0].id)} is NaN or infinite."
+    raise NonFiniteError(" ".join(filter(None, [message, job.cause(wrong[0].content)])))
+
+
+def all_finite(arrays: Arrays) -> bool:
+    """Return whether no array has an infinite or NaN element."""
+    return all(np.isfinite(array).all() for array in arrays.values())
+
+
+def stream(job: Job, on_progress: OnProgress = no_progress) -> Iterator[Result]:
     """Yield the results in order, computed chunk by chunk while the items are read, without writing anything.
 
     Warns about what was left out.
+
+    Args:
+        job: the job.
+        on_progress: called after each result.
     """
     for chunk in chunks(job.items, job.chunk_work):
-        for item, arrays in zip(chunk.items, job.compute(chunk.items), strict=True):
+        for item, arrays in zip(chunk.items, compute_items(job, chunk.items), strict=True):
+            on_progress(Progress(item.length, item.length, job.items.total))
             yield Result(item.number, item.id, item.length, arrays, item.name)
     for message in job.items.left_out:
         warnings.warn(f"left out: {message}", stacklevel=2)
@@ -88,12 +131,18 @@ def write_results(
     with claimed(output, others):
         run = compute_run(job, output if writer is None else shards_of(output), on_progress)
         if writer is not None:
-            files = {path: _bound(write, run) for path, write in {**others, output: writer}.items()}
+            files = {path: _bound(write, run, path.name) for path, write in {**others, output: writer}.items()}
             distributed.on_rank_0(lambda: write_files(files, run.folder))
 
 
-def _bound(write: WriteRun, run: Run) -> Write:
-    return lambda path: write(path, run)
+def _bound(write: WriteRun, run: Run, name: str) -> Write:
+    """Return the function that writes a run to a temporary path, and shows the name that the file will have."""
+
+    def write_run(path: Path) -> None:
+        run.doing = f"writing {name}"
+        write(path, run)
+
+    return write_run
 
 
 def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
@@ -109,25 +158,31 @@ def compute_run(job: Job, folder: Path, on_progress: OnProgress) -> Run:
             input changed while it was read.
         OSError: the folder cannot be created or written.
     """
-    run = Run(folder, {"version": 1, "command": job.command, "settings": job.settings, "input": job.items.input})
+    run = Run(folder, manifest_of(job.command, job.settings, job.items.input))
+    run.on_progress, run.total = on_progress, job.items.total
     distributed.on_rank_0(run.open)
     if distributed.all_sum(int(run.finished)):
         job.items.left_out[:] = run.manifest.get("left_out", [])
         return run
+    on_progress(begin(COMPUTING, residues_total=job.items.total))
     remaining, items, shards, files = chunks(job.items, job.chunk_work), 0, 0, 0
     while step := list(islice(remaining, distributed.size())):  # one chunk for each rank
         items, shards = items + sum(len(chunk.items) for chunk in step), shards + len(step)
         missing = [not distributed.all_sum(int(distributed.is_rank_0() and run.has(chunk))) for chunk in step]
-        data = b""
+        data, began = b"", time.perf_counter()
         if distributed.rank() < len(step) and missing[distributed.rank()]:
             chunk = step[distributed.rank()]
-            data = shard_bytes(chunk, job.compute(chunk.items))
-        for chunk, shard in zip(step, distributed.gather(data, step[0].number), strict=False):
+            data = shard_bytes(chunk, compute_items(job, chunk.items))
+        gathered = distributed.gather(data, step[0].number)
+        seconds = time.perf_counter() - began if any(missing) else 0.0
+        for chunk, shard in zip(step, gathered, strict=False):
             if shard and distributed.is_rank_0():
                 run.add(shard_name(chunk.number), shard)
         if distributed.is_rank_0():
             files += sum(run.add_files(chunk, job.files) for chunk in step)
-        on_progress(Progress(residues_in(step), residues_in(compress(step, missing)), job.items.total))
+        computed = residues_in(compress(step, missing))
+        on_progress(Progress(residues_in(step), computed, job.items.total, seconds=seconds))
+    on_progress(begin(WRITING, f"finishing {folder.name}"))
     changed = job.items.has_changed()
     if distributed.all_sum(int(changed)):
         distributed.on_rank_0(run.drop_checksums)
@@ -151,12 +206,18 @@ class Run:
         folder: the folder.
         manifest: what the shards are computed from, and their number once the run is finished.
         checksums: {name: SHA-256} of the files that were written.
+        on_progress: called while the results are read.
+        total: residues of all results; None if unknown.
+        doing: what the results are read for.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
-        self.manifest = json.loads(json.dumps(manifest))
+        self.manifest = manifest
         self.checksums: dict[str, str] = {}
+        self.on_progress: OnProgress = no_progress
+        self.total: int | None = None
+        self.doing = "reading the results"
 
     @property
     def finished(self) -> bool:
@@ -171,7 +232,7 @@ class Run:
         """
         if (self.folder / MANIFEST).exists():
             before = read_manifest(self.folder)
-            self._refuse_another(before)
+            refuse_another(self.folder, before, self.manifest)
             remove_all_temporary(self.folder)
             self.manifest = before
             self.checksums = read_checksums(self.folder / CHECKSUMS)
@@ -181,32 +242,10 @@ class Run:
             if not self.finished:
                 self._write_checksums()  # without a line that a kill cut off
             return
-        if self.folder.exists() and (
-            not self.folder.is_dir() or any(".part" not in name for name in os.listdir(self.folder))
-        ):
-            raise UserError(f"{self.folder} already exists and is not a run. Choose another output, or remove it.")
+        refuse_occupied(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_all_temporary(self.folder)
         self._write_manifest()
-
-    def _refuse_another(self, before: dict[str, Any]) -> None:
-        if "sha256" not in self.manifest["input"]:
-            raise UserError(
-                f"{self.folder} already contains a run, and a run on {self.manifest['input']['name']!r} (not a file) "
-                "cannot be resumed. Choose another output, or remove the folder."
-            )
-        differences = []
-        if before["command"] != self.manifest["command"]:
-            differences.append(f"command: {before['command']!r}; now: {self.manifest['command']!r}")
-        for part in ("settings", "input"):
-            for key, value in self.manifest[part].items():
-                if key != "name" and before[part].get(key) != value:
-                    differences.append(f"{key}: {before[part].get(key)!r}; now: {value!r}")
-        if differences:
-            raise UserError(
-                f"{self.folder} belongs to a run with other settings ({', '.join(differences)}). Choose another "
-                "output, or remove the folder."
-            )
 
     def has(self, chunk: Chunk) -> bool:
         """Return whether the shard of a chunk exists and is intact."""
@@ -229,14 +268,31 @@ class Run:
         """Return the paths of the shards of a finished run, in order."""
         return [self.folder / shard_name(number) for number in range(self.manifest["shards"])]
 
-    def results(self) -> Iterator[Result]:
-        """Yield the results of a finished run, in order.
+    def results(self, kind: str | None = None) -> Iterator[Result]:
+        """Yield the results of a finished run, in order. Writers that read them show progress in this way.
+
+        Args:
+            kind: the only array to read; None for all.
+
+        Raises:
+            UserError: a shard is damaged or missing.
+        """
+        self.on_progress(begin(WRITING, self.doing, self.total))
+        for path in self.shards():
+            residues = 0
+            for result in read_shard(path, kind):
+                residues += result.length
+                yield result
+            self.on_progress(Progress(residues, 0, self.total))
+
+    def items(self) -> Iterator[tuple[int, str, int]]:
+        """Yield the number, id and length of each result of a finished run, without reading its arrays.
 
         Raises:
             UserError: a shard is damaged or missing.
         """
         for path in self.shards():
-            yield from read_shard(path)
+            yield from shard_items(path)
 
     def add(self, name: str, data: bytes) -> None:
         """Write a file into the folder and record its checksum.
@@ -331,8 +387,12 @@ def shard_bytes(chunk: Chunk, results: Sequence[Arrays]) -> bytes:
     return save(tensors, {"items": json.dumps(items)})
 
 
-def read_shard(path: Path) -> Iterator[Result]:
+def read_shard(path: Path, kind: str | None = None) -> Iterator[Result]:
     """Yield the results in a shard.
+
+    Args:
+        path: the shard.
+        kind: the only array to read; None for all.
 
     Raises:
         UserError: the shard is damaged or missing.
@@ -340,7 +400,9 @@ def read_shard(path: Path) -> Iterator[Result]:
     with _open_shard(path) as file:
         names: dict[int, list[str]] = {}
         for key in file.keys():  # noqa: SIM118
-            names.setdefault(int(key.partition("/")[0]), []).append(key)
+            prefix, _, name = key.partition("/")
+            if kind in (None, name):
+                names.setdefault(int(prefix), []).append(key)
         for number, id, length, *name in json.loads(file.metadata()["items"]):
             arrays = {key.partition("/")[2]: file.get_tensor(key) for key in names.get(number, [])}
             yield Result(number, id, length, arrays, *name)

@@ -1,12 +1,15 @@
 """Invalid ids are found before the work, and different ids never collide in files."""
 
+import csv
+
 import numpy as np
 import pytest
 
-from mlx_esm_hf import embed
+from mlx_esm_hf import contacts, embed, fill_mask, generate, perplexity
 from mlx_esm_hf.runs import ids
-from mlx_esm_hf.runs.ids import FileNames, Ids
+from mlx_esm_hf.runs.ids import LONGEST_ID, FileNames, Ids, UniqueIds
 from tests.jobs.models import write_model
+from tests.runs.results import made, read, write
 
 SUFFIXES = ["", ".npz", ".safetensors", ".h5", ".parquet"]
 
@@ -41,41 +44,71 @@ def test_survey_finds_nul_in_ids(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
 
 
-NAMES = ["x", "x.npy", "x.npy.npy", ".", "", "..", "__metadata__", "metadata", "a/b", "a_b", "./mean", "/mean", "mean",
-         "5_.", "sp|.|x", "5_a_b", "é", "x#2"]  # fmt: skip
+def test_a_repeated_id_gets_a_number():
+    """The first record keeps its id, and no two names are equal."""
+    unique = UniqueIds()
+    ids = ["a", "a", "a#2", "b", "a", "c#2", "c", "c", "A"]
+    assert [unique.name(id) for id in ids] == ["a", "a#2", "a#2#2", "b", "a#3", "c#2", "c", "c#3", "A"]
+    assert unique.renamed == 4
 
 
-@pytest.mark.parametrize("pooling", [["residues"], ["mean", "residues"]], ids="+".join)
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".h5"])
-def test_different_ids_never_become_the_same_name(suffix, pooling, folder, tmp_path):
-    records = [(name, "M" + "A" * i) for i, name in enumerate(NAMES)]
-    for order in (records, records[::-1]):
-        output = tmp_path / f"out{suffix}"
-        embed(order, folder, output, pooling=pooling)
-        assert sorted(len(array) for array in read(output, suffix)) == list(range(1, len(NAMES) + 1))
-        output.unlink()
+FASTA = ">sp|P1|X long title\nMKTAYI\n>a\nM1\n>a\nMK<mask>AYI\n>sp|P1|X\nMK<mask>AY\n>x/y\nGG<mask>\n>a\nMKT\n"
+RENAMED = ["sp|P1|X", "a#2", "sp|P1|X#2", "x/y", "a#3"]  # the first `a` is left out, in every job
 
 
-def read(path, suffix):
-    """Read the states of residues by name."""
-    if suffix == ".npz":
-        with np.load(path) as file:
-            return [file[name] for name in file.files if file[name].ndim == 2]
-    if suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        return [array for array in load_file(path).values() if array.ndim == 2]
-    import h5py
-
-    with h5py.File(path) as file:
-        found = [file[key]["residues"] if isinstance(file[key], h5py.Group) else file[key] for key in file]
-        assert {dataset.attrs["original_id"] for dataset in found} == set(NAMES)
-        return [dataset[:] for dataset in found]
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".csv"])
+def test_all_formats_have_the_same_ids_in_the_order_of_the_file(suffix, folder, tmp_path):
+    (tmp_path / "in.fasta").write_text(FASTA)
+    report = embed(tmp_path / "in.fasta", folder, tmp_path / f"out{suffix}")
+    assert list(read(tmp_path / f"out{suffix}")) == RENAMED
+    assert report.renamed == 3 and len(report.left_out) == 1 and "'a' has '1'" in report.left_out[0]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "pooling"), [(".safetensors", "mean"), (".npz", "mean"), (".safetensors", "residues")]
-)
+@pytest.mark.parametrize("job", [perplexity, contacts, fill_mask, generate])
+def test_all_jobs_have_the_same_ids(job, folder, tmp_path):
+    (tmp_path / "in.fasta").write_text(FASTA)
+    output = tmp_path / "out"
+    job(tmp_path / "in.fasta", folder, output)
+    masked = job in (fill_mask, generate)
+    expected = RENAMED[1:4] if masked else RENAMED
+    assert list(read(output)) == expected
+    assert [result.id for result in job(tmp_path / "in.fasta", folder)] == expected
+    if job in (perplexity, fill_mask):
+        job(tmp_path / "in.fasta", folder, tmp_path / "out.csv")
+        with open(tmp_path / "out.csv", newline="") as file:
+            assert list(dict.fromkeys(row["id"] for row in csv.DictReader(file))) == expected
+    if job is contacts:
+        contacts(tmp_path / "in.fasta", folder, tmp_path / "out.npz")
+        assert list(read_maps(tmp_path / "out.npz")) == expected
+    if job is generate:
+        generate(tmp_path / "in.fasta", folder, tmp_path / "out.fasta", samples=2)
+        titles = [line[1:].split()[0] for line in (tmp_path / "out.fasta").read_text().splitlines() if line[0] == ">"]
+        assert titles == [f"{id}_{sample}" for id in expected for sample in (1, 2)]
+
+
+def read_maps(path):
+    with np.load(path) as file:
+        return {id: file[id] for id in file["ids"].tolist()}
+
+
+def test_samples_of_one_protein_repeat_its_id(folder, tmp_path):
+    generate([("a", "M<mask>"), ("a", "K<mask>")], folder, tmp_path / "out", samples=2)
+    with open(tmp_path / "out" / "index.csv", newline="") as file:
+        rows = [(row["id"], row["sample"]) for row in csv.DictReader(file)]
+    assert rows == [("a", "1"), ("a", "2"), ("a#2", "1"), ("a#2", "2")]
+
+
+def test_longest_ids_fit_into_every_format(tmp_path):
+    ids = ["/" * LONGEST_ID, "é" * (LONGEST_ID // 2), "x" * LONGEST_ID]
+    for suffix in SUFFIXES:
+        arrays = made(ids, ["mean"])
+        write(ids, arrays, tmp_path / f"out{suffix}")
+        assert list(read(tmp_path / f"out{suffix}")) == ids
+    write(ids, made(ids, ["contacts"]), tmp_path / "map.npz")
+    assert list(read_maps(tmp_path / "map.npz")) == ids
+
+
+@pytest.mark.parametrize(("suffix", "pooling"), [(".safetensors", "mean"), (".npz", "mean"), (".npz", "residues")])
 def test_too_many_ids_for_a_format(suffix, pooling, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ids, "HEADER", 1000)
     monkeypatch.setattr(ids, "ID_ARRAY", 1000)
@@ -91,15 +124,13 @@ def test_too_many_ids_for_a_format(suffix, pooling, folder, tmp_path, monkeypatc
 def test_header_size_is_estimated_closely(folder, tmp_path):
     """The size counted before the work is an upper bound, and not much larger than the real size."""
     records = [(f'protein "{i}" of é', "MKT") for i in range(300)]
-    for pooling, arrays in ((["mean"], 0), (["residues", "mean"], 2)):
-        embed(records, folder, tmp_path / "out.safetensors", pooling=pooling)
-        with open(tmp_path / "out.safetensors", "rb") as file:
-            written = int.from_bytes(file.read(8), "little")
-        (tmp_path / "out.safetensors").unlink()
-        counted = Ids(".safetensors", arrays)
-        for id, _ in records:
-            counted.add(id)
-        assert written - 1000 <= counted.header <= 2 * written
+    embed(records, folder, tmp_path / "out.safetensors", pooling=["residues", "mean"])
+    with open(tmp_path / "out.safetensors", "rb") as file:
+        written = int.from_bytes(file.read(8), "little")
+    counted = Ids(".safetensors")
+    for id, _ in records:
+        counted.add(id)
+    assert written - 1000 <= counted.header <= 2 * written
 
 
 def test_file_names():

@@ -1,7 +1,7 @@
 """Output files are written atomically and never overwrite others."""
 
 import os
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
@@ -171,15 +171,15 @@ def test_temporary_files_have_unique_names(tmp_path):
 
 def test_kill_after_a_file_got_its_name_leaves_nothing(fasta, folder, tmp_path, monkeypatch):
     """Until its temporary name is removed, the file has two names."""
-    output, unlink = tmp_path / "out.npz", Path.unlink
+    output, rmtree = tmp_path / "out.npz", shutil.rmtree
 
-    def kill(path, missing_ok=False):
+    def kill(path, **options):
         if ".part" in path.name and output.exists():
             raise KeyboardInterrupt
-        unlink(path, missing_ok)
+        rmtree(path, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "unlink", kill)
+        patch.setattr(shutil, "rmtree", kill)
         embed(fasta, folder, output)
     written = output.read_bytes()
     assert len([path for path in tmp_path.iterdir() if ".part" in path.name]) == 1
