@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import refuse_other_tokenizer
-from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_model import SHARED, load_network, same_commit
+from mlx_esm_hf.errors import NonFiniteError, UserError
+from mlx_esm_hf.jobs.protein_model import SHARED, advice, damage, load_network, same_commit
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.models.auto import (
     MLXAutoModel,
@@ -94,6 +94,9 @@ class Pipeline:
 
         The output is the logits, or the last hidden state of a model without logits: [L, ...] without padding, unless
         the model gives one answer per sequence.
+
+        Raises:
+            NonFiniteError: an answer is NaN or infinite.
         """
         for start in range(0, len(texts), self.batch_size):
             batch = list(texts[start : start + self.batch_size])
@@ -101,9 +104,14 @@ class Pipeline:
             encoded = self.tokenizer(batch, return_tensors="np", **{**padding, **options})
             outputs = self.model(encoded["input_ids"], encoded["attention_mask"], return_dict=True)
             answers = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
-            for ids, mask, answer in zip(encoded["input_ids"], encoded["attention_mask"], answers, strict=True):
+            rows = zip(encoded["input_ids"], encoded["attention_mask"], answers, strict=True)
+            for number, (ids, mask, answer) in enumerate(rows, start + 1):
                 real = np.flatnonzero(mask)
-                yield ids[real], answer[mx.array(real)] if answer.ndim > 1 else answer
+                answer = answer[mx.array(real)] if answer.ndim > 1 else answer
+                if not mx.isfinite(answer).all():
+                    reason = damage(self.model) or advice(self.model.dtype)
+                    raise NonFiniteError(f"The result of sequence {number} is NaN or infinite. {reason}")
+                yield ids[real], answer
 
 
 class FillMaskPipeline(Pipeline):

@@ -14,13 +14,12 @@ import numpy as np
 
 from mlx_esm_hf import plots
 from mlx_esm_hf.data.proteins import Protein, Report, tokens
-from mlx_esm_hf.data.source import Proteins, ProteinSource
+from mlx_esm_hf.data.source import Proteins, ProteinSource, check_file
 from mlx_esm_hf.data.windows import Window, ramp
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import MemoryLimit, ProteinItems, run_job
-from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
-from mlx_esm_hf.models.auto import MLXAutoModel
-from mlx_esm_hf.runs.formats import write_npz
+from mlx_esm_hf.jobs.protein_job import MemoryLimit, ProteinItems, load_checked, run_job
+from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
+from mlx_esm_hf.runs.formats import write_maps
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs, check_picture
 from mlx_esm_hf.runs.run import Run, WriteRun
@@ -55,7 +54,7 @@ def contacts(
     chain: str | None = None,
     aligned: bool = False,
     strict: bool = False,
-    progress: OnProgress = no_progress,
+    progress: OnProgress | bool = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
     """Predict the probabilities that two residues of a protein are in contact (Cβ atoms closer than 8 Å).
@@ -74,7 +73,7 @@ def contacts(
         chain: its chain; None for the one that aligns best.
         aligned: keep gaps.
         strict: raise an error for a bad record instead of leaving it out.
-        progress: called after each step.
+        progress: called after each step; True shows a progress bar.
         loading: see `load_protein_model`. With `long="window"`, two residues that share no window have probability 0.
 
     Returns:
@@ -89,15 +88,16 @@ def contacts(
         ...     result.arrays["contacts"].shape
         (10, 10)
     """
-    source = ProteinSource.open(proteins, aligned)
+    check_loading(model, **loading)
     _check_others(output, top, picture, structure, chain)
+    source = ProteinSource.open(proteins, aligned)
     check_outputs(output, FORMATS, picture, top)
     protein = None if picture is None else _only_protein(source, output)
     known = None if protein is None or structure is None else known_contacts(structure, protein.sequence, chain)
+    from mlx_esm_hf.models.auto import MLXAutoModel
+
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
-    check_head(protein_model)
-    protein_model = replace(protein_model, batch_tokens=min(protein_model.batch_tokens, ATTENTION_TOKENS))
-    limit = MemoryLimit(output, lambda ids: bytes_needed(protein_model, len(ids)))
+    check_contact_class(protein_model)
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
         limit.confirm(items)
@@ -115,9 +115,14 @@ def contacts(
         others[Path(picture)] = write_picture
     if top is not None:
         others[Path(top)] = write_top_contacts
-    items = ProteinItems(source, protein_model, result_bytes, output, check=limit.check, arrays=1, strict=strict)
+    items = ProteinItems(source, protein_model, result_bytes, output, strict=strict)
+    load_checked(protein_model, "contacts", {"aligned": aligned}, items, output, progress)
+    check_head(protein_model)
+    protein_model = replace(protein_model, batch_tokens=min(protein_model.batch_tokens, ATTENTION_TOKENS))
+    limit = MemoryLimit(output, lambda ids: bytes_needed(protein_model, len(ids)))
+    items.add_check(limit.check)
     settings = protein_model.settings | {"memory": limit.mebibytes, "aligned": aligned}
-    job = Job("contacts", settings, items, compute, protein_model.chunk_work)
+    job = Job("contacts", settings, items, compute, protein_model.chunk_work, cause=protein_model.cause)
     return run_job(job, items, output, FORMATS, progress, others)
 
 
@@ -134,6 +139,8 @@ def _check_others(output: Any, top: Any, picture: Any, structure: Any, chain: st
     if top is not None and (output is None or Path(output).suffix != ".npz"):
         raise UserError("top needs an .npz output. To write only the list of top contacts, use --output TOP.csv.")
     check_picture(picture)
+    if structure is not None:
+        check_file(structure, "a PDB or mmCIF file")
 
 
 def _only_protein(source: ProteinSource, output: str | os.PathLike[str] | None) -> Protein:
@@ -156,12 +163,27 @@ def check_head(model: ProteinModel) -> None:
     Raises:
         UserError: the model has no contact head, or its checkpoint has no weights for it.
     """
-    if not hasattr(model.network, "predict_contacts"):
+    check_contact_class(model)
+    try:
+        model.network.base_model.refuse_untrained("contact_head", "contact prediction")
+    except UserError as error:
         raise UserError(
-            f"{model.name or 'This model'} has no contact head: a {type(model.network).__name__} does not predict "
+            f"{error} Masked language modelling does not train it. The published ESM-1b and ESM-2 have one, such as "
+            "facebook/esm2_t33_650M_UR50D."
+        ) from None
+
+
+def check_contact_class(model: ProteinModel) -> None:
+    """Check that models of this class predict contacts.
+
+    Raises:
+        UserError: they do not.
+    """
+    if not hasattr(model.model_class, "predict_contacts"):
+        raise UserError(
+            f"{model.name or 'This model'} has no contact head: a {model.model_class.__name__} does not predict "
             "contacts. Use ESM-1b or ESM-2."
         )
-    model.network.base_model.refuse_untrained("contact_head", "contact prediction")
 
 
 def bytes_needed(model: ProteinModel, residues: int) -> int:
@@ -226,7 +248,7 @@ def write_top_contacts(path: Path, run: Run) -> None:
                 table.writerow([result.number, result.id, i, j, f"{probability:.6f}"])
 
 
-FORMATS: dict[str, WriteRun | None] = {"": None, ".npz": write_npz, ".csv": write_top_contacts}
+FORMATS: dict[str, WriteRun | None] = {"": None, ".npz": write_maps, ".csv": write_top_contacts}
 
 
 # A known structure

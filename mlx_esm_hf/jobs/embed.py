@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_esm_hf.checks import MOST, check_choices, check_integer
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.data.windows import Window, blend
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import ProteinItems, run_job
-from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
-from mlx_esm_hf.models.auto import MLXAutoModel
+from mlx_esm_hf.jobs.protein_job import ProteinItems, load_checked, run_job
+from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
 from mlx_esm_hf.runs import formats
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
@@ -29,6 +30,7 @@ FORMATS: dict[str, WriteRun | None] = {
     ".npz": formats.write_npz,
     ".h5": formats.write_h5,
     ".parquet": formats.write_parquet,
+    ".csv": formats.write_csv,
 }
 
 
@@ -49,7 +51,7 @@ def embed(
     pooling: Sequence[str] = ("mean",),
     aligned: bool = False,
     strict: bool = False,
-    progress: OnProgress = no_progress,
+    progress: OnProgress | bool = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
     """Embed proteins: pool the hidden states of their residues, without <cls>, <eos> and padding.
@@ -57,13 +59,14 @@ def embed(
     Args:
         proteins: see `read_proteins`.
         model: a Hub repository, a folder, or the result of `load_protein_model`.
-        output: a folder of shards, or a `.safetensors`, `.npz`, `.h5` or `.parquet` file; None to stream the results.
+        output: a folder of shards, or a `.safetensors`, `.npz`, `.h5`, `.parquet` or (without residues) `.csv` file;
+            None to stream the results.
         layers: 0 for the embeddings up to the number of layers; negative numbers count from the end.
         pooling: any of "mean" and "max" (over residues), "cls" (the state of <cls>), "residues" (all states) and
             "chains" (the number of each residue's chain, from 0).
         aligned: keep gaps.
         strict: raise an error for a bad record instead of leaving it out.
-        progress: called after each step.
+        progress: called after each step; True shows a progress bar.
         loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` and other options of `load_protein_model`.
 
     Returns:
@@ -81,12 +84,22 @@ def embed(
         ...     result.id, result.arrays["mean"].shape
         ('1', (320,))
     """
-    if unknown := [name for name in pooling if name not in POOLINGS]:
-        raise UserError(f"pooling must be any of {', '.join(POOLINGS)}, got {', '.join(unknown)}.")
-    if not layers or not pooling:
-        raise UserError("There is nothing to compute: at least one layer and one pooling are needed.")
+    check_choices("pooling", pooling, POOLINGS)
+    if not layers:
+        raise UserError("layers must name at least one layer, such as -1 for the last one.")
+    for layer in layers:
+        check_integer("layers", layer, -MOST)
+    check_loading(model, **loading)
     source = ProteinSource.open(proteins, aligned)
     check_outputs(output, FORMATS)
+    refused = [name for name in pooling if name in PER_RESIDUE]
+    if refused and output is not None and Path(output).suffix == ".csv":
+        raise UserError(
+            f"{os.fspath(output)}: can't write {' and '.join(refused)}, because a `.csv` file has one row per protein. "
+            "Use .h5, .npz, .parquet or .safetensors, or a name without a suffix for a folder."
+        )
+    from mlx_esm_hf.models.auto import MLXAutoModel
+
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
     config = protein_model.network.config
     resolved = resolve_layers(layers, config.num_hidden_layers)
@@ -98,10 +111,10 @@ def embed(
         rows = sum(positions if name in PER_RESIDUE else 1 for name in pooling)
         return 4 * config.hidden_size * len(resolved) * rows
 
-    arrays = len(resolved) * len(pooling) if set(PER_RESIDUE) & set(pooling) else 0
-    items = ProteinItems(source, protein_model, result_bytes, output, arrays=arrays, strict=strict)
-    settings = protein_model.settings | {"layers": resolved, "pooling": list(pooling), "aligned": aligned}
-    job = Job("embed", settings, items, compute, protein_model.chunk_work)
+    items = ProteinItems(source, protein_model, result_bytes, output, strict=strict)
+    settings = {"layers": resolved, "pooling": list(pooling), "aligned": aligned}
+    settings = load_checked(protein_model, "embed", settings, items, output, progress)
+    job = Job("embed", settings, items, compute, protein_model.chunk_work, cause=protein_model.cause)
     return run_job(job, items, output, FORMATS, progress)
 
 
@@ -113,7 +126,7 @@ def resolve_layers(layers: Sequence[int], last: int) -> list[int]:
     """
     if outside := [layer for layer in layers if not -last - 1 <= layer <= last]:
         raise UserError(f"Layer {outside[0]} not found. The model has the layers 0 to {last} (or -1 to {-last - 1}).")
-    return list(dict.fromkeys(layer % (last + 1) for layer in layers))
+    return list(dict.fromkeys(int(layer) % (last + 1) for layer in layers))
 
 
 def embeddings(

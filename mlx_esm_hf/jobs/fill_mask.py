@@ -10,12 +10,12 @@ from typing import Any, overload
 
 import numpy as np
 
+from mlx_esm_hf.checks import check_integer
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import ProteinItems, run_job
-from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
-from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+from mlx_esm_hf.jobs.protein_job import ProteinItems, load_checked, run_job
+from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import Run
@@ -41,7 +41,7 @@ def fill_mask(
     top_k: int = 5,
     aligned: bool = False,
     strict: bool = False,
-    progress: OnProgress = no_progress,
+    progress: OnProgress | bool = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
     """Predict the most probable tokens at each <mask>, all masks in one pass, over the whole vocabulary.
@@ -53,7 +53,7 @@ def fill_mask(
         top_k: predictions for each <mask>.
         aligned: keep gaps.
         strict: raise an error for a bad record instead of leaving it out.
-        progress: called after each step.
+        progress: called after each step; True shows a progress bar.
         loading: see `load_protein_model`.
 
     Returns:
@@ -68,10 +68,12 @@ def fill_mask(
         ...     result.arrays["scores"].shape
         (1, 5)
     """
-    if top_k < 1:
-        raise UserError(f"top_k must be at least 1, got {top_k}.")
+    check_integer("top_k", top_k, 1)
+    check_loading(model, **loading)
     source = ProteinSource.open(proteins, aligned)
     check_outputs(output, ("", ".csv"))
+    from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
     vocabulary = protein_model.vocabulary
     kept = min(top_k, protein_model.network.config.vocab_size)
@@ -97,9 +99,10 @@ def fill_mask(
                     for rank, (token, score) in enumerate(ranked, 1):
                         table.writerow([result.number, result.id, position + 1, rank, token, score])
 
-    items = ProteinItems(source, protein_model, result_bytes, output, check=check, strict=strict)
-    settings = protein_model.settings | {"top_k": top_k, "aligned": aligned}
-    job = Job("fill-mask", settings, items, compute, protein_model.chunk_work)
+    items = ProteinItems(source, protein_model, result_bytes, output, check=check, lacks="<mask>", strict=strict)
+    settings = {"top_k": top_k, "aligned": aligned}
+    settings = load_checked(protein_model, "fill-mask", settings, items, output, progress)
+    job = Job("fill-mask", settings, items, compute, protein_model.chunk_work, cause=protein_model.cause)
     return run_job(job, items, output, {"": None, ".csv": write}, progress)
 
 

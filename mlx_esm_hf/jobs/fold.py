@@ -6,35 +6,57 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_esm_hf.checks import check_choices, check_integer
 from mlx_esm_hf.data.batches import by_length
 from mlx_esm_hf.data.proteins import Report, tokens
 from mlx_esm_hf.data.source import Proteins, ProteinSource
+from mlx_esm_hf.demo import shown_name
+from mlx_esm_hf.dtypes import as_dtype
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs import structures
-from mlx_esm_hf.jobs.protein_job import MemoryLimit, ProteinItems, run_job
-from mlx_esm_hf.jobs.protein_model import agreed, same_commit, settings_of
-from mlx_esm_hf.models.esmfold.modeling_esmfold import (
-    DISTOGRAM_BINS,
-    MLXEsmForProteinFolding,
-    atom14_to_atom37,
+from mlx_esm_hf.jobs.protein_job import MemoryLimit, ProteinItems, load_checked, run_job
+from mlx_esm_hf.jobs.protein_model import (
+    SHARED,
+    advice,
+    agreed,
+    check_loading,
+    damage,
+    known_settings_of,
+    settings_of,
 )
 from mlx_esm_hf.models.esmfold.protein import encode_sequence
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37, RESTYPES, RESTYPES_WITH_X
 from mlx_esm_hf.ops.pairs import ELEMENTS_AT_A_TIME
-from mlx_esm_hf.runs.job import Arrays, Files, Item, Job, OnProgress, Progress, Result, no_files, no_progress
+from mlx_esm_hf.runs.job import (
+    Arrays,
+    Files,
+    Item,
+    Job,
+    OnProgress,
+    Progress,
+    Result,
+    as_on_progress,
+    no_files,
+    no_progress,
+)
 from mlx_esm_hf.runs.outputs import check_library, check_outputs, earlier_settings
 from mlx_esm_hf.runs.run import Run, WriteRun
 from mlx_esm_hf.runtime.costs import costs
 from mlx_esm_hf.runtime.device import use_device
 
+if TYPE_CHECKING:  # these imports take seconds, and torch with them: `fold` checks its arguments first
+    from mlx_esm_hf.models.auto import Checkpoint
+    from mlx_esm_hf.models.esmfold.modeling_esmfold import MLXEsmForProteinFolding
+
+MOST_RECYCLES = 1000
 LINKER = "G" * 25  # between two chains, as in fair-esm
 PAIR_STATES = 8  # maximum copies of the pair states in memory at a time
 
@@ -70,7 +92,7 @@ def fold(
     num_recycles: int | None = None,
     batch_tokens: int | None = None,
     strict: bool = False,
-    progress: OnProgress = no_progress,
+    progress: OnProgress | bool = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
     """Predict the structures of proteins, with confidence scores.
@@ -90,7 +112,7 @@ def fold(
         batch_tokens: maximum residues folded together, linkers and padding included, if they fit into memory;
             None for 1,024 on a GPU and 256 on a CPU.
         strict: raise an error for a bad record instead of leaving it out.
-        progress: called after each step and each pass.
+        progress: called after each step and each pass; True shows a progress bar.
         loading: `revision`, `dtype`, `device` and other options of `from_pretrained`.
 
     Returns:
@@ -107,8 +129,9 @@ def fold(
         >>> for result in fold(["MKTAYIAKQR:GSHM"], "facebook/esmfold_v1"):
         ...     result.arrays["positions"].shape, result.arrays["ptm"]
     """
-    if batch_tokens is not None and batch_tokens < 1:
-        raise UserError(f"batch_tokens must be at least 1, got {batch_tokens}.")
+    if num_recycles is not None:
+        check_integer("num_recycles", num_recycles, 0, MOST_RECYCLES)
+    check_loading(batch_tokens=batch_tokens, **loading)
     source = ProteinSource.open(proteins, chains=True)
     check_outputs(output, FORMATS)
     suffix = None if output is None else Path(output).suffix
@@ -116,19 +139,17 @@ def fold(
     if suffix and len(source.peek(2)) > 1:
         raise UserError(SEVERAL)
     folding = as_folding_model(model, num_recycles, loading)
-    limit = MemoryLimit(output, lambda ids: folding.bytes_needed(folding.linked_length(ids)))
-    wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
-    folding.batch_tokens = agreed(folding.most_tokens(limit.bytes, wanted), wanted)
+
+    on_progress = as_on_progress(progress)
 
     def check(ids: np.ndarray) -> None:
         refuse_unknown(ids)
-        limit.check(ids)
         if suffix == ".pdb" or ".pdb" in makers:
             structures.refuse_for_pdb(*ids.T)
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
         limit.confirm(items)
-        return predictions(folding, items, progress)
+        return predictions(folding, items, on_progress)
 
     def files(item: Item) -> Files:
         return {f"{item.name}{ending}": make for ending, make in makers.items()}
@@ -137,12 +158,13 @@ def fold(
     items = ProteinItems(
         source, folding, result_bytes, output, work=pairs, check=check, has_files=has_files, strict=strict
     )
-    settings = folding.settings | {
-        "num_recycles": folding.recycles,
-        "files": list(makers),
-        "memory": limit.mebibytes,
-        "aligned": source.aligned,
-    }
+    settings = {"num_recycles": folding.recycles, "files": list(makers), "aligned": source.aligned}
+    load_checked(folding, "fold", settings, items, output, progress)
+    limit = MemoryLimit(output, lambda ids: folding.bytes_needed(folding.linked_length(ids)))
+    wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
+    folding.batch_tokens = agreed(folding.most_tokens(limit.bytes, wanted), wanted)
+    items.add_check(limit.check)
+    settings = folding.settings | settings | {"memory": limit.mebibytes}
     job = Job(
         "fold",
         settings,
@@ -151,8 +173,9 @@ def fold(
         folding.chunk_work,
         files=files if has_files else no_files,
         columns=columns if has_files else None,
+        cause=folding.cause,
     )
-    return run_job(job, items, output, FORMATS, progress)
+    return run_job(job, items, output, FORMATS, on_progress)
 
 
 def files_in_folder(suffix: str | None, formats: Sequence[str], pictures: bool) -> dict[str, Make]:
@@ -166,8 +189,7 @@ def files_in_folder(suffix: str | None, formats: Sequence[str], pictures: bool) 
     Raises:
         UserError: an unknown format, a library that is not installed, or pictures without a folder.
     """
-    if unknown := [name for name in formats if name not in STRUCTURES]:
-        raise UserError(f"formats must be any of {', '.join(STRUCTURES)}, got {', '.join(unknown)}.")
+    check_choices("formats", formats, STRUCTURES)
     if suffix != "":
         if pictures:
             raise UserError("Pictures are written into a folder. Pass a name without a suffix as output.")
@@ -241,18 +263,30 @@ class FoldingModel:
     """A folding model and its batching. The ids of a protein are [residues, 2]: residue and chain.
 
     Args:
-        network: the model.
+        network: the model, or its checkpoint until `load` loads the weights.
         recycles: how often the trunk runs again after its first pass.
         name: where the model is from, for manifests and messages.
         revision: its commit, for manifests.
         batch_tokens: maximum residues of a batch, linkers and padding included.
+        options: arguments of `MLXEsmForProteinFolding.from_pretrained` for loading the weights.
     """
 
-    network: MLXEsmForProteinFolding
+    network: MLXEsmForProteinFolding | Checkpoint | Any
     recycles: int
     name: str = ""
     revision: str | None = None
     batch_tokens: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> None:
+        """Load the weights, unless they have been loaded."""
+        if hasattr(self.network, "model_class"):
+            self.network = self.network.load(**self.options)
+
+    @property
+    def known_settings(self) -> dict[str, Any]:
+        """Those of `settings` that do not depend on the weights."""
+        return known_settings_of(self)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -296,6 +330,8 @@ class FoldingModel:
         It counts the pair states several times, the logits of distances and errors, the residue states, the weights of
         a layer of the language model, and the scratch memory of the pair operations.
         """
+        from mlx_esm_hf.models.esmfold.modeling_esmfold import DISTOGRAM_BINS
+
         config = self.network.config
         trunk = config.esmfold_config.trunk
         pair = PAIR_STATES * trunk.pairwise_state_dim + 4 * DISTOGRAM_BINS
@@ -313,8 +349,14 @@ class FoldingModel:
         wanted = wanted or costs().fold_batch_tokens
         return max(1, bisect_right(range(wanted + 1), free, key=self.bytes_needed) - 1)
 
+    def cause(self, ids: np.ndarray) -> str:
+        """Return why the results of a protein, given by its ids, are NaN or infinite, and what to do."""
+        return damage(self.network) or advice(self.network.dtype)
+
     def predict(self, proteins: Sequence[np.ndarray]) -> list[Arrays]:
         """Fold proteins, given by their ids, in one batch."""
+        from mlx_esm_hf.models.esmfold.modeling_esmfold import atom14_to_atom37
+
         begin = time.perf_counter()
         output: Any = self.network.infer(
             [sequence_of(ids) for ids in proteins], num_recycles=self.recycles, chain_linker=LINKER
@@ -356,7 +398,7 @@ def sequence_of(ids: np.ndarray) -> str:
 def as_folding_model(
     model: str | os.PathLike[str] | MLXEsmForProteinFolding, num_recycles: int | None, loading: dict[str, Any]
 ) -> FoldingModel:
-    """Return a folding model, loaded if necessary.
+    """Return a folding model. The weights of a repository or folder are not loaded yet.
 
     Args:
         model: a Hub repository, a folder, or a loaded model.
@@ -366,15 +408,28 @@ def as_folding_model(
     Raises:
         TypeError: loading options were given for a model that is already loaded.
     """
+    from mlx_esm_hf.models.auto import open_checkpoint
+    from mlx_esm_hf.models.esmfold.modeling_esmfold import MLXEsmForProteinFolding, refuse_float16
+
     if isinstance(model, MLXEsmForProteinFolding):
         if loading:
             raise TypeError(f"{', '.join(loading)}: options for loading a model, but the model is already loaded.")
-        return FoldingModel(model, model.trunk.passes(num_recycles) - 1, str(model.config.name_or_path))
-    use_device(loading.pop("device", None))
-    revision = loading.pop("revision", None)
-    network = MLXEsmForProteinFolding.from_pretrained(model, revision=revision or "main", **loading)
-    recycles = network.trunk.passes(num_recycles) - 1
-    return FoldingModel(network, recycles, str(model), same_commit(network).get("revision", revision))
+        return FoldingModel(model, recycles_of(model.config, num_recycles), str(model.config.name_or_path))
+    use_device(loading.get("device"))
+    refuse_float16(as_dtype(loading.get("dtype")))
+    hub = {name: loading[name] for name in SHARED if name in loading}
+    options = {name: value for name, value in loading.items() if name not in (*SHARED, "device")}
+    checkpoint = open_checkpoint(MLXEsmForProteinFolding, os.fspath(model), **hub)
+    recycles = recycles_of(checkpoint.config, num_recycles)
+    revision = checkpoint.commit.get("revision", loading.get("revision"))
+    return FoldingModel(checkpoint, recycles, shown_name(model), revision, options=options)
+
+
+def recycles_of(config: Any, num_recycles: int | None) -> int:
+    """Return how often the trunk runs again after its first pass; by default as often as the config says."""
+    recycles = config.esmfold_config.trunk.max_recycles - 1 if num_recycles is None else num_recycles
+    check_integer("num_recycles", recycles, 0, MOST_RECYCLES)
+    return recycles
 
 
 def predictions(model: FoldingModel, items: Sequence[Item], progress: OnProgress) -> list[Arrays]:

@@ -12,17 +12,19 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from mlx_esm_hf.checks import MOST_SEED, check_choice, check_integer, check_number
 from mlx_esm_hf.data.proteins import STANDARD, Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import ProteinItems, run_job
-from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
-from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+from mlx_esm_hf.jobs.protein_job import ProteinItems, load_checked, run_job
+from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import Run
 
+MOST_LENGTH = 100_000  # residues; the longest known proteins have 45,000
+MOST_SAMPLES, MOST_SWEEPS = 1_000_000, 100_000
 ORDERS = ("confidence", "left-to-right", "gibbs")
 
 
@@ -57,8 +59,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("temperature and top_k must be at least 0, and top_p must be in (0, 1].")
+        check_number("temperature", self.temperature, 0)
+        check_integer("top_k", self.top_k, 0)
+        check_number("top_p", self.top_p, above=0, high=1)
 
     def draw(self, log_probabilities: np.ndarray, rng: np.random.Generator) -> int:
         """Draw an index into log-probabilities [20]."""
@@ -93,10 +96,10 @@ class Plan:
     kept: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise UserError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}.")
-        if self.samples < 1 or self.sweeps < 0:
-            raise UserError("samples must be at least 1, and sweeps at least 0.")
+        check_choice("order", self.order, ORDERS)
+        check_integer("samples", self.samples, 1, MOST_SAMPLES)
+        check_integer("sweeps", self.sweeps, 0, MOST_SWEEPS)
+        check_integer("seed", self.seed, 0, MOST_SEED)
 
     def free(self, ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Return the positions of ids to be filled."""
@@ -148,7 +151,7 @@ def generate(
     seed: int = 0,
     aligned: bool = False,
     strict: bool = False,
-    progress: OnProgress = no_progress,
+    progress: OnProgress | bool = no_progress,
     **loading: Any,
 ) -> Iterator[Design] | Report:
     """Design sequences: fill the masked positions of proteins, or design sequences of a given length.
@@ -172,7 +175,7 @@ def generate(
         seed: the same seed gives the same designs of a protein, whatever the other proteins.
         aligned: keep gaps.
         strict: raise an error for a bad record instead of leaving it out.
-        progress: called after each step.
+        progress: called after each step; True shows a progress bar.
         loading: see `load_protein_model`.
 
     Returns:
@@ -188,17 +191,19 @@ def generate(
         ...     design.sequence
     """
     if (proteins is None) == (length is None):
-        raise UserError("Give proteins with <mask> or a length, not both.")
-    if length is not None and length < 1:
-        raise UserError(f"length must be at least 1, got {length}.")
-    if proteins is None:
-        design = ("design", "<mask>" * int(length or 0))
+        raise UserError("Give a FASTA with `<mask>` or `--length N`, not both.")
+    plan = Plan(order, sweeps, samples, seed, None if fixed is None else parse_positions(fixed))
+    sampling = Sampling(temperature, top_k, top_p)
+    check_loading(model, **loading)
+    if length is not None:
+        check_integer("length", length, 1, MOST_LENGTH)
+        design = ("design", "<mask>" * length)
         source = ProteinSource("length", objects=[design], resumable=True, aligned=aligned)
     else:
         source = ProteinSource.open(proteins, aligned)
-    plan = Plan(order, sweeps, samples, seed, None if fixed is None else parse_positions(fixed))
-    sampling = Sampling(temperature, top_k, top_p)
     check_outputs(output, ("", ".fasta", ".fa"))
+    from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
     designer = Designer(protein_model, plan, sampling)
     items = ProteinItems(
@@ -208,10 +213,11 @@ def generate(
         output,
         work=plan.work,
         check=designer.check,
+        lacks="<mask>" if fixed is None else "",
         copies=samples,
         strict=strict,
     )
-    settings = protein_model.settings | {
+    settings = {
         "length": length,
         "samples": samples,
         "order": order,
@@ -223,7 +229,16 @@ def generate(
         "top_p": top_p,
         "aligned": aligned,
     }
-    job = Job("generate", settings, items, designer.compute, protein_model.chunk_work)
+    settings = load_checked(protein_model, "generate", settings, items, output, progress)
+    job = Job(
+        "generate",
+        settings,
+        items,
+        designer.compute,
+        protein_model.chunk_work,
+        columns=designer.columns,
+        cause=protein_model.cause,
+    )
     writers = {"": None, ".fasta": designer.write, ".fa": designer.write}
     results = run_job(job, items, output, writers, progress)
     return results if isinstance(results, Report) else map(designer.design, results)
@@ -277,7 +292,7 @@ class Designer:
                 f"has {num_residues} residues, so position {kept.max() + 1} of the fixed ones does not exist"
             )
         if not len(self.plan.free(ids, self.model.vocabulary)):
-            raise UserError("has no free position: it contains no <mask>, or all positions are fixed")
+            raise UserError("has no <mask>" if kept is None else "has no free position: all are fixed")
 
     def compute(self, items: Sequence[Item]) -> list[Arrays]:
         """Return the arrays of each item: `ids` [positions] and `log_probability` [1], the mean log p of the draws."""
@@ -307,11 +322,18 @@ class Designer:
                 draft.ids[draft.free[place]] = self.standard[residue]
                 draft.drawn[place] = answers[place, residue]
 
+    def sample(self, result: Result) -> int:
+        """Return the number of a result's sample, from 1."""
+        return result.number % self.plan.samples + 1
+
+    def columns(self, result: Result) -> dict[str, Any]:
+        """Return the columns of a design in `index.csv`."""
+        return {"sample": self.sample(result)}
+
     def design(self, result: Result) -> Design:
         """Return the design of a result."""
         sequence = "".join(self.model.vocabulary.decode(result.arrays["ids"]))
-        sample = result.number % self.plan.samples + 1
-        return Design(result.id, sample, sequence, float(result.arrays["log_probability"][0]))
+        return Design(result.id, self.sample(result), sequence, float(result.arrays["log_probability"][0]))
 
     def write(self, path: Path, run: Run) -> None:
         """Write the designs of a run as FASTA."""

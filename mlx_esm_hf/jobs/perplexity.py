@@ -8,13 +8,13 @@ from typing import Any, overload
 
 import numpy as np
 
+from mlx_esm_hf.checks import check_choice
 from mlx_esm_hf.data.proteins import RESIDUES, STANDARD, Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_job import ProteinItems, one_pass_work, run_job
-from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
-from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+from mlx_esm_hf.jobs.protein_job import ProteinItems, load_checked, one_pass_work, run_job
+from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
 from mlx_esm_hf.runs.formats import write_csv
 from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progress
 from mlx_esm_hf.runs.outputs import check_outputs
@@ -44,12 +44,12 @@ def perplexity(
     method: str = "exact",
     aligned: bool = False,
     strict: bool = False,
-    progress: OnProgress = no_progress,
+    progress: OnProgress | bool = no_progress,
     **loading: Any,
 ) -> Iterator[Result] | Report:
     """Compute the pseudo-perplexity of proteins: exp(−mean log p) over residues, each masked in turn.
 
-    Unknown residues (X), gaps and special tokens do not count.
+    Unknown residues (X), gaps and special tokens do not count. Proteins of nothing else are left out.
 
     Args:
         proteins: see `read_proteins`.
@@ -59,7 +59,7 @@ def perplexity(
             estimate, see `one_pass`.
         aligned: keep gaps.
         strict: raise an error for a bad record instead of leaving it out.
-        progress: called after each step.
+        progress: called after each step; True shows a progress bar.
         loading: see `load_protein_model`.
 
     Returns:
@@ -74,11 +74,19 @@ def perplexity(
         >>> for result in perplexity(["MKTAYIAKQR"], "facebook/esm2_t6_8M_UR50D"):
         ...     float(result.arrays["pseudo_perplexity"][0])
     """
-    if method not in METHODS:
-        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    check_choice("method", method, METHODS)
+    check_loading(model, **loading)
     source = ProteinSource.open(proteins, aligned)
     check_outputs(output, FORMATS)
+    from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
+
+    counted = counted_ids(protein_model.vocabulary)
+
+    def check(ids: np.ndarray) -> None:
+        if not np.isin(ids, counted).any():
+            raise UserError("has no residue that counts (X, gaps and special tokens do not)")
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
         return perplexities(protein_model, [item.content for item in items], method)
@@ -87,9 +95,10 @@ def perplexity(
         return 16
 
     work = pass_for_each_token if method == "exact" else one_pass_work
-    items = ProteinItems(source, protein_model, result_bytes, output, work=work, strict=strict)
-    settings = protein_model.settings | {"method": method, "aligned": aligned}
-    job = Job("perplexity", settings, items, compute, protein_model.chunk_work)
+    items = ProteinItems(source, protein_model, result_bytes, output, work=work, check=check, strict=strict)
+    settings = {"method": method, "aligned": aligned}
+    settings = load_checked(protein_model, "perplexity", settings, items, output, progress)
+    job = Job("perplexity", settings, items, compute, protein_model.chunk_work, cause=protein_model.cause)
     return run_job(job, items, output, FORMATS, progress)
 
 
@@ -137,5 +146,4 @@ def one_pass(log_probabilities: np.ndarray) -> np.ndarray:
 
 
 def _perplexity(log_probabilities: np.ndarray) -> np.ndarray:
-    mean = log_probabilities.mean(dtype=np.float64) if len(log_probabilities) else np.nan
-    return np.exp(-np.array([mean]))
+    return np.exp(-np.array([log_probabilities.mean(dtype=np.float64)]))

@@ -5,20 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Report, quoted
+from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import ProteinSource
-from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.runs.ids import FileNames, Ids
-from mlx_esm_hf.runs.job import Item, Job, OnProgress, Result
-from mlx_esm_hf.runs.outputs import earlier_settings
+from mlx_esm_hf.errors import UserError, quoted
+from mlx_esm_hf.runs.ids import FileNames, Ids, UniqueIds
+from mlx_esm_hf.runs.job import (
+    LOADING,
+    Item,
+    Job,
+    OnProgress,
+    Progress,
+    Result,
+    as_on_progress,
+    begin,
+    no_progress,
+)
+from mlx_esm_hf.runs.outputs import earlier_settings, refuse_other_run
 from mlx_esm_hf.runs.run import WriteRun, stream, write_results
 from mlx_esm_hf.runtime import distributed, memory
 
 NO_LIMIT = (1 << 31) - 1  # MiB
+REPORTED = 1000  # proteins are read between two reports of progress
 ID_BYTES = 40  # for each character of an id, so that the ids of a chunk fit into the header of its shard
 
 
@@ -47,6 +58,21 @@ class Model(Protocol):
         """Raise an error if a protein with so many positions is too long."""
 
 
+class LoadedLater(Model, Protocol):
+    """What `load_checked` needs to know of a model; see `ProteinModel`."""
+
+    @property
+    def known_settings(self) -> dict[str, Any]:
+        """The settings that do not depend on the weights."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that results depend on."""
+
+    def load(self) -> None:
+        """Load the weights."""
+
+
 class ProteinItems:
     """The proteins of a source as items of a job: encoded and checked.
 
@@ -57,8 +83,8 @@ class ProteinItems:
         output: the file or folder that the results are for; None for none.
         work: work of a window with so many tokens.
         check: raises UserError for ids that the job cannot use.
+        lacks: what a protein that `check` refuses lacks, such as `<mask>`; "" if the reasons differ.
         copies: number of results for each protein.
-        arrays: number of arrays of each result that have a name of their own in a file; 0 if all form one matrix.
         has_files: whether each item has files of its own, and so needs a name for them.
         strict: raise an error for a bad record instead of leaving it out.
 
@@ -77,16 +103,16 @@ class ProteinItems:
         *,
         work: Callable[[int], int] = one_pass_work,
         check: Callable[[np.ndarray], None] = accept,
+        lacks: str = "",
         copies: int = 1,
-        arrays: int = 0,
         has_files: bool = False,
         strict: bool = False,
     ) -> None:
         self.source, self.has_changed = source, source.has_changed
         self.model, self.result_bytes = model, result_bytes
         self.suffix = None if output is None else Path(output).suffix
-        self.work, self.check, self.copies = work, check, copies
-        self.arrays, self.has_files = arrays, has_files
+        self.work, self.checks, self.lacks, self.copies = work, [check], lacks, copies
+        self.has_files = has_files
         self.report = Report(strict)
         self.total: int | None = None
 
@@ -101,8 +127,16 @@ class ProteinItems:
         name, sha256 = self.source.name, self.source.sha256
         return {"name": name} if sha256 is None else {"name": name, "sha256": sha256}
 
-    def survey(self) -> None:
+    def add_check(self, check: Callable[[np.ndarray], None]) -> None:
+        """Also leave out the proteins that `check` refuses, and survey the rest."""
+        self.checks.append(check)
+        self.survey()
+
+    def survey(self, on_progress: OnProgress = no_progress) -> None:
         """Read a file once before the work, to check all its proteins and count their residues.
+
+        Args:
+            on_progress: called while it is read.
 
         Raises:
             UserError: the file contains no proteins for this job, or proteins that are too long (all are named).
@@ -110,12 +144,23 @@ class ProteinItems:
         if not self.source.can_reread:
             return
         report, too_long = Report(self.report.strict), list[str]()
-        self.total = sum(item.length for item in self._read(report, too_long))
+        on_progress(begin(LOADING, f"reading {self.source.name}"))
+        total = reported = 0
+        for number, item in enumerate(self._read(report, too_long), 1):
+            total += item.length
+            if number % REPORTED == 0:
+                on_progress(Progress(total - reported, 0, None, f"reading {self.source.name}: {number:,} proteins"))
+                reported = total
+        self.total = total
         if too_long:
             more = f"\nand {len(too_long) - 20} more." if len(too_long) > 20 else ""
             raise UserError(f"{self.source.path}: nothing was computed.\n" + "\n".join(too_long[:20]) + more)
         if not self.total:
-            raise UserError("\n".join([f"{self.source.path} contains no proteins for this job.", *report.left_out]))
+            reasons = [message for message in report.left_out if not self.lacks or self.lacks not in message]
+            if self.lacks and not reasons:
+                raise UserError(f"No sequence in {self.source.path} contains `{self.lacks}`.")
+            more = [f"and {len(reasons) - 10} more."] if len(reasons) > 10 else []
+            raise UserError("\n".join([f"{self.source.path} contains no proteins for this job.", *reasons[:10], *more]))
 
     def __iter__(self) -> Iterator[Item]:
         return self._read(self.report)
@@ -123,19 +168,23 @@ class ProteinItems:
     def _read(self, report: Report, too_long: list[str] | None = None) -> Iterator[Item]:
         """Yield the items; proteins that this job cannot use are left out.
 
+        Repeated ids are numbered before anything is left out, so that all jobs call a record the same.
+
         Args:
             report: takes what was changed and left out.
             too_long: takes a message for each protein that is too long; None raises the first one as an error.
         """
         number = 0
-        ids_of_file = None if self.suffix is None else Ids(self.suffix, self.arrays)
-        file_names = FileNames() if self.has_files else None
-        for protein in self.source.read(report):
+        ids_of_file = None if self.suffix is None else Ids(self.suffix)
+        file_names, unique = FileNames() if self.has_files else None, UniqueIds()
+        for protein in self.source.read(report, unique.name):
+            report.renamed = unique.renamed
             try:
                 if ids_of_file is not None:
                     ids_of_file.refuse(protein.id)
                 ids = self.model.encode(protein.sequence)
-                self.check(ids)
+                for check in self.checks:
+                    check(ids)
             except UserError as error:
                 report.leave_out(f"{protein.place}: {quoted(protein.id)} {error}.")
                 continue
@@ -157,12 +206,47 @@ class ProteinItems:
                 number += 1
 
 
+def load_checked(
+    model: LoadedLater,
+    command: str,
+    settings: dict[str, Any],
+    items: ProteinItems,
+    output: str | os.PathLike[str] | None,
+    progress: OnProgress | bool,
+) -> dict[str, Any]:
+    """Load the weights of a model after checking all that can be checked without them.
+
+    Args:
+        model: the model.
+        command: name of the job.
+        settings: the settings of the job.
+        items: its items.
+        output: a file or folder; None for none.
+        progress: called while the items are read, and when the weights are loaded. A bar (True) begins later.
+
+    Returns:
+        The settings of the model and the job, for the manifest.
+
+    Raises:
+        UserError: see `ProteinItems.survey` and `refuse_other_run`, and several ranks would share a stream.
+    """
+    if output is not None and items.source.is_stream and distributed.size() > 1:
+        raise UserError(f"Several ranks cannot share {items.source.name}, which can be read only once. Use a file.")
+    on_progress = no_progress if isinstance(progress, bool) else progress
+    items.survey(on_progress)
+    known = model.known_settings | settings
+    distributed.on_rank_0(lambda: refuse_other_run(output, command, known, items.input))
+    on_progress(begin(LOADING, f"loading {model.name}"))
+    model.load()
+    return model.settings | settings
+
+
 def run_job(
     job: Job,
     items: ProteinItems,
     output: str | os.PathLike[str] | None,
     writers: Mapping[str, WriteRun | None],
-    on_progress: OnProgress,
+    progress: OnProgress | bool,
     others: Mapping[Path, WriteRun] | None = None,
 ) -> Iterator[Result] | Report:
     """Stream the results of a job, or write them.
@@ -172,27 +256,20 @@ def run_job(
         items: its items.
         output: a file or folder; None streams the results.
         writers: see `write_results`.
-        on_progress: called after each step.
+        progress: called after each step; True shows a progress bar.
         others: see `write_results`.
 
     Returns:
         An iterator over results; with an output, a report of what was changed and left out.
 
     Raises:
-        UserError: see `write_results`, and several ranks would share a stream.
+        UserError: see `write_results`.
     """
+    on_progress = as_on_progress(progress)
     if output is None:
-        return _surveyed_stream(job, items)
-    if items.source.is_stream and distributed.size() > 1:
-        raise UserError(f"Several ranks cannot share {items.source.name}, which can be read only once. Use a file.")
-    items.survey()
+        return stream(job, on_progress)
     write_results(job, Path(output), writers, on_progress, others)
     return items.report
-
-
-def _surveyed_stream(job: Job, items: ProteinItems) -> Iterator[Result]:
-    items.survey()
-    yield from stream(job)
 
 
 class MemoryLimit:

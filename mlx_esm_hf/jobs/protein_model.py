@@ -5,27 +5,33 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from transformers import PreTrainedTokenizerBase
 
 from mlx_esm_hf import ops
+from mlx_esm_hf.checks import check_choice, check_integer
 from mlx_esm_hf.data.batches import Batch, RowCost, make_batches
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
-from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
-from mlx_esm_hf.models.auto import MLXAutoModel
-from mlx_esm_hf.quantization.layers import has_int8_activations
+from mlx_esm_hf.demo import shown_name
+from mlx_esm_hf.dtypes import check_dtype
+from mlx_esm_hf.errors import NonFiniteError, UserError
+from mlx_esm_hf.quantization.layers import check_activation_dtype, has_int8_activations
 from mlx_esm_hf.runs.outputs import earlier_settings
 from mlx_esm_hf.runtime import distributed, memory
 from mlx_esm_hf.runtime.costs import costs
-from mlx_esm_hf.runtime.device import device_name, use_device
+from mlx_esm_hf.runtime.device import DEVICES, device_name, use_device
+
+if TYPE_CHECKING:  # these imports take seconds, and torch with them: jobs check their arguments first
+    from transformers import PreTrainedTokenizerBase
+
+    from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
+    from mlx_esm_hf.models.auto import Checkpoint
 
 CHUNK_BATCHES = 16  # batches of a chunk: enough to sort proteins by length
 
@@ -41,35 +47,64 @@ PLAIN = {"output_attentions": False, "output_hidden_states": False, "return_dict
 class ProteinModel:
     """A model, its tokenizer and batching.
 
+    Proteins can be encoded and checked before the weights are loaded.
+
     Args:
-        network: the model.
+        network: the model, or its checkpoint until `load` loads the weights.
         tokenizer: its tokenizer.
         name: where the model is from, for manifests and messages.
         revision: its commit, for manifests.
         long: how to treat a protein that is longer than the position table: "error", "truncate", or "window" to cut it
             into overlapping windows.
         batch_tokens: maximum tokens of a batch, padding included; 0 for what suits the device and its memory.
+        options: arguments of `MLXPreTrainedModel.from_pretrained` for loading the weights.
     """
 
-    network: Any
+    network: MLXPreTrainedModel | Checkpoint | Any
     tokenizer: PreTrainedTokenizerBase
     name: str = ""
     revision: str | None = None
     long: str = "error"
     batch_tokens: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.batch_tokens = self.batch_tokens or memory.batch_tokens(self.network.config.hidden_size)
-        if self.long not in LONG:
-            raise UserError(f"long={self.long!r} is not one of {', '.join(LONG)}.")
+        check_choice("long", self.long, LONG)
         self.vocabulary = Vocabulary(self.tokenizer, self.name)
         refuse_other_tokenizer(self.tokenizer, self.network.config, self.network.residues, self.name)
+        if not self.is_checkpoint:
+            self.batch_tokens = self.batch_tokens or memory.batch_tokens(self.network.config.hidden_size)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the weights have not been loaded yet."""
+        return hasattr(self.network, "model_class")
+
+    @property
+    def model_class(self) -> type[MLXPreTrainedModel]:
+        """Class of the model."""
+        return self.network.model_class if self.is_checkpoint else type(self.network)
+
+    def load(self) -> None:
+        """Load the weights, unless they have been loaded."""
+        if not self.is_checkpoint:
+            return
+        self.network = self.network.load(**self.options)
+        for option, value in PLAIN.items():
+            setattr(self.network.config, option, value)
+        suits = memory.batch_tokens(self.network.config.hidden_size)  # the weights take memory too
+        self.batch_tokens = agreed(self.batch_tokens or suits, self.batch_tokens)
 
     @property
     def longest(self) -> int | None:
         """Maximum positions that the model accepts at once; None for no limit."""
         most: int | None = self.network.max_tokens
         return None if most is None else most - self.vocabulary.around
+
+    @property
+    def known_settings(self) -> dict[str, Any]:
+        """Those of `settings` that do not depend on the weights."""
+        return known_settings_of(self) | {"long": self.long}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -146,12 +181,33 @@ class ProteinModel:
         Args:
             sequences: ids [positions] of each protein.
             windows: the windows to compute; None for all windows of all proteins.
+
+        Raises:
+            NonFiniteError: a log-probability is infinite or NaN. What is sorted or drawn by it could look right.
         """
         for batch in self.batches(sequences, windows):
             logits = self.network(batch.input_ids, batch.attention_mask).logits.astype(mx.float32)
             rows = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
             for window, row in zip(batch.windows, rows, strict=True):
-                yield window, row[batch.first : batch.first + window.length]
+                found = row[batch.first : batch.first + window.length]
+                if not np.isfinite(found).all():
+                    raise NonFiniteError("A log-probability is NaN or infinite.")
+                yield window, found
+
+    def cause(self, ids: np.ndarray) -> str:
+        """Return why the results of a protein, given by its ids [positions], are NaN or infinite, and what to do."""
+        if damaged := damage(self.network):
+            return damaged
+        (batch, *_) = self.batches([ids], self.windows(0, len(ids))[:1])
+        states = self.network.base_model(batch.input_ids, batch.attention_mask, output_hidden_states=True).hidden_states
+        finite = [mx.isfinite(x).all().item() for x in states]
+        if all(finite):
+            place = "All hidden states of the protein are finite, but not what is computed from them."
+        elif finite[0]:
+            place = f"The first hidden states that are not finite are those of layer {finite.index(False)}."
+        else:
+            place = "The embeddings of its tokens are not finite."
+        return f"{place} {advice(self.network.dtype)}"
 
     def blended_log_probabilities(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the log-probabilities of each protein, [positions, vocabulary], float32."""
@@ -202,6 +258,7 @@ def load_protein_model(
     long: str = "error",
     batch_tokens: int | None = None,
     output: str | os.PathLike[str] | None = None,
+    weights: bool = True,
     **hub: Any,
 ) -> ProteinModel:
     """Load a model and its tokenizer from a Hub repository or a folder.
@@ -217,6 +274,7 @@ def load_protein_model(
         long: how to treat proteins that are longer than the position table; see `ProteinModel`.
         batch_tokens: maximum tokens of a batch, padding included; None for what suits the device and its memory.
         output: the output of a run. A resumed run keeps its batch size.
+        weights: load the weights. False reads only the config and the tokenizer; `ProteinModel.load` loads the weights.
         hub: `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download` of `from_pretrained`, for model
             and tokenizer.
 
@@ -227,19 +285,55 @@ def load_protein_model(
     Example:
         >>> load_protein_model(MLXAutoModel, "facebook/esm2_t6_8M_UR50D", long="window")
     """
+    from mlx_esm_hf.models.auto import MLXAutoModel, open_checkpoint
+
+    check_loading(model, dtype, activation_dtype, device, long, batch_tokens)
     use_device(device)
-    if batch_tokens is not None and batch_tokens < 1:
-        raise UserError(f"batch_tokens must be at least 1, got {batch_tokens}.")
-    hub["revision"] = revision or "main"
-    network = load_network(cls, model, dtype=dtype, activation_dtype=activation_dtype, **hub)
-    for option, value in PLAIN.items():
-        setattr(network.config, option, value)
-    commit = same_commit(network)
-    tokenizer = load_tokenizer(model, **hub | commit)
-    wanted = batch_tokens or earlier_settings(output).get("batch_tokens", 0)
-    loaded = ProteinModel(network.eval(), tokenizer, str(model), commit.get("revision", revision), long, wanted)
-    loaded.batch_tokens = agreed(loaded.batch_tokens, wanted)
-    return loaded
+    checkpoint = open_checkpoint(cls, model, revision, **hub)
+    check_activation_dtype(activation_dtype, checkpoint.config, model)
+    tokenizer = load_tokenizer(model, **{"revision": revision or "main"} | hub | checkpoint.commit)
+    opened = ProteinModel(
+        checkpoint,
+        tokenizer,
+        shown_name(model),
+        checkpoint.commit.get("revision", revision),
+        long,
+        batch_tokens or earlier_settings(output).get("batch_tokens", 0),
+        # `MLXAutoModel` loads no head and does not use the pooler, so missing and unused keys are not reported.
+        {"dtype": dtype, "activation_dtype": activation_dtype, "report": cls is not MLXAutoModel},
+    )
+    if weights:
+        opened.load()
+    return opened
+
+
+def check_loading(
+    model: Any = None,
+    dtype: str | None = None,
+    activation_dtype: str | None = None,
+    device: str | None = None,
+    long: str = "error",
+    batch_tokens: int | None = None,
+    **others: Any,
+) -> None:
+    """Check options of `load_protein_model` before anything slow is imported or read.
+
+    Nothing is checked for a model that is already loaded: `as_protein_model` refuses any option for it.
+
+    Raises:
+        UserError: an option has an unknown value.
+    """
+    if isinstance(model, ProteinModel):
+        return
+    if dtype is not None:
+        check_dtype(dtype)
+    if activation_dtype is not None:
+        check_choice("activation_dtype", activation_dtype, ["int8"])
+    if device is not None:
+        check_choice("device", device, DEVICES)
+    check_choice("long", long, LONG)
+    if batch_tokens is not None:
+        check_integer("batch_tokens", batch_tokens, 1)
 
 
 def agreed(batch_tokens: int, wanted: int) -> int:
@@ -259,6 +353,8 @@ def load_network(cls: Any, model: str, **options: Any) -> Any:
 
     `MLXAutoModel` loads no head and does not use the pooler, so missing and unused keys are not reported.
     """
+    from mlx_esm_hf.models.auto import MLXAutoModel
+
     return cls.from_pretrained(model, report=cls is not MLXAutoModel, **options)
 
 
@@ -274,31 +370,53 @@ def same_commit(network: Any) -> dict[str, str]:
 def as_protein_model(
     cls: Any, model: str | os.PathLike[str] | ProteinModel, output: Any, loading: dict[str, Any]
 ) -> ProteinModel:
-    """Return a model that is already loaded, or load it with `load_protein_model`.
+    """Return a model that is already loaded, or open it without loading its weights.
 
     Raises:
         TypeError: loading options were given for a model that is already loaded.
     """
     if not isinstance(model, ProteinModel):
-        return load_protein_model(cls, os.fspath(model), output=output, **loading)
+        return load_protein_model(cls, os.fspath(model), output=output, weights=False, **loading)
     if loading:
         raise TypeError(f"{', '.join(loading)}: options of `load_protein_model`, but the model is already loaded.")
     return model
 
 
+def known_settings_of(model: Any) -> dict[str, Any]:
+    """Return those of `settings_of` that do not depend on the weights."""
+    return {"model": model.name, "revision": model.revision, "device": device_name()}
+
+
 def settings_of(model: Any) -> dict[str, Any]:
     """Return the settings of a model that results depend on."""
-    settings = {
-        "model": model.name,
-        "revision": model.revision,
+    settings = known_settings_of(model) | {
         "weights": fingerprint(model.network),
         "dtype": str(model.network.dtype).removeprefix("mlx.core."),
-        "device": device_name(),
         "batch_tokens": model.batch_tokens,
     }
     if has_int8_activations(model.network):
         settings["activation_dtype"] = "int8"
     return settings
+
+
+NAMED = 3  # parameters in a message
+
+
+def damage(network: MLXPreTrainedModel) -> str:
+    """Return which parameters of a network are NaN or infinite, or so large that their squares overflow; "" if none."""
+    from mlx_esm_hf.loading import unusable_parameters
+
+    if not (names := unusable_parameters(network)):
+        return ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"Damaged parameters: {', '.join(names[:NAMED])}{more}. {advice(network.dtype)}"
+
+
+def advice(dtype: mx.Dtype) -> str:
+    """Return what to do about results that are NaN or infinite."""
+    if dtype == mx.float16:
+        return "Values above 65,504 overflow in float16: use float32 (--dtype float32)."
+    return "The checkpoint may be damaged: download it again, or choose another one."
 
 
 def fingerprint(network: MLXPreTrainedModel) -> str:

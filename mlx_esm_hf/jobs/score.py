@@ -6,21 +6,43 @@ import csv
 import gc
 import hashlib
 import os
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlx_esm_hf import plots
+from mlx_esm_hf.checks import MOST, check_choice, check_integer
 from mlx_esm_hf.data.mutations import Substitution, parse, read_table, suggest_first_residue
 from mlx_esm_hf.data.proteins import CHAIN_BREAK, STANDARD, Report, clean, tokens
 from mlx_esm_hf.data.source import read_proteins
+from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model
-from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
-from mlx_esm_hf.runs.job import Arrays, Item, ItemList, Job, OnProgress, Result, no_progress
-from mlx_esm_hf.runs.outputs import check_outputs, check_picture, claimed, shards_of, write_files, write_new
+from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
+from mlx_esm_hf.runs.job import (
+    LOADING,
+    Arrays,
+    Item,
+    ItemList,
+    Job,
+    OnProgress,
+    Result,
+    as_on_progress,
+    begin,
+    no_progress,
+)
+from mlx_esm_hf.runs.outputs import (
+    check_outputs,
+    check_picture,
+    claimed,
+    refuse_other_run,
+    shards_of,
+    write_files,
+    write_new,
+)
 from mlx_esm_hf.runs.run import compute_run, stream
 from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.runtime.files import Write
@@ -28,6 +50,22 @@ from mlx_esm_hf.runtime.files import Write
 Mutant = list[Substitution]
 
 METHODS = ("masked-marginals", "wt-marginals", "pseudo-perplexity")
+
+
+class Scorer(NamedTuple):
+    """A model, and what it scores.
+
+    Attributes:
+        model: the model.
+        ids: ids [positions] of the wild type.
+        mutants: {row: mutant} within the positions that the model reads.
+        folder: the folder of the run; None writes no files.
+    """
+
+    model: ProteinModel
+    ids: np.ndarray
+    mutants: dict[int, Mutant]
+    folder: Path | None
 
 
 class Scores(NamedTuple):
@@ -56,7 +94,7 @@ def score(
     mutant_column: str = "mutant",
     first_residue: int = 1,
     picture: str | os.PathLike[str] | None = None,
-    progress: OnProgress = no_progress,
+    progress: OnProgress | bool = no_progress,
     **loading: Any,
 ) -> Scores:
     """Score mutants of a protein: the higher the score, the more plausible the mutant is to the model.
@@ -73,7 +111,7 @@ def score(
         mutant_column: column of the mutants in the CSV file.
         first_residue: the number of the sequence's first residue in the mutants.
         picture: draw the scores of all mutants (`mutants=None`) as a heat map (`.png`, `.svg`, `.pdf`).
-        progress: called after each step.
+        progress: called after each step; True shows a progress bar.
         loading: see `load_protein_model`.
 
     Returns:
@@ -90,11 +128,12 @@ def score(
         >>> score(["K2A"], "MKTAYIAKQR", "facebook/esm2_t6_8M_UR50D").rows
         [{'mutant': 'K2A', 'facebook/esm2_t6_8M_UR50D': -1.2}]
     """
-    if method not in METHODS:
-        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    check_choice("method", method, METHODS)
+    check_integer("first_residue", first_residue, -MOST)
+    check_loading(model, **loading)
+    check_picture(picture)
     if picture is not None and mutants is not None:
         raise UserError("A heat map shows all mutations. Leave out the list of mutants.")
-    check_picture(picture)
     check_outputs(output, [".csv"], picture)
     report = Report()
     wild_type = read_wild_type(sequence, report)
@@ -102,43 +141,71 @@ def score(
     parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
 
     models = [model] if isinstance(model, (str, os.PathLike, ProteinModel)) else list(model)
-    names = [m.name if isinstance(m, ProteinModel) else str(m) for m in models]
+    names = [m.name if isinstance(m, ProteinModel) else shown_name(m) for m in models]
     columns += [*names, "mean"] if len(names) > 1 else names
     if repeated := [name for name in columns if columns.count(name) > 1]:
         raise UserError(f"Two columns would be named {repeated[0]!r}. Rename the column in the table.")
     scores = Scores(columns, rows, left_out, report.replaced)
+    on_progress = as_on_progress(progress)
+    shards = None if output is None else shards_of(output)
+    scorers = _open_models(models, shards, wild_type, parsed, method, loading)
     with claimed(None if output is None else Path(output), [] if picture is None else [Path(picture)]):
-        shards = None if output is None else shards_of(output)
-        _fill(scores, dict(zip(names, models, strict=True)), wild_type, parsed, method, shards, loading, progress)
+        _fill(scores, names, scorers, parsed, method, shards, on_progress)
         _write_all(scores, output, shards, picture, mutant_column)
     return scores
 
 
-def _fill(
-    scores: Scores,
-    models: dict[str, str | ProteinModel],
+def _open_models(
+    models: Sequence[str | ProteinModel],
+    shards: Path | None,
     wild_type: str,
     mutants: dict[int, Mutant],
     method: str,
-    shards: Path | None,
     loading: dict[str, Any],
+) -> list[Scorer]:
+    """Open all models and check them, the wild type and earlier runs before the weights of the first one are loaded."""
+    from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+
+    scorers = []
+    for number, model in enumerate(models, 1):
+        folder = None if shards is None else shards / str(number)
+        protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, folder, loading)
+        try:
+            ids = protein_model.encode(wild_type)
+            protein_model.refuse_long(len(ids))
+        except UserError as error:
+            raise UserError(f"The wild type {error}.") from None
+        within = {i: m for i, m in mutants.items() if all(s.position < len(ids) for s in m)}
+        settings = _settings(protein_model.known_settings, ids, method)
+        distributed.on_rank_0(partial(refuse_other_run, folder, "score", settings, _input(within)))
+        scorers.append(Scorer(protein_model, ids, within, folder))
+    return scorers
+
+
+def _fill(
+    scores: Scores,
+    names: list[str],
+    scorers: list[Scorer],
+    mutants: dict[int, Mutant],
+    method: str,
+    shards: Path | None,
     on_progress: OnProgress,
 ) -> None:
     """Add the scores of each model, one model after the other, and their mean to the table."""
     unread: dict[int, str] = {}
-    for number, (name, model) in enumerate(models.items(), 1):
+    for name in names:
+        on_progress(begin(LOADING, f"loading {name}"))
         gc.collect()  # frees the previous model, which contains reference cycles
-        folder = None if shards is None else shards / str(number)
-        values, length = _score(model, wild_type, mutants, method, folder, loading, on_progress)
+        values, length = _score(scorers.pop(0), method, on_progress)
         beyond = [i for i, mutant in mutants.items() if any(s.position >= length for s in mutant)]
         unread |= {i: f"row {i + 1}: {name} reads only the first {length} residues." for i in beyond}
         for index, value in values.items():
             scores.rows[index][name] = value
     scores.left_out.extend(unread.values())
-    if len(models) > 1:
+    if len(names) > 1:
         for row in scores.rows:
-            if all(name in row for name in models):
-                row["mean"] = float(np.mean([row[name] for name in models]))
+            if all(name in row for name in names):
+                row["mean"] = float(np.mean([row[name] for name in names]))
 
 
 def _write_all(
@@ -160,41 +227,24 @@ def _write_all(
             write_new(path, write)
 
 
-def _score(
-    model: str | ProteinModel,
-    wild_type: str,
-    mutants: dict[int, Mutant],
-    method: str,
-    folder: Path | None,
-    loading: dict[str, Any],
-    on_progress: OnProgress,
-) -> tuple[dict[int, float], int]:
+def _score(scorer: Scorer, method: str, on_progress: OnProgress) -> tuple[dict[int, float], int]:
     """Score mutants with one model, in a run of its own.
 
     The model is not referenced after this call, so that only one model is in memory at a time.
 
     Args:
-        model: the model.
-        wild_type: the cleaned sequence.
-        mutants: {row: mutant}.
+        scorer: the model.
         method: see `score`.
-        folder: the folder of the run; None writes no files.
-        loading: see `load_protein_model`.
         on_progress: called after each step.
 
     Returns:
         {row: score}, and the number of positions of the wild type that the model reads.
     """
-    protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, folder, loading)
-    try:
-        ids = protein_model.encode(wild_type)
-        protein_model.refuse_long(len(ids))
-    except UserError as error:
-        raise UserError(f"The wild type {error}.") from None
-    within = {i: m for i, m in mutants.items() if all(s.position < len(ids) for s in m)}
+    protein_model, ids, within, folder = scorer
+    protein_model.load()
     job = _job(protein_model, ids, within, method)
     if folder is None:
-        results = list(stream(job))
+        results = list(stream(job, on_progress))
     else:
         run = compute_run(job, folder, on_progress)
         if not distributed.is_rank_0():  # rank 0 writes the table
@@ -227,13 +277,23 @@ def _job(model: ProteinModel, ids: np.ndarray, mutants: dict[int, Mutant], metho
     elif method == "masked-marginals":
         compute = masked_rows
         positions = sorted({s.position for mutant in mutants.values() for s in mutant})
-        items = [Item(p, str(p + 1), p, len(ids), pass_work, row_bytes) for p in positions]
+        items = [Item(p, f"position {p + 1}", p, len(ids), pass_work, row_bytes) for p in positions]
     else:
         compute = all_rows
         items = [Item(0, "wild type", None, len(ids), pass_work, row_bytes * len(ids))]
+    settings = _settings(model.settings, ids, method)
+    return Job(
+        "score", settings, ItemList(items, _input(mutants)), compute, model.chunk_work, cause=lambda _: model.cause(ids)
+    )
+
+
+def _settings(of_model: dict[str, Any], ids: np.ndarray, method: str) -> dict[str, Any]:
+    return of_model | {"method": method, "sequence": ids.tolist()}
+
+
+def _input(mutants: dict[int, Mutant]) -> dict[str, str]:
     digest = hashlib.sha256(repr(sorted(mutants.items())).encode()).hexdigest()
-    settings = model.settings | {"method": method, "sequence": ids.tolist()}
-    return Job("score", settings, ItemList(items, {"name": "mutants", "sha256": digest}), compute, model.chunk_work)
+    return {"name": "mutants", "sha256": digest}
 
 
 def _differences(
@@ -274,6 +334,8 @@ def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = Non
     report.strict = True
     if not os.path.exists(sequence):
         text = os.fspath(sequence)
+        if isinstance(sequence, os.PathLike) or re.search(r"[/\\.]", text):
+            raise UserError(f"File not found: {text}.")
         try:
             wild_type = clean(text, report=report)
         except UserError as error:

@@ -7,6 +7,7 @@ from 1. Unknown residues (X) are UNK in the sequence and have no atoms.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ import numpy as np
 
 from mlx_esm_hf import plots
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.models.esmfold.modeling_esmfold import aligned_error_centers
 from mlx_esm_hf.models.esmfold.protein import ONE_LETTER_CHAINS, pdb_text
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37, ATOM37_MASK, RESIDUE_NAMES, RESTYPES_WITH_X
 from mlx_esm_hf.runs.ids import FileNames
@@ -58,9 +58,10 @@ class Residue(NamedTuple):
 
 
 def chain_names() -> Iterator[str]:
-    """Yield A to Z, a to z, 0 to 9, then pairs of capital letters."""
+    """Yield A to Z, a to z, 0 to 9, then pairs of capital letters, triples and so on."""
     yield from ONE_LETTER_CHAINS
-    yield from map("".join, product(ascii_uppercase, repeat=2))
+    for letters in itertools.count(2):
+        yield from map("".join, product(ascii_uppercase, repeat=letters))
 
 
 def chains_of(result: Result) -> dict[str, list[Residue]]:
@@ -147,7 +148,9 @@ def mmcif(result: Result) -> bytes:
         units[name] = modelcif.AsymUnit(entities[sequence], details=f"chain {name}", id=name, strand_id=name)
     system.entities.extend(entities.values())
     system.asym_units.extend(units.values())
-    model = modelcif.model.AbInitioModel(modelcif.Assembly(units.values(), name="all chains"), name="ESMFold")
+    # A chain of nothing but X has no atoms. It is in the file, but must not be in the assembly of the model.
+    modeled = [units[name] for name, residues in chains.items() if any(residue.atoms for residue in residues)]
+    model = modelcif.model.AbInitioModel(modelcif.Assembly(modeled, name="all chains"), name="ESMFold")
     add_atoms(model, chains, units)
     add_quality(model, result, chains, units, software)
     system.model_groups.append(modelcif.model.ModelGroup([model], name="all models"))
@@ -229,10 +232,17 @@ def add_quality(
                     model.qa_metrics.append(ResiduePLDDT(units[name].residue(number), atom.plddt))
 
 
+def largest_error() -> float:
+    """Return the largest predicted aligned error that the model can predict, in Å."""
+    from mlx_esm_hf.models.esmfold.modeling_esmfold import aligned_error_centers
+
+    return float(aligned_error_centers()[-1])
+
+
 def aligned_error_json(result: Result) -> bytes:
     """Return the predicted aligned error as JSON in the layout of AlphaFold DB, rounded to whole Å."""
     error = np.rint(result.arrays["predicted_aligned_error"]).astype(int).tolist()
-    largest = float(aligned_error_centers()[-1])
+    largest = largest_error()
     layout = [{"predicted_aligned_error": error, "max_predicted_aligned_error": largest}]
     return json.dumps(layout, separators=(",", ":")).encode()
 
@@ -256,13 +266,17 @@ def chain_ends(result: Result) -> np.ndarray:
 
 def plddt_picture(result: Result) -> bytes:
     """Return pLDDT along the chains as PNG."""
-    title = f"{result.id[:60]}: mean pLDDT {result.arrays['mean_plddt'][0]:.1f}"
-    return plots.png(plots.plddt_curve(alpha_plddt(result), chain_ends(result), title))
+    plddt = alpha_plddt(result)
+    mean = np.nanmean(plddt) if np.isfinite(plddt).any() else np.nan
+    title = f"{result.id[:60]}: mean pLDDT of Cα {mean:.1f}"
+    return plots.png(plots.plddt_curve(plddt, chain_ends(result), title, chain_names=list(chains_of(result))))
 
 
 def aligned_error_picture(result: Result) -> bytes:
     """Return the predicted aligned error as PNG."""
     title = f"{result.id[:60]}: pTM {result.arrays['ptm'][0]:.2f}"
-    largest = float(aligned_error_centers()[-1])
+    largest = largest_error()
     error = result.arrays["predicted_aligned_error"]
-    return plots.png(plots.aligned_error(error, largest, chain_ends(result), title))
+    return plots.png(
+        plots.aligned_error(error, largest, chain_ends(result), title, chain_names=list(chains_of(result)))
+    )

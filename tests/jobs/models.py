@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
 from mlx_esm_hf.jobs.protein_model import ProteinModel
-from tests.tiny import tiny, tiny_folding
+from tests.tiny import as_loaded, tiny, tiny_folding
 from tests.vocabulary import write_vocabulary
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -22,7 +22,7 @@ def write_model(folder, family="ESM-2", positions=1026, seed=0):
     mx.random.seed(seed)
     settings = {"eos_token_id": 2, "max_position_embeddings": positions, "initializer_range": 0.3}
     config = MLXEsmConfig(**tiny(family, **settings))
-    MLXEsmForMaskedLM(config).save_pretrained(folder)
+    as_loaded(MLXEsmForMaskedLM(config)).save_pretrained(folder)
     EsmTokenizer(write_vocabulary(folder)).save_pretrained(folder)
     return folder
 

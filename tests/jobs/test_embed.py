@@ -6,6 +6,7 @@ import torch
 
 from mlx_esm_hf import MLXAutoModel, MLXEsmForMaskedLM, embed, load_protein_model
 from tests.jobs.models import UBIQUITIN, fair_esm_pair, fair_esm_tokens, write_model
+from tests.runs.results import read
 
 SEQUENCES = [UBIQUITIN, "MKT", "GG", UBIQUITIN[:40], "ACDEFGHIKLMNPQRSTVWY"]
 
@@ -39,6 +40,24 @@ def test_all_layers_match_fair_esm(family):
             np.testing.assert_allclose(arrays[f"cls.{layer}"], states[0], atol=1e-5 * scale)
 
 
+def test_results_are_short_and_show_progress(loaded, tmp_path, capsys):
+    steps = []
+    results = list(embed(["MKTAYIAKQR", "MKT"], loaded, pooling=["mean", "residues"], progress=steps.append))
+    assert repr(results[0]) == (
+        "Result(number=0, id='1', length=10, arrays={'mean': float32[32], 'residues': float32[10, 32]})"
+    )
+    assert [step.residues_done for step in steps] == [10, 3]
+    (tmp_path / "p.fasta").write_text(">a\nMKTAYIAKQR\n>b\nMKT\n")
+    assert capsys.readouterr().err == ""
+    for output in (None, tmp_path / "o.npz"):
+        done = embed(tmp_path / "p.fasta", loaded, output, progress=True)
+        assert output is not None or len(list(done)) == 2
+        shown = capsys.readouterr().err
+        assert "100%" in shown and "13.0/13.0" in shown
+    list(embed(["MKT"], loaded, progress=False))
+    assert capsys.readouterr().err == ""
+
+
 def test_poolings_agree_with_each_other(loaded):
     for result in embed(SEQUENCES, loaded, pooling=["mean", "max", "residues"]):
         residues = result.arrays["residues"]
@@ -61,110 +80,43 @@ def test_negative_layers(loaded):
         embed(["MKT"], loaded, layers=[4])
 
 
-@pytest.mark.parametrize("suffix", ["", ".safetensors", ".npz", ".h5", ".parquet"])
+@pytest.mark.parametrize("suffix", ["", ".csv", ".safetensors", ".npz", ".h5", ".parquet"])
 @pytest.mark.parametrize("pooling", [["mean"], ["mean", "residues"]], ids=["vectors", "residues"])
 def test_all_formats_contain_the_same_arrays(folder, tmp_path, suffix, pooling):
-    names = ["sp|P12345|ONE", "two", "two", "a/b", "five"]
-    records = list(zip(names, SEQUENCES, strict=True))
-    expected = [result.arrays for result in embed(records, str(folder), pooling=pooling)]
+    if suffix == ".csv":
+        pooling = [name for name in pooling if name != "residues"]
+    records = list(zip(["sp|P12345|ONE", "two", "two", "a/b", "five"], SEQUENCES, strict=True))
+    expected = list(embed(records, str(folder), pooling=pooling))
     output = tmp_path / f"out{suffix}"
     embed(records, str(folder), output, pooling=pooling)
-    read = {
-        "": read_shards,
-        ".safetensors": read_safetensors,
-        ".npz": read_npz,
-        ".h5": read_h5,
-        ".parquet": read_parquet,
-    }[suffix]
-    found = read(output, names, pooling)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        for kind in ours:
-            np.testing.assert_array_equal(ours[kind], theirs[kind])
+    found = read(output)
+    assert list(found) == [result.id for result in expected] == ["sp|P12345|ONE", "two", "two#2", "a/b", "five"]
+    for ours, theirs in zip(found.values(), expected, strict=True):
+        assert ours.keys() == theirs.arrays.keys()
+        for kind, array in theirs.arrays.items():
+            np.testing.assert_array_equal(ours[kind], array)
     assert sorted(p.name for p in tmp_path.iterdir()) == [output.name]
+    if suffix != ".csv":
+        assert {"model", "dtype", "layers", "pooling"} <= metadata(output).keys()
 
 
-UNIQUE = ["sp|P12345|ONE", "two", "two#2", "a/b", "five"]
+def metadata(path):
+    """Return the metadata of an output."""
+    if path.suffix == "":
+        return json.loads((path / "manifest.json").read_text())["settings"]
+    if path.suffix == ".npz":
+        return json.loads(str(np.load(path)["metadata"]))
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
 
-
-def read_shards(output, names, pooling):
-    import csv
-
-    from safetensors.numpy import load_file
-
-    rows = list(csv.DictReader((output / "index.csv").open()))
-    assert [row["id"] for row in rows] == names
-    assert [int(row["length"]) for row in rows] == [len(s) for s in SEQUENCES]
-    manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["items"] == 5
-    assert {"model", "revision", "dtype", "layers", "pooling"} <= manifest["settings"].keys()
-    tensors = [load_file(output / row["shard"]) for row in rows]
-    return [{kind: t[f"{i:08d}/{kind}"] for kind in pooling} for i, t in enumerate(tensors)]
-
-
-def split(tensors, names, pooling):
-    if pooling == ["mean"]:
-        return [{"mean": row} for row in tensors["mean"]]
-    return [{kind: tensors[f"{name}/{kind}"] for kind in pooling} for name in UNIQUE]
-
-
-def read_npz(output, names, pooling):
-    with np.load(output) as file:
-        assert {"model", "dtype", "layers", "pooling"} <= json.loads(str(file["metadata"])).keys()
-        if pooling == ["mean"]:
-            assert file["ids"].tolist() == names
-        return split(dict(file), names, pooling)
-
-
-def read_safetensors(output, names, pooling):
-    from safetensors import safe_open
-
-    with safe_open(output, framework="numpy") as file:
-        metadata = file.metadata()
-        assert json.loads(metadata["ids"]) == names
-        assert {"model", "dtype", "layers", "pooling"} <= metadata.keys()
-        return split({key: file.get_tensor(key) for key in file.keys()}, names, pooling)  # noqa: SIM118
-
-
-def read_h5(output, names, pooling):
-    import h5py
-
-    keys = ["P12345", "two", "two#2", "a_b", "five"]
-    with h5py.File(output) as file:
-        assert {"model", "dtype", "layers", "pooling"} <= set(file.attrs)
-        if pooling == ["mean"]:
-            assert [file[key].attrs["original_id"] for key in keys] == names
-            return [{"mean": file[key][:]} for key in keys]
-        return [{kind: file[key][kind][:] for kind in pooling} for key in keys]
-
-
-def read_parquet(output, names, pooling):
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(output)
-    assert table["id"].to_pylist() == names
-    assert table["length"].to_pylist() == [len(s) for s in SEQUENCES]
-    rows = table.to_pylist()
-    return [{kind: np.array(row[kind], np.float32) for kind in pooling} for row in rows]
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".h5"])
-def test_similar_ids_do_not_collide(folder, tmp_path, suffix):
-    records = [(name, "MKT" + "A" * i) for i, name in enumerate(["a", "a", "a#2", "metadata", "sp|a|x"])]
-    embed(records, str(folder), tmp_path / f"o{suffix}", pooling=["residues"])
-    if suffix == ".h5":
+        return safe_open(path, framework="numpy").metadata()
+    if path.suffix == ".h5":
         import h5py
 
-        with h5py.File(tmp_path / "o.h5") as file:
-            lengths = sorted(len(file[key]) for key in file)
-    elif suffix == ".npz":
-        with np.load(tmp_path / "o.npz") as file:
-            lengths = sorted(len(file[key]) for key in file.files if key != "metadata")
-    else:
-        from safetensors.numpy import load_file
+        return dict(h5py.File(path).attrs)
+    import pyarrow.parquet
 
-        lengths = sorted(len(x) for x in load_file(tmp_path / "o.safetensors").values())
-    assert lengths == [3, 4, 5, 6, 7]
+    return {key.decode(): value for key, value in pyarrow.parquet.read_schema(path).metadata.items()}
 
 
 def test_loading_options_are_refused_for_a_loaded_model(loaded):

@@ -266,8 +266,8 @@ def test_dtypes(folder, network):
     ("options", "error", "message"),
     [
         ({"formats": ["cif", "xyz"]}, ValueError, "formats must be any of pdb, cif, got xyz"),
-        ({"num_recycles": -1}, ValueError, "num_recycles must be at least 0, got -1"),
-        ({"batch_tokens": 0}, ValueError, "batch_tokens must be at least 1, got 0"),
+        ({"num_recycles": -1}, ValueError, "num_recycles must be an integer from 0 to 1000, got -1"),
+        ({"batch_tokens": 0}, ValueError, "batch_tokens must be an integer from 1 to 2147483647, got 0"),
         ({"dtype": "float32"}, TypeError, "dtype: options for loading a model"),
         ({"pictures": True, "output": None}, ValueError, "Pictures are written into a folder"),
     ],
@@ -302,3 +302,20 @@ def test_memory_estimate_is_an_upper_bound():
         model.predict([model.encode(sequence) for sequence in proteins])
         taken, foreseen = mx.get_peak_memory() - before, model.bytes_needed(3 * len(UBIQUITIN))
         assert foreseen / part < taken < foreseen
+
+
+def test_a_result_of_nan_is_an_error_that_names_the_parameter(folder, tmp_path):
+    network = MLXEsmForProteinFolding.from_pretrained(folder)
+    norm = network.trunk.structure_module.ipa.linear_out
+    norm.bias = mx.full(norm.bias.shape, np.nan)
+    with pytest.raises(ValueError, match="'P1' is NaN or infinite. Damaged parameters: trunk.structure_module.ipa"):
+        fold([("P1", "MKTAYI")], network, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.pdb"))
+
+
+def test_a_chain_of_unknown_residues_blocks_no_protein(folder, tmp_path):
+    done = fold(
+        [("a", "MKT:XX"), ("b", "X:M"), ("c", "XXX"), ("d", "MK")], str(folder), tmp_path / "out", num_recycles=0
+    )
+    assert {path.stem for path in (tmp_path / "out").glob("*.cif")} == {"a", "b", "d"}
+    assert "'c' has none of the 20 standard residues" in done.left_out[0]

@@ -72,7 +72,7 @@ def test_fixed_positions_and_a_length(folder, tmp_path):
         assert str(record.seq)[:70] == UBIQUITIN[:70] and record.seq[75] == UBIQUITIN[75]
     (design,) = generate(None, folder, length=12)
     assert len(design.sequence) == 12
-    with pytest.raises(ValueError, match="Give proteins with <mask> or a length, not both"):
+    with pytest.raises(ValueError, match="Give a FASTA with `<mask>` or `--length N`, not both"):
         generate([UBIQUITIN], folder, length=12)
     report = generate([("short", "MKT"), ("u", UBIQUITIN)], folder, tmp_path / "e.fasta", fixed="76")
     assert report.left_out == ["record 1: 'short' has 3 residues, so position 76 of the fixed ones does not exist."]

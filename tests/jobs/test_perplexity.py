@@ -49,7 +49,8 @@ def test_one_pass_inverts_the_corruption_of_training(p):
 
 
 def test_perplexity_csv(folder, tmp_path):
-    perplexity([("a", "MKTAYI"), ("b", "XX")], folder, tmp_path / "p.csv")
+    report = perplexity([("a", "MKTAYI"), ("b", "XX"), ("c", "MX")], folder, tmp_path / "p.csv")
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
-    assert [(row["id"], row["length"]) for row in rows] == [("a", "6"), ("b", "2")]
-    assert float(rows[0]["pseudo_perplexity"]) > 1 and rows[1]["pseudo_perplexity"] == "nan"
+    assert [(row["id"], row["length"]) for row in rows] == [("a", "6"), ("c", "2")]
+    assert all(float(row["pseudo_perplexity"]) > 1 for row in rows)
+    assert "'b' has no residue that counts" in report.left_out[0]

@@ -8,8 +8,9 @@ import weakref
 import numpy as np
 import pytest
 
-from mlx_esm_hf import MLXAutoModelForMaskedLM, score
+from mlx_esm_hf import score
 from mlx_esm_hf.data.proteins import STANDARD
+from mlx_esm_hf.models.auto import Checkpoint
 from tests.jobs.models import (
     UBIQUITIN,
     fair_esm_log_probabilities,
@@ -160,7 +161,7 @@ def test_output_is_not_overwritten(models, tmp_path):
     [
         ("a,b\n1,2\n", "No column 'mutant'"),
         ("mutant,b\nM1A\n", "line 2: expected 2 columns"),
-        ("mutant,mutant\nM1A,M1A\n", "two columns of the same name"),
+        ("mutant,mutant\nM1A,M1A\n", "two columns are named 'mutant'. Rename one"),
         ("", "No column 'mutant'"),
         ("mutant\nhello\n", "is not a mutation. Expected one such as A42G"),
         ("mutant\nM1A:M1C\n", "mutated twice"),
@@ -176,15 +177,15 @@ def test_bad_tables(models, tmp_path, table, message):
 @pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "pseudo-perplexity"])
 def test_only_one_model_is_in_memory_at_a_time(models, tmp_path, monkeypatch, method):
     """When a model is loaded, earlier models have been freed."""
-    load, alive = MLXAutoModelForMaskedLM.from_pretrained, []
+    load, alive = Checkpoint.load, []
 
-    def watched(*args, **kwargs):
+    def watched(checkpoint, **options):
         assert [network for network in alive if network() is not None] == []
-        network = load(*args, **kwargs)
+        network = load(checkpoint, **options)
         alive.append(weakref.ref(network))
         return network
 
-    monkeypatch.setattr(MLXAutoModelForMaskedLM, "from_pretrained", watched)
+    monkeypatch.setattr(Checkpoint, "load", watched)
     score(MUTANTS, WILD, [*models, str(write_model(tmp_path / "third", seed=2))], tmp_path / "o.csv", method=method)
     score(MUTANTS, WILD, models, method=method)
     assert len(alive) == 5

@@ -271,3 +271,39 @@ def test_mmcif_has_no_such_limits(chains):
     read = by_biotite(structures.mmcif(result).decode(), "cif")
     assert len(read.names) == 4 * sum(chains) and len(set(read.chains)) == len(chains)
     assert max(read.numbers) == max(chains)
+
+
+def shaped(sequence, id="a", name="a"):
+    """Return a result of this sequence with random numbers."""
+    chains, rng = sequence.split(":"), np.random.default_rng(0)
+    aatype = np.array([RESTYPES_WITH_X.index(letter) for letter in "".join(chains)], np.int32)
+    L = len(aatype)
+    arrays = {
+        "aatype": aatype,
+        "chain_index": np.repeat(np.arange(len(chains), dtype=np.int32), list(map(len, chains))),
+        "positions": rng.normal(size=(L, 37, 3)).astype(np.float32),
+        "plddt": np.full((L, 37), 50, np.float32),
+        "predicted_aligned_error": np.full((L, L), 5, np.float32),
+    }
+    return Result(0, id, L, arrays | {n: np.ones(1, np.float32) for n in ("mean_plddt", "ptm")}, name)
+
+
+@pytest.mark.parametrize("sequence", ["MKT:XX", "XX:MKT", "XX:MKT:XX", "X:M", "XXX:A:XXX:XX", "M"])
+def test_chains_of_unknown_residues(sequence):
+    """They are in the sequence as UNK, and have no atoms."""
+    result, chains = shaped(sequence), sequence.split(":")
+    structure = gemmi.make_structure_from_block(gemmi.cif.read_string(structures.mmcif(result).decode())[0])
+    structure.setup_entities()
+    found = {s: entity.full_sequence for entity in structure.entities for s in entity.subchains}
+    assert [len(found[name]) for name, chain in zip("ABCD", chains, strict=False) if set(chain) != {"X"}]
+    with_atoms = [name for name, chain in zip("ABCD", chains, strict=False) if set(chain) != {"X"}]
+    assert [chain.name for chain in structure[0]] == with_atoms
+    (system,) = modelcif.reader.read(io.StringIO(structures.mmcif(result).decode()))
+    assert [len(unit.entity.sequence) for unit in system.asym_units] == list(map(len, chains))
+    assert structures.pdb(result).count(b"UNK") == sequence.count("X")
+
+
+def test_a_thousand_chains():
+    text = structures.mmcif(shaped(":".join(["M"] * 1000))).decode()
+    structure = gemmi.make_structure_from_block(gemmi.cif.read_string(text)[0])
+    assert len(structure[0]) == 1000 and structure[0][-1].name == "AKB"
