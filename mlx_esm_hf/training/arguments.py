@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
+from mlx_esm_hf.checks import MOST, MOST_SEED, check_choice, check_integer, check_number
 from mlx_esm_hf.errors import UserError
 
 STRATEGIES = ("no", "steps", "epoch")
@@ -90,10 +92,8 @@ class MLXTrainingArguments:
 
     def __post_init__(self) -> None:
         for name in ("eval_strategy", "save_strategy"):
-            if getattr(self, name) not in STRATEGIES:
-                raise UserError(f"{name} must be one of {', '.join(STRATEGIES)}, got {getattr(self, name)!r}.")
-        if self.lr_scheduler_type not in SCHEDULES:
-            raise UserError(f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler_type!r}.")
+            check_choice(name, getattr(self, name), STRATEGIES)
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         if self.report_to != "none":
             raise UserError(
                 f"report_to must be 'none', got {self.report_to!r}: measurements are written to "
@@ -107,11 +107,18 @@ class MLXTrainingArguments:
             name for name in ("batch_tokens", "eval_steps", "save_total_limit") if getattr(self, name) is not None
         ]
         for name in counts:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name} must be an integer of at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
+            check_integer(name, getattr(self, name), 1)
+        if self.max_steps != -1:
+            check_integer("max_steps", self.max_steps, 1)
+        check_integer("seed", self.seed, 0, MOST_SEED)
+        check_number("num_train_epochs", self.num_train_epochs, above=0, high=MOST)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            check_number(name, getattr(self, name), 0)
+        check_number("warmup_steps", self.warmup_steps, 0, MOST)
+        check_number("warmup_ratio", self.warmup_ratio, 0, 1)
+        for name in ("adam_beta1", "adam_beta2"):
+            check_number(name, getattr(self, name), 0, below=1)
+        check_number("adam_epsilon", self.adam_epsilon, 0)
         if self.eval_steps is None:
             self.eval_steps = self.logging_steps
         if self.load_best_model_at_end:
@@ -125,6 +132,33 @@ class MLXTrainingArguments:
                 "load_best_model_at_end needs an evaluation at each checkpoint: set eval_strategy and save_strategy to "
                 "the same value, and save_steps to a multiple of eval_steps."
             )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that determine the result of a training, under their names; None where one is unused.
+
+        Of the evaluations and checkpoints they are those that choose the best model.
+        """
+        names = ["gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1"]
+        names += ["adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_checkpointing", "bf16", "seed"]
+        names += ["batch_tokens", "load_best_model_at_end"]
+        best = self.load_best_model_at_end
+        best_of_steps = best and self.eval_strategy == "steps"
+        used = {
+            "per_device_train_batch_size": self.batch_tokens is None,
+            "num_train_epochs": self.max_steps <= 0,
+            "max_steps": self.max_steps > 0,
+            "eval_strategy": best,
+            "per_device_eval_batch_size": best,
+            "eval_steps": best_of_steps,
+            "save_steps": best_of_steps,
+        }
+        return {
+            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) if is_used else None for name, is_used in used.items()},
+            "warmup_steps": None if self.lr_scheduler_type == "constant" else self.warmup_steps or self.warmup_ratio,
+            "metric_for_best_model": self.best_metric if best else None,
+            "greater_is_better": self.higher_is_better if best else None,
+        }
 
     @property
     def best_metric(self) -> str:

@@ -1,8 +1,8 @@
 """Training checkpoints. Each appears complete or not at all, and a training resumes from it to identical results.
 
 A checkpoint is an ordinary model folder, which `from_pretrained` reads here and in torch, or an adapter folder, with
-two more files: `training.safetensors` contains the trainable weights, the optimizer and the random state;
-`trainer_state.json` contains the progress.
+three more files: `training.safetensors` contains the trainable weights, the optimizer and the random state;
+`trainer_state.json` the progress; `checksums.txt` the checksums of the others.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.write import write_safetensors
 from mlx_esm_hf.errors import CheckpointError, UserError
-from mlx_esm_hf.runtime.files import remove_all_temporary, remove_folder, replace_folder
+from mlx_esm_hf.runs.manifest import CHECKSUMS
+from mlx_esm_hf.runtime.files import finish_replacing, remove_all_temporary, remove_folder, replace_folder
+from mlx_esm_hf.training.checksums import check_files, write_checksums
 
 ARRAYS, STATE = "training.safetensors", "trainer_state.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -42,7 +45,8 @@ class TrainerState:
         log_history: the lines of the log.
         best_metric: metric of the best checkpoint.
         best_model_checkpoint: folder name of the best checkpoint.
-        settings: everything that affects results; resuming with different settings is refused.
+        settings: everything that determines the result; resuming with different settings is refused.
+        frozen: checksum of the parameters that are not trained; None if it was not computed.
     """
 
     global_step: int = 0
@@ -56,11 +60,14 @@ class TrainerState:
     best_metric: float | None = None
     best_model_checkpoint: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    frozen: str | None = None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints in a training folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and (path / STATE).exists()]
+    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    for path in found:
+        finish_replacing(path)
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -76,35 +83,117 @@ def write_checkpoint(folder: Path, state: TrainerState, arrays: Any, save_model:
     path = folder / f"checkpoint-{state.global_step}"
     with replace_folder(path) as part:
         save_model(part)
-        write_safetensors(part / ARRAYS, dict(tree_flatten(arrays)))
+        write_safetensors(part / ARRAYS, dict(sorted(tree_flatten(arrays))))  # equal bytes after resuming
         (part / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        write_checksums(part)
     return path
+
+
+def check_checkpoint(path: Path, advice: str | None = None) -> None:
+    """Check that a folder is a training checkpoint whose files are as they were written.
+
+    Args:
+        path: the checkpoint.
+        advice: what to do about a damaged one, for the message; by default `advice_on`.
+
+    Raises:
+        UserError: it is not a checkpoint, or a file is damaged or missing.
+    """
+    advice = advice or advice_on(path)
+    if not any((path / name).exists() for name in (ARRAYS, STATE, CHECKSUMS)):
+        raise UserError(f"{path} is not a training checkpoint to resume from. {advice}")
+    if not (path / CHECKSUMS).exists():
+        raise UserError(
+            f"{path / CHECKSUMS} not found: the checkpoint is incomplete, or an earlier version wrote it. {advice}"
+        )
+    check_files(path, (ARRAYS, STATE), advice)
+
+
+def advice_on(path: Path) -> str:
+    """Return what to do about a damaged checkpoint."""
+    return f"Remove {path} to resume from the checkpoint before it, or {path.parent} to start again."
 
 
 def read_state(path: Path) -> TrainerState:
     """Return the progress stored in a checkpoint.
 
     Raises:
-        ValueError: the folder is not a training checkpoint.
+        UserError: the folder is not a training checkpoint, a file is damaged, or a value has the wrong type.
     """
+    finish_replacing(path)
+    check_checkpoint(path)
+    file = path / STATE
     try:
-        return TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a training checkpoint to resume from ({error}).") from error
+        state = TrainerState(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}). {advice_on(path)}") from error
+    _check_types(state, path)
+    return state
 
 
-def read_arrays(path: Path) -> Any:
+def _check_types(state: TrainerState, path: Path) -> None:
+    """Raise UserError if a value of a state has the wrong type."""
+    best = state.best_model_checkpoint
+    is_name = isinstance(best, str) and NAME.fullmatch(best) is not None
+    valid = {
+        "log_history": (is_log(state.log_history), "a list of lines with a step"),
+        "best_metric": (state.best_metric is None or is_finite(state.best_metric), "a finite number or null"),
+        "best_model_checkpoint": (best is None or is_name, "the name of a checkpoint or null"),
+        "settings": (isinstance(state.settings, dict), "an object"),
+    }
+    for name in ("global_step", "epochs_done", "epoch_step", "tokens"):
+        value = getattr(state, name)
+        valid[name] = (type(value) is int and value >= 0, "a non-negative integer")
+    for name in ("epoch", "loss_since_log", "total_loss"):
+        valid[name] = (is_finite(getattr(state, name)), "a finite number")
+    for name, (is_valid, what) in valid.items():
+        if not is_valid:
+            value = f"{getattr(state, name)!r:.80}"
+            raise UserError(f"{path / STATE}: {name} must be {what}, got {value}. {advice_on(path)}")
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_log(value: Any) -> bool:
+    """Return whether a value is a list of log lines."""
+    return isinstance(value, list) and all(isinstance(line, dict) and type(line.get("step")) is int for line in value)
+
+
+def read_arrays(path: Path, expected: Any) -> Any:
     """Return the tree of arrays stored in a checkpoint.
 
+    Args:
+        path: the checkpoint.
+        expected: a tree of arrays with the names, shapes and dtypes that the checkpoint must have.
+
     Raises:
-        ValueError: the file is damaged.
+        UserError: the file is damaged, or belongs to a training of other parameters.
     """
+    file = path / ARRAYS
     try:
-        arrays = load_files([str(path / ARRAYS)])
+        arrays = load_files([str(file)])
         mx.eval(arrays)
     except (OSError, CheckpointError, RuntimeError) as error:
-        raise UserError(f"{path / ARRAYS} is damaged ({error}): resume from an earlier checkpoint.") from error
+        raise UserError(f"{file} is damaged ({error}). {advice_on(path)}") from error
+    wanted: dict[str, mx.array] = tree_flatten(expected, destination={})  # type: ignore[assignment]
+    # Weights come first: their names are those of the model's parameters.
+    for name in sorted(wanted.keys() | arrays.keys(), key=lambda name: (not name.startswith("weights."), name)):
+        found, now = (_described(tree, name) for tree in (arrays, wanted))
+        if found != now:
+            raise UserError(
+                f"{file} does not fit this training: {name} is {found} there, {now} here. Resume with the model, the "
+                "adapters and the frozen parameters of the first run."
+            )
     return tree_unflatten(list(arrays.items()))
+
+
+def _described(arrays: dict[str, mx.array], name: str) -> str:
+    if name not in arrays:
+        return "missing"
+    return f"{str(arrays[name].dtype).removeprefix('mlx.core.')} of shape {arrays[name].shape}"
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
+from mlx_esm_hf.checks import check_choice, check_integer, check_number
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.models.auto import MLXAutoModelForSequenceClassification, MLXAutoModelForTokenClassification
-from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, merge_adapters
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
-from mlx_esm_hf.training.metrics import compute_metrics_for
-from mlx_esm_hf.training.run_folder import training_folder
-from mlx_esm_hf.training.tables import TASKS, LabelledProteins, read_table
+from mlx_esm_hf.training.settings import checksum_of_model, content
+from mlx_esm_hf.training.tables import TASKS, LabelledProteins, check_table, read_table
 from mlx_esm_hf.training.token_store import is_held_out
-from mlx_esm_hf.training.trainer import MLXTrainer
 
+if TYPE_CHECKING:
+    from mlx_esm_hf.models.auto import Checkpoint
+
+MOST_RANK = (1 << 16) - 1
 METHODS = ("lora", "dora", "full", "head")
 USUAL_METRICS = {
     "single_label_classification": ("accuracy", "matthews_corrcoef"),
@@ -79,37 +84,71 @@ def finetune(
     Raises:
         ValueError: a table or an argument is invalid, or the output folder contains something else.
     """
-    if train not in METHODS:
-        raise UserError(f"train must be one of {', '.join(METHODS)}, got {train!r}.")
-    if task not in TASKS:
-        raise UserError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
+    check_choice("train", train, METHODS)
+    check_choice("task", task, TASKS)
+    args = MLXTrainingArguments(output, **{"eval_strategy": "epoch", "save_strategy": "epoch"} | arguments)
+    check_integer("rank", rank, 1, MOST_RANK)
+    check_number("alpha", alpha)
+    check_number("dropout", dropout, 0, below=1)
+    columns = {"sequence_column": sequence_column, "label_column": label_column}
+    check_table(table, **columns)
+    if validation is None:
+        check_number("validation_share", validation_share, above=0, below=1)
+    else:
+        check_table(validation, **columns)
+
+    # These imports take seconds, and torch with them.
+    from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+
+    from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, merge_adapters
+    from mlx_esm_hf.training.metrics import compute_metrics_for
+    from mlx_esm_hf.training.run_folder import training_folder
+    from mlx_esm_hf.training.trainer import MLXTrainer
+
+    problem = "regression" if task == "regression" else "single_label_classification"
+    metrics = list(metrics or USUAL_METRICS[problem])
+    compute_metrics = compute_metrics_for(problem, metrics)
+    check_choice("metric_for_best_model", args.best_metric.removeprefix("eval_"), ["loss", *metrics])
     report = report or Report()
     with training_folder(output) as resumes:
-        tokenizer = load_tokenizer(model)
+        checkpoint = open_for(task, model)
+        tokenizer = load_tokenizer(model, **checkpoint.commit)
         vocabulary = Vocabulary(tokenizer, str(model))
-        columns = {"sequence_column": sequence_column, "label_column": label_column}
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=list(target_modules or checkpoint.model_class.adapted),
+            modules_to_save=["classifier"],
+            use_dora=train == "dora",
+            task_type="TOKEN_CLS" if task == "residues" else "SEQ_CLS",
+        )
+        if train in ("lora", "dora"):
+            add_adapters(checkpoint.skeleton(), config)  # refuses unknown layers before the weights are loaded
         data = read_table(table, task, vocabulary, report, **columns)
         if validation is None:
             data, held_out = split_by_sequence(data, validation_share)
         else:
             held_out = read_table(validation, task, vocabulary, report, classes=data.classes, **columns)
-        args = MLXTrainingArguments(output, **{"eval_strategy": "epoch", "save_strategy": "epoch"} | arguments)
-        network = load_model_for(task, model, data.classes, args.seed)
-        check_lengths(data, held_out, network.max_tokens)
+        check_labels(data, held_out, compute_metrics)
+        check_lengths(data, held_out, checkpoint.max_tokens)
+        network = load_model_for(task, model, data.classes, args.seed, **checkpoint.commit)
+        settings = {
+            "training data": content(os.path.basename(table), checksum_of_proteins(data)),
+            "validation data": content(os.path.basename(validation or table), checksum_of_proteins(held_out)),
+            "model": content(str(model), checksum_of_model(network)),
+            "task": task,
+            "train": train,
+            "merge": merge,
+            "validation_share": None if validation is not None else validation_share,
+            "sequence_column": sequence_column,
+            "label_column": label_column,
+            "metrics": metrics,
+        }
         if train in ("lora", "dora"):
-            config = LoraConfig(
-                r=rank,
-                lora_alpha=alpha,
-                lora_dropout=dropout,
-                target_modules=list(target_modules or network.adapted),
-                modules_to_save=["classifier"],
-                use_dora=train == "dora",
-                task_type="TOKEN_CLS" if task == "residues" else "SEQ_CLS",
-            )
             add_adapters(network, config)
         elif train == "head":
             network.base_model.freeze()
-        problem = "regression" if task == "regression" else "single_label_classification"
         collator = DataCollatorForTokenClassification if task == "residues" else DataCollatorWithPadding
         trainer = MLXTrainer(
             network,
@@ -118,8 +157,9 @@ def finetune(
             train_dataset=data,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            compute_metrics=compute_metrics_for(problem, metrics or USUAL_METRICS[problem]),
+            compute_metrics=compute_metrics,
         )
+        trainer.settings = settings
         trainer.train(resume_from_checkpoint=resumes)
         results = trainer.evaluate()
         if merge and train in ("lora", "dora"):
@@ -128,12 +168,22 @@ def finetune(
     return results
 
 
-def load_model_for(task: str, model: str, classes: Sequence[str], seed: int) -> Any:
+def open_for(task: str, model: str) -> Checkpoint:
+    """Read and check the config of a model to fine-tune, but not its weights."""
+    from mlx_esm_hf.models import auto
+
+    cls = auto.MLXAutoModelForTokenClassification if task == "residues" else auto.MLXAutoModelForSequenceClassification
+    return auto.open_checkpoint(cls, model)
+
+
+def load_model_for(task: str, model: str, classes: Sequence[str], seed: int, **commit: str) -> Any:
     """Load a model with a new head for these classes, or for a number. Equal seeds give equal heads."""
+    from mlx_esm_hf.models.auto import MLXAutoModelForSequenceClassification, MLXAutoModelForTokenClassification
+
     mx.random.seed(seed)
     if task == "regression":
         return MLXAutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=1, problem_type="regression", ignore_mismatched_sizes=True
+            model, num_labels=1, problem_type="regression", ignore_mismatched_sizes=True, report=False, **commit
         )
     cls = MLXAutoModelForTokenClassification if task == "residues" else MLXAutoModelForSequenceClassification
     names = dict(enumerate(classes))
@@ -143,7 +193,17 @@ def load_model_for(task: str, model: str, classes: Sequence[str], seed: int) -> 
         id2label=names,
         label2id={name: index for index, name in names.items()},
         ignore_mismatched_sizes=True,
+        report=False,  # it would list the parameters of the new head
+        **commit,
     )
+
+
+def checksum_of_proteins(data: LabelledProteins) -> str:
+    """Return a checksum of labelled proteins: of their token ids, labels and classes, in their order."""
+    digest = hashlib.sha256(json.dumps(data.classes).encode())
+    for ids, label in zip(data.ids, data.labels, strict=True):
+        digest.update(f"{len(ids)} {json.dumps(label)};".encode() + ids.tobytes())
+    return digest.hexdigest()
 
 
 def split_by_sequence(data: LabelledProteins, share: float) -> tuple[LabelledProteins, LabelledProteins]:
@@ -163,6 +223,34 @@ def split_by_sequence(data: LabelledProteins, share: float) -> tuple[LabelledPro
             "set another share, or provide a validation table."
         )
     return data.subset(np.flatnonzero(~held_out).tolist()), data.subset(np.flatnonzero(held_out).tolist())
+
+
+def check_labels(
+    data: LabelledProteins, held_out: LabelledProteins, compute_metrics: Callable[[Any], dict[str, float]]
+) -> None:
+    """Check that the training data have two classes and that the metrics are defined for the validation data.
+
+    Raises:
+        UserError: they are not.
+    """
+    present = set(data.flat_labels.tolist()) - {IGNORE_INDEX}
+    if data.classes and len(present) < 2:
+        only = f"only the class {data.classes[present.pop()]!r}" if present else "no labels"
+        raise UserError(
+            f"After the split, the training part contains {only}: set another validation share, or provide a "
+            "validation table."
+        )
+    labels = held_out.flat_labels
+    guesses = np.arange(len(labels))[:, None] * np.ones(max(1, len(data.classes)))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compute_metrics(SimpleNamespace(predictions=guesses, label_ids=labels))
+    except UserError as error:
+        raise UserError(
+            f"The validation data do not suit the metrics: {error} Or set another validation share, or provide another "
+            "validation table."
+        ) from None
 
 
 def check_lengths(data: LabelledProteins, held_out: LabelledProteins, max_tokens: int | None) -> None:

@@ -18,9 +18,10 @@ from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
-from mlx_esm_hf.training.checkpoints import TrainerState, read_arrays, read_state
+from mlx_esm_hf.training.checkpoints import STATE, TrainerState, advice_on, read_arrays, read_state
 from mlx_esm_hf.training.datasets import batches_by_rows, batches_by_tokens, shuffled_items
 from mlx_esm_hf.training.optimizer import AdamW
+from mlx_esm_hf.training.settings import differences
 
 Batch = dict[str, np.ndarray]
 
@@ -48,9 +49,9 @@ class TrainingLoop:
         data: the training data set.
         collate: makes a batch from the data set and the indices of its items.
         compute_loss: returns the mean loss over the labels of a batch.
+        state: the progress, which a checkpoint stores: that of a new training, with its settings.
 
     Attributes:
-        state: the progress, which a checkpoint stores.
         steps: optimizer steps in total.
         batches_per_step: batches of one optimizer step on all ranks together.
     """
@@ -62,12 +63,13 @@ class TrainingLoop:
         data: Any,
         collate: Callable[[Any, np.ndarray], Batch],
         compute_loss: Callable[[Any, dict[str, mx.array]], mx.array],
+        state: TrainerState,
     ):
         self.model, self.args, self.data = model, args, data
-        self.collate, self.compute_loss = collate, compute_loss
+        self.collate, self.compute_loss, self.state = collate, compute_loss, state
         self.lengths = None if args.batch_tokens is None else token_lengths(data)
         self.batches_per_step = args.gradient_accumulation_steps * distributed.size()
-        epoch_steps = math.ceil(len(self.batches(0)) / self.batches_per_step)
+        epoch_steps = self.steps_of(self.batches(0))
         self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
         self.optimizer = AdamW(
             model.trainable_parameters(),
@@ -77,7 +79,6 @@ class TrainingLoop:
             args.weight_decay,
             args.max_grad_norm,
         )
-        self.state = TrainerState(settings=self._settings())
 
     def run(self) -> Iterator[StepResult]:
         """Train to the last step. After each step, `state` is up to date and the measurements are yielded."""
@@ -87,7 +88,7 @@ class TrainingLoop:
             if hasattr(self.data, "set_epoch"):
                 self.data.set_epoch(state.epochs_done)
             batches = self.batches(state.epochs_done)
-            epoch_steps = math.ceil(len(batches) / self.batches_per_step)
+            epoch_steps = self.steps_of(batches)
             for step in range(state.epoch_step, epoch_steps):
                 first = step * self.batches_per_step
                 result = self.step(batches[first : first + self.batches_per_step])
@@ -100,13 +101,23 @@ class TrainingLoop:
                     return
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the item indices of each batch of an epoch."""
+        """Return the item indices of each batch of an epoch.
+
+        Raises:
+            UserError: the epoch has no items.
+        """
         data, args = self.data, self.args
         items = data.order(args.seed, epoch) if hasattr(data, "order") else shuffled_items(len(data), args.seed, epoch)
+        if not len(items):
+            raise UserError(f"Epoch {epoch} of the training data has no items: the sampling weights leave none.")
         if self.lengths is None or args.batch_tokens is None:
             return batches_by_rows(items, args.per_device_train_batch_size)
         rng = np.random.default_rng((args.seed, epoch, 1))
         return batches_by_tokens(items, self.lengths, args.batch_tokens, rng)
+
+    def steps_of(self, batches: Sequence[np.ndarray]) -> int:
+        """Return the number of optimizer steps of an epoch with these batches."""
+        return math.ceil(len(batches) / self.batches_per_step)
 
     def step(self, items: Sequence[np.ndarray]) -> StepResult:
         """Update the weights once.
@@ -159,25 +170,41 @@ class TrainingLoop:
         """Load weights, optimizer, random state and progress of a checkpoint.
 
         Raises:
-            UserError: the folder is not a training checkpoint, is damaged, or was trained with other settings.
+            UserError: the folder is not a training checkpoint, is damaged, or belongs to a training with other
+                settings, parameters or frozen weights.
         """
         state = read_state(checkpoint)
-        differences = [
-            f"{name}: {state.settings.get(name)!r} there, {value!r} here"
-            for name, value in self.state.settings.items()
-            if state.settings.get(name) != value
-        ]
-        if differences:
+        if changed := differences(state.settings, self.state.settings):
             raise UserError(
-                f"{checkpoint} was trained with other settings ({'; '.join(differences)}). Resume with the same "
-                "settings, or start a new training from its weights."
+                f"{checkpoint} belongs to a training with other settings ({', '.join(changed)}). Resume with the same "
+                "settings, or choose another output."
             )
+        arrays = read_arrays(checkpoint, self.arrays())
+        if state.frozen != self.state.frozen:
+            raise UserError(
+                f"{checkpoint} belongs to a training with other frozen parameters. Resume with the same model, or "
+                "choose another output."
+            )
+        self._check_progress(state, checkpoint)
         self.state = state
-        arrays = read_arrays(checkpoint)
         self.model.update(arrays["weights"])
         self.optimizer.state = arrays["optimizer"]
         high, low = arrays["random"].tolist()
         mx.random.seed(high << 32 | low)  # MLX stores the seed as it is, so this restores the state
+
+    def _check_progress(self, state: TrainerState, checkpoint: Path) -> None:
+        """Raise UserError if the progress of a checkpoint is not possible in this training."""
+
+        def check(name: str, limit: int) -> None:
+            if getattr(state, name) > limit:
+                raise UserError(
+                    f"{checkpoint / STATE}: {name} must be at most {limit}, got {getattr(state, name)}. "
+                    f"{advice_on(checkpoint)}"
+                )
+
+        check("global_step", self.steps)
+        check("epochs_done", state.global_step)
+        check("epoch_step", min(state.global_step, self.steps_of(self.batches(state.epochs_done)) - 1))
 
     def arrays(self) -> dict[str, Any]:
         """Return the tree of arrays that a checkpoint stores."""
@@ -198,21 +225,23 @@ class TrainingLoop:
         """Return the loss of a step and its gradients, averaged over the labels of all batches and ranks.
 
         A batch counts by its number of labels, so the result does not depend on how a step is divided into batches.
+        One without labels, whose mean loss is NaN, is not computed. A step without labels has loss 0 and gradients 0.
         """
+        batches = [batch for batch in batches if label_count(batch)]
         labels = distributed.all_sum(sum(label_count(batch) for batch in batches))
         loss: Any = mx.array(0.0)
         gradients: Any = None
         for batch in batches:
-            weight = mx.array(label_count(batch) * distributed.size() / max(1, labels))
+            weight = mx.array(label_count(batch) * distributed.size() / labels)
             batch_loss, batch_gradients = self._loss_and_gradients(to_mlx(batch), weight)
             loss = loss + batch_loss
             gradients = batch_gradients if gradients is None else tree_map(mx.add, gradients, batch_gradients)
             if len(batches) > 1:
                 mx.eval(loss, gradients)
+        if gradients is None:
+            gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())
         if distributed.size() > 1:
-            if gradients is None:
-                gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())
-            gradients = nn.average_gradients(gradients)
+            gradients = distributed.average_gradients(gradients)
             loss = distributed.all_sum_array(loss) / distributed.size()
         return loss, gradients
 
@@ -227,18 +256,6 @@ class TrainingLoop:
             loss = self.compute_loss(self.model, inputs)
         return loss.astype(mx.float32) * weight
 
-    def _settings(self) -> dict[str, Any]:
-        """Return everything that affects the results."""
-        args = self.args
-        names = ["learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"]
-        names += ["max_grad_norm", "bf16", "seed", "batch_tokens"]
-        return {name: getattr(args, name) for name in names} | {
-            "batch_size": args.per_device_train_batch_size if args.batch_tokens is None else None,
-            "batches": self.batches_per_step,
-            "steps": self.steps,
-            "items": len(self.data),
-        }
-
 
 def token_lengths(data: Any) -> np.ndarray:
     """Return the number of tokens of each item of a data set, int [items]."""
@@ -249,8 +266,13 @@ def token_lengths(data: Any) -> np.ndarray:
 
 
 def label_count(batch: Mapping[str, np.ndarray]) -> int:
-    """Return the number of labels that take part in the loss of a batch."""
-    return int((batch["labels"] != IGNORE_INDEX).sum()) if "labels" in batch else 0
+    """Return the number of labels that take part in the loss of a batch; its rows if it has no column of labels."""
+    labels = batch.get("labels")
+    if labels is None:
+        return len(next(iter(batch.values())))
+    if np.issubdtype(labels.dtype, np.floating):  # every number is a label, even −100
+        return labels.size
+    return int((labels != IGNORE_INDEX).sum())
 
 
 def token_count(batch: Mapping[str, np.ndarray]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_esm_hf.checks import suggestion
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 
@@ -61,8 +62,11 @@ def compute_metrics_for(problem_type: str, metrics: Sequence[str]) -> Callable[[
         raise UserError(f"problem_type must be one of {', '.join(METRICS)}, got {problem_type!r}.")
     for name in metrics:
         if ALIASES.get(name, name) not in METRICS[problem_type]:
-            known = ", ".join(METRICS[problem_type])
-            raise UserError(f"Metric {name!r} not found for {problem_type}. It must be one of {known}.")
+            known = METRICS[problem_type]
+            raise UserError(
+                f"Metric {name!r} not found for {problem_type}. It must be one of {', '.join(known)}."
+                f"{suggestion(name, known)}"
+            )
     try:
         import scipy.stats  # noqa: F401
         import sklearn.metrics  # noqa: F401

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from transformers.trainer_utils import TrainOutput
 
+from mlx_esm_hf.checks import check_integer, check_number
 from mlx_esm_hf.data.proteins import Report
+from mlx_esm_hf.data.source import check_fasta, is_stream
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
-from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig
-from mlx_esm_hf.models.esm.modeling_esm import MLXEsmForMaskedLM
-from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
-from mlx_esm_hf.training.datasets import MaskedProteins, pad
-from mlx_esm_hf.training.run_folder import DATA, training_folder
-from mlx_esm_hf.training.token_store import open_store, split
-from mlx_esm_hf.training.trainer import MLXTrainer
+from mlx_esm_hf.training.settings import checksum_of_model, content
+from mlx_esm_hf.training.token_store import TokenStore, open_store, split
+
+if TYPE_CHECKING:  # these imports take seconds, and torch with them
+    from transformers.trainer_utils import TrainOutput
+
+    from mlx_esm_hf.models.esm.modeling_esm import MLXEsmForMaskedLM
+
+MOST_LAYERS, MOST_WIDTH = 1000, 1 << 20  # of a new model
 
 
 def new_model(layers: int, hidden_size: int, heads: int, seed: int = 0) -> tuple[MLXEsmForMaskedLM, Any]:
@@ -34,7 +38,15 @@ def new_model(layers: int, hidden_size: int, heads: int, seed: int = 0) -> tuple
         hidden_size: width of the hidden states; must be a multiple of 2 × heads.
         heads: number of attention heads.
         seed: seed of the weights.
+
+    Raises:
+        UserError: a size is invalid.
     """
+    from mlx_esm_hf.models.esm.configuration_esm import MLXEsmConfig
+    from mlx_esm_hf.models.esm.modeling_esm import MLXEsmForMaskedLM
+    from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
+
+    check_shape(layers, hidden_size, heads)
     mx.random.seed(seed)
     tokenizer = esm2_tokenizer()
     config = MLXEsmConfig(  # type: ignore[call-arg]
@@ -52,6 +64,19 @@ def new_model(layers: int, hidden_size: int, heads: int, seed: int = 0) -> tuple
         attention_probs_dropout_prob=0.0,
     )
     return MLXEsmForMaskedLM(config), tokenizer
+
+
+def check_shape(layers: int, hidden_size: int, heads: int) -> None:
+    """Check the sizes of a new model.
+
+    Raises:
+        UserError: a size is not an integer within bounds, or the hidden size does not suit the heads.
+    """
+    check_integer("layers", layers, 1, MOST_LAYERS)
+    check_integer("hidden_size", hidden_size, 1, MOST_WIDTH)
+    check_integer("heads", heads, 1, MOST_WIDTH)
+    if hidden_size % (2 * heads):
+        raise UserError(f"hidden_size must be a multiple of twice the number of heads ({heads}), got {hidden_size}.")
 
 
 def pretrain(
@@ -89,21 +114,37 @@ def pretrain(
             something else.
     """
     report = report or Report()
-    if weights is not None and (len(weights) != len(proteins) or min(weights) < 0 or sum(weights) <= 0):
+    args = MLXTrainingArguments(output, **arguments)
+    for weight in weights or ():
+        check_number("weights", weight, 0)
+    if weights is not None and (len(weights) != len(proteins) or not 0 < sum(weights) < math.inf):
         raise UserError(
-            f"Expected a non-negative weight for each of the {len(proteins)} files, not all of them 0, "
+            f"weights must be a non-negative number for each of the {len(proteins)} files, not all of them 0, "
             f"got {list(weights)}."
         )
-    if not 0 <= validation_share < 1:
-        raise UserError(f"validation_share must be in [0, 1), got {validation_share}.")
+    check_number("validation_share", validation_share, 0, below=1)
+    check_integer("context", context, 3)
+    for path in [*proteins, *([] if validation is None else [validation])]:
+        if is_stream(os.fspath(path)):
+            raise UserError(f"{path} must be a FASTA file: training cannot read proteins from anything else.")
+        check_fasta(os.fspath(path))
+
+    from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM, open_checkpoint
+    from mlx_esm_hf.training.datasets import MaskedProteins, pad
+    from mlx_esm_hf.training.run_folder import DATA, training_folder
+    from mlx_esm_hf.training.trainer import MLXTrainer
+
+    origin: Any
     with training_folder(output) as resumes:
-        args = MLXTrainingArguments(output, **arguments)
         if isinstance(model, tuple):
             network, tokenizer = new_model(*model, seed=args.seed)
+            origin = f"a new one of shape {','.join(map(str, model))}"
+            known: Any = network
         else:
-            network, tokenizer = MLXAutoModelForMaskedLM.from_pretrained(model), load_tokenizer(model)
-        vocabulary = Vocabulary(tokenizer, "this model")
-        context = min(context, network.max_tokens or context)
+            known = open_checkpoint(MLXAutoModelForMaskedLM, model)
+            network, tokenizer = None, load_tokenizer(model, **known.commit)
+        vocabulary = Vocabulary(tokenizer, "this model" if isinstance(model, tuple) else model)
+        context = min(context, known.max_tokens or context)
         folder = Path(output) / DATA
         stores = [open_store(path, folder / str(i), vocabulary, report) for i, path in enumerate(proteins)]
         share = 0.0 if validation is not None else validation_share
@@ -113,6 +154,9 @@ def pretrain(
             store = open_store(validation, folder / "validation", vocabulary, report)
             held_out = [(store, np.arange(len(store)))]
         training = [(store, indices) for store, (indices, _) in zip(stores, parts, strict=True)]
+        if network is None:
+            network = known.load()
+            origin = content(str(model), checksum_of_model(network))
         trainer = MLXTrainer(
             network,
             args,
@@ -121,6 +165,20 @@ def pretrain(
             eval_dataset=MaskedProteins(held_out, vocabulary, context, args.seed + 1) if held_out else None,
             processing_class=tokenizer,
         )
+        trainer.settings = {
+            "training data": contents(proteins, stores),
+            "validation data": contents([validation], [held_out[0][0]]) if validation else contents(proteins, stores),
+            "validation_share": None if validation is not None else validation_share,
+            "weights": None if weights is None else list(weights),
+            "context": context,
+            "model": origin,
+        }
         result = trainer.train(resume_from_checkpoint=resumes)
         trainer.save_model()
     return result
+
+
+def contents(paths: Sequence[str | os.PathLike[str]], stores: Sequence[TokenStore]) -> dict[str, str]:
+    """Return the setting for FASTA files: their names and the checksum of their proteins."""
+    names = ", ".join(os.path.basename(path) for path in paths)
+    return content(names, hashlib.sha256(" ".join(store.sha256 for store in stores).encode()).hexdigest())

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mlx_esm_hf.data.proteins import Report, clean
+from mlx_esm_hf.data.source import check_file
+from mlx_esm_hf.data.tables import TEXT, open_table
 from mlx_esm_hf.data.vocabulary import Vocabulary
-from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.errors import UserError, quoted
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 
 TASKS = ("classification", "regression", "residues")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 UNLABELLED = "-"  # in per-residue labels
+# {task: what a column of labels may contain}
+LABEL_TYPES = {
+    "classification": (TEXT, "integers", "booleans"),
+    "regression": ("integers", "numbers", TEXT),
+    "residues": (TEXT,),
+}
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
+LARGEST = 1e18  # its square, in the loss, must fit into float32
+TWO_CLASSES = "Classification needs at least two. For numbers, use the task regression."
 
 
 class LabelledProteins:
@@ -43,6 +52,11 @@ class LabelledProteins:
         """Return a data set of the proteins with these indices."""
         sequences, labels = ([values[i] for i in indices] for values in (self.sequences, self.labels))
         return LabelledProteins(sequences, labels, self.classes, self.vocabulary)
+
+    @property
+    def flat_labels(self) -> np.ndarray:
+        """All labels in one array: [proteins], or [residues] if each residue has one."""
+        return np.hstack(self.labels)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -79,35 +93,76 @@ def read_table(
         label_column: the column of the labels.
         classes: classes of the training data, when reading validation data. A row with another label is skipped.
 
+    Rows with the same sequence may have different labels.
+
     Raises:
-        ValueError: the file type is unknown, a column is missing, or no row is valid.
+        UserError: the file cannot be read (see `open_table`), a column has the wrong type, no row is valid, or all
+            labels are of one class.
     """
     if task not in TASKS:
         raise UserError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
+    table = open_table(path, sequence=sequence_column, label=label_column)
+    _check_type(path, sequence_column, table.types[sequence_column], (TEXT,))
+    _check_type(path, label_column, table.types[label_column], LABEL_TYPES[task])
     sequences: list[str] = []
     texts: list[str] = []
-    for place, sequence, label in _rows(path, sequence_column, label_column):
+    left_out = len(report.left_out)
+    for place, row in table.rows:
         try:
-            cleaned = clean(sequence, report=report)
-            length = len(vocabulary.encode(cleaned))
-            if not label.strip():
-                raise UserError("has no label")
-            if task == "residues" and len(label) != length:
-                raise UserError(f"has {length} residues and {len(label)} labels")
-            if task == "regression" and not np.isfinite(float(label)):
-                raise UserError(f"has the label {label!r}, which is not a finite number")
-            known = set(classes or [])
-            if classes and task != "regression" and (unknown := _names(label, task) - known):
-                raise UserError(f"has the label {min(unknown)!r}, which is not a class of the training data")
-        except ValueError as error:
+            sequences.append(_checked(row[sequence_column], row[label_column], task, vocabulary, report, classes))
+            texts.append(row[label_column])
+        except UserError as error:
             report.leave_out(f"{place}: {error}.")
-            continue
-        sequences.append(cleaned)
-        texts.append(label)
     if not sequences:
-        raise UserError("\n".join([f"{path} contains no valid labelled proteins.", *report.left_out]))
-    names = list(classes) if classes else sorted(set().union(*(_names(label, task) for label in texts)))
-    return LabelledProteins(sequences, _labels(texts, task, names), names if task != "regression" else [], vocabulary)
+        messages = report.left_out[left_out:]
+        more = [f"and {len(messages) - 10} more."] if len(messages) > 10 else []
+        raise UserError("\n".join([f"{path} contains no valid labelled proteins.", *messages[:10], *more]))
+    found = sorted(set().union(*(_names(label, task) for label in texts)))
+    if task == "residues" and not found:
+        raise UserError(f"{path} has no label for any residue: all are {UNLABELLED}.")
+    if task != "regression" and not classes and len(found) < 2:
+        raise UserError(f"{path} contains only the class {found[0]!r}. {TWO_CLASSES}")
+    names = list(classes or found)
+    return LabelledProteins(sequences, _labels(texts, task, names), names, vocabulary)
+
+
+def _check_type(path: str | os.PathLike[str], column: str, kind: str, allowed: Sequence[str]) -> None:
+    if kind not in allowed:
+        *first, last = allowed
+        choices = f"{', '.join(first)} or {last}" if first else last
+        raise UserError(f"{path}: column {column!r} must contain {choices}, got {kind}.")
+
+
+def _checked(
+    sequence: str, label: str, task: str, vocabulary: Vocabulary, report: Report, classes: Sequence[str] | None
+) -> str:
+    """Return the cleaned sequence of a row.
+
+    Raises:
+        UserError: the sequence or the label is invalid.
+    """
+    gaps = report.gaps
+    cleaned = clean(sequence, report=report)
+    length = len(vocabulary.encode(cleaned))
+    if not label.strip():
+        raise UserError("has no label")
+    if task == "residues" and len(label) != length:
+        advice = ". Gaps in the sequence have no label" if report.gaps > gaps else ""
+        raise UserError(f"has {length} residues and {len(label)} labels{advice}")
+    if task == "regression":
+        _check_number(label)
+    elif unknown := _names(label, task) - set(classes or _names(label, task)):
+        raise UserError(f"has the label {min(unknown)!r}, which is not a class of the training data")
+    return cleaned
+
+
+def _check_number(label: str) -> None:
+    if not NUMBER.fullmatch(label.strip()):
+        raise UserError(f"has the label {quoted(label)}, which is not a number")
+    if not np.isfinite(float(label)):
+        raise UserError(f"has the label {quoted(label)}, which is not a finite number")
+    if abs(float(label)) > LARGEST:
+        raise UserError(f"has the label {quoted(label)}, which is too large. Scale the labels")
 
 
 def _names(label: str, task: str) -> set[str]:
@@ -126,32 +181,11 @@ def _labels(texts: list[str], task: str, names: list[str]) -> list[Any]:
     return [index_of[text.strip()] for text in texts]
 
 
-def _rows(path: str | os.PathLike[str], sequence: str, label: str) -> Iterator[tuple[str, str, str]]:
-    """Yield place, sequence and label of each row, as text."""
-    suffix = Path(path).suffix
-    if suffix == ".parquet":
-        import pyarrow.parquet as parquet
+def check_table(path: str | os.PathLike[str], *, sequence_column: str, label_column: str) -> None:
+    """Refuse a path that is not a table with these columns, before anything slow.
 
-        names, table = parquet.read_schema(path).names, None
-        _require(path, names, sequence, label)
-        table = parquet.read_table(path, columns=list(dict.fromkeys([sequence, label])))
-        for number, row in enumerate(table.to_pylist(), 1):
-            texts = ("" if row[name] is None else str(row[name]) for name in (sequence, label))
-            yield (f"{path}, row {number}", *texts)  # type: ignore[misc]
-    elif suffix in DELIMITERS:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=DELIMITERS[suffix], strict=True)
-            _require(path, reader.fieldnames or [], sequence, label)
-            try:
-                for row in reader:
-                    yield f"{path}, line {reader.line_num}", row[sequence] or "", row[label] or ""
-            except csv.Error as error:
-                raise UserError(f"{path}, line {reader.line_num}: {error}.") from error
-    else:
-        raise UserError(f"{path}: the file name of a table must end in .csv, .tsv or .parquet.")
-
-
-def _require(path: str | os.PathLike[str], names: Sequence[str], *wanted: str) -> None:
-    for name in wanted:
-        if name not in names:
-            raise UserError(f"Column {name!r} not found in {path}. It has {', '.join(names)}.")
+    Raises:
+        ValueError: the file is not found, has another suffix, or lacks a column.
+    """
+    check_file(path, "a .csv, .tsv or .parquet table")
+    open_table(path, sequence=sequence_column, label=label_column)

@@ -1,7 +1,8 @@
 """Token ids of proteins on disk: FASTA is parsed once, and proteins are then read by index from memory-mapped files.
 
 A store is a folder: `tokens.bin` contains the ids of all proteins, concatenated; `ends.npy` the end of each protein;
-`hashes.npy` a hash of each sequence, which decides the split; `store.json` what the store was made from.
+`hashes.npy` a hash of each sequence, which decides the split; `store.json` what the store was made from;
+`checksums.txt` the checksums of the others.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import STDIN, Proteins, read_proteins, sha256_of
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.runs.manifest import CHECKSUMS, read_checksums
 from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.runtime.files import remove_temporary, replace_folder
+from mlx_esm_hf.training.checksums import check_files, write_checksums
 
 DESCRIPTION = "store.json"
+FILES = ("tokens.bin", "ends.npy", "hashes.npy", DESCRIPTION)
 
 
 class TokenStore:
@@ -34,6 +38,7 @@ class TokenStore:
     Attributes:
         lengths: residues of each protein, int64 [proteins].
         hashes: hash of each sequence, uint64 [proteins].
+        sha256: checksum of all sequences in their order.
     """
 
     def __init__(self, folder: Path):
@@ -42,6 +47,8 @@ class TokenStore:
         self._ids = np.memmap(folder / "tokens.bin", description["dtype"], mode="r")
         self.lengths = np.diff(self._ends, prepend=0)
         self.hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+        checksums = read_checksums(folder / CHECKSUMS)
+        self.sha256 = hashlib.sha256(f"{checksums['tokens.bin']} {checksums['ends.npy']}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -62,7 +69,7 @@ def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabul
         report: collects what was changed and which proteins were skipped, if the file is read.
 
     Raises:
-        ValueError: the file is not found, is not FASTA, or contains no proteins.
+        ValueError: the file is not found, is not FASTA, or contains no proteins, or the store is damaged.
     """
     distributed.on_rank_0(lambda: _make_store(source, folder, vocabulary, report))
     return TokenStore(folder)
@@ -71,13 +78,15 @@ def open_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabul
 def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabulary, report: Report) -> None:
     if source == STDIN or not os.path.isfile(source):
         raise UserError(f"{source} must be a FASTA file: training cannot read proteins from anything else.")
-    wanted = {"sha256": sha256_of(source), "vocabulary": sorted(vocabulary.ids.items()), "version": 1}
+    wanted = {"sha256": sha256_of(source), "vocabulary": sorted(vocabulary.ids.items()), "version": 2}
     wanted = json.loads(json.dumps(wanted))
     try:
         existing = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         existing = {}
-    if any(existing.get(key) != value for key, value in wanted.items()):
+    if isinstance(existing, dict) and all(existing.get(key) == value for key, value in wanted.items()):
+        check_files(folder, FILES, f"Remove {folder}: it is made again from {source}.")
+    else:
         remove_temporary(folder)
         with replace_folder(folder) as part:
             _write_store(source, part, vocabulary, report, wanted)
@@ -105,6 +114,7 @@ def _write_store(
     np.save(folder / "ends.npy", np.frombuffer(ends, np.int64))
     np.save(folder / "hashes.npy", np.frombuffer(hashes, np.uint64))
     (folder / DESCRIPTION).write_text(json.dumps(wanted | {"dtype": dtype.name}), encoding="utf-8")
+    write_checksums(folder)
 
 
 def split(store: TokenStore, share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -5,27 +5,35 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from transformers import DataCollatorWithPadding, default_data_collator
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
 
+from mlx_esm_hf.checkpoint.write import stale_weights
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel, module_at
+from mlx_esm_hf.quantization.layers import layers, spec_of
 from mlx_esm_hf.runtime import distributed
-from mlx_esm_hf.runtime.files import replace_file
+from mlx_esm_hf.runtime.device import device_name
+from mlx_esm_hf.runtime.files import replace_file, replace_files
 from mlx_esm_hf.training.adapters import has_adapters, save_adapter
+from mlx_esm_hf.training.adapters.model import adapted_layers
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.checkpoints import (
     TrainerState,
+    check_checkpoint,
     checkpoints_in,
     read_arrays,
     remove_parts,
@@ -36,8 +44,12 @@ from mlx_esm_hf.training.datasets import batches_by_rows
 from mlx_esm_hf.training.loop import Batch, StepResult, TrainingLoop, label_count, to_mlx
 from mlx_esm_hf.training.optimizer import AdamW
 from mlx_esm_hf.training.progress import TrainingBar
+from mlx_esm_hf.training.settings import checksum_of_arrays, checksum_of_items, config_settings, content
 
 LOG = "log.jsonl"
+
+# Names, in messages, of fields of `LoraConfig`: those of the options of `mlx-esm finetune`.
+ADAPTER_OPTIONS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
 class MLXTrainer:
@@ -54,6 +66,8 @@ class MLXTrainer:
         compute_metrics: a function from transformers' `EvalPrediction` (predictions, label_ids) to {name: number}.
 
     Attributes:
+        settings: JSON values that determine the result besides what the trainer knows, by name. Checkpoints store them,
+            and resuming with others is refused.
         state: the progress of the training.
         optimizer: the optimizer of the last call of `train`.
 
@@ -82,6 +96,7 @@ class MLXTrainer:
         if data_collator is None and processing_class is not None:
             data_collator = DataCollatorWithPadding(processing_class, return_tensors="np")
         self.data_collator = data_collator or (lambda items: default_data_collator(items, return_tensors="np"))
+        self.settings: dict[str, Any] = {}
         self.state = TrainerState()
         self.optimizer: AdamW | None = None
         self.folder = Path(self.args.output_dir)
@@ -116,7 +131,8 @@ class MLXTrainer:
                 if loop.is_due(args.save_strategy, args.save_steps):
                     self._save_checkpoint(loop, metric)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.model.update(read_arrays(self.folder / state.best_model_checkpoint)["weights"])
+            self._check_best(state)
+            self.model.update(read_arrays(self.folder / state.best_model_checkpoint, loop.arrays())["weights"])
         self.model.eval()
         if args.push_to_hub:
             self.push_to_hub()
@@ -140,6 +156,7 @@ class MLXTrainer:
             raise UserError("There are no training data: give MLXTrainer a train_dataset that is not empty.")
         for part in self.model.without_loss:  # weight decay would shrink these, as no gradient counters it
             module_at(self.model.base_model, part.rstrip(".")).freeze()
+        refuse_quantized(self.model)
         if not tree_flatten(self.model.trainable_parameters()):
             raise UserError("All parameters are frozen: unfreeze some (model.unfreeze()), or add adapters.")
         distributed.on_rank_0(lambda: self.folder.mkdir(parents=True, exist_ok=True))
@@ -148,19 +165,66 @@ class MLXTrainer:
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.model.update(tree_map(lambda x: x.astype(mx.float32), self.model.trainable_parameters()))
-        loop = TrainingLoop(self.model, self.args, self.train_dataset, self._collate, self.compute_loss)
+        state = self._new_state() if resume or self.args.save_strategy != "no" else TrainerState()
+        loop = TrainingLoop(self.model, self.args, self.train_dataset, self._collate, self.compute_loss, state)
         if resume:
             loop.resume(self._last_checkpoint() if resume is True else Path(resume))
+            self._check_best(loop.state)
         self.state, self.optimizer = loop.state, loop.optimizer
         if resume:
             self._rewrite_log()
         return loop
+
+    def _new_state(self) -> TrainerState:
+        """Return the state of a new training: its settings and its frozen parameters, which resuming compares."""
+        settings = self.args.settings() | config_settings(self.model.config)
+        settings |= {"model class": type(self.model).__name__, "ranks": distributed.size(), "device": device_name()}
+        if has_adapters(self.model):
+            config = asdict(next(iter(adapted_layers(self.model).values())).config)
+            settings |= {ADAPTER_OPTIONS.get(name, name): value for name, value in config.items()}
+        if "training data" not in self.settings:
+            settings |= self._data_settings()
+        settings |= self.settings
+        frozen = None if "model" in self.settings else checksum_of_arrays(self._frozen_parameters())
+        return TrainerState(settings=json.loads(json.dumps(settings)), frozen=frozen)
+
+    def _frozen_parameters(self) -> dict[str, mx.array]:
+        """Return {name: array} of the parameters that are not trained and that the loss depends on."""
+        parameters, trained = (
+            tree_flatten(tree, destination={}) for tree in (self.model.parameters(), self.model.trainable_parameters())
+        )
+        without_loss = tuple(self.model.without_loss)
+        prefix = f"{self.model.base_model_prefix}."
+        return {
+            name: array
+            for name, array in parameters.items()
+            if name not in trained and not name.removeprefix(prefix).startswith(without_loss)
+        }
+
+    def _data_settings(self) -> dict[str, Any]:
+        """Return the settings for the data, as far as their items can be compared."""
+        sets = {"training data": self.train_dataset}
+        if self.args.load_best_model_at_end:
+            sets["validation data"] = self.eval_dataset
+        settings: dict[str, Any] = {}
+        for name, data in sets.items():
+            if hasattr(data, "set_epoch"):
+                data.set_epoch(0)
+            checksum = None if data is None else checksum_of_items(data, self._columns)
+            settings[name] = None if checksum is None else content("", checksum)
+        return settings
 
     def _last_checkpoint(self) -> Path:
         found = checkpoints_in(self.folder)
         if not found:
             raise UserError(f"No checkpoint found in {self.folder} to resume from.")
         return found[-1]
+
+    def _check_best(self, state: TrainerState) -> None:
+        """Raise UserError if the best checkpoint is damaged."""
+        if state.best_model_checkpoint is not None:
+            best = self.folder / state.best_model_checkpoint
+            check_checkpoint(best, f"{best.name} is the best model so far: restore it, or start again in a new folder.")
 
     def _collate(self, data: Any, items: np.ndarray) -> Batch:
         """Return the batch of these items of a data set."""
@@ -196,8 +260,8 @@ class MLXTrainer:
         for items in batches[distributed.rank() :: distributed.size()]:
             batch = self._collate(data, items)
             outputs = self.model(**to_mlx(batch))
-            if outputs.loss is not None:
-                labels = label_count(batch)
+            labels = label_count(batch)
+            if outputs.loss is not None and labels:  # the mean loss over no labels is NaN
                 loss, count = loss + outputs.loss.item() * labels, count + labels
             if keep:
                 rows.append((np.array(outputs.logits.astype(mx.float32)), batch.get("labels", np.empty(0))))
@@ -252,11 +316,20 @@ class MLXTrainer:
     # Files
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
-        """Write model and tokenizer as a folder for `from_pretrained`, or the adapters of a model that has some."""
-        folder = Path(self.folder if output_dir is None else output_dir)
-        distributed.on_rank_0(lambda: self._save_model(folder))
+        """Write model and tokenizer as a folder for `from_pretrained`, or the adapters of a model that has some.
 
-    def _save_model(self, folder: Path) -> None:
+        The files appear together.
+        """
+        folder = Path(self.folder if output_dir is None else output_dir)
+        stale = [] if has_adapters(self.model) else stale_weights()
+
+        def save() -> None:
+            with replace_files(folder, stale) as part:
+                self._write_model(part)
+
+        distributed.on_rank_0(save)
+
+    def _write_model(self, folder: Path) -> None:
         if has_adapters(self.model):
             save_adapter(self.model, folder)
         else:
@@ -277,14 +350,18 @@ class MLXTrainer:
         if self.args.load_best_model_at_end and self._is_better(metric):
             state.best_metric = metric
             state.best_model_checkpoint = f"checkpoint-{state.global_step}"
+        state.settings |= config_settings(self.model.config)
         arrays = loop.arrays()
-        distributed.on_rank_0(lambda: write_checkpoint(self.folder, state, arrays, self._save_model))
+        distributed.on_rank_0(lambda: write_checkpoint(self.folder, state, arrays, self._write_model))
         distributed.on_rank_0(lambda: rotate(self.folder, self.args.save_total_limit, state.best_model_checkpoint))
 
     def _is_better(self, metric: float | None) -> bool:
+        """Return whether a metric is better than the best one. One that is not finite never is."""
         best = self.state.best_metric
-        if best is None or metric is None:
-            return metric is not None
+        if metric is None or not math.isfinite(metric):
+            return False
+        if best is None:
+            return True
         return metric > best if self.args.higher_is_better else metric < best
 
     def _log_training(self, loop: TrainingLoop, result: StepResult, tokens_per_second: float) -> None:
@@ -319,6 +396,23 @@ class MLXTrainer:
         if not distributed.is_rank_0() or self.args.disable_tqdm:
             return False
         return None if self.args.disable_tqdm is None else True
+
+
+def refuse_quantized(model: MLXPreTrainedModel) -> None:
+    """Raise UserError if a part of a model is trained that has quantized layers, which would silently stay as they are.
+
+    A part is the base model or a head. Adapters are trained next to quantized layers.
+    """
+    if has_adapters(model):
+        return
+    for name, part in model.children().items():
+        quantized = [path for path, layer in layers(part) if spec_of(layer)] if isinstance(part, nn.Module) else []
+        if quantized and tree_flatten(part.trainable_parameters()):
+            raise UserError(
+                f"{name}.{quantized[0]} is quantized and cannot be trained, so only the other parameters would be. "
+                "Train adapters (--train lora) or the head alone (--train head, model.base_model.freeze()), or make a "
+                "plain model first: mlx-esm convert --dequantize."
+            )
 
 
 def join(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -60,8 +60,11 @@ def test_an_unknown_argument_is_an_error():
         ({"lr_scheduler_type": "polynomial"}, "must be one of linear"),
         ({"report_to": "wandb"}, "log.jsonl"),
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "set the same thing"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be an integer of at least 1, got 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a finite number of at least 0, got nan"),
+        (
+            {"per_device_train_batch_size": 0},
+            "per_device_train_batch_size must be an integer from 1 to 2147483647, got 0",
+        ),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, at least 0, got nan"),
         ({"load_best_model_at_end": True}, "set eval_strategy and save_strategy to the same value"),
         (
             {

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.datasets import shuffled_items
+from mlx_esm_hf.training.loop import label_count
 from mlx_esm_hf.training.trainer import LOG, MLXTrainer
 from tests.processes import ENVIRONMENT, ON_TWO_RANKS, ROOT
 from tests.training.trainings import InOrder, losses_of, masked_rows, padded, small_training, twins
@@ -54,18 +55,24 @@ def test_a_step_does_not_depend_on_its_division_into_batches(tmp_path):
 
 RANKS = """
 import sys
-from tests.training.trainings import small_training
-trainer = small_training(sys.argv[1], per_device_train_batch_size=4, eval_strategy="steps", eval_steps=8)
-trainer.train()
+from tests.training.test_loop import half_labelled
+half_labelled(sys.argv[1]).train()
 """
+
+
+def half_labelled(folder, **settings):
+    """Return a training in which one of two ranks often has a batch without labels."""
+    settings |= {"per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 8}
+    trainer = small_training(folder, **settings)
+    for index in shuffled_items(70, trainer.args.seed, 0).reshape(-1, 7)[:, ::2].ravel()[:48]:
+        row = trainer.train_dataset[index]
+        row["labels"] = [-100] * len(row["labels"])
+    return trainer
 
 
 def test_two_ranks_give_the_losses_of_one(tmp_path):
     """With 70 rows in batches of 4, rank 1 has fewer rows than rank 0 in the last step of an epoch."""
-    small_training(
-        tmp_path / "one", per_device_train_batch_size=4, gradient_accumulation_steps=2, eval_strategy="steps",
-        eval_steps=8,
-    ).train()  # fmt: skip
+    half_labelled(tmp_path / "one", gradient_accumulation_steps=2).train()
     command = [*ON_TWO_RANKS, sys.executable, "-c", RANKS, tmp_path / "two"]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
     one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
@@ -100,3 +107,45 @@ def test_bfloat16_trains_float32_weights(tmp_path):
     found, wanted = losses_of(tmp_path), losses_of(tmp_path / "float32")
     assert found != wanted
     assert np.abs(np.subtract(found, wanted)).max() < 0.05
+
+
+def unlabelled(rows):
+    return [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_batch_without_labels_contributes_nothing(bf16, tmp_path):
+    """Its mean loss is NaN, and 0 · NaN would be NaN."""
+    rows, losses = masked_rows(32), []
+    for name, data in (("with", [*rows[:8], *unlabelled(rows[8:16])] * 2), ("without", rows[:8] * 2)):
+        trainer = small_training(
+            tmp_path / name, max_steps=2, save_strategy="no", bf16=bf16, gradient_accumulation_steps=len(data) // 16
+        )
+        trainer.train_dataset = InOrder(data)
+        trainer.train()
+        losses.append(losses_of(tmp_path / name))
+    assert losses[0] == losses[1] and np.isfinite(losses[0]).all()
+
+
+def test_a_step_without_labels_counts_and_has_no_gradient(tmp_path):
+    rows = masked_rows(16)
+    trainer = small_training(tmp_path, max_steps=2, save_strategy="no", lr_scheduler_type="constant")
+    trainer.train_dataset = InOrder([*unlabelled(rows[:8]), *rows[8:]])
+    trainer.train()
+    first, second = [line for line in trainer.state.log_history if "loss" in line]
+    assert (first["loss"], first["grad_norm"], first["step"]) == (0, 0, 1)
+    assert second["loss"] > 1 and second["grad_norm"] > 0
+
+
+def test_every_number_is_a_label_of_a_regression():
+    assert label_count({"labels": np.array([-100.0, 1.0])}) == 2
+    assert label_count({"labels": np.array([[-100, 5], [-100, -100]])}) == 1
+    assert label_count({"input_ids": np.zeros((3, 7))}) == 3
+
+
+def test_an_epoch_without_items_is_an_error(tmp_path):
+    trainer = small_training(tmp_path, max_steps=2)
+    trainer.train_dataset = InOrder(masked_rows(4))
+    trainer.train_dataset.order = lambda seed, epoch: np.empty(0, np.int64)
+    with pytest.raises(ValueError, match="Epoch 0 of the training data has no items"):
+        trainer.train()

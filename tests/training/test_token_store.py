@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -66,3 +67,31 @@ def test_duplicates_are_on_the_same_side(vocabulary, tmp_path):
     assert sorted([*training, *held_out]) == list(range(4000))
     assert set(held_out % 2000) == set(held_out[held_out < 2000])
     assert abs(len(held_out) / 2 - 200) < 5 * np.sqrt(2000 * 0.1 * 0.9)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "ends.npy", "hashes.npy", "checksums.txt"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_store_is_an_error_that_names_the_file(name, damage, vocabulary, tmp_path):
+    fasta, folder = tmp_path / "a.fasta", tmp_path / "store"
+    fasta.write_text(">a\nMKT\n>b\nMKTAYIAK\n")
+    checksum = open_store(fasta, folder, vocabulary, Report()).sha256
+    data = (folder / name).read_bytes()
+    if damage == "remove":
+        (folder / name).unlink()
+    else:
+        flipped = bytes([data[0] ^ 1]) + data[1:]
+        (folder / name).write_bytes(data[: len(data) // 2] if damage == "truncate" else flipped)
+    with pytest.raises(ValueError, match=r"(not found|damaged).*Remove .*store: it is made again from .*a\.fasta"):
+        open_store(fasta, folder, vocabulary, Report())
+    shutil.rmtree(folder)
+    assert open_store(fasta, folder, vocabulary, Report()).sha256 == checksum
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{"])
+def test_a_store_with_a_damaged_description_is_made_again(text, vocabulary, tmp_path):
+    fasta, folder = tmp_path / "a.fasta", tmp_path / "store"
+    fasta.write_text(">a\nMKT\n")
+    checksum = open_store(fasta, folder, vocabulary, Report()).sha256
+    (folder / "store.json").write_text(text)
+    store = open_store(fasta, folder, vocabulary, Report())
+    assert store.sha256 == checksum and store.lengths.tolist() == [3]

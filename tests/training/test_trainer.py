@@ -1,12 +1,17 @@
 """`MLXTrainer` compared with transformers' Trainer: the same weights and batches give the same losses."""
 
+import math
+
+import mlx.nn as nn
 import numpy as np
 import pytest
 import transformers
 
+from mlx_esm_hf import LoraConfig, MLXEsmConfig, MLXEsmForSequenceClassification, add_adapters
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.trainer import MLXTrainer
+from tests.tiny import tiny
 from tests.training.trainings import InOrder, classified_rows, small_training, twins
 
 
@@ -71,3 +76,39 @@ def test_missing_data_parameters_or_labels_are_errors(tmp_path):
     rows = [{"input_ids": [0, 5, 6, 2]}] * 4
     with pytest.raises(ValueError, match="It needs labels"):
         MLXTrainer(trainer.model.unfreeze(), MLXTrainingArguments(tmp_path), None, rows).train()
+
+
+def test_evaluation_leaves_out_batches_without_labels(tmp_path):
+    trainer = small_training(tmp_path, per_device_eval_batch_size=4)
+    expected = trainer.evaluate(trainer.eval_dataset[:4])["eval_loss"]
+    rows = [{**row, "labels": [-100] * len(row["labels"])} for row in trainer.eval_dataset[4:8]]
+    assert trainer.evaluate([*trainer.eval_dataset[:4], *rows])["eval_loss"] == expected
+    assert "eval_loss" not in trainer.evaluate(rows)
+
+
+def test_a_metric_that_is_nan_is_never_the_best(tmp_path):
+    trainer = small_training(
+        tmp_path, max_steps=12, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True,
+        metric_for_best_model="score", save_total_limit=1,
+    )  # fmt: skip
+    scores = iter([math.nan, 2.0, 1.0])
+    trainer.compute_metrics = lambda _: {"score": next(scores)}
+    trainer.train()
+    assert (trainer.state.best_model_checkpoint, trainer.state.best_metric) == ("checkpoint-8", 2.0)
+
+
+def test_only_adapters_or_a_head_of_a_quantized_model_are_trained(tmp_path):
+    def quantized():
+        model = MLXEsmForSequenceClassification(MLXEsmConfig(**tiny("ESM-2", num_labels=2)))
+        nn.quantize(model.esm, 32, 8, class_predicate=lambda name, m: "encoder" in name and isinstance(m, nn.Linear))
+        args = MLXTrainingArguments(tmp_path, max_steps=1, save_strategy="no")
+        return MLXTrainer(model, args, train_dataset=classified_rows(8), processing_class=esm2_tokenizer())
+
+    with pytest.raises(ValueError, match=r"esm\.encoder.* is quantized and cannot be trained.*convert --dequantize"):
+        quantized().train()
+    head = quantized()
+    head.model.base_model.freeze()
+    head.train()
+    adapters = quantized()
+    add_adapters(adapters.model, LoraConfig(r=2, task_type="SEQ_CLS"))
+    adapters.train()

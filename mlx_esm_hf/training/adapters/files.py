@@ -15,6 +15,7 @@ from mlx_esm_hf.checkpoint.names import canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.checkpoint.write import write_safetensors
+from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.runtime.files import replace_files
@@ -49,7 +50,7 @@ def save_adapter(model: MLXPreTrainedModel, folder: str | os.PathLike[str]) -> N
     )
     written = asdict(config) | {
         "peft_type": "LORA",
-        "base_model_name_or_path": model.config._name_or_path or None,
+        "base_model_name_or_path": shown_name(model.config._name_or_path) or None,
         "modules_to_save": config.trained_modules or None,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
