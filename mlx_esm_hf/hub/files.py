@@ -13,6 +13,7 @@ from typing import Any
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.checkpoint.resolve import shard_names, with_variant
 from mlx_esm_hf.errors import CheckpointError
+from mlx_esm_hf.runtime.files import finish_replacing
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -68,15 +69,43 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         OSError: the folder does not exist.
-        CheckpointError: the folder contains no checkpoint, or an incomplete one.
+        CheckpointError: the folder contains no checkpoint, or an incomplete one, or a file is a link out of the folder.
     """
     folder = Path(folder)
+    finish_replacing(folder)
     names = sorted(entry.name for entry in folder.iterdir())
+    refuse_links(folder, [name for name in names if name in OTHERS or variant_of(name) is not None])
     config = read_config(folder)
     weights = [name for name in loaded_weights(folder, names) if (folder / name).is_file()]
     files = weights + [name for name in OTHERS if name in names and (folder / name).is_file()]
     left_out = {name: why_left_out(folder / name) for name in names if name not in files}
-    return Checkpoint(folder, config, files, left_out, count_parameters(folder, weights, config))
+    try:
+        parameters = count_parameters(folder, weights, config)
+    except CheckpointError as error:
+        reasons = ", ".join(f"{name} ({why})" for name, why in left_out.items()) or "nothing"
+        raise CheckpointError(
+            f"{error} Nothing was sent.\nTo be uploaded: {', '.join(files)}.\nNot to be uploaded: {reasons}."
+        ) from error
+    return Checkpoint(folder, config, files, left_out, parameters)
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuse files of a folder that are links to somewhere else, so that nobody publishes what they did not mean to.
+
+    The links of the Hub cache, whose files are in `blobs` next to `snapshots`, are accepted.
+
+    Raises:
+        CheckpointError: a file is such a link.
+    """
+    real = folder.resolve()
+    places = [real] if real.parent.name != "snapshots" else [real, real.parent.parent / "blobs"]
+    for name in names:
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(place) for place in places):
+            raise CheckpointError(
+                f"{folder / name} is a link to {target}, outside of the folder. Nothing was sent; remove the link, or "
+                "copy the file into the folder."
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -142,9 +171,16 @@ def count_parameters(folder: Path, weights: Iterable[str], config: dict[str, Any
     for name in weights:
         if not name.endswith(".safetensors"):
             continue
-        arrays = load_file(folder / name)
+        try:
+            arrays = load_file(folder / name)
+        except CheckpointError as error:
+            if not (variant := variant_of(name)):
+                raise
+            raise CheckpointError(
+                f"{error} Its name makes it the variant '{variant}' of the weights. Remove or rename it if it is not."
+            ) from error
         if lost := [key for key, shard in index.items() if shard == name and key not in arrays]:
-            raise CheckpointError(f"{folder / name} lacks {lost[0]!r}, which the index lists. Nothing was sent.")
+            raise CheckpointError(f"{folder / name} lacks {lost[0]!r}, which the index lists.")
         if variant_of(name) == "":
             total += sum(array.size for array in arrays.values())
     return total if total and not is_quantized(config) else None
@@ -159,6 +195,8 @@ def why_left_out(path: Path) -> str:
     """Return why a file is not published."""
     if path.name.startswith("."):
         return "hidden"
+    if path.is_symlink():
+        return f"a link to {path.resolve()}, not part of a checkpoint"
     if path.is_dir():
         return "a folder"
     if variant_of(path.name) is not None:

@@ -15,7 +15,14 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
 )
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from mlx_esm_hf.checkpoint.hub_errors import hub_error
 from mlx_esm_hf.errors import UserError
@@ -35,6 +42,7 @@ class Publication:
         deleted: weights of an earlier checkpoint, deleted in the same commit.
         kept_card: whether the repository keeps the card that it has.
         tokenizer: whether the repository has a tokenizer afterwards.
+        reached: whether the repository was read. In a dry run without a network or a login its contents are unknown.
         commit: the commit; None if nothing was sent.
     """
 
@@ -44,6 +52,7 @@ class Publication:
     deleted: list[str]
     kept_card: bool
     tokenizer: bool
+    reached: bool = True
     commit: CommitInfo | None = None
 
 
@@ -88,7 +97,7 @@ def publish(
         tags: additional tags of the card.
         base_model: id of the model that this one was made from, for the card.
         license: the Hub's name of the license for the card, such as "mit"; by default that of the base model.
-        dry_run: return what would be published, and send nothing. The repository is read.
+        dry_run: return what would be published, and send nothing. The repository is read if the Hub can be reached.
 
     Returns:
         What was published.
@@ -102,9 +111,14 @@ def publish(
     checkpoint = read_checkpoint(folder)
     api = HfApi(token=token, library_name="mlx-esm-hf", library_version=__version__)
     try:
-        repo_id = with_owner(api, repo_id) if dry_run else prepare(api, repo_id, private, revision, create_pr)
-        head = branch_head(api, repo_id, revision, missing_ok=dry_run)
-        license = license or license_of(api, base_model)
+        reached = True
+        if dry_run:
+            repo_id, head, reached = look_up(api, repo_id, revision)
+        else:
+            repo_id = prepare(api, repo_id, private, revision, create_pr)
+            head = branch_head(api, repo_id, revision, missing_ok=False)
+        if reached:
+            license = license or license_of(api, base_model)
         tokenizer = any(name in TOKENIZER for name in [*checkpoint.files, *head.files])
         facts: dict[str, Any] = {"tokenizer": tokenizer, "base_model": base_model, "license": license}
         card = choose_card(api, checkpoint, repo_id, head, tags, facts)
@@ -118,6 +132,7 @@ def publish(
             deleted=stale(head, checkpoint),
             kept_card=CARD not in additions,
             tokenizer=tokenizer,
+            reached=reached,
         )
         if dry_run:
             return publication
@@ -135,6 +150,21 @@ def publish(
     except ValueError as error:
         raise UserError(f"{Path(folder)} was not published as {repo_id}: {error}") from error
     return Publication(**{**vars(publication), "commit": commit})
+
+
+def look_up(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, Head, bool]:
+    """Return the id with its owner, the current state of the branch, and whether it was read.
+
+    Without a network, or without a login if there is no owner, the id is unchanged and the repository counts as empty.
+    """
+    try:
+        repo_id = with_owner(api, repo_id)
+        return repo_id, branch_head(api, repo_id, revision, missing_ok=True), True
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, ConnectionError, LocalTokenNotFoundError):  # no connection, HF_HUB_OFFLINE, or no login
+        validate_repo_id(repo_id)
+        return repo_id, Head(None, []), False
 
 
 def with_owner(api: HfApi, repo_id: str) -> str:

@@ -1,8 +1,10 @@
 """Which files of a folder are published."""
 
 import shutil
+from pathlib import Path
 
 import pytest
+from huggingface_hub import try_to_load_from_cache
 
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.hub.files import read_checkpoint
@@ -78,6 +80,53 @@ def test_incomplete_checkpoint(hub, made, tmp_path, spoiler, message):
     with pytest.raises(CheckpointError, match=message):
         push(tmp_path / "three")
     assert not hub.requests
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "vocab.txt", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_links_that_leave_the_folder(hub, folder, tmp_path, name, dry_run):
+    (tmp_path / "secret").write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../secret")
+    with pytest.raises(CheckpointError, match=f"{name} is a link to {tmp_path}/secret, outside .* Nothing was sent"):
+        push(folder, dry_run=dry_run)
+    assert not hub.requests
+
+
+def test_links_within_the_folder(hub, folder):
+    (folder / "weights").mkdir()
+    (folder / "model.safetensors").rename(folder / "weights" / "w")
+    (folder / "model.safetensors").symlink_to("weights/w")
+    (folder / "notes.txt").symlink_to("/etc/hostname")  # is not published
+    done = push(folder)
+    assert "a link to" in done.left_out["notes.txt"] and "/etc/hostname" in done.left_out["notes.txt"]
+    assert hub.repos[ID].files()["model.safetensors"] == (folder / "weights" / "w").read_bytes()
+
+
+def test_links_of_the_hub_cache(hub, folder):
+    """A folder of the cache consists of links to files beside it."""
+    push(folder)
+    load()
+    snapshot = Path(try_to_load_from_cache(ID, "config.json")).parent
+    assert (snapshot / "model.safetensors").is_symlink()
+    push(snapshot, "me/copy")
+    assert hub.repos["me/copy"].files()["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    (snapshot / "LICENSE").symlink_to(folder / "vocab.txt")
+    with pytest.raises(CheckpointError, match="LICENSE is a link to .*vocab.txt, outside"):
+        push(snapshot, "me/copy")
+
+
+@pytest.mark.parametrize("content", [b"", b"backup"])
+def test_stray_backup(hub, folder, content):
+    """The error lists what would be published and what would not."""
+    (folder / "model.backup.safetensors").write_bytes(content)
+    (folder / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match="model.backup.safetensors is not a complete safetensors") as error:
+        push(folder)
+    assert not hub.requests
+    assert "the variant 'backup'" in str(error.value) and "Remove or rename it" in str(error.value)
+    assert "To be uploaded: model.backup.safetensors, model.safetensors, config.json" in str(error.value)
+    assert "Not to be uploaded: notes.txt (not part of a checkpoint)." in str(error.value)
 
 
 def test_swapped_shards(hub, made, tmp_path):
