@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +12,20 @@ from rich.table import Table
 
 from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.push import file_list
-from mlx_esm_hf.cli.running import reporting_errors, stderr
+from mlx_esm_hf.cli.running import reporting_errors
 from mlx_esm_hf.errors import UserError
 
 QUANTIZATION = "Quantization"
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="Hub id or folder of the checkpoint.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Hub id or folder of the checkpoint; demo is the small model bundled with the package.",
+            callback=opt.model_or_demo,
+        ),
+    ],
     output_dir: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or not exist.")],
     dtype: Annotated[
         str | None,
@@ -30,7 +37,12 @@ def command(
     bits: Annotated[
         int | None,
         typer.Option(
-            "--bits", "--q-bits", help="Bits per weight: 2, 3, 4, 5, 6 or 8. Default: 4.", rich_help_panel=QUANTIZATION
+            "--bits",
+            "--q-bits",
+            help="Bits per weight: 2, 3, 4, 5, 6 or 8. Default: 4.",
+            min=2,
+            max=8,
+            rich_help_panel=QUANTIZATION,
         ),
     ] = None,
     group_size: Annotated[
@@ -39,6 +51,8 @@ def command(
             "--group-size",
             "--q-group-size",
             help="Weights that share a scale: 32, 64 or 128. Default: 64; 32 with --activation-dtype.",
+            min=16,
+            max=128,
             rich_help_panel=QUANTIZATION,
         ),
     ] = None,
@@ -89,7 +103,7 @@ def command(
 
     Example: mlx-esm convert facebook/esm2_t33_650M_UR50D esm2-650M-4bit --quantize --bits 4 --rule "lm_head.*=8"
     """
-    with reporting_errors(stderr(), lambda: f"Stopped. {output_dir} is complete or does not exist."):
+    with reporting_errors(lambda: f"Stopped. {output_dir} is complete or does not exist."):
         from mlx_esm_hf.quantization.convert import convert
 
         conversion = convert(
@@ -132,4 +146,4 @@ def parse_rule(text: str) -> tuple[str, int | str | None]:
         raise UserError(f"--rule must be PATTERN=HOW such as lm_head.*=8, got {text}.")
     if how == "full":
         return pattern, None
-    return pattern, int(how) if how.isdecimal() else how
+    return pattern, int(how) if re.fullmatch(r"[0-9]{1,9}", how) else how

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -33,7 +34,7 @@ def command(
 ) -> None:
     """Embed proteins: one vector per protein (mean, max or <cls>) or one per residue, from any layer.
 
-    Writes .h5 (UniProt's layout), .npz, .parquet or .safetensors, or a folder of shards.
+    Writes .h5, .npz, .parquet, .safetensors or .csv (without residues), or a folder of shards.
 
     Example: mlx-esm embed proteins.fasta --model facebook/esm2_t6_8M_UR50D --output embeddings.h5
     """
@@ -65,7 +66,7 @@ def parse_layers(text: str) -> list[int]:
     Raises:
         UserError: an entry is not an integer.
     """
-    try:
-        return [int(layer) for layer in opt.parse_list(text)]
-    except ValueError:
-        raise UserError(f"--layers must be a comma-separated list of integers such as 0,6,-1, got {text}.") from None
+    layers = opt.parse_list(text)
+    if not layers or not all(re.fullmatch(r"-?[0-9]{1,9}", layer) for layer in layers):
+        raise UserError(f"--layers must be a comma-separated list of integers such as 0,6,-1, got {text or 'nothing'}.")
+    return [int(layer) for layer in layers]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_esm_hf.checks import MOST
 from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
@@ -14,7 +15,7 @@ def command(
     fasta: opt.Fasta,
     model: opt.Model,
     output: opt.Output,
-    top_k: Annotated[int, typer.Option(help="Residues to propose per mask.", min=1)] = 5,
+    top_k: Annotated[int, typer.Option(help="Residues to propose per mask.", min=1, max=MOST)] = 5,
     revision: opt.Revision = None,
     dtype: opt.Dtype = None,
     activation_dtype: opt.ActivationDtype = None,

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from mlx_esm_hf.checks import MOST
 from mlx_esm_hf.cli import options as opt
-from mlx_esm_hf.cli.running import print_training_summary, running
+from mlx_esm_hf.cli.running import print_training_summary, training
+
+MOST_RANK = (1 << 16) - 1
 
 
 def command(
@@ -30,15 +33,27 @@ def command(
     validation_share: Annotated[
         float,
         typer.Option(
-            help="Fraction of the sequences to validate with, if --validation is not given.", rich_help_panel=opt.DATA
+            help="Fraction of the sequences to validate with, if --validation is not given.",
+            callback=opt.number(above=0, below=1),
+            rich_help_panel=opt.DATA,
         ),
     ] = 0.1,
-    rank: Annotated[int, typer.Option(help="Rank of LoRA's matrices.", min=1, rich_help_panel=opt.ADAPTERS)] = 8,
+    rank: Annotated[
+        int, typer.Option(help="Rank of LoRA's matrices.", min=1, max=MOST_RANK, rich_help_panel=opt.ADAPTERS)
+    ] = 8,
     alpha: Annotated[
-        float, typer.Option(help="LoRA's output is scaled by alpha / rank.", rich_help_panel=opt.ADAPTERS)
+        float,
+        typer.Option(
+            help="LoRA's output is scaled by alpha / rank.", callback=opt.number(), rich_help_panel=opt.ADAPTERS
+        ),
     ] = 16,
     dropout: Annotated[
-        float, typer.Option(help="Dropout of LoRA's input.", min=0, max=1, rich_help_panel=opt.ADAPTERS)
+        float,
+        typer.Option(
+            help="Dropout of LoRA's input.",
+            callback=opt.number(0, below=1),
+            rich_help_panel=opt.ADAPTERS,
+        ),
     ] = 0.0,
     target_modules: Annotated[
         str,
@@ -50,7 +65,9 @@ def command(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write a full model instead of adapters.", rich_help_panel=opt.ADAPTERS)
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Proteins per batch.", min=1, rich_help_panel=opt.OPTIMIZATION)] = 8,
+    batch_size: Annotated[
+        int, typer.Option(help="Proteins per batch.", min=1, max=MOST, rich_help_panel=opt.OPTIMIZATION)
+    ] = 8,
     accumulate: opt.Accumulate = 1,
     steps: opt.Steps = None,
     epochs: opt.Epochs = 3.0,
@@ -81,13 +98,14 @@ def command(
 
     Example: mlx-esm finetune peptides.csv --model facebook/esm2_t6_8M_UR50D --output my-classifier --merge
     """
-    with running(output, quiet=True) as run:
+    with training(output, quiet) as run:
         from mlx_esm_hf.data.proteins import Report
+        from mlx_esm_hf.runs.outputs import check_outputs, check_picture
         from mlx_esm_hf.runtime.device import use_device
         from mlx_esm_hf.training.finetune import finetune
-        from mlx_esm_hf.training.picture import check_picture_of, draw_losses
 
-        check_picture_of(picture)
+        check_picture(picture)
+        check_outputs(None, (), picture)
         use_device(device)
         report = Report()
         finetune(
@@ -126,7 +144,9 @@ def command(
             disable_tqdm=True if quiet else None,
         )
         if picture is not None:
+            from mlx_esm_hf.training.picture import draw_losses
+
             draw_losses(output, picture)
-    if not quiet:
+    if not run.quiet:
         print_training_summary(output)
     run.finish(output, report)

@@ -14,7 +14,9 @@ from mlx_esm_hf.cli.running import running
 def command(
     fasta: opt.Fasta,
     model: opt.Model,
-    output: Annotated[Path, typer.Option(help="Folder to write, or the .pdb or .cif file of a single protein.")],
+    output: Annotated[
+        Path, typer.Option(*opt.OUTPUT_NAMES, help="Folder to write, or the .pdb or .cif file of a single protein.")
+    ],
     formats: Annotated[str, typer.Option(help="Structure files in a folder: pdb, cif or both.")] = "pdb,cif",
     pictures: Annotated[
         bool, typer.Option("--pictures", help="Also plot pLDDT and the predicted aligned error as .png files.")
@@ -22,7 +24,10 @@ def command(
     num_recycles: Annotated[
         int | None,
         typer.Option(
-            help="Times the trunk runs again. Default: as in the model's config.", rich_help_panel=opt.COMPUTING
+            help="Times the trunk runs again. Default: as in the model's config.",
+            min=0,
+            max=1000,
+            rich_help_panel=opt.COMPUTING,
         ),
     ] = None,
     revision: opt.Revision = None,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_esm_hf.checks import MOST, MOST_SEED
 from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
@@ -18,34 +19,43 @@ def command(
     model: opt.Model,
     output: opt.Output,
     length: Annotated[
-        int | None, typer.Option(help="Number of residues of a new protein; instead of FASTA.", min=1)
+        int | None, typer.Option(help="Number of residues of a new protein; instead of FASTA.", min=1, max=100_000)
     ] = None,
-    samples: Annotated[int, typer.Option(help="Designs per protein.", min=1)] = 1,
+    samples: Annotated[int, typer.Option(help="Designs per protein.", min=1, max=1_000_000)] = 1,
     order: Annotated[
         str, typer.Option(help="Order of filling: confidence, left-to-right or gibbs.", rich_help_panel=SAMPLING)
     ] = "confidence",
     sweeps: Annotated[
-        int, typer.Option(help="Times gibbs resamples each free position.", min=0, rich_help_panel=SAMPLING)
+        int,
+        typer.Option(help="Times gibbs resamples each free position.", min=0, max=100_000, rich_help_panel=SAMPLING),
     ] = 10,
     fixed: Annotated[
         str | None,
         typer.Option(help="Positions to keep, such as 1-10,25; all others are free.", rich_help_panel=SAMPLING),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the most probable residue.", min=0, rich_help_panel=SAMPLING)
+        float,
+        typer.Option(help="0 takes the most probable residue.", callback=opt.number(0), rich_help_panel=SAMPLING),
     ] = 1.0,
     top_k: Annotated[
         int,
-        typer.Option(help="Sample from the k most probable residues; 0: from all.", min=0, rich_help_panel=SAMPLING),
+        typer.Option(
+            help="Sample from the k most probable residues; 0: from all.", min=0, max=MOST, rich_help_panel=SAMPLING
+        ),
     ] = 0,
     top_p: Annotated[
         float,
         typer.Option(
-            help="Sample from the smallest set of residues with at least this probability.", rich_help_panel=SAMPLING
+            help="Sample from the smallest set of residues with at least this probability.",
+            callback=opt.number(above=0, high=1),
+            rich_help_panel=SAMPLING,
         ),
     ] = 1.0,
     seed: Annotated[
-        int, typer.Option(help="Random seed. Equal seeds give equal designs.", min=0, rich_help_panel=SAMPLING)
+        int,
+        typer.Option(
+            help="Random seed. Equal seeds give equal designs.", min=0, max=MOST_SEED, rich_help_panel=SAMPLING
+        ),
     ] = 0,
     revision: opt.Revision = None,
     dtype: opt.Dtype = None,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mlx_esm_hf.checks import MOST, MOST_SEED, check_number
 from mlx_esm_hf.errors import UserError
 
 # Panels of --help
@@ -17,6 +20,24 @@ DATA = "Data"
 ADAPTERS = "Adapters"
 OPTIMIZATION = "Optimization"
 SAVING = "Evaluating, saving and logging"
+
+
+def number(
+    low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf, below: float = math.inf
+) -> Callable[[float], float]:
+    """Return a callback that refuses NaN, infinity and numbers outside bounds; see `check_number`.
+
+    typer's own `min` and `max` accept NaN.
+    """
+
+    def check(value: float) -> float:
+        try:
+            check_number("", value, low, high, above=above, below=below)
+        except UserError as error:
+            raise typer.BadParameter(str(error).strip()) from None
+        return value
+
+    return check
 
 
 def model_or_demo(model: str | None) -> str | None:
@@ -56,9 +77,14 @@ Long = Annotated[
 # Models
 
 MODEL = "Hub id or folder of a model; demo is the small model bundled with the package."
-Model = Annotated[str, typer.Option(help=MODEL, callback=model_or_demo)]
-Models = Annotated[list[str], typer.Option(help=f"{MODEL} Repeat for several models.", callback=models_or_demo)]
-OptionalModel = Annotated[str | None, typer.Option(help=f"{MODEL} Continue training it.", callback=model_or_demo)]
+MODEL_NAMES = ("--model", "-m")
+Model = Annotated[str, typer.Option(*MODEL_NAMES, help=MODEL, callback=model_or_demo)]
+Models = Annotated[
+    list[str], typer.Option(*MODEL_NAMES, help=f"{MODEL} Repeat for several models.", callback=models_or_demo)
+]
+OptionalModel = Annotated[
+    str | None, typer.Option(*MODEL_NAMES, help=f"{MODEL} Continue training it.", callback=model_or_demo)
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.", rich_help_panel=LOADING)]
 Dtype = Annotated[
     str | None,
@@ -76,24 +102,39 @@ ActivationDtype = Annotated[
 
 # Computing
 
-Output = Annotated[Path, typer.Option(help="File to write, in the format of its suffix, or a folder of shards.")]
+OUTPUT_NAMES = ("--output", "-o")
+Output = Annotated[
+    Path, typer.Option(*OUTPUT_NAMES, help="File to write, in the format of its suffix, or a folder of shards.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or gpu. Default: MLX's choice.", rich_help_panel=COMPUTING)]
 BatchTokens = Annotated[
     str,
     typer.Option(help="Maximum tokens per batch; auto: as many as fit into memory.", rich_help_panel=COMPUTING),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print only errors.")]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", help="Print only errors; records that are left out are listed in OUTPUT.left_out.txt."),
+]
 
 # Training
 
-OutputFolder = Annotated[Path, typer.Option("--output", help="Folder for the model, its checkpoints and the log.")]
-Accumulate = Annotated[int, typer.Option(help="Batches per optimizer step.", min=1, rich_help_panel=OPTIMIZATION)]
+OutputFolder = Annotated[Path, typer.Option(*OUTPUT_NAMES, help="Folder for the model, its checkpoints and the log.")]
+Accumulate = Annotated[
+    int, typer.Option(help="Batches per optimizer step.", min=1, max=MOST, rich_help_panel=OPTIMIZATION)
+]
 Steps = Annotated[
     int | None,
-    typer.Option(help="Optimizer steps. Default: as many as the epochs have.", min=1, rich_help_panel=OPTIMIZATION),
+    typer.Option(
+        help="Optimizer steps. Default: as many as the epochs have.", min=1, max=MOST, rich_help_panel=OPTIMIZATION
+    ),
 ]
-Epochs = Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=OPTIMIZATION)]
-LearningRate = Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=OPTIMIZATION)]
+Epochs = Annotated[
+    float,
+    typer.Option(help="Passes over the data.", callback=number(above=0, high=MOST), rich_help_panel=OPTIMIZATION),
+]
+LearningRate = Annotated[
+    float, typer.Option(help="Peak learning rate.", callback=number(0), rich_help_panel=OPTIMIZATION)
+]
 Schedule = Annotated[
     str,
     typer.Option(
@@ -102,15 +143,24 @@ Schedule = Annotated[
 ]
 Warmup = Annotated[
     float,
-    typer.Option(help="Warm-up steps; a value below 1 is a fraction of all steps.", rich_help_panel=OPTIMIZATION),
+    typer.Option(
+        help="Warm-up steps; a value below 1 is a fraction of all steps.",
+        callback=number(0, MOST),
+        rich_help_panel=OPTIMIZATION,
+    ),
 ]
 WeightDecay = Annotated[
     float,
     typer.Option(
-        help="AdamW's weight decay, for all parameters except biases and layer norms.", rich_help_panel=OPTIMIZATION
+        help="AdamW's weight decay, for all parameters except biases and layer norms.",
+        callback=number(0),
+        rich_help_panel=OPTIMIZATION,
     ),
 ]
-Clip = Annotated[float, typer.Option(help="Maximum gradient norm; 0 turns clipping off.", rich_help_panel=OPTIMIZATION)]
+Clip = Annotated[
+    float,
+    typer.Option(help="Maximum gradient norm; 0 turns clipping off.", callback=number(0), rich_help_panel=OPTIMIZATION),
+]
 Bf16 = Annotated[
     bool,
     typer.Option("--bf16", help="Compute in bfloat16 with float32 weights; for a GPU.", rich_help_panel=OPTIMIZATION),
@@ -123,9 +173,11 @@ GradientCheckpointing = Annotated[
         rich_help_panel=OPTIMIZATION,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Random seed. Equal seeds give equal models.", min=0)]
-Keep = Annotated[int, typer.Option(help="Number of checkpoints to keep.", min=1, rich_help_panel=SAVING)]
-LogEvery = Annotated[int, typer.Option(help="Steps between lines of log.jsonl.", min=1, rich_help_panel=SAVING)]
+Seed = Annotated[int, typer.Option(help="Random seed. Equal seeds give equal models.", min=0, max=MOST_SEED)]
+Keep = Annotated[int, typer.Option(help="Number of checkpoints to keep.", min=1, max=MOST, rich_help_panel=SAVING)]
+LogEvery = Annotated[
+    int, typer.Option(help="Steps between lines of log.jsonl.", min=1, max=MOST, rich_help_panel=SAVING)
+]
 Picture = Annotated[
     Path | None, typer.Option(help="Plot the losses to a .png, .svg or .pdf file.", rich_help_panel=SAVING)
 ]
@@ -139,8 +191,8 @@ def parse_batch_tokens(text: str) -> int | None:
     """
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--batch-tokens must be auto or a positive integer, got {text}.")
+    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or not 1 <= int(text) <= MOST:
+        raise UserError(f"--batch-tokens must be auto or a positive integer up to {MOST}, got {text or 'nothing'}.")
     return int(text)
 
 

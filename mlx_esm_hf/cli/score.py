@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_esm_hf.checks import MOST
 from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
@@ -14,10 +15,10 @@ from mlx_esm_hf.cli.running import running
 def command(
     sequence: Annotated[str, typer.Option(help="The wild type: a sequence, or a FASTA file with it.")],
     model: opt.Models,
-    output: Annotated[Path, typer.Option(help="CSV file to write.")],
+    output: Annotated[Path, typer.Option(*opt.OUTPUT_NAMES, help="CSV file to write.")],
     mutants: Annotated[
         Path | None,
-        typer.Argument(help="CSV file with a column of mutations. Default: all single mutations.", dir_okay=False),
+        typer.Argument(help="CSV file with a column of mutations. Default: all single mutations."),
     ] = None,
     method: Annotated[
         str,
@@ -27,7 +28,10 @@ def command(
         str, typer.Option(help="Column with the mutations, such as A42G or A42G:L7P.", rich_help_panel=opt.INPUT)
     ] = "mutant",
     first_residue: Annotated[
-        int, typer.Option(help="Number of the sequence's first residue in the table.", rich_help_panel=opt.INPUT)
+        int,
+        typer.Option(
+            help="Number of the sequence's first residue in the table.", min=-MOST, max=MOST, rich_help_panel=opt.INPUT
+        ),
     ] = 1,
     picture: Annotated[
         Path | None, typer.Option(help="Plot a heat map to a .png or .svg file (only without MUTANTS).")

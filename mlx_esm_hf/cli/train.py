@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mlx_esm_hf.checks import MOST
 from mlx_esm_hf.cli import options as opt
-from mlx_esm_hf.cli.running import print_training_summary, running
+from mlx_esm_hf.cli.running import print_training_summary, training
 from mlx_esm_hf.errors import UserError
 
 
@@ -30,17 +32,22 @@ def command(
     validation_share: Annotated[
         float,
         typer.Option(
-            help="Fraction of the sequences to validate with, if --validation is not given.", rich_help_panel=opt.DATA
+            help="Fraction of the sequences to validate with, if --validation is not given; 0 for no validation.",
+            callback=opt.number(0, below=1),
+            rich_help_panel=opt.DATA,
         ),
     ] = 0.01,
     context: Annotated[
         int,
         typer.Option(
-            help="Maximum tokens of a crop; longer proteins are cropped at random.", min=3, rich_help_panel=opt.DATA
+            help="Maximum tokens of a crop; longer proteins are cropped at random.",
+            min=3,
+            max=MOST,
+            rich_help_panel=opt.DATA,
         ),
     ] = 512,
     batch_tokens: Annotated[
-        int, typer.Option(help="Tokens per batch.", min=1, rich_help_panel=opt.OPTIMIZATION)
+        int, typer.Option(help="Tokens per batch.", min=1, max=MOST, rich_help_panel=opt.OPTIMIZATION)
     ] = 8192,
     accumulate: opt.Accumulate = 1,
     steps: opt.Steps = None,
@@ -53,10 +60,10 @@ def command(
     bf16: opt.Bf16 = False,
     gradient_checkpointing: opt.GradientCheckpointing = False,
     evaluate_every: Annotated[
-        int, typer.Option(help="Steps between evaluations.", min=1, rich_help_panel=opt.SAVING)
+        int, typer.Option(help="Steps between evaluations.", min=1, max=MOST, rich_help_panel=opt.SAVING)
     ] = 500,
     save_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints.", min=1, rich_help_panel=opt.SAVING)
+        int, typer.Option(help="Steps between checkpoints.", min=1, max=MOST, rich_help_panel=opt.SAVING)
     ] = 500,
     keep: opt.Keep = 2,
     log_every: opt.LogEvery = 10,
@@ -71,15 +78,16 @@ def command(
 
     Example: mlx-esm train proteins.fasta --shape 6,320,20 --steps 2000 --output my-esm
     """
-    with running(output, quiet=True) as run:
+    with training(output, quiet) as run:
         from mlx_esm_hf.data.proteins import Report
+        from mlx_esm_hf.runs.outputs import check_outputs, check_picture
         from mlx_esm_hf.runtime.device import use_device
-        from mlx_esm_hf.training.picture import check_picture_of, draw_losses
         from mlx_esm_hf.training.pretrain import pretrain
 
         if (model is None) == (shape is None):
-            raise UserError("Pass either --model to continue training a model, or --shape to train a new one.")
-        check_picture_of(picture)
+            raise UserError("Give `--model` to continue training a model or `--shape` for a new one, not both.")
+        check_picture(picture)
+        check_outputs(None, (), picture)
         use_device(device)
         report = Report()
         pretrain(
@@ -111,8 +119,10 @@ def command(
             disable_tqdm=True if quiet else None,
         )
         if picture is not None:
+            from mlx_esm_hf.training.picture import draw_losses
+
             draw_losses(output, picture)
-    if not quiet:
+    if not run.quiet:
         print_training_summary(output, perplexity=True)
     run.finish(output, report)
 
@@ -123,14 +133,18 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     Raises:
         UserError: the text is not three positive integers, or the hidden size does not suit the heads.
     """
+    from mlx_esm_hf.training.pretrain import check_shape
+
     parts = opt.parse_list(text)
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+    if len(parts) != 3 or not all(part.isascii() and part.isdecimal() and len(part) <= 9 for part in parts):
         raise UserError(
             f"--shape must be three positive integers, layers,hidden size,heads, such as 6,320,20; got {text}."
         )
     layers, hidden_size, heads = (int(part) for part in parts)
-    if hidden_size % (2 * heads):
-        raise UserError(f"--shape {text}: the hidden size must be a multiple of twice the number of heads.")
+    try:
+        check_shape(layers, hidden_size, heads)
+    except UserError as error:
+        raise UserError(f"--shape {text}: {error}") from None
     return layers, hidden_size, heads
 
 
@@ -141,6 +155,9 @@ def parse_weights(text: str) -> list[float]:
         UserError: an entry is not a number.
     """
     try:
-        return [float(part) for part in opt.parse_list(text)]
+        weights = [float(part) for part in opt.parse_list(text)]
     except ValueError:
-        raise UserError(f"--weights must be a comma-separated list of numbers such as 3,1, got {text}.") from None
+        weights = []
+    if not weights or not all(0 <= weight < math.inf for weight in weights):
+        raise UserError(f"--weights must be a comma-separated list of numbers such as 3,1, got {text}.")
+    return weights

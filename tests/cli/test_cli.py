@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from mlx_esm_hf.cli import app
 from mlx_esm_hf.ops import kernels
 from mlx_esm_hf.runtime import blas
 from tests.jobs.models import write_model
+from tests.processes import ENVIRONMENT, MAIN
 from tests.tiny import SIZE
 
 
@@ -56,7 +58,7 @@ def test_embed_is_the_mean_over_residues(run, esm1b):
     result, output = run("".join(f">p{i % 3}\n{s}\n" for i, s in enumerate(sequences)), esm1b, "--batch-tokens", "20")
     assert result.exit_code == 0, result.output
     rows, metadata = means(output)
-    assert json.loads(metadata["ids"]) == ["p0", "p1", "p2", "p0"]  # in input order, duplicates kept
+    assert json.loads(metadata["ids"]) == ["p0", "p1", "p2", "p0#2"]  # in input order
     assert json.loads(metadata["pooling"]) == ["mean"]
     model = EsmModel.from_pretrained(esm1b).eval()
     tokenizer = EsmTokenizer.from_pretrained(esm1b)
@@ -131,7 +133,7 @@ JOBS = {
         rows,
         (["number", "id", "position", "rank", "token", "score"], ["a", "a", "b", "b"]),
     ),
-    "contacts": ("out.npz", [], npz, {"a": (6, 6), "b": (5, 5), "metadata": ()}),
+    "contacts": ("out.npz", [], npz, {"a": (6, 6), "b": (5, 5), "ids": (2,), "metadata": ()}),
     "perplexity": (
         "out.csv",
         [],
@@ -241,8 +243,8 @@ def test_quiet_prints_nothing(run, esm1b):
         (["--layers", "x"], "--layers must be a comma-separated list of integers"),
         (["--pooling", "sum"], "pooling must be any of mean, cls, max, residues, chains, got sum"),
         (["--batch-tokens", "many"], "--batch-tokens must be auto or a positive integer"),
-        (["--long", "cut"], "not one of error, truncate, window"),
-        (["--device", "tpu"], "not one of cpu, gpu"),
+        (["--long", "cut"], "long must be one of error, truncate, window, got 'cut'"),
+        (["--device", "tpu"], "device must be one of cpu, gpu, got 'tpu'"),
     ],
 )
 def test_invalid_options(run, esm1b, options, message):
@@ -267,3 +269,89 @@ def test_env():
     assert shown["CPU kernels"] == kernels.STATE
     assert shown["CPU BLAS"] == blas.bind()
     assert re.fullmatch(r"\d+ GFLOP/s", shown["float32 matmul"])
+
+
+def test_folders_of_outputs_are_created(esm2, tmp_path):
+    (tmp_path / "in.fasta").write_text(">a\nMKTAYIAKQR\n")
+    new = tmp_path / "new"
+    for arguments, files in (
+        (["contacts", tmp_path / "in.fasta", "-o", new / "1/c.npz", "--top", new / "2/t.csv"], ["1/c.npz", "2/t.csv"]),
+        (["score", "--sequence", "MKT", "-o", new / "3/s.csv", "--picture", new / "4/s.png"], ["3/s.csv", "4/s.png"]),
+        (["embed", tmp_path / "in.fasta", "-o", new / "5/6/shards"], ["5/6/shards/index.csv"]),
+    ):
+        result = CliRunner().invoke(app, [str(a) for a in (*arguments, "-m", esm2)])
+        assert result.exit_code == 0, result.output
+        assert all((new / name).is_file() for name in files)
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["embed", "x", "-m", str(esm2), "-o", str(tmp_path / "file/out.npz")])
+    assert result.exit_code == 1 and "is not a folder" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("words", "suggestion"),
+    [(["embd"], "Did you mean 'embed'?"), (["embed", "x", "--modle", "y"], "Possible options: --model")],
+)
+def test_misspelt_words_get_a_suggestion(words, suggestion):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and suggestion in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", [command.name for command in app.registered_commands if command.name != "env"])
+def test_command_without_arguments_says_what_is_missing(name):
+    result = CliRunner().invoke(app, [name], prog_name="mlx-esm")
+    assert result.exit_code == 2 and "Missing" in result.output and f"mlx-esm {name} --help" in result.output
+    assert len(result.output.splitlines()) < 10
+
+
+# Completes the words as bash does when Tab is pressed.
+COMPLETE = """
+export PATH="$PWD:$PATH"
+eval "$(_MLX_ESM_COMPLETE=source_bash mlx-esm)"
+COMP_WORDS=(mlx-esm "$@"); COMP_CWORD=$#
+_mlx_esm_completion mlx-esm
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands(tmp_path):
+    shim = tmp_path / "mlx-esm"
+    shim.write_text(f'#!/bin/sh\nexec {shlex.join(MAIN)} "$@"\n')
+    shim.chmod(0o755)
+    bash = ["bash", "-c", COMPLETE, "bash", "pe"]
+    done = subprocess.run(bash, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.split() == ["perplexity"], done.stderr
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o077])
+def test_modes_follow_the_umask(umask, esm2, tmp_path):
+    """All files of all commands, while they are shards and when they are finished."""
+    fasta, table, out = tmp_path / "in.fasta", tmp_path / "in.csv", tmp_path / "out"
+    sequences = [f"MKTAYI{residue}{other}" for residue in "ACDE" for other in "FGHI"]
+    fasta.write_text("".join(f">p{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
+    (tmp_path / "masked.fasta").write_text(">p\nMKT<mask>A\n")
+    table.write_text("sequence,label\n" + "".join(f"{x},{'ab'[i % 2]}\n" for i, x in enumerate(sequences)))
+    masked, scan = tmp_path / "masked.fasta", ("score", "--sequence", "MKTAY", "--output")
+    commands = [
+        *(("embed", fasta, "--output", out / f"e{end}") for end in (".h5", ".npz", ".parquet", ".safetensors", "")),
+        (*scan, out / "s.csv", "--picture", out / "s.png"),
+        ("contacts", fasta, "--output", out / "c.npz", "--top", out / "c.csv"),
+        ("perplexity", fasta, "--output", out / "p.csv"),
+        ("fill-mask", masked, "--output", out / "f.csv"),
+        ("generate", masked, "--output", out / "g.fasta"),
+        ("finetune", table, "--epochs", "1", "--output", out / "t"),
+    ]
+    if umask == 0o027:
+        commands += [("train", fasta, "--steps", "1", "--output", out / "m", "--picture", out / "m.png")]
+    earlier = os.umask(umask)
+    try:
+        out.mkdir()
+        for command in commands:
+            result = CliRunner().invoke(app, [*map(str, command), "--model", str(esm2), "--quiet"])
+            assert result.exit_code == 0, result.output
+        convert(str(esm2), out / "v" / "v", quantize=True, bits=8, group_size=32)
+    finally:
+        os.umask(earlier)
+    modes = {path: path.stat().st_mode & 0o777 for path in out.rglob("*")}
+    wrong = {p: oct(mode) for p, mode in modes.items() if mode != (0o777 if p.is_dir() else 0o666) & ~umask}
+    assert not wrong and len(modes) > 30

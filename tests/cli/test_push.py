@@ -54,6 +54,17 @@ def test_name_without_owner(push, folder):
     assert refused.returncode == 1 and "log in (`hf auth login`)" in refused.stderr
 
 
+@pytest.mark.parametrize("name", ["me/esm", "esm"])
+def test_dry_run_without_a_network(folder, tmp_path, name):
+    for variables in ({"HF_HUB_OFFLINE": "1"}, {}):  # nothing listens on the port
+        env = environment("http://localhost:9", tmp_path / "home", **variables)
+        command = [sys.executable, "-m", "mlx_esm_hf", "push", str(folder), name, "--dry-run"]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "model.safetensors" in done.stdout and f"would be uploaded to {name}. Nothing was" in done.stdout
+        assert f"unknown  what {name} contains" in done.stdout
+
+
 def test_missing_tokenizer(push, folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path / name)
