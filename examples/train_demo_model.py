@@ -157,8 +157,8 @@ def card(found: dict[str, float], facts: dict[str, str]) -> str:
     listed = "".join(f"- {name}: {value}\n" for name, value in facts.items())
     return f"""# A small ESM-2 for trying things out
 
-It is far too small for answers about proteins. Use a real model, such as `facebook/esm2_t33_650M_UR50D`, for those. Its
-contact head is not trained, so its contact maps mean nothing.
+It is far too small for answers about proteins. Use a real model, such as `facebook/esm2_t33_650M_UR50D`, for those. It
+has no contact head, because masked language modelling does not train one: `mlx-esm contacts` refuses it.
 
 {listed}
 ## Perplexity

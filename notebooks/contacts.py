@@ -15,11 +15,11 @@
 # The attention maps of ESM show which residues touch in the folded protein. This notebook predicts the contacts of
 # human ubiquitin, compares them with its crystal structure (PDB entry 1UBI), and draws the structure.
 #
-# Everything runs offline on the model that comes with the package. It is **too small to predict contacts**: all its
-# probabilities are close to one half, and its top predictions are right about as often as random pairs. About one in
-# three of the top predictions of Meta's smallest ESM-2 (8 million parameters) is right here. Set `MODEL` to a Hub
-# repository, such as `facebook/esm2_t33_650M_UR50D`, to see contacts. The stored picture `docs/images/contacts.png`
-# comes from a fine-tuned ESM-2 of 8 million parameters, not from the bundled model.
+# The notebook runs offline on the model that comes with the package, which **has no contact head**: it refuses to
+# predict contacts, and the pictures then show the structure alone. Set `MODEL` to a Hub repository, such as
+# `facebook/esm2_t33_650M_UR50D`, to see predictions. About one in three of the top predictions of Meta's smallest ESM-2
+# (8 million parameters) is right here. The stored picture `docs/images/contacts.png` comes from a fine-tuned ESM-2 of 8
+# million parameters.
 #
 # `ubiquitin_1ubi.pdb` holds the main chain and the Cβ atoms of PDB entry 1UBI (wwPDB, public domain, CC0 1.0).
 #
@@ -47,13 +47,19 @@ model = demo_model() if MODEL == "demo" else MODEL
 # same on the command line, which also writes the picture:
 #
 # ```bash
-# mlx-esm contacts ubiquitin.fasta --model demo --output map.npz --picture map.png --structure ubiquitin_1ubi.pdb
+# mlx-esm contacts ubiquitin.fasta --model facebook/esm2_t33_650M_UR50D --output map.npz --picture map.png \
+#     --structure ubiquitin_1ubi.pdb
 # ```
 
 # %%
-(result,) = contacts([UBIQUITIN], model)
-probabilities = result.arrays["contacts"]
-for i, j, probability in top_contacts(probabilities, 5):
+probabilities, top = np.zeros((len(UBIQUITIN), len(UBIQUITIN))), []
+try:
+    (result,) = contacts([UBIQUITIN], model)
+    probabilities = result.arrays["contacts"]
+    top = top_contacts(probabilities)
+except ValueError as error:
+    print(error)  # the bundled model has no contact head
+for i, j, probability in top[:5]:
     print(f"{UBIQUITIN[i - 1]}{i:<3} {UBIQUITIN[j - 1]}{j:<3} {probability:.3f}")
 
 # %% [markdown]
@@ -79,7 +85,7 @@ for name, chosen in random.items():
 
 # %%
 title = f"Ubiquitin, {MODEL}: precision of the top L {found['all']:.2f}"
-plots.contact_map(probabilities, known, top_contacts(probabilities), title)
+plots.contact_map(probabilities, known, top, title)
 
 # %% [markdown]
 # ## The structure
