@@ -21,7 +21,14 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#F
 BLUE, VERMILLION = PALETTE[:2]
 GREY = "#B8B8B8"
 DPI = 150
-PLDDT_LEVELS = (50, 70, 90)  # AlphaFold's limits: very low, low, confident, very high
+# AlphaFold's levels of pLDDT: lower end, name, colour in AlphaFold DB.
+PLDDT_LEVELS = (
+    (0, "very low", "#FF7D45"),
+    (50, "low", "#FFDB13"),
+    (70, "confident", "#65CBF3"),
+    (90, "very high", "#0053D6"),
+)
+WIDEST = 24  # inches
 STEPS = 12  # pieces of a drawn backbone between two residues
 TICKS = 60  # labels along a sequence, at most
 
@@ -46,7 +53,6 @@ def contact_map(
         The figure.
     """
     from matplotlib.colors import ListedColormap
-    from matplotlib.ticker import MaxNLocator
 
     axes = _new_axes(6.4, 5.5) if axes is None else axes
     ends = (0.5, len(probabilities) + 0.5)
@@ -61,8 +67,7 @@ def contact_map(
         axes.set(xlim=ends, ylim=ends)
     axes.set_title(title.strip(), fontsize=10, parse_math=False)
     axes.set(xlabel="residue", ylabel="residue")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _whole_numbers(axes.xaxis, axes.yaxis)
     axes.figure.colorbar(image, ax=axes, label="predicted probability of a contact", shrink=0.85)
     return _figure(axes)
 
@@ -107,12 +112,23 @@ def mutation_scan(
     Returns:
         The figure.
     """
-    axes = _new_axes(max(6, len(wild_type) / 8), 5) if axes is None else axes
-    bound = np.abs(scores).max() or 1
+    axes = _new_axes(min(max(6, len(wild_type) / 8), WIDEST), 5) if axes is None else axes
+    bound = np.nanmax(np.abs(scores)) if np.isfinite(scores).any() else 1
+    bound = bound or 1
     image = axes.imshow(scores, cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
+    axes.set_facecolor(GREY)  # shows where a score is NaN
     rows = {residue: row for row, residue in enumerate(residues)}
     places = [place for place, residue in enumerate(wild_type) if residue in rows]
-    axes.scatter(places, [rows[wild_type[place]] for place in places], s=5, color="black", linewidths=0)
+    # As wide as a cell, so that the marks of neighbours do not merge.
+    size = min(4.0, 50 * _width(axes) / len(wild_type))
+    axes.scatter(
+        places,
+        [rows[wild_type[place]] for place in places],
+        s=size**2,
+        color="black",
+        edgecolors="white",
+        linewidths=0.4,
+    )
     axes.set_yticks(range(len(residues)), list(residues), fontsize=8)
     _label_residues(axes, wild_type, first_residue)
     axes.set(xlabel="wild type and position (dots: wild type)", ylabel="mutant")
@@ -123,11 +139,54 @@ def mutation_scan(
 
 def _label_residues(axes: Axes, wild_type: Sequence[str], first_residue: int) -> None:
     """Label the x axis with residues and their numbers, as many as there is room for."""
-    width = _figure(axes).get_size_inches()[0] * axes.get_position().width
-    step = max(1, -(-len(wild_type) // max(1, min(TICKS, int(9 * width)))))
+    step = max(1, -(-len(wild_type) // max(1, min(TICKS, int(9 * _width(axes))))))
     places = range(0, len(wild_type), step)
     labels = [f"{wild_type[place]}{place + first_residue}" for place in places]
     axes.set_xticks(places, labels, rotation=90, fontsize=7)
+
+
+def _width(axes: Axes) -> float:
+    """Return the width of the axes in inches."""
+    return float(_figure(axes).get_size_inches()[0] * axes.get_position().width)
+
+
+def _whole_numbers(*axes: Any) -> None:
+    """Put ticks at whole numbers, with a separator of thousands."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _name_chains(
+    axes: Axes, chain_ends: Sequence[float], names: Sequence[str], length: int, right: bool = False
+) -> None:
+    """Write the names of the chains above their middles, as many as there is room for; one chain needs no name.
+
+    Args:
+        axes: the axes, with residues from 1 to `length` along x.
+        chain_ends: where one chain ends and the next begins.
+        names: the name of each chain.
+        length: the number of residues.
+        right: also write the names to the right.
+    """
+    if len(names) < 2:
+        return
+    ends = np.array([0.5, *chain_ends, length + 0.5])
+    middles, last = (ends[1:] + ends[:-1]) / 2, -np.inf
+    for middle, name in zip(middles, names, strict=True):
+        if middle - last < length * 0.09 * len(name) / _width(axes):  # inches of a letter
+            continue
+        last = middle
+        axes.text(middle, 1.01, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+        if right:
+            axes.text(1.01, middle, name, transform=axes.get_yaxis_transform(), ha="left", va="center", fontsize=8)
+
+
+def _title_pad(chain_names: Sequence[str]) -> float:
+    """Return the points between the axes and a title, which is above the names of the chains."""
+    return 18 if len(chain_names) > 1 else 6
 
 
 def residue_curve(
@@ -138,6 +197,7 @@ def residue_curve(
     first_residue: int = 1,
     marked: np.ndarray | None = None,
     axes: Axes | None = None,
+    chain_names: Sequence[str] = (),
 ) -> Figure:
     """Draw a value of each residue along the sequence.
 
@@ -149,49 +209,68 @@ def residue_curve(
         first_residue: number of the first residue.
         marked: true for residues to shade, [residues].
         axes: where to draw; a new figure by default.
+        chain_names: the name of each chain; needs `first_residue` 1.
 
     Returns:
         The figure.
     """
-    from matplotlib.ticker import MaxNLocator
-
     axes = _new_axes(7, 3) if axes is None else axes
-    numbers = np.arange(len(values)) + first_residue
-    axes.plot(numbers, values, linewidth=1.2, color=BLUE)
+    numbers, chain_ends = np.arange(len(values)) + first_residue, list(chain_ends)
+    chains = np.searchsorted(chain_ends, numbers)
+    colour = "black" if len(chain_names) else BLUE  # black on coloured bands
+    for chain in np.unique(chains):  # no line joins two chains
+        one = chains == chain
+        axes.plot(numbers[one], values[one], linewidth=1.2, color=colour)
+    finite = np.isfinite(np.pad(values, 1, constant_values=np.nan))
+    joined = (finite[:-2] & (chains == np.roll(chains, 1))) | (finite[2:] & (chains == np.roll(chains, -1)))
+    axes.plot(numbers[~joined], values[~joined], ".", color=colour)  # a point without neighbours has no line
     for number in [] if marked is None else numbers[marked]:
         axes.axvspan(number - 0.5, number + 0.5, color=PALETTE[3], alpha=0.35, linewidth=0, zorder=0)
     for end in chain_ends:
         axes.axvline(end, color="black", linewidth=0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _whole_numbers(axes.xaxis)
+    _name_chains(axes, chain_ends, chain_names, len(values))
     axes.set(xlabel="residue", ylabel=label, xlim=(first_residue - 0.5, first_residue + len(values) - 0.5))
-    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.set_title(title, fontsize=10, parse_math=False, pad=_title_pad(chain_names))
     return _figure(axes)
 
 
 def plddt_curve(
-    plddt: np.ndarray, chain_ends: Iterable[float] = (), title: str = "", axes: Axes | None = None
+    plddt: np.ndarray,
+    chain_ends: Iterable[float] = (),
+    title: str = "",
+    axes: Axes | None = None,
+    chain_names: Sequence[str] = (),
 ) -> Figure:
-    """Draw pLDDT along the chains, with AlphaFold's confidence levels.
+    """Draw pLDDT along the chains, on bands of AlphaFold's confidence levels.
 
     Args:
         plddt: 0 to 100, [residues]; NaN where there is none.
         chain_ends: where one chain ends and the next begins, such as 10.5.
         title: the title.
         axes: where to draw; a new figure by default.
+        chain_names: the name of each chain.
 
     Returns:
         The figure.
     """
     axes = _new_axes(7, 3) if axes is None else axes
-    for level in PLDDT_LEVELS:
-        axes.axhline(level, color="lightgray", linewidth=0.8, zorder=0)
-    residue_curve(plddt, "pLDDT", chain_ends, title, axes=axes)
-    axes.set(ylim=(0, 100))
+    for (low, name, colour), high in zip(PLDDT_LEVELS, (50, 70, 90, 100), strict=True):
+        axes.axhspan(low, high, color=colour, alpha=0.3, linewidth=0, zorder=0)
+        place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7}
+        axes.text(1.01, (low + high) / 2, name, **place)
+    residue_curve(plddt, "pLDDT", chain_ends, title, axes=axes, chain_names=chain_names)
+    axes.set(ylim=(0, 100), yticks=(0, 50, 70, 90, 100))
     return _figure(axes)
 
 
 def aligned_error(
-    error: np.ndarray, largest: float, chain_ends: Iterable[float] = (), title: str = "", axes: Axes | None = None
+    error: np.ndarray,
+    largest: float,
+    chain_ends: Iterable[float] = (),
+    title: str = "",
+    axes: Axes | None = None,
+    chain_names: Sequence[str] = (),
 ) -> Figure:
     """Draw the predicted aligned error.
 
@@ -201,22 +280,22 @@ def aligned_error(
         chain_ends: where one chain ends and the next begins, such as 10.5.
         title: the title.
         axes: where to draw; a new figure by default.
+        chain_names: the name of each chain.
 
     Returns:
         The figure.
     """
-    from matplotlib.ticker import MaxNLocator
-
     axes = _new_axes(6, 5) if axes is None else axes
-    ends = (0.5, len(error) + 0.5)
+    ends, chain_ends = (0.5, len(error) + 0.5), list(chain_ends)
     image = axes.imshow(error, cmap="Greens_r", vmin=0, vmax=largest, extent=(*ends, *ends[::-1]))
     for end in chain_ends:
         axes.axvline(end, color="black", linewidth=0.8)
         axes.axhline(end, color="black", linewidth=0.8)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_facecolor(GREY)  # shows where an error is NaN
+    _whole_numbers(axes.xaxis, axes.yaxis)
+    _name_chains(axes, chain_ends, chain_names, len(error), right=True)
     axes.set(xlabel="scored residue", ylabel="aligned residue")
-    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.set_title(title, fontsize=10, parse_math=False, pad=_title_pad(chain_names))
     axes.figure.colorbar(image, ax=axes, label="expected position error (Å)")
     return _figure(axes)
 
@@ -232,8 +311,6 @@ def loss_curves(log: Iterable[Mapping[str, Any]], title: str = "", axes: Axes | 
     Returns:
         The figure.
     """
-    from matplotlib.ticker import MaxNLocator
-
     axes = _new_axes(7, 4) if axes is None else axes
     lines = list(log)
     for name, label, marker in (("loss", "training", "."), ("eval_loss", "validation", "o")):
@@ -242,11 +319,12 @@ def loss_curves(log: Iterable[Mapping[str, Any]], title: str = "", axes: Axes | 
             colour = BLUE if name == "loss" else VERMILLION
             shown = marker if len(points) < 30 else None
             axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=shown, markersize=5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _whole_numbers(axes.xaxis)
     axes.set(xlabel="step", ylabel="loss")
     axes.set_title(title, fontsize=10, parse_math=False)
     axes.grid(color="lightgray", linewidth=0.5)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return _figure(axes)
 
 
@@ -313,7 +391,7 @@ def residue_letters(
     from matplotlib.textpath import TextPath
     from matplotlib.transforms import Affine2D
 
-    axes = _new_axes(max(6, len(wild_type) / 6), 2.6) if axes is None else axes
+    axes = _new_axes(min(max(6, len(wild_type) / 6), WIDEST), 2.6) if axes is None else axes
     bold = FontProperties(family="DejaVu Sans Mono", weight="bold")
     heights = probabilities * information(probabilities)[:, None]
     for place, column in enumerate(heights):
@@ -383,7 +461,7 @@ def backbone(
 
     axes = _new_axes(6, 5) if axes is None else axes
     centred = positions - positions.mean(0)
-    points = _smooth(centred @ np.linalg.svd(centred, full_matrices=False)[2].T)
+    points = _smooth(centred @ np.linalg.svd(centred, full_matrices=len(centred) < 3)[2].T)
     shades = np.interp(np.linspace(0, len(values) - 1, len(points)), np.arange(len(values)), values)
     norm = Normalize(*(limits or (float(np.nanmin(values)), float(np.nanmax(values)))))
     nearness = (points[:, 2] - points[:, 2].min()) / max(float(np.ptp(points[:, 2])), 1e-9)
@@ -420,7 +498,8 @@ def _padded(values: np.ndarray) -> tuple[float, float]:
 
 def _smooth(points: np.ndarray) -> np.ndarray:
     """Return a Catmull-Rom curve through points, [points, 3], with STEPS steps between two of them."""
-    padded = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
+    second, last_but_one = points[:2][-1:], points[-2:][:1]
+    padded = np.concatenate([2 * points[:1] - second, points, 2 * points[-1:] - last_but_one])
     before, start, stop, after = (padded[k : len(padded) - 3 + k, None] for k in range(4))
     t = np.arange(STEPS)[None, :, None] / STEPS
     curve = start + t / 2 * (

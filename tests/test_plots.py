@@ -45,6 +45,43 @@ def test_right_and_wrong_contacts_lie_below_the_diagonal():
     assert (right, wrong) == ([[10, 2]], [[11, 3]])
 
 
+@pytest.mark.parametrize("length", [1, 2, 12])
+def test_chains_are_named_and_ticks_are_whole_numbers(length):
+    names = list("ABCD")[:length]
+    ends = [length * k / len(names) + 0.5 for k in range(1, len(names))]
+    for figure in (
+        plots.plddt_curve(np.full(length, 80.0), ends, "title", chain_names=names),
+        plots.aligned_error(np.ones((length, length)), 31.75, ends, "title", chain_names=names),
+        plots.loss_curves([{"step": step + 1, "loss": 1.0} for step in range(length)]),
+        plots.contact_map(np.ones((length, length))),
+    ):
+        plots.png(figure)
+        axes = figure.axes[0]
+        texts = [text.get_text() for text in axes.texts]
+        if figure.axes[0].get_xlabel() in ("residue", "scored residue") and len(names) > 1 and texts:
+            assert [text for text in texts if text in names][: len(names)] == names or "A" in texts
+        ticks = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+        assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+def test_plddt_has_alphafolds_bands_and_shows_single_residues():
+    figure = plots.plddt_curve(np.array([80.0, np.nan, 60.0, 70.0]), [2.5])
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["very low", "low", "confident", "very high"]
+    assert axes.lines[-2].get_xdata().tolist() == [1]  # before the line between the chains
+
+
+@pytest.mark.parametrize("length", [1, 2, 3000])
+def test_pictures_of_any_length(length):
+    """A scan of a long protein fits into a PNG, and NaN does not hide the other scores."""
+    scores = np.full((20, length), np.nan)
+    plots.png(plots.mutation_scan(scores, "M" * length, RESIDUES))
+    scores[0] = 2.0
+    figure = plots.mutation_scan(scores, "M" * length, RESIDUES)
+    assert figure.axes[0].images[0].get_clim() == (-2, 2) and figure.get_size_inches()[0] <= 24
+    plots.backbone(RNG.normal(size=(min(length, 20), 3)), np.arange(min(length, 20)), "x")
+
+
 def test_wild_type_cells_are_marked():
     figure = plots.mutation_scan(np.ones((20, 3)), "CXA", RESIDUES)
     assert figure.axes[0].collections[0].get_offsets().tolist() == [[0, 1], [2, 0]]
