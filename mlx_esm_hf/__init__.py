@@ -5,6 +5,7 @@ seconds to import where torch is installed.
 """
 
 import logging
+from typing import Any
 
 import lazy_loader
 
@@ -19,7 +20,24 @@ except ImportError as error:
 
 from mlx_esm_hf import runtime
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name or a module of the package on first use."""
+    if name in __all__:
+        return _public(name)
+    # Only on the way to an error, or to a module.
+    import difflib
+    import importlib.util
+
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
+    known = {public.lower(): public for public in __all__}
+    similar = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f" Did you mean {known[similar[0]]!r}?" if similar else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
+
 
 runtime.prepare()
 # Importing transformers without torch logs that no models are available. Here they are.

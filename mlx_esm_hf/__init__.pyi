@@ -1,5 +1,19 @@
 """The public names, listed here and nowhere else: `__init__.py` imports each from its module on first use."""
 
+# ruff: noqa: F401
+# Modules of the package, which are imported on first use as well.
+import mlx_esm_hf.data as data
+import mlx_esm_hf.errors as errors
+import mlx_esm_hf.hub as hub
+import mlx_esm_hf.jobs as jobs
+import mlx_esm_hf.models as models
+import mlx_esm_hf.pipelines as pipelines
+import mlx_esm_hf.plots as plots
+import mlx_esm_hf.quantization as quantization
+import mlx_esm_hf.runs as runs
+import mlx_esm_hf.runtime as runtime
+import mlx_esm_hf.training as training
+
 from .data.source import read_proteins as read_proteins
 from .demo import demo_model as demo_model
 from .jobs.contacts import contacts as contacts

@@ -133,11 +133,45 @@ def test_public_names():
         from mlx_esm_hf import EsmModel  # noqa: F401
 
 
+MODULES = """
+import pkgutil, mlx_esm_hf
+for module in pkgutil.iter_modules(mlx_esm_hf.__path__):
+    if module.name != "__main__":
+        assert getattr(mlx_esm_hf, module.name).__name__ == f"mlx_esm_hf.{module.name}"
+for package in (mlx_esm_hf.data, mlx_esm_hf.jobs, mlx_esm_hf.models, mlx_esm_hf.quantization, mlx_esm_hf.training):
+    for module in pkgutil.iter_modules(package.__path__):
+        assert getattr(package, module.name).__name__ == f"{package.__name__}.{module.name}"
+print(mlx_esm_hf.training.trainer.MLXTrainer.__name__, sorted(dir(mlx_esm_hf)) == sorted(mlx_esm_hf.__all__))
+"""
+
+
+def test_modules_need_no_import_of_their_own():
+    assert python(MODULES, "torch") == "MLXTrainer True\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("MLXEsmForMaskedLm", "MLXEsmForMaskedLM"), ("EsmModel", "MLXEsmModel"), ("emded", "embed"), ("zzz", None)],
+)
+def test_a_misspelt_name_suggests_the_nearest(name, meant):
+    with pytest.raises(AttributeError) as error:
+        getattr(mlx_esm_hf, name)
+    assert str(error.value).startswith(f"module 'mlx_esm_hf' has no attribute {name!r}.")
+    assert str(error.value).endswith(f"Did you mean {meant!r}?" if meant else ".")
+
+
 HEAVY = "print(sorted({'transformers', 'torch', 'numpy'} & {name for name, module in sys.modules.items() if module}))"
 
 
 def test_import_does_not_import_heavy_modules():
     assert python(f"import mlx_esm_hf\n{HEAVY}") == "[]\n"
+
+
+def test_jobs_import_torch_only_when_they_load_a_model():
+    """So a wrong option or a missing file is reported at once."""
+    names = ("embed", "score", "fill_mask", "contacts", "perplexity", "generate", "fold")
+    script = "".join(f"import mlx_esm_hf.jobs.{name}\n" for name in names)
+    assert python(f"{script}{HEAVY}") == "['numpy']\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"]])
