@@ -8,32 +8,14 @@ it kills itself before the first operation on a path that matches.
 """
 
 import os
-import re
-import signal
 import sys
 
-sys.modules["torch"] = None  # type: ignore[assignment]  # keeps transformers from importing torch, which takes seconds
-
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-CHANGES = {"os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-
-
-class FileOperations:
-    """An audit hook that counts file operations and kills the process at the chosen one."""
-
-    def __init__(self, folder, kill_at, kill_before):
-        self.folder, self.kill_at, self.kill_before, self.count = folder, kill_at, kill_before, 0
-
-    def __call__(self, event, arguments):
-        changes = event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES)
-        if changes and str(arguments[0]).startswith(self.folder):
-            self.count += 1
-            if self.count == self.kill_at or re.fullmatch(self.kill_before, str(arguments[0])):
-                os.kill(os.getpid(), signal.SIGKILL)
-
+if "finetune" not in sys.argv:  # its scipy looks at torch
+    sys.modules["torch"] = None  # type: ignore[assignment]  # keeps transformers from importing it, which takes seconds
 
 if __name__ == "__main__":
     from mlx_esm_hf.cli import app
+    from tests.killing import FileOperations
 
     folder = os.path.dirname(sys.argv[sys.argv.index("--output") + 1])
     operations = FileOperations(folder, int(os.environ.get("KILL_AT", 0)), os.environ.get("KILL_BEFORE", "never"))

@@ -6,6 +6,7 @@ None may crash, end with a traceback, give a wrong result or lose a record silen
 import csv
 import gzip
 import io
+import itertools
 import json
 import random
 import re
@@ -238,7 +239,7 @@ def close(a, b):
     return np.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-# Readers of the ids in an output: in the order of the input, except for HDF5
+# Readers of the ids in an output, in the order of the input
 
 
 def npz_ids(path):
@@ -248,18 +249,15 @@ def npz_ids(path):
 
 def map_ids(path):
     with np.load(path) as file:
-        names = [name for name in file.files if name != "metadata"]
+        *names, last, metadata = file.files
+        assert (last, metadata) == ("ids", "metadata")
         assert all(np.isfinite(file[name]).all() for name in names)
-    return names
+        return file["ids"].tolist()
 
 
 def h5_ids(path):
-    found = []
     with h5py.File(path) as file:
-        file.visititems(
-            lambda _, node: found.append(node.attrs["original_id"]) if "original_id" in node.attrs else None
-        )
-    return found
+        return [dataset.attrs.get("original_id", name) for name, dataset in file.items()]
 
 
 def parquet_ids(path):
@@ -303,6 +301,15 @@ def has_work(job, tokens):
     return bool(tokens) and (job not in ("fill-mask", "generate") or "<mask>" in tokens)
 
 
+def unique(names):
+    """Return the names that records with these ids have."""
+    found = []
+    for name in names:
+        numbers = (f"{name}#{number}" for number in itertools.count(2))
+        found.append(next(one for one in itertools.chain([name], numbers) if one not in found))
+    return found
+
+
 def fasta_problem(job, suffix, data, result, output, model):
     """Return what is wrong with the outcome of a job on a FASTA file; None if it is right."""
     text = decoded(data)
@@ -318,12 +325,8 @@ def fasta_problem(job, suffix, data, result, output, model):
     left_out = len(re.findall("^Left out: ", result["printed"], re.MULTILINE))
     if left_out != len(expected) - len(valid) or result["code"] != (3 if left_out else 0):
         return f"{left_out} left out, exit code {result['code']}"
-    ids, names = JOBS[job, suffix](output), [name for name, _ in valid]
-    if (job, suffix) == ("contacts", ".npz"):  # the second record of this name is stored as name#2
-        return None if len(ids) == len(names) and set(names) - {"metadata"} <= set(ids) else f"ids differ: {ids}"
-    if suffix == ".h5":
-        ids, names = sorted(ids), sorted(names)
-    if ids != names:
+    ids, names = JOBS[job, suffix](output), unique([name for name, _ in expected])
+    if ids != [name for name, record in zip(names, expected, strict=True) if record in valid]:
         return f"ids differ: {ids}"
     if suffix == ".npz":
         with np.load(output) as file:
@@ -397,6 +400,8 @@ TABLES = {"odd tables": odd_table, "damaged tables": damaged_table}
 
 def expected_rows(data):
     """Return the header and the rows of a table; None if it is invalid or has no column of mutants."""
+    if b"\0" in data:
+        return None
     try:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
     except (csv.Error, UnicodeDecodeError):
