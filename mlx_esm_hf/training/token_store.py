@@ -22,7 +22,7 @@ from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.manifest import CHECKSUMS, read_checksums
 from mlx_esm_hf.runtime import distributed
-from mlx_esm_hf.runtime.files import remove_temporary, replace_folder
+from mlx_esm_hf.runtime.files import finish_replacing, remove_temporary, replace_folder
 from mlx_esm_hf.training.checksums import check_files, write_checksums
 
 DESCRIPTION = "store.json"
@@ -80,6 +80,8 @@ def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabu
         raise UserError(f"{source} must be a FASTA file: training cannot read proteins from anything else.")
     wanted = {"sha256": sha256_of(source), "vocabulary": sorted(vocabulary.ids.items()), "version": 2}
     wanted = json.loads(json.dumps(wanted))
+    finish_replacing(folder)
+    remove_temporary(folder)  # also of a process that was killed after it had finished the store
     try:
         existing = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -87,7 +89,6 @@ def _make_store(source: str | os.PathLike[str], folder: Path, vocabulary: Vocabu
     if isinstance(existing, dict) and all(existing.get(key) == value for key, value in wanted.items()):
         check_files(folder, FILES, f"Remove {folder}: it is made again from {source}.")
     else:
-        remove_temporary(folder)
         with replace_folder(folder) as part:
             _write_store(source, part, vocabulary, report, wanted)
 

@@ -95,3 +95,12 @@ def test_a_store_with_a_damaged_description_is_made_again(text, vocabulary, tmp_
     (folder / "store.json").write_text(text)
     store = open_store(fasta, folder, vocabulary, Report())
     assert store.sha256 == checksum and store.lengths.tolist() == [3]
+
+
+def test_leftovers_of_a_killed_process_are_removed(vocabulary, tmp_path):
+    """Also next to a finished store: a kill may come after it got its name."""
+    open_store(PROTEINS, tmp_path / "0", vocabulary, Report())
+    leftover = tmp_path / ".0.0123abcd.part"
+    leftover.mkdir()
+    open_store(PROTEINS, tmp_path / "0", vocabulary, Report())
+    assert not leftover.exists()
