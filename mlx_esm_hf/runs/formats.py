@@ -134,7 +134,7 @@ def write_safetensors(path: Path, run: Run) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, column in found:
             for block in column.blocks:
-                file.write(block)
+                file.write(block.tobytes())
 
 
 class KeptErrors(io.FileIO):

@@ -45,7 +45,7 @@ def checksum_of_arrays(arrays: Mapping[str, mx.array]) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.shape} {array.dtype};".encode())
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)))
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).data)
     return digest.hexdigest()
 
 

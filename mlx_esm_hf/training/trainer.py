@@ -190,14 +190,13 @@ class MLXTrainer:
 
     def _frozen_parameters(self) -> dict[str, mx.array]:
         """Return {name: array} of the parameters that are not trained and that the loss depends on."""
-        parameters, trained = (
-            tree_flatten(tree, destination={}) for tree in (self.model.parameters(), self.model.trainable_parameters())
-        )
+        parameters: Any = tree_flatten(self.model.parameters())
+        trained: Any = tree_flatten(self.model.trainable_parameters(), destination={})
         without_loss = tuple(self.model.without_loss)
         prefix = f"{self.model.base_model_prefix}."
         return {
             name: array
-            for name, array in parameters.items()
+            for name, array in parameters
             if name not in trained and not name.removeprefix(prefix).startswith(without_loss)
         }
 
