@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,21 +203,29 @@ def notices(shown: bool) -> Iterator[None]:
 
     Every notice of a command is a warning or a log message, so this is the only place that decides about them.
     """
-    from huggingface_hub import utils as hub
-
-    before, hides_bars = logging.root.manager.disable, not shown and not hub.are_progress_bars_disabled()
-    with warnings.catch_warnings():
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), nullcontext() if shown else hidden_downloads():
         warnings.showwarning = lambda message, *_: logger.warning("%s", message)
-        if not shown:
-            logging.disable(max(before, logging.WARNING))
-        if hides_bars:
-            hub.disable_progress_bars()
+        logging.disable(before if shown else max(before, logging.WARNING))
         try:
             yield
         finally:
             logging.disable(before)
-            if hides_bars:
-                hub.enable_progress_bars()
+
+
+@contextmanager
+def hidden_downloads() -> Iterator[None]:
+    """Hide the progress bars of downloads."""
+    from huggingface_hub import utils as hub
+
+    if hub.are_progress_bars_disabled():
+        yield
+        return
+    hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.enable_progress_bars()
 
 
 def is_other_rank() -> bool:

@@ -109,9 +109,12 @@ class Bar:
         self.bar: Any = None
 
     def __call__(self, progress: Progress) -> None:
-        """Advance the bar. A bar that reaches its total is closed, and the next step opens another."""
+        """Advance the bar. A new phase, or the step after the total is reached, opens another."""
         from tqdm.auto import tqdm
 
+        if progress.phase and self.bar is not None:
+            self.bar.close()
+            self.bar = None
         if self.bar is None:
             self.bar = tqdm(total=progress.residues_total, unit=" residues", unit_scale=True)
         self.bar.total = progress.residues_total or self.bar.total
