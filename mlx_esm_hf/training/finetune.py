@@ -17,6 +17,7 @@ from mlx_esm_hf.checks import check_choice, check_integer, check_number
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
@@ -136,7 +137,7 @@ def finetune(
         settings = {
             "training data": content(os.path.basename(table), checksum_of_proteins(data)),
             "validation data": content(os.path.basename(validation or table), checksum_of_proteins(held_out)),
-            "model": content(str(model), checksum_of_model(network)),
+            "model": content(shown_name(model), checksum_of_model(network)),
             "task": task,
             "train": train,
             "merge": merge,

@@ -17,6 +17,7 @@ from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import check_fasta, is_stream
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.settings import checksum_of_model, content
@@ -156,7 +157,7 @@ def pretrain(
         training = [(store, indices) for store, (indices, _) in zip(stores, parts, strict=True)]
         if network is None:
             network = known.load()
-            origin = content(str(model), checksum_of_model(network))
+            origin = content(shown_name(model), checksum_of_model(network))
         trainer = MLXTrainer(
             network,
             args,
