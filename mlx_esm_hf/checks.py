@@ -58,7 +58,8 @@ def check_integer(name: str, value: Any, low: int, high: int = MOST) -> None:
     Raises:
         UserError: the message has the name and the bounds.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or not low <= int(value) <= high:
         raise UserError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
 
 

@@ -68,8 +68,8 @@ def resolve_dtype(requested: Any, configured: Any, stored: list[mx.Dtype]) -> mx
     Raises:
         ValueError: `requested` names no dtype.
     """
-    if requested is not None and requested != "auto":
-        return check_dtype(requested)
+    if requested is not None and (dtype := check_dtype(requested)) is not None:
+        return dtype
     dtype = as_dtype(configured) or (stored[0] if stored else mx.float32)
     if dtype in (mx.float16, mx.bfloat16) and half_precision_is_slow():
         warn_once(

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -41,7 +41,7 @@ class Running:
         self.console, self.quiet = console, quiet
         self.residues, self.computing = 0, 0.0  # computed, and the seconds that took
         self.phase, self.title, self.began = "loading", "loading the model", time.perf_counter()
-        self.seconds = Counter[str]()  # of each phase
+        self.seconds = defaultdict[str, float](float)  # of each phase
         texts = (TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("{task.fields[doing]}"))
         columns = (TaskProgressColumn(), BarColumn(), *texts)
         self.bar = Bar(*columns, console=console, disable=quiet or not console.is_terminal)

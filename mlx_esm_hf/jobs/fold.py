@@ -53,7 +53,6 @@ from mlx_esm_hf.runtime.costs import costs
 from mlx_esm_hf.runtime.device import use_device
 
 if TYPE_CHECKING:  # these imports take seconds, and torch with them: `fold` checks its arguments first
-    from mlx_esm_hf.models.auto import Checkpoint
     from mlx_esm_hf.models.esmfold.modeling_esmfold import MLXEsmForProteinFolding
 
 MOST_RECYCLES = 1000
@@ -271,7 +270,7 @@ class FoldingModel:
         options: arguments of `MLXEsmForProteinFolding.from_pretrained` for loading the weights.
     """
 
-    network: MLXEsmForProteinFolding | Checkpoint | Any
+    network: Any
     recycles: int
     name: str = ""
     revision: str | None = None

@@ -200,6 +200,7 @@ def generate(
         design = ("design", "<mask>" * length)
         source = ProteinSource("length", objects=[design], resumable=True, aligned=aligned)
     else:
+        assert proteins is not None
         source = ProteinSource.open(proteins, aligned)
     check_outputs(output, ("", ".fasta", ".fa"))
     from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM

@@ -61,6 +61,8 @@ class Model(Protocol):
 class LoadedLater(Model, Protocol):
     """What `load_checked` needs to know of a model; see `ProteinModel`."""
 
+    name: str
+
     @property
     def known_settings(self) -> dict[str, Any]:
         """The settings that do not depend on the weights."""
@@ -159,8 +161,10 @@ class ProteinItems:
             reasons = [message for message in report.left_out if not self.lacks or self.lacks not in message]
             if self.lacks and not reasons:
                 raise UserError(f"No sequence in {self.source.path} contains `{self.lacks}`.")
-            more = [f"and {len(reasons) - 10} more."] if len(reasons) > 10 else []
-            raise UserError("\n".join([f"{self.source.path} contains no proteins for this job.", *reasons[:10], *more]))
+            lines = [f"{self.source.path} contains no proteins for this job.", *reasons[:10]]
+            if len(reasons) > 10:
+                lines.append(f"and {len(reasons) - 10} more.")
+            raise UserError("\n".join(lines))
 
     def __iter__(self) -> Iterator[Item]:
         return self._read(self.report)

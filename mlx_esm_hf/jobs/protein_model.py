@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # these imports take seconds, and torch with them: jobs check
     from transformers import PreTrainedTokenizerBase
 
     from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
-    from mlx_esm_hf.models.auto import Checkpoint
 
 CHUNK_BATCHES = 16  # batches of a chunk: enough to sort proteins by length
 
@@ -60,7 +59,7 @@ class ProteinModel:
         options: arguments of `MLXPreTrainedModel.from_pretrained` for loading the weights.
     """
 
-    network: MLXPreTrainedModel | Checkpoint | Any
+    network: Any
     tokenizer: PreTrainedTokenizerBase
     name: str = ""
     revision: str | None = None

@@ -83,7 +83,8 @@ def write_checkpoint(folder: Path, state: TrainerState, arrays: Any, save_model:
     path = folder / f"checkpoint-{state.global_step}"
     with replace_folder(path) as part:
         save_model(part)
-        write_safetensors(part / ARRAYS, dict(sorted(tree_flatten(arrays))))  # equal bytes after resuming
+        flat: dict[str, mx.array] = tree_flatten(arrays, destination={})  # type: ignore[assignment]
+        write_safetensors(part / ARRAYS, dict(sorted(flat.items())))  # equal bytes after resuming
         (part / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         write_checksums(part)
     return path

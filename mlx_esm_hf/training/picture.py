@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mlx_esm_hf import plots
+import mlx_esm_hf.plots as plots
 from mlx_esm_hf.runs.outputs import check_outputs, check_picture, write_new
 from mlx_esm_hf.training.trainer import LOG
 

@@ -157,7 +157,7 @@ def pretrain(
         training = [(store, indices) for store, (indices, _) in zip(stores, parts, strict=True)]
         if network is None:
             network = known.load()
-            origin = content(shown_name(model), checksum_of_model(network))
+            origin = content(shown_name(known.source), checksum_of_model(network))
         trainer = MLXTrainer(
             network,
             args,
