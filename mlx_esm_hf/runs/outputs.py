@@ -20,6 +20,7 @@ from mlx_esm_hf.runtime.files import (
     Write,
     check_parent,
     complete,
+    make_parent,
     place_file,
     remove_folder,
     remove_temporary,
@@ -241,6 +242,7 @@ def write_new(path: Path, write: Write, remember: Callable[[Path, Path], None] |
         UserError: a file of this name already exists.
         OSError: the file cannot be written.
     """
+    make_parent(path)
     remove_temporary(path)
     try:
         with temporary_folder(path) as folder:

@@ -342,7 +342,20 @@ def test_modes_follow_the_umask(umask, esm2, tmp_path):
         ("finetune", table, "--epochs", "1", "--output", out / "t"),
     ]
     if umask == 0o027:
-        commands += [("train", fasta, "--steps", "1", "--output", out / "m", "--picture", out / "m.png")]
+        commands += [
+            (
+                "train",
+                fasta,
+                "--steps",
+                "1",
+                "--validation-share",
+                "0.3",
+                "--output",
+                out / "m",
+                "--picture",
+                out / "m.png",
+            )
+        ]
     earlier = os.umask(umask)
     try:
         out.mkdir()

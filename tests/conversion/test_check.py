@@ -77,7 +77,8 @@ def test_a_nan_difference_fails(tmp_path, fasta, monkeypatch, capsys):
     np.savez(path, **WEIGHTS)
     mlx_esm_npz.convert(path, tmp_path / "converted")
     change(tmp_path / "converted", "encoder.layer.0.output.dense.bias", mx.nan)
-    assert run(monkeypatch, capsys, tmp_path / "converted", path, "--fasta", fasta)[0] == 1
+    code, _ = run(monkeypatch, capsys, tmp_path / "converted", path, "--fasta", fasta)
+    assert "encoder.layer.0.output.dense.bias' is damaged: 32 of its 32 values are NaN" in code
 
 
 def test_a_model_of_another_size_is_refused(tmp_path, fasta, monkeypatch, capsys):

@@ -97,7 +97,7 @@ def test_outputs_without_a_contact_head(converted):
     case = converted("ESM-1v")
     with heard("mlx_esm_hf") as said:
         model = MLXAutoModelForMaskedLM.from_pretrained(case.output)
-    assert len(said) == 1 and said[0].count("MISSING") == 3 and said[0].count("esm.contact_head.regression.") == 2
+    assert said == []  # it refuses when it is used
     ours = answers(model, case.inputs, attentions=False)
     assert ours.keys() == {"logits", "hidden_states"}
     hold_layers("MLXEsmForMaskedLM, fair-esm", "ESM-1v, converted", case, ours)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mlx_esm_hf.data.proteins import Protein, Report
 from mlx_esm_hf.data.source import ProteinSource, read_proteins
+from mlx_esm_hf.errors import UserError
 
 COMPRESSIONS = {"plain": lambda b: b, "gzip": gzip.compress, "zstd": lambda b: zstandard.ZstdCompressor().compress(b)}
 
@@ -116,7 +117,8 @@ def test_several_zstandard_frames_are_one_file(tmp_path):
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_empty_file_has_no_proteins(tmp_path, content):
     (tmp_path / "none.fasta").write_text(content)
-    assert list(read_proteins(tmp_path / "none.fasta")) == []
+    with pytest.raises(UserError, match="none.fasta contains no proteins: the file is empty"):
+        list(read_proteins(tmp_path / "none.fasta"))
 
 
 @given(st.binary(max_size=300) | st.text(st.sampled_from(">\n\r MKTJ*-<mask>;1"), max_size=300).map(str.encode))

@@ -70,7 +70,7 @@ def test_bad_tables_are_refused(problem, tmp_path):
 def test_other_suffixes_are_refused(suffix, tmp_path):
     path = tmp_path / f"table{suffix}"
     path.write_text(GOOD)
-    with pytest.raises(UserError, match="must end in .csv, .tsv or .parquet"):
+    with pytest.raises(UserError, match="Use .csv, .tsv or .parquet"):
         open_table(path, name="name")
 
 

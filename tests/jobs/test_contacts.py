@@ -103,9 +103,8 @@ def test_picture_needs_exactly_one_protein(folder, tmp_path):
     (tmp_path / "p.fasta").write_text(">a\nMKT\n>b\nMKT\n")
     with pytest.raises(ValueError, match="contains 2"):
         contacts(tmp_path / "p.fasta", folder, tmp_path / "o.npz", picture=tmp_path / "p.png")
-    for picture in (tmp_path / "map.foo", tmp_path / "nowhere" / "map.png"):
-        with pytest.raises(ValueError, match="map"):
-            contacts(tmp_path / "p.fasta", folder, tmp_path / "o.npz", picture=picture)
+    with pytest.raises(ValueError, match="map.foo"):
+        contacts(tmp_path / "p.fasta", folder, tmp_path / "o.npz", picture=tmp_path / "map.foo")
     assert not (tmp_path / "o.npz").exists()
 
 

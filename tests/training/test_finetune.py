@@ -79,7 +79,7 @@ OTHERS = {
     "label_column": ("other", "label_column: label; now: other"),
     "validation": ("v.csv", r"validation data: t\.csv; now: v\.csv"),
     "validation_share": (0.3, "validation_share: 0.1; now: 0.3"),
-    "metrics": (["accuracy"], "metrics: ; now: accuracy"),
+    "metrics": (["accuracy"], "metrics: accuracy, matthews_corrcoef; now: accuracy"),
     "model": ("model2", "model: .*model; now: .*model2"),
     "num_train_epochs": (2, "num_train_epochs: 1; now: 2"),
 }

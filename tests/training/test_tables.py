@@ -87,10 +87,10 @@ def test_invalid_tables_are_refused(vocabulary, tmp_path):
         (
             "seq,label\nMKT,1\n",
             "other.csv",
-            r"No column 'sequence' in .*other.csv \(columns: seq, label\). Pass `--sequence-column seq`",
+            r"No column 'sequence' in .*other.csv \(columns: seq, label\). Pass `--sequence-column NAME`",
         ),
         ('sequence,label\n"MKT,1\n', "quote.csv", r"quote.csv, line \d: "),
-        ("MKT 1\n", "table.txt", "must end in .csv, .tsv or .parquet"),
+        ("MKT 1\n", "table.txt", "Use .csv, .tsv or .parquet"),
     ):
         with pytest.raises(ValueError, match=message):
             read_table(write(tmp_path, text, name), "classification", vocabulary, Report())

@@ -147,7 +147,7 @@ def test_other_models_are_refused(tmp_path):
         MLXEsmConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("option", ["is_decoder", "add_cross_attention", "is_folding_model"])
+@pytest.mark.parametrize("option", ["is_decoder", "add_cross_attention"])
 def test_unsupported_options(option):
     config = EsmConfig(**ESM2)
     setattr(config, option, True)

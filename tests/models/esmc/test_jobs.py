@@ -83,7 +83,8 @@ def test_chains_in_files(tmp_path: Path, folder: str, suffix: str) -> None:
     assert (tmp_path / f"out{suffix}").stat().st_size > 0
     if suffix == ".npz":
         with np.load(tmp_path / "out.npz") as file:
-            assert file["two/chains"].ravel().tolist() == [0] * 6 + [1] * 4 and file["two/residues.0"].shape == (10, 64)
+            assert file["ids"].tolist() == ["one", "two"] and file["offsets"].tolist() == [0, 4, 14]
+            assert file["chains"].ravel().tolist() == [0] * 10 + [1] * 4 and file["residues.0"].shape == (14, 64)
 
 
 def test_fill_mask(folder: str, model) -> None:

@@ -336,7 +336,7 @@ def test_refused_inputs(models: Peers, arguments: dict[str, Any], message: str) 
 
 def test_refused_configs() -> None:
     fields = tiny_folding()
-    with pytest.raises(ValueError, match="Use MLXEsmForProteinFolding"):
+    with pytest.raises(ValueError, match="is a folding model.*MLXEsmForProteinFolding"):
         MLXEsmForMaskedLM(MLXEsmConfig(**fields))
     with pytest.raises(ValueError, match="is a language model. Folding needs an ESMFold model"):
         MLXEsmForProteinFolding(MLXEsmConfig(**fields | {"is_folding_model": False}))
