@@ -283,7 +283,9 @@ def test_folders_of_outputs_are_created(esm2, tmp_path):
         assert result.exit_code == 0, result.output
         assert all((new / name).is_file() for name in files)
     (tmp_path / "file").touch()
-    result = CliRunner().invoke(app, ["embed", "x", "-m", str(esm2), "-o", str(tmp_path / "file/out.npz")])
+    result = CliRunner().invoke(
+        app, ["embed", str(tmp_path / "in.fasta"), "-m", str(esm2), "-o", str(tmp_path / "file/out.npz")]
+    )
     assert result.exit_code == 1 and "is not a folder" in result.output.replace("\n", " ")
 
 
