@@ -1,4 +1,4 @@
-"""The standard streams of the command line, when they are closed, full, or a pipe that nobody reads."""
+"""Standard output and error of the command line: errors if they are closed, on a full disk, or a broken pipe."""
 
 from __future__ import annotations
 

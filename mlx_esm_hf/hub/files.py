@@ -90,7 +90,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Refuse files of a folder that are links to somewhere else, so that nobody publishes what they did not mean to.
+    """Raise an error if a file is a link that leaves the folder: publishing it would upload an unrelated file.
 
     The links of the Hub cache, whose files are in `blobs` next to `snapshots`, are accepted.
 

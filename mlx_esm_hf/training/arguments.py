@@ -136,7 +136,7 @@ class MLXTrainingArguments:
     def settings(self) -> dict[str, Any]:
         """Return the arguments that determine the result of a training, under their names; None where one is unused.
 
-        Of the evaluations and checkpoints they are those that choose the best model.
+        Evaluation and checkpoint arguments are included only if they choose the best model.
         """
         names = ["gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1"]
         names += ["adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_checkpointing", "bf16", "seed"]

@@ -144,7 +144,7 @@ def test_two_processes_never_mix(tmp_path):
 
 
 def test_folder_that_cannot_be_written(tmp_path):
-    """A user without permission to finish a replacement is told so."""
+    """Without write permission, an unfinished replacement is an error that names the folder."""
     (tmp_path / SAVED).mkdir()
     (tmp_path / SAVED / "mine").touch()  # root, too, cannot finish what is not a replacement
     with pytest.raises(OSError, match="was being saved when the process was stopped"):
