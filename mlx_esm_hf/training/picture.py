@@ -6,18 +6,8 @@ import json
 from pathlib import Path
 
 import mlx_esm_hf.plots as plots
-from mlx_esm_hf.runs.outputs import check_outputs, check_picture, write_new
+from mlx_esm_hf.runs.outputs import write_new
 from mlx_esm_hf.training.trainer import LOG
-
-
-def check_picture_of(path: Path | None) -> None:
-    """Check that a picture of the losses can be written.
-
-    Raises:
-        ValueError: the file already exists, or its suffix is not one of a picture.
-    """
-    check_picture(path)
-    check_outputs(None, (), path)
 
 
 def draw_losses(folder: Path, path: Path) -> None:
