@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.checks import MOST
+from mlx_esm_hf.checks import MOST, MOST_RANK
 from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import print_training_summary, training
-
-MOST_RANK = (1 << 16) - 1
 
 
 def command(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_esm_hf.checks import MOST_RECYCLES
 from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
@@ -26,7 +27,7 @@ def command(
         typer.Option(
             help="Times the trunk runs again. Default: as in the model's config.",
             min=0,
-            max=1000,
+            max=MOST_RECYCLES,
             rich_help_panel=opt.COMPUTING,
         ),
     ] = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_esm_hf.checks import MOST, MOST_SEED
+from mlx_esm_hf.checks import MOST, MOST_LENGTH, MOST_SAMPLES, MOST_SEED, MOST_SWEEPS
 from mlx_esm_hf.cli import options as opt
 from mlx_esm_hf.cli.running import running
 
@@ -19,15 +19,17 @@ def command(
     model: opt.Model,
     output: opt.Output,
     length: Annotated[
-        int | None, typer.Option(help="Number of residues of a new protein; instead of FASTA.", min=1, max=100_000)
+        int | None, typer.Option(help="Number of residues of a new protein; instead of FASTA.", min=1, max=MOST_LENGTH)
     ] = None,
-    samples: Annotated[int, typer.Option(help="Designs per protein.", min=1, max=1_000_000)] = 1,
+    samples: Annotated[int, typer.Option(help="Designs per protein.", min=1, max=MOST_SAMPLES)] = 1,
     order: Annotated[
         str, typer.Option(help="Order of filling: confidence, left-to-right or gibbs.", rich_help_panel=SAMPLING)
     ] = "confidence",
     sweeps: Annotated[
         int,
-        typer.Option(help="Times gibbs resamples each free position.", min=0, max=100_000, rich_help_panel=SAMPLING),
+        typer.Option(
+            help="Times gibbs resamples each free position.", min=0, max=MOST_SWEEPS, rich_help_panel=SAMPLING
+        ),
     ] = 10,
     fixed: Annotated[
         str | None,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.checks import check_choices, check_integer
+from mlx_esm_hf.checks import MOST_RECYCLES, check_choices, check_integer
 from mlx_esm_hf.data.batches import by_length
 from mlx_esm_hf.data.proteins import Report, tokens
 from mlx_esm_hf.data.source import Proteins, ProteinSource
@@ -55,7 +55,6 @@ from mlx_esm_hf.runtime.device import use_device
 if TYPE_CHECKING:  # these imports take seconds, and torch with them: `fold` checks its arguments first
     from mlx_esm_hf.models.esmfold.modeling_esmfold import MLXEsmForProteinFolding
 
-MOST_RECYCLES = 1000
 LINKER = "G" * 25  # between two chains, as in fair-esm
 PAIR_STATES = 8  # maximum copies of the pair states in memory at a time
 

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from mlx_esm_hf.checks import MOST_SEED, check_choice, check_integer, check_number
+from mlx_esm_hf.checks import (
+    MOST_LENGTH,
+    MOST_SAMPLES,
+    MOST_SEED,
+    MOST_SWEEPS,
+    check_choice,
+    check_integer,
+    check_number,
+)
 from mlx_esm_hf.data.proteins import STANDARD, Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.data.vocabulary import Vocabulary
@@ -23,8 +31,6 @@ from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progre
 from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import Run
 
-MOST_LENGTH = 100_000  # residues; the longest known proteins have 45,000
-MOST_SAMPLES, MOST_SWEEPS = 1_000_000, 100_000
 ORDERS = ("confidence", "left-to-right", "gibbs")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_esm_hf.checks import check_choice, check_integer, check_number
+from mlx_esm_hf.checks import MOST_RANK, check_choice, check_integer, check_number
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.tokenizer import load_tokenizer
 from mlx_esm_hf.data.vocabulary import Vocabulary
@@ -28,7 +28,6 @@ from mlx_esm_hf.training.token_store import is_held_out
 if TYPE_CHECKING:
     from mlx_esm_hf.models.auto import Checkpoint
 
-MOST_RANK = (1 << 16) - 1
 METHODS = ("lora", "dora", "full", "head")
 USUAL_METRICS = {
     "single_label_classification": ("accuracy", "matthews_corrcoef"),
