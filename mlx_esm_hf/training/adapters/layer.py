@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.modeling_layers import Linear, QuantizedLinear, dequantized_weight
+from mlx_esm_hf.modeling_layers import Dropout, Linear, Module, QuantizedLinear, dequantized_weight
 from mlx_esm_hf.training.adapters.config import LoraConfig
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Module):
     """A plain or quantized linear layer with an adapter, [..., inputs] to [..., outputs].
 
     LoRA computes x · (W + s B A)ᵀ + bias. DoRA rescales each row of W + s B A to the length stored in
@@ -40,10 +39,13 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         outputs, inputs = dequantized_weight(self.base_layer).shape
         r = config.rank(name)
-        self.lora_A = Linear(inputs, r, bias=False)  # initialized as in PEFT: uniform within ±1/√inputs
+        self.lora_A = Linear(inputs, r, bias=False)  # uniform within ±1/√inputs, as in PEFT
         self.lora_B = Linear(r, outputs, bias=False)
-        self.lora_B.weight = mx.zeros((outputs, r))
-        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        if config.init_lora_weights == "gaussian":
+            self.lora_A.weight = mx.random.normal((r, inputs), scale=1 / r)
+        if config.init_lora_weights:
+            self.lora_B.weight = mx.zeros((outputs, r))
+        self.lora_dropout = Dropout(config.lora_dropout)
         if config.use_dora:
             self.lora_magnitude_vector = self._row_lengths()
 

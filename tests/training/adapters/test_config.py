@@ -7,23 +7,41 @@ import peft
 import pytest
 
 from mlx_esm_hf.training.adapters import LoraConfig, load_adapter
-from mlx_esm_hf.training.adapters.config import IGNORED_FIELDS, REFUSED
+from mlx_esm_hf.training.adapters.config import IGNORED_FIELDS, OtherFields
 from tests.training.adapters.helpers import assert_refused, our_base, set_in_config
+
+REFUSED = sorted(field.name for field in dataclasses.fields(OtherFields))
 
 
 def test_every_field_of_peft_is_known():
-    """Each is in one of three groups: supported, refused or ignored. A new version of PEFT may add fields."""
-    supported = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert supported | REFUSED | IGNORED_FIELDS == {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert len(supported) + len(REFUSED) + len(IGNORED_FIELDS) == len(supported | REFUSED | IGNORED_FIELDS)
+    """Each is supported, refused or ignored. A new version of PEFT may add fields."""
+    ours, theirs = ({f.name for f in dataclasses.fields(config)} for config in (LoraConfig, peft.LoraConfig))
+    assert ours | IGNORED_FIELDS == theirs and not ours & IGNORED_FIELDS
     defaults = peft.LoraConfig()
-    assert not any(getattr(defaults, name) for name in REFUSED), "the default of a refused field must be falsy"
+    assert all(getattr(defaults, f.name) == f.default for f in dataclasses.fields(OtherFields))
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", REFUSED)
 def test_fields_that_change_results_are_refused(saved, name):
     set_in_config(saved, **{name: [1]})
-    assert_refused(saved, rf"adapter_config.json sets {name}=\[1\], which is not supported")
+    assert_refused(saved, rf"adapter_config.json: {name}=\[1\] is not supported and changes what the adapter computes")
+    with pytest.raises(ValueError, match=rf"{name}=\[1\] is not supported"):
+        LoraConfig(**{name: [1]})
+
+
+def test_peft_objects():
+    """A configuration of PEFT has the same meaning as ours; fields that PEFT stores as sets keep their names."""
+    settings = {"r": 3, "lora_alpha": 5, "modules_to_save": ["classifier"], "use_rslora": True, "bias": "lora_only"}
+    settings |= {"layers_to_transform": [0], "layers_pattern": "layer", "rank_pattern": {"query": 2}}
+    theirs = peft.LoraConfig(target_modules=["query", "key"], task_type="SEQ_CLS", inference_mode=True, **settings)
+    ours = LoraConfig.from_peft(theirs)
+    assert ours == LoraConfig(target_modules=["key", "query"], task_type="SEQ_CLS", **settings)
+    with pytest.raises(ValueError, match="use_qalora=True is not supported"):
+        LoraConfig.from_peft(peft.LoraConfig(use_qalora=True))
+    with pytest.raises(ValueError, match="init_lora_weights must be True, False or 'gaussian', got 'pissa'"):
+        LoraConfig.from_peft(peft.LoraConfig(init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="peft_type must be 'LORA', got 'IA3'"):
+        LoraConfig.from_peft(peft.IA3Config())
 
 
 @pytest.mark.parametrize(
@@ -31,7 +49,11 @@ def test_fields_that_change_results_are_refused(saved, name):
     [
         ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialized by 'pissa_niter_4', which changes the base model"),
-        ({"bias": "all"}, "bias must be 'none', got 'all'"),
+        ({"bias": "some"}, "bias must be one of none, all, lora_only, got 'some'"),
+        ({"layers_to_transform": ["1"]}, "layers_to_transform must be layer numbers"),
+        ({"layers_to_transform": 1, "target_modules": ".*query"}, "layers_to_transform needs a list of target_modules"),
+        ({"layers_pattern": "layer"}, "layers_pattern needs layers_to_transform"),
+        ({"layers_to_transform": [7]}, r"no such linear layer that is not excluded found"),
         ({"r": 0}, "r must be an integer from 1 to 65535, got 0"),
         ({"r": 10**12}, "r must be an integer from 1 to 65535, got 1000000000000"),
         ({"r": "8"}, "r must be an integer from 1 to 65535, got '8'"),

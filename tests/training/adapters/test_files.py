@@ -39,6 +39,7 @@ from tests.training.adapters.helpers import (
     our_base_with,
     peers,
     randomize_adapters,
+    shapes_of,
 )
 
 
@@ -90,22 +91,34 @@ def test_a_head_in_the_adapter_file(tmp_path):
     assert not ours.newly_initialized and np.array_equal(logits(ours, "token"), logits(model.mlx, "token"))
 
 
-def test_a_tied_head(tmp_path):
-    """PEFT unties the output projection to train it. It loads only into a model with untied embeddings."""
-    model = peft.get_peft_model(
-        base_model(tmp_path / "base", "ESM-2", "lm"),
-        peft.LoraConfig(target_modules=TARGETS, modules_to_save=["lm_head"]),
-    ).eval()
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["word_embeddings"]}], ids=["frozen", "trained"])
+def test_a_resized_vocabulary(tmp_path, settings):
+    """PEFT writes the tables of a vocabulary that was resized. Loading resizes the model."""
+    base_model(tmp_path / "base", "ESM-2", "single_label")
+    base = transformers.EsmForSequenceClassification.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(40)
+    lora = peft.LoraConfig(target_modules=TARGETS, task_type="SEQ_CLS", **settings)
+    model = peft.get_peft_model(base, lora).eval()
     randomize_adapters(model)
     model.save_pretrained(tmp_path / "adapter")
-    assert_refused(
-        tmp_path / "adapter", "contains 'lm_head.decoder.weight', a copy of the embedding .*tie_word_embeddings"
-    )
-    ours = mlx_esm_hf.MLXEsmForMaskedLM.from_pretrained(tmp_path / "base", tie_word_embeddings=False)
-    load_adapter(ours, tmp_path / "adapter")
-    inputs = batch("none", head="lm")
+    assert any("word_embeddings" in name for name in shapes_of(tmp_path / "adapter"))
+    ours = load_adapter(our_base(tmp_path / "base", "single_label"), tmp_path / "adapter")
+    assert ours.config.vocab_size == 40
+    inputs = batch("none", head="single_label")
+    inputs["input_ids"][:, 3] = 39
     with torch.no_grad():
         assert close(ours(**inputs).logits, model(**for_torch(inputs, model)).logits)
+
+
+def test_a_resized_vocabulary_of_a_language_model(tmp_path):
+    base_model(tmp_path / "base", "ESM-2", "lm")
+    ours = our_base(tmp_path / "base", "lm")
+    ours.resize_token_embeddings(40)
+    add_adapters(ours, LoraConfig(target_modules=["query"], modules_to_save=["word_embeddings"]))
+    save_adapter(ours, tmp_path / "adapter")
+    again = load_adapter(our_base(tmp_path / "base", "lm"), tmp_path / "adapter")
+    ids = [[0, 5, 39, 6, 2]]
+    assert close(again(ids).logits[..., :33], ours.eval()(ids).logits[..., :33])
 
 
 def test_another_family(tmp_path):

@@ -34,6 +34,7 @@ from tests.training.adapters.helpers import (
     our_base_with,
     our_name,
     peers,
+    randomize_adapters,
     shapes_of,
     torch_gradients,
 )
@@ -74,6 +75,13 @@ def test_gradients(backend, tmp_path, family, head, kind):
         {"use_rslora": True, "rank_pattern": {"dense": 9}},
         {"modules_to_save": ["emb_layer_norm_after", "contact_head"]},
         {"target_modules": "all-linear"},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"bias": "all", "use_dora": True},
+        {"layers_to_transform": 1},
+        {"layers_to_transform": [0, 1], "layers_pattern": ["layer"]},
+        {"exclude_modules": ["attention.output.dense", "key"], "target_modules": "all-linear"},
+        {"exclude_modules": r".*layer\.0\..*"},
     ],
     ids=str,
 )
@@ -84,6 +92,10 @@ def test_settings(tmp_path, settings):
     ours = add_adapters(our_base(tmp_path / "base", "lm"), LoraConfig(**{"r": 4, "target_modules": TARGETS} | settings))
     save_adapter(ours, tmp_path / "ours")
     assert shapes_of(tmp_path / "ours") == shapes_of(tmp_path / "adapter")
+    theirs = {our_name(name) for name, p in model.torch.named_parameters() if p.requires_grad}
+    assert dict(tree_flatten(ours.trainable_parameters())).keys() == theirs
+    again = peft.PeftModel.from_pretrained(base_model(tmp_path / "base", "ESM-2", "lm"), tmp_path / "ours")
+    assert again.get_nb_trainable_parameters()[1] > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,6 +116,99 @@ def test_initialization(tmp_path, kind):
             assert abs(np.array(array).std() - found[name].std()) < 0.1 * bound
         else:
             assert np.allclose(array, found[name])
+
+
+def test_biases_of_modules_to_save(tmp_path):
+    """PEFT writes them twice."""
+    settings = {"bias": "all", "modules_to_save": ["emb_layer_norm_after"]}
+    hold_outputs(peers(tmp_path, "ESM-2", "lm", **settings), "ESM-2", batch(head="lm"))
+    assert any(name.endswith("modules_to_save.bias") for name in shapes_of(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("initialization", ["gaussian", False])
+def test_other_initializations(tmp_path, initialization):
+    """A and B have PEFT's distributions."""
+    settings = {"r": 64, "target_modules": TARGETS, "init_lora_weights": initialization}
+    theirs = peft.get_peft_model(base_model(tmp_path / "base", "ESM-2", "lm"), peft.LoraConfig(**settings))
+    ours = add_adapters(our_base(tmp_path / "base", "lm"), peft.LoraConfig(**settings))
+    found = {our_name(n): p.detach().numpy() for n, p in theirs.base_model.model.named_parameters() if p.requires_grad}
+    trainable = dict(tree_flatten(ours.trainable_parameters()))
+    assert found.keys() == trainable.keys()
+    for name, array in trainable.items():
+        assert np.array(array).std() == pytest.approx(found[name].std(), rel=0.1), name
+        assert np.abs(array).max() == pytest.approx(np.abs(found[name]).max(), rel=0.3), name
+
+
+def test_print_trainable_parameters(tmp_path, capsys):
+    """The line is PEFT's."""
+    model = peft.get_peft_model(base_model(tmp_path / "base", "ESM-2", "lm"), peft.LoraConfig(target_modules=TARGETS))
+    model.print_trainable_parameters()
+    ours = add_adapters(our_base(tmp_path / "base", "lm"), LoraConfig(target_modules=TARGETS))
+    ours.print_trainable_parameters()
+    theirs, line = capsys.readouterr().out.splitlines()
+    assert line == theirs and ours.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+VOCABULARY = ["word_embeddings", "lm_head", "decoder", "lm_head.decoder", "dense"]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"modules_to_save": [name]} for name in VOCABULARY),
+        {"modules_to_save": ["word_embeddings", "decoder"]},
+        {"modules_to_save": ["word_embeddings", "lm_head"]},
+        {"target_modules": ["query", "decoder"]},
+        {"target_modules": ["query", "decoder"], "use_dora": True},
+        {"target_modules": ["query", "decoder"], "modules_to_save": ["word_embeddings"]},
+        {"target_modules": ["query", "lm_head.dense"], "modules_to_save": ["decoder"]},
+        {"target_modules": "all-linear", "modules_to_save": ["word_embeddings"]},
+    ],
+    ids=str,
+)
+def test_embedding_and_head(tmp_path, settings, tied):
+    """Trained embeddings and output projections have PEFT's meaning, in both directions and after merging."""
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["query"]} | settings
+    theirs = peft.get_peft_model(
+        base_model(tmp_path / "base", "ESM-2", "lm", tie_word_embeddings=tied), peft.LoraConfig(**settings)
+    ).eval()
+    randomize_adapters(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    inputs = batch("none", head="lm")
+    with torch.no_grad():
+        wanted = theirs(**for_torch(inputs, theirs)).logits
+
+    ours = load_adapter(our_base(tmp_path / "base", "lm"), tmp_path / "adapter")
+    assert close(ours(**inputs).logits, wanted)
+    save_adapter(ours, tmp_path / "ours")
+    assert shapes_of(tmp_path / "ours") == shapes_of(tmp_path / "adapter")
+    base = transformers.EsmForMaskedLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert close(again(**for_torch(inputs, again)).logits, wanted)
+
+    new = add_adapters(our_base(tmp_path / "base", "lm"), LoraConfig(**settings))
+    names = {our_name(name) for name, p in theirs.base_model.model.named_parameters() if p.requires_grad}
+    assert dict(tree_flatten(new.trainable_parameters())).keys() == names
+    assert close(new.eval()(**inputs).logits, our_base(tmp_path / "base", "lm")(**inputs).logits)
+
+    merge_adapters(ours).save_pretrained(tmp_path / "merged")
+    merged = transformers.EsmForMaskedLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert close(merged(**for_torch(inputs, merged)).logits, wanted)
+    assert close(our_base(tmp_path / "merged", "lm")(**inputs).logits, wanted)
+
+
+def test_tied_adapters_are_refused(tmp_path):
+    """The model stays tied."""
+    base_model(tmp_path / "base", "ESM-2", "lm")
+    model = our_base(tmp_path / "base", "lm")
+    with pytest.raises(ValueError, match="ensure_weight_tying=True is not supported"):
+        add_adapters(model, LoraConfig(modules_to_save=["word_embeddings"], ensure_weight_tying=True))
+    assert model.is_tied() and model.config.tie_word_embeddings
+    add_adapters(model, LoraConfig(ensure_weight_tying=True))
+    assert model.is_tied()
 
 
 @pytest.mark.parametrize("kind", KINDS)
