@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -44,7 +44,8 @@ class TrainerState:
         tokens: real tokens seen.
         log_history: the lines of the log.
         best_metric: metric of the best checkpoint.
-        best_model_checkpoint: folder name of the best checkpoint.
+        best_model_checkpoint: path of the best checkpoint. A checkpoint stores its name.
+        callbacks: what callbacks want to keep.
         settings: everything that determines the result; resuming with different settings is refused.
         frozen: checksum of the parameters that are not trained; None if it was not computed.
     """
@@ -61,6 +62,40 @@ class TrainerState:
     best_model_checkpoint: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     frozen: str | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
+
+    # Not stored; with the names and values that transformers' callbacks expect.
+    max_steps: ClassVar[int] = 0
+    num_train_epochs: ClassVar[float] = 0
+    logging_steps: ClassVar[float] = 0
+    eval_steps: ClassVar[float] = 0
+    save_steps: ClassVar[float] = 0
+    train_batch_size: ClassVar[int] = 0
+    total_flos: ClassVar[float] = 0
+    is_local_process_zero: ClassVar[bool] = True
+    is_world_process_zero: ClassVar[bool] = True
+    is_hyper_param_search: ClassVar[bool] = False
+    trial_name: ClassVar[str | None] = None
+    trial_params: ClassVar[dict[str, Any] | None] = None
+
+    @property
+    def best_name(self) -> str | None:
+        """Folder name of the best checkpoint."""
+        return None if self.best_model_checkpoint is None else Path(self.best_model_checkpoint).name
+
+    @property
+    def best_global_step(self) -> int | None:
+        """Step of the best checkpoint."""
+        return None if self.best_name is None else int(self.best_name.rpartition("-")[2])
+
+    @property
+    def num_input_tokens_seen(self) -> int:
+        """Real tokens seen."""
+        return self.tokens
+
+    def to_json(self) -> str:
+        """Return the text that a checkpoint stores."""
+        return json.dumps(asdict(self) | {"best_model_checkpoint": self.best_name}, indent=1)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -77,15 +112,16 @@ def write_checkpoint(folder: Path, state: TrainerState, arrays: Any, save_model:
     Args:
         folder: the training folder.
         state: the progress.
-        arrays: a tree of the arrays that resuming needs.
+        arrays: a tree of the arrays that resuming needs; None for a checkpoint that only holds the model.
         save_model: writes model and tokenizer into a folder.
     """
     path = folder / f"checkpoint-{state.global_step}"
     with replace_folder(path) as part:
         save_model(part)
-        flat: dict[str, mx.array] = tree_flatten(arrays, destination={})  # type: ignore[assignment]
-        write_safetensors(part / ARRAYS, dict(sorted(flat.items())))  # equal bytes after resuming
-        (part / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        if arrays is not None:
+            flat: dict[str, mx.array] = tree_flatten(arrays, destination={})  # type: ignore[assignment]
+            write_safetensors(part / ARRAYS, dict(sorted(flat.items())))  # equal bytes after resuming
+        (part / STATE).write_text(state.to_json(), encoding="utf-8")
         write_checksums(part)
     return path
 
@@ -129,6 +165,8 @@ def read_state(path: Path) -> TrainerState:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}). {advice_on(path)}") from error
     _check_types(state, path)
+    if state.best_model_checkpoint is not None:
+        state.best_model_checkpoint = str(path.parent / state.best_model_checkpoint)
     return state
 
 
@@ -141,6 +179,7 @@ def _check_types(state: TrainerState, path: Path) -> None:
         "best_metric": (state.best_metric is None or is_finite(state.best_metric), "a finite number or null"),
         "best_model_checkpoint": (best is None or is_name, "the name of a checkpoint or null"),
         "settings": (isinstance(state.settings, dict), "an object"),
+        "callbacks": (isinstance(state.callbacks, dict), "an object"),
     }
     for name in ("global_step", "epochs_done", "epoch_step", "tokens"):
         value = getattr(state, name)

@@ -146,6 +146,23 @@ def batches_by_rows(items: Sequence[int] | np.ndarray, rows: int) -> list[np.nda
     return [items[start : start + rows] for start in range(0, len(items), rows)]
 
 
+def by_similar_length(items: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
+    """Return items in an order that puts similar lengths together, within blocks of 50 batches. The longest are first.
+
+    Args:
+        items: indices in random order.
+        lengths: tokens of each item of the data set.
+        batch: items of a step.
+
+    Source: transformers' `LengthGroupedSampler`.
+    """
+    size = 50 * batch
+    blocks = [items[start : start + size] for start in range(0, len(items), size)]
+    blocks = [block[np.argsort(-lengths[block], kind="stable")] for block in blocks]
+    first = int(np.argmax([lengths[block[0]] for block in blocks]))
+    return np.concatenate([blocks[first], *blocks[:first], *blocks[first + 1 :]])
+
+
 def batches_by_tokens(
     items: np.ndarray, lengths: np.ndarray, tokens: int, rng: np.random.Generator
 ) -> list[np.ndarray]:

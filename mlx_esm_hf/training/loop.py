@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,13 @@ from mlx.utils import tree_map
 from mlx_esm_hf import ops
 from mlx_esm_hf.errors import NonFiniteLossError, UserError
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
-from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
 from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.checkpoints import STATE, TrainerState, advice_on, read_arrays, read_state
-from mlx_esm_hf.training.datasets import batches_by_rows, batches_by_tokens, shuffled_items
-from mlx_esm_hf.training.optimizer import AdamW
+from mlx_esm_hf.training.datasets import batches_by_rows, batches_by_tokens, by_similar_length, shuffled_items
+from mlx_esm_hf.training.evaluation import Batch, as_numpy
+from mlx_esm_hf.training.optimizer import create_optimizer
 from mlx_esm_hf.training.settings import differences
-
-Batch = dict[str, np.ndarray]
 
 
 class StepResult(NamedTuple):
@@ -47,38 +46,58 @@ class TrainingLoop:
         model: its trainable parameters are in float32.
         args: the settings.
         data: the training data set.
-        collate: makes a batch from the data set and the indices of its items.
+        collate: makes a batch from the items of a data set.
         compute_loss: returns the mean loss over the labels of a batch.
         state: the progress, which a checkpoint stores: that of a new training, with its settings.
+        dataloader: returns the batches of an epoch, instead of those made from `data`.
+        sampler: returns the indices of the items of an epoch in order, instead of a shuffled order.
 
     Attributes:
         steps: optimizer steps in total.
         batches_per_step: batches of one optimizer step on all ranks together.
+        optimizer: the optimizer; by default that of the arguments.
+        schedule: returns the learning rate of a step, counted from 0; None for that of the arguments.
+        learning_rate: the learning rate of the last step.
+
+    Raises:
+        UserError: the number of steps is unknown, because `max_steps` is not set and the data have no length.
     """
 
     def __init__(
         self,
-        model: MLXPreTrainedModel,
+        model: nn.Module,
         args: MLXTrainingArguments,
         data: Any,
-        collate: Callable[[Any, np.ndarray], Batch],
+        collate: Callable[[Sequence[Any]], Batch],
         compute_loss: Callable[[Any, dict[str, mx.array]], mx.array],
         state: TrainerState,
+        dataloader: Callable[[], Iterable[Any]] | None = None,
+        sampler: Callable[[], Iterable[int]] | None = None,
     ):
         self.model, self.args, self.data = model, args, data
         self.collate, self.compute_loss, self.state = collate, compute_loss, state
-        self.lengths = None if args.batch_tokens is None else token_lengths(data)
+        self.dataloader, self.sampler = dataloader, sampler
+        groups_lengths = args.batch_tokens is not None or args.train_sampling_strategy == "group_by_length"
+        self.lengths = token_lengths(data, args.length_column_name) if groups_lengths and self._is_map else None
         self.batches_per_step = args.gradient_accumulation_steps * distributed.size()
-        epoch_steps = self.steps_of(self.batches(0))
-        self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
-        self.optimizer = AdamW(
-            model.trainable_parameters(),
-            args.learning_rate,
-            (args.adam_beta1, args.adam_beta2),
-            args.adam_epsilon,
-            args.weight_decay,
-            args.max_grad_norm,
-        )
+        self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self._epoch_steps())
+        self.optimizer: Any = create_optimizer(args, model.trainable_parameters())
+        self.schedule: Callable[[int], Any] | None = None
+        self.learning_rate = 0.0
+
+    @property
+    def _is_map(self) -> bool:
+        """Whether batches are made from items that have an index."""
+        return self.dataloader is None and hasattr(self.data, "__len__")
+
+    def _epoch_steps(self) -> int:
+        """Return the steps of the first epoch."""
+        if self._is_map:
+            return len(list(self.groups(0)))
+        batches = None if self.dataloader is None else self.dataloader()
+        if not hasattr(batches, "__len__"):
+            raise UserError("The training data have no length, so the number of steps is unknown: set max_steps.")
+        return math.ceil(len(batches) / self.batches_per_step)  # type: ignore[arg-type]
 
     def run(self) -> Iterator[StepResult]:
         """Train to the last step. After each step, `state` is up to date and the measurements are yielded."""
@@ -87,18 +106,31 @@ class TrainingLoop:
         while state.global_step < self.steps:
             if hasattr(self.data, "set_epoch"):
                 self.data.set_epoch(state.epochs_done)
-            batches = self.batches(state.epochs_done)
-            epoch_steps = self.steps_of(batches)
-            for step in range(state.epoch_step, epoch_steps):
-                first = step * self.batches_per_step
-                result = self.step(batches[first : first + self.batches_per_step])
-                state.epoch = state.epochs_done + (step + 1) / epoch_steps
-                state.epoch_step = step + 1
-                if state.epoch_step == epoch_steps:
+            groups = self.groups(state.epochs_done)
+            steps = len(groups) if isinstance(groups, list) else None
+            before = state.global_step
+            for number, (group, is_last) in enumerate(with_last(groups)):
+                if number < state.epoch_step:  # done before the training was resumed
+                    continue
+                result = self.step(group)
+                state.epoch = state.epochs_done + (number + 1) / steps if steps else state.global_step / self.steps
+                state.epoch_step = number + 1
+                if is_last:
                     state.epochs_done, state.epoch_step = state.epochs_done + 1, 0
                 yield result
                 if state.global_step == self.steps:
                     return
+            if state.global_step == before:
+                raise UserError(f"Epoch {state.epochs_done} of the training data has no items.")
+
+    def groups(self, epoch: int) -> list[list[Any]] | Iterator[list[Any]]:
+        """Return the batches of each step of an epoch: item indices, or batches of data that have no length."""
+        if self._is_map:
+            return list(grouped(self.batches(epoch), self.batches_per_step))
+        if self.dataloader is not None:
+            return grouped(map(as_numpy, self.dataloader()), self.batches_per_step)
+        rows = grouped(iter(self.data), self.args.per_device_train_batch_size)
+        return grouped(map(self.collate, rows), self.batches_per_step)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the item indices of each batch of an epoch.
@@ -107,41 +139,52 @@ class TrainingLoop:
             UserError: the epoch has no items.
         """
         data, args = self.data, self.args
-        items = data.order(args.seed, epoch) if hasattr(data, "order") else shuffled_items(len(data), args.seed, epoch)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if self.sampler is not None:
+            items = np.array([int(item) for item in self.sampler()], np.int64)
+        elif hasattr(data, "order"):
+            items = data.order(seed, epoch)
+        elif args.train_sampling_strategy == "sequential":
+            items = np.arange(len(data))
+        else:
+            items = shuffled_items(len(data), seed, epoch)
         if not len(items):
             raise UserError(f"Epoch {epoch} of the training data has no items: the sampling weights leave none.")
-        if self.lengths is None or args.batch_tokens is None:
-            return batches_by_rows(items, args.per_device_train_batch_size)
-        rng = np.random.default_rng((args.seed, epoch, 1))
-        return batches_by_tokens(items, self.lengths, args.batch_tokens, rng)
+        if self.lengths is not None and args.batch_tokens is not None:
+            rng = np.random.default_rng((seed, epoch, 1))
+            return batches_by_tokens(items, self.lengths, args.batch_tokens, rng)
+        rows = args.per_device_train_batch_size
+        if self.lengths is not None:
+            items = by_similar_length(items, self.lengths, rows * self.batches_per_step)
+        batches = batches_by_rows(items, rows)
+        if args.dataloader_drop_last and len(batches) > 1 and len(batches[-1]) < rows:
+            batches.pop()
+        return batches
 
-    def steps_of(self, batches: Sequence[np.ndarray]) -> int:
-        """Return the number of optimizer steps of an epoch with these batches."""
-        return math.ceil(len(batches) / self.batches_per_step)
-
-    def step(self, items: Sequence[np.ndarray]) -> StepResult:
+    def step(self, items: Sequence[Any]) -> StepResult:
         """Update the weights once.
 
         Args:
-            items: item indices of each batch of the step. The ranks share the batches.
+            items: each batch of the step, or the indices of its items. The ranks share the batches.
 
         Raises:
             NonFiniteLossError: the loss or the norm of the gradients is infinite or NaN.
         """
-        batches = [self.collate(self.data, batch) for batch in items[distributed.rank() :: distributed.size()]]
+        batches = [self._batch(batch) for batch in items[distributed.rank() :: distributed.size()]]
         self.model.train()
         loss, gradients = self._gradients(batches)
-        learning_rate = self.args.learning_rate_at(self.state.global_step, self.steps)
-        self.optimizer.state["learning_rate"] = mx.array(learning_rate)
+        self.learning_rate = self.optimizer.learning_rate = self.rate(self.state.global_step)
         norm: Any = self._update(gradients)
         del gradients  # so that their memory can be reused
         mx.eval(loss, norm, self.model.parameters(), self.optimizer.state, mx.random.state)
         loss, norm = loss.item(), norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            known = all(isinstance(batch, np.ndarray) for batch in items)
+            contain = f"contain items {np.concatenate(items).tolist()}" if known else "are the next ones"
             raise NonFiniteLossError(
                 f"Step {self.state.global_step + 1}: the loss is {loss}, the norm of the gradients {norm}. The "
-                f"batches of this step contain items {np.concatenate(items).tolist()} of the training data. Nothing "
-                "was written since the last checkpoint: check these items, or resume from the checkpoint with a lower "
+                f"batches of this step {contain} of the training data. Nothing was written "
+                "since the last checkpoint: check these items, or resume from the checkpoint with a lower "
                 "learning rate."
             )
         tokens = distributed.all_sum(sum(token_count(batch) for batch in batches))
@@ -150,6 +193,16 @@ class TrainingLoop:
         self.state.total_loss += loss
         self.state.tokens += tokens
         return StepResult(loss, norm, tokens)
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if self.schedule is not None:
+            return float(self.schedule(step))
+        return self.optimizer.initial_learning_rate * self.args.learning_rate_factor(step, self.steps)
+
+    def _batch(self, items: Any) -> Batch:
+        """Return a batch, given itself or the indices of its items."""
+        return self.collate([self.data[int(item)] for item in items]) if isinstance(items, np.ndarray) else items
 
     def is_due(self, strategy: str, every: int | None) -> bool:
         """Return whether an action with this strategy follows the step just done. The last step triggers all but "no".
@@ -204,7 +257,8 @@ class TrainingLoop:
 
         check("global_step", self.steps)
         check("epochs_done", state.global_step)
-        check("epoch_step", min(state.global_step, self.steps_of(self.batches(state.epochs_done)) - 1))
+        if self._is_map:
+            check("epoch_step", min(state.global_step, len(self.groups(state.epochs_done)) - 1))  # type: ignore[arg-type]
 
     def arrays(self) -> dict[str, Any]:
         """Return the tree of arrays that a checkpoint stores."""
@@ -227,12 +281,12 @@ class TrainingLoop:
         A batch counts by its number of labels, so the result does not depend on how a step is divided into batches.
         One without labels, whose mean loss is NaN, is not computed. A step without labels has loss 0 and gradients 0.
         """
-        batches = [batch for batch in batches if label_count(batch)]
-        labels = distributed.all_sum(sum(label_count(batch) for batch in batches))
+        batches = [batch for batch in batches if label_count(batch, self.args.label_names)]
+        labels = distributed.all_sum(sum(label_count(batch, self.args.label_names) for batch in batches))
         loss: Any = mx.array(0.0)
         gradients: Any = None
         for batch in batches:
-            weight = mx.array(label_count(batch) * distributed.size() / labels)
+            weight = mx.array(label_count(batch, self.args.label_names) * distributed.size() / labels)
             batch_loss, batch_gradients = self._loss_and_gradients(to_mlx(batch), weight)
             loss = loss + batch_loss
             gradients = batch_gradients if gradients is None else tree_map(mx.add, gradients, batch_gradients)
@@ -257,17 +311,40 @@ class TrainingLoop:
         return loss.astype(mx.float32) * weight
 
 
-def token_lengths(data: Any) -> np.ndarray:
-    """Return the number of tokens of each item of a data set, int [items]."""
+def grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of up to `size` items."""
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yield each item, and whether it is the last one."""
+    iterator, missing = iter(items), object()
+    item = next(iterator, missing)
+    while item is not missing:
+        following = next(iterator, missing)
+        yield item, following is missing
+        item = following
+
+
+def token_lengths(data: Any, column: str = "length") -> np.ndarray:
+    """Return the number of tokens of each item of a data set, int [items], from `lengths` or a column if it has one."""
     lengths = getattr(data, "lengths", None)
     if lengths is None:
-        lengths = np.array([len(data[i]["input_ids"]) for i in range(len(data))])
+        rows = (data[i] for i in range(len(data)))
+        lengths = np.array([row[column] if column in row else len(row["input_ids"]) for row in rows])
     return lengths
 
 
-def label_count(batch: Mapping[str, np.ndarray]) -> int:
-    """Return the number of labels that take part in the loss of a batch; its rows if it has no column of labels."""
-    labels = batch.get("labels")
+def label_count(batch: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> int:
+    """Return the number of labels that take part in the loss of a batch; its rows if it has no column of labels.
+
+    Args:
+        batch: the batch.
+        names: columns of labels; None for "labels".
+    """
+    labels = next((batch[name] for name in names or ["labels"] if batch.get(name) is not None), None)
     if labels is None:
         return len(next(iter(batch.values())))
     if np.issubdtype(labels.dtype, np.floating):  # every number is a label, even −100
@@ -278,7 +355,9 @@ def label_count(batch: Mapping[str, np.ndarray]) -> int:
 def token_count(batch: Mapping[str, np.ndarray]) -> int:
     """Return the number of real tokens of a batch, without padding."""
     mask = batch.get("attention_mask")
-    return int(batch["input_ids"].size if mask is None else mask.sum())
+    if mask is None:
+        return int(batch["input_ids"].size if "input_ids" in batch else 0)
+    return int(mask.sum())
 
 
 def to_mlx(batch: Mapping[str, np.ndarray]) -> dict[str, mx.array]:

@@ -16,7 +16,7 @@ from mlx_esm_hf.checks import check_integer, check_number
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import check_fasta, is_stream
 from mlx_esm_hf.data.tokenizer import load_tokenizer
-from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_without_mask
 from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
@@ -145,6 +145,7 @@ def pretrain(
             known = open_checkpoint(MLXAutoModelForMaskedLM, model)
             network, tokenizer = None, load_tokenizer(model, **known.commit)
         vocabulary = Vocabulary(tokenizer, "this model" if isinstance(model, tuple) else model)
+        refuse_without_mask(vocabulary)
         context = min(context, known.max_tokens or context)
         folder = Path(output) / DATA
         stores = [open_store(path, folder / str(i), vocabulary, report) for i, path in enumerate(proteins)]

@@ -15,6 +15,7 @@ import transformers
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf import LoraConfig, MLXTrainingArguments, add_adapters
+from mlx_esm_hf.training.argument_groups import IgnoredArguments, OlderArguments, RefusedArguments
 from mlx_esm_hf.training.checksums import write_checksums
 from tests.processes import ENVIRONMENT, ROOT
 from tests.training.trainings import losses_of, small_training
@@ -85,7 +86,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
     scores = iter([1, 5, 2, 3, 4, 0])
     trainer.compute_metrics = lambda _: {"score": next(scores)}
     trainer.train()
-    assert trainer.state.best_model_checkpoint == "checkpoint-8"
+    assert trainer.state.best_name == "checkpoint-8"
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-24", "checkpoint-8"]
     best = trainer.model.from_pretrained(tmp_path / "checkpoint-8")
     trained = dict(tree_flatten(trainer.model.trainable_parameters()))  # all but the contact head, which is not saved
@@ -112,11 +113,18 @@ OTHERS = {
     "warmup_steps": 2, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6,
     "max_grad_norm": 0.5, "gradient_checkpointing": True, "bf16": True, "eval_steps": 2, "save_steps": 8,
     "load_best_model_at_end": False, "metric_for_best_model": "accuracy", "greater_is_better": True, "seed": 1,
+    "data_seed": 1, "label_smoothing_factor": 0.1, "dataloader_drop_last": True, "optim": "sgd", "eval_delay": 2,
+    "train_sampling_strategy": "sequential", "lr_scheduler_kwargs": {}, "label_names": ["labels"],
+    "remove_unused_columns": False,
 }  # fmt: skip
 # Arguments that may change: where and what is written, and what is shown.
 FREE = {
     "output_dir", "save_total_limit", "logging_steps", "disable_tqdm", "report_to", "push_to_hub", "hub_model_id",
-    "num_train_epochs", "warmup_ratio", "eval_strategy", "save_strategy",
+    "num_train_epochs", "warmup_ratio", "eval_strategy", "save_strategy", "activation_checkpointing", "fp16",
+    "eval_on_start", "prediction_loss_only", "include_for_metrics", "save_only_model",
+    "logging_strategy", "logging_first_step", "include_num_input_tokens_seen", "length_column_name", "run_name",
+    "project", "trackio_space_id", "trackio_bucket_id", "logging_dir",
+    "trackio_static_space_id", "hub_token", "hub_private_repo", "hub_revision", "hub_strategy",
 }  # fmt: skip
 
 
@@ -128,7 +136,12 @@ def test_resuming_with_another_argument_is_refused(name, finished):
 
 
 def test_every_argument_is_compared_or_free():
-    assert OTHERS.keys() | FREE == {field.name for field in dataclasses.fields(MLXTrainingArguments)}
+    names = {field.name for field in dataclasses.fields(MLXTrainingArguments)}
+    for group in (IgnoredArguments, RefusedArguments, OlderArguments):
+        names -= {field.name for field in dataclasses.fields(group)}
+    assert OTHERS.keys() | FREE | {"optim_args"} == names
+    momentum = MLXTrainingArguments("out", optim="sgd", optim_args="momentum=0.9").settings()
+    assert momentum["optim"] == "sgd" and momentum["optim_args"] == "momentum=0.9"
     epochs = MLXTrainingArguments("out", num_train_epochs=2).settings()
     assert epochs["num_train_epochs"] == 2 and epochs["max_steps"] is None
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 import mlx_esm_hf
+from mlx_esm_hf.training.adapters import LoraConfig, add_adapters
 from tests.tiny import tiny
 
 HEADS = ["ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"]
@@ -66,3 +67,43 @@ def test_the_inverse_frequencies_are_not_trainable():
     model = mlx_esm_hf.MLXEsmForMaskedLM(mlx_esm_hf.MLXEsmConfig(**tiny("ESM-2")))
     model.train().unfreeze()
     assert not [name for name, _ in tree_flatten(model.trainable_parameters()) if "inv_freq" in name]
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["model", "adapters"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_recomputed_layers_drop_the_same_elements(compiled, adapters):
+    """With dropout, the gradient belongs to the loss: it predicts how the loss changes along it."""
+    off = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+    model = mlx_esm_hf.MLXEsmForMaskedLM(mlx_esm_hf.MLXEsmConfig(**tiny("ESM-2", **off)))
+    if adapters:
+        add_adapters(model, LoraConfig(r=4, lora_dropout=0.4))
+    model.update(tree_map(lambda x: mx.random.normal(x.shape, scale=0.1), model.trainable_parameters()))
+    model.train().gradient_checkpointing_enable()
+    inputs = {name: mx.array(value) for name, value in batch("ForMaskedLM", np.random.default_rng(0)).items()}
+
+    def loss():
+        return model(**inputs).loss
+
+    gradient_of, state = nn.value_and_grad(model, loss), [model.state, mx.random.state]
+    if compiled:
+        gradient_of = mx.compile(gradient_of, inputs=[state], outputs=[state])
+    mx.random.seed(7)
+    _, gradients = gradient_of()
+    norm = mx.sqrt(sum(mx.square(x).sum() for _, x in tree_flatten(gradients))).item()
+    start = model.trainable_parameters()
+
+    def loss_at(step):
+        model.update(tree_map(lambda x, g: x + step / norm * g, start, gradients))
+        mx.random.seed(7)
+        return loss().item()
+
+    assert (loss_at(0.01) - loss_at(-0.01)) / 0.02 == pytest.approx(norm, rel=0.02)
+
+
+def test_the_config_turns_checkpointing_on():
+    config = mlx_esm_hf.MLXEsmConfig(**tiny("ESM-2"), gradient_checkpointing=True)
+    assert mlx_esm_hf.MLXEsmForMaskedLM(config).is_gradient_checkpointing
+    model = mlx_esm_hf.MLXEsmForMaskedLM(mlx_esm_hf.MLXEsmConfig(**tiny("ESM-2")))
+    assert not model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.is_gradient_checkpointing

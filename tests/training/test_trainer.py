@@ -94,7 +94,9 @@ def test_a_metric_that_is_nan_is_never_the_best(tmp_path):
     scores = iter([math.nan, 2.0, 1.0])
     trainer.compute_metrics = lambda _: {"score": next(scores)}
     trainer.train()
-    assert (trainer.state.best_model_checkpoint, trainer.state.best_metric) == ("checkpoint-8", 2.0)
+    best = str(tmp_path / "checkpoint-8")
+    assert (trainer.state.best_model_checkpoint, trainer.state.best_metric) == (best, 2.0)
+    assert trainer.state.best_global_step == 8
 
 
 def test_only_adapters_or_a_head_of_a_quantized_model_are_trained(tmp_path):
