@@ -20,6 +20,13 @@ TASKS = {
     "ForTokenClassification": "token-classification",
     "": "feature-extraction",
 }
+# What a model reads and an example of it, by a token that its vocabulary has. The first match counts.
+SEQUENCES = {
+    "M": ("protein", "MQIFVKTLTGKTITLEVEPS"),
+    "M#": ("protein", "MdQvIpFq"),  # pairs of a residue and a structure letter
+    "ATTCCG": ("DNA", "ATTCCGATTCCGATTCCG"),
+    "p": ("protein structure", "dvvlpcvqdp"),
+}
 # A card with this line is overwritten by the next push.
 OURS = "<!-- mlx-esm overwrites this card with each push. Delete this line to keep your edits. -->"
 # The text in transformers' template, which it writes if a tokenizer or a config is pushed first.
@@ -53,7 +60,8 @@ def write_card(
     config, head = checkpoint.config, task_head(checkpoint.config)
     metadata = earlier.data.to_dict() if earlier else {}
     base_model = base_model or metadata.get("base_model")
-    all_tags = ["mlx", "protein", config["model_type"], *(tags or []), *(metadata.get("tags") or [])]
+    kind, example = sequences_of(checkpoint)
+    all_tags = ["mlx", kind.replace(" ", "-"), config["model_type"], *(tags or []), *(metadata.get("tags") or [])]
     ours = {
         "library_name": "transformers" if loads_in_transformers(config) else "mlx",
         "pipeline_tag": TASKS[head],
@@ -68,14 +76,17 @@ def write_card(
     parts = [
         OURS,
         f"# {repo_id.rpartition('/')[2]}",
-        f"A protein language model: {describe(checkpoint)}.{made_from}",
+        f"A {kind} language model: {describe(checkpoint)}.{made_from}",
         "## Usage",
         "With [MLX](https://github.com/ml-explore/mlx): `pip install mlx-esm-hf` (on Linux `mlx-esm-hf[cpu]` or "
         "`mlx-esm-hf[cuda13]`), then",
-        code("mlx_esm_hf", f"MLXAutoModel{head}", repo_id, tokenizer),
+        code("mlx_esm_hf", f"MLXAutoModel{head}", repo_id, example if tokenizer else ""),
     ]
     if loads_in_transformers(config):
-        parts += ["With transformers, on torch:", code("transformers", f"AutoModel{head}", repo_id, tokenizer)]
+        parts += [
+            "With transformers, on torch:",
+            code("transformers", f"AutoModel{head}", repo_id, example if tokenizer else ""),
+        ]
     else:
         parts.append(f"transformers cannot load this model: {why_not(config)}.")
     if REPORT in checkpoint.files:
@@ -137,14 +148,21 @@ def describe(checkpoint: Checkpoint) -> str:
     return ", ".join(words)
 
 
-def code(library: str, auto_class: str, repo_id: str, tokenizer: bool) -> str:
-    """Return a Markdown code block that loads a model, and runs it if the repository has a tokenizer."""
+def sequences_of(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Return what a model reads, such as "protein", and an example sequence; a protein if there is no `vocab.txt`."""
+    path = checkpoint.folder / "vocab.txt"
+    tokens = set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+    return next((found for token, found in SEQUENCES.items() if token in tokens), SEQUENCES["M"])
+
+
+def code(library: str, auto_class: str, repo_id: str, example: str) -> str:
+    """Return a Markdown code block that loads a model, and runs it on an example sequence unless that is empty."""
     lines = [f"from {library} import {auto_class}", "", f'model = {auto_class}.from_pretrained("{repo_id}")']
-    if tokenizer:
+    if example:
         tensors = "mlx" if library == "mlx_esm_hf" else "pt"
         lines.insert(0, "from transformers import AutoTokenizer")
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")')
-        lines.append(f'outputs = model(**tokenizer("MQIFVKTLTGKTITLEVEPS", return_tensors="{tensors}"))')
-    if tokenizer and library == "transformers":
+        lines.append(f'outputs = model(**tokenizer("{example}", return_tensors="{tensors}"))')
+    if example and library == "transformers":
         lines[:2] = [f"from transformers import {auto_class}, AutoTokenizer"]
     return "```python\n" + "\n".join(lines) + "\n```"

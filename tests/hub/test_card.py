@@ -150,3 +150,25 @@ def test_conversion_report_is_in_the_card(hub, folder):
     (folder / "CONVERSION.md").write_text("Δ = 0")
     push(folder)
     assert "## Conversion\n\nΔ = 0" in card(hub).text and "CONVERSION.md" in hub.repos[ID].files()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sequence"),
+    [
+        ("nucleotide-transformer-500m", "DNA", "ATTCCGATTCCGATTCCG"),
+        ("SaProt_650M_AF2", "protein", "MdQvIpFq"),
+        ("ProTrek-foldseek", "protein structure", "dvvlpcvqdp"),
+    ],
+)
+def test_card_of_another_alphabet(hub, tmp_path, name, kind, sequence):
+    """The card names what the model reads, and its code passes a sequence that the vocabulary has."""
+    from tests.wild import write_wild
+
+    write_wild(tmp_path, name)
+    MLXEsmForMaskedLM.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    push(tmp_path, "me/wild")
+    text, tags = card(hub, "me/wild").text, card(hub, "me/wild").data.tags
+    assert f"A {kind} language model" in text and f'tokenizer("{sequence}"' in text
+    assert kind.replace(" ", "-") in tags and ("protein" in tags) is (kind == "protein")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.unk_token_id not in tokenizer(sequence)["input_ids"]

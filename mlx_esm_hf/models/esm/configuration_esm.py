@@ -7,6 +7,7 @@ from transformers import AutoConfig, EsmConfig, PreTrainedConfig
 
 from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.models.others import model_type_of
 
 GENERIC_FIELDS = frozenset(PreTrainedConfig().to_dict())
 POSITION_EMBEDDING_TYPES = ("absolute", "rotary", "sinusoidal")
@@ -32,7 +33,6 @@ class MLXEsmConfig(EsmConfig):
 
     if TYPE_CHECKING:  # optional in transformers, but a model needs them
         vocab_size: int
-        mask_token_id: int
         pad_token_id: int
         layer_norm_eps: float
         num_labels: int
@@ -80,14 +80,22 @@ class MLXEsmConfig(EsmConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return a config of the class for its `model_type`; `kwargs` as in `PreTrainedConfig.from_dict`."""
-        model_type = config_dict.get("model_type", cls.model_type)
+        """Return a config of the class for its `model_type`; `kwargs` as in `PreTrainedConfig.from_dict`.
+
+        "fast_esm" (FastPLMs' ESM-2) is read as "esm", which has the same network and parameter names.
+
+        Raises:
+            ValueError: the `model_type` of another family, or a network that only looks like ESM.
+        """
+        model_type = model_type_of(config_dict, config_dict.get("_name_or_path", ""), cls.model_type)
         if model_type not in CONFIG_CLASSES:
             raise UserError(
                 f"{cls.__name__} expected model_type {' or '.join(map(repr, CONFIG_CLASSES))}, got {model_type!r}. "
                 "Load the config with the class it belongs to."
             )
-        return super(MLXEsmConfig, CONFIG_CLASSES[model_type]).from_dict(config_dict, **kwargs)
+        # No code of a repository is run, so a saved config does not refer to any.
+        fields = {name: value for name, value in config_dict.items() if name != "auto_map"} | {"model_type": model_type}
+        return super(MLXEsmConfig, CONFIG_CLASSES[model_type]).from_dict(fields, **kwargs)
 
 
 @strict
@@ -161,8 +169,13 @@ def check_config(config: MLXEsmConfig, folds: bool = False) -> None:
         )
     if folds:
         check_folding_config(config)
-    if config.vocab_size is None or config.pad_token_id is None or config.mask_token_id is None:
-        raise UserError("The config must set vocab_size, pad_token_id and mask_token_id.")
+    if config.vocab_size is None or config.pad_token_id is None:
+        raise UserError("The config must set vocab_size and pad_token_id.")
+    if config.token_dropout and config.mask_token_id is None:
+        raise UserError(
+            "The config must set mask_token_id if it sets token_dropout=True, which scales the embeddings by the share "
+            "of masked tokens. Pass mask_token_id (32 for ESM-1b, ESM-1v and ESM-2) or token_dropout=False."
+        )
     sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     if config.position_embedding_type == "absolute":
         sizes.append("max_position_embeddings")
