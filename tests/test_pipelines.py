@@ -88,12 +88,16 @@ LABELS = {
 @pytest.fixture(scope="module", params=LABELS)
 def classifiers(request, folder, tmp_path_factory):
     """{task: folder} of classifiers that transformers made from the model."""
+    return write_classifiers(folder, tmp_path_factory.mktemp("classifiers"), LABELS[request.param])
+
+
+def write_classifiers(folder, place, labels):
     folders = {}
     for task, name in (("text", "EsmForSequenceClassification"), ("token", "EsmForTokenClassification")):
         torch.manual_seed(0)
-        settings = LABELS[request.param] | {"initializer_range": 0.2}
+        settings = labels | {"initializer_range": 0.2}
         model = getattr(transformers, name).from_pretrained(folder, **settings)
-        folders[task] = str(tmp_path_factory.mktemp(task))
+        folders[task] = str(place / task)
         model.save_pretrained(folders[task])
         transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folders[task])
     return folders
@@ -228,3 +232,56 @@ def test_tokenizer_code_is_not_run(loading, tokenizer_class, tmp_path, monkeypat
     with contextlib.suppress(ValueError):  # transformers uses its own class if it has one
         loading(str(folder))
     assert not asked and not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "task, inputs, options",
+    [
+        ("fill-mask", ONE, {"top_k": 2}),
+        ("fill-mask", ONE, {"targets": ["A", "W"]}),
+        ("feature-extraction", "MKT", {"truncation": True}),
+        ("sentiment-analysis", UBIQUITIN, {"top_k": None}),
+        ("text-classification", UBIQUITIN, {"truncation": True, "max_length": 9, "function_to_apply": "sigmoid"}),
+        ("ner", "MKTAYI", {"aggregation_strategy": "simple", "ignore_labels": []}),
+    ],
+    ids=repr,
+)
+def test_options_at_construction(folder, tmp_path, task, inputs, options):
+    """Options of the pipeline are defaults of its calls, and a call can override them."""
+    kind = {"sentiment-analysis": "text", "text-classification": "text", "ner": "token"}.get(task)
+    model = folder if kind is None else write_classifiers(folder, tmp_path, LABELS["exclusive"])[kind]
+    ignored = {"framework": "pt", "num_workers": 2, "use_fast": True, "trust_remote_code": False}
+    theirs = transformers.pipeline(task, model=model, dtype=torch.float32, **options)
+    ours = pipeline(task, model=model, model_kwargs={"low_cpu_mem_usage": True}, **ignored, **options)
+    for batch in (inputs, [inputs, inputs]):
+        shape, numbers = split_numbers(ours(batch, batch_size=2, num_workers=1))
+        expected_shape, expected = split_numbers(theirs(batch))
+        assert shape == expected_shape
+        assert np.allclose(numbers, expected, atol=1e-5)
+    if "top_k" in options:
+        assert len(ours(inputs, top_k=1)) == 1
+    with pytest.raises(TypeError, match="'topk'"):
+        pipeline(task, model=model, topk=3)
+    with pytest.raises(ValueError, match="batch_size must be an integer from 1 to"):
+        ours(inputs, batch_size=0)
+
+
+def test_generators_are_read_batch_by_batch(folder):
+    read = []
+
+    def texts():
+        for text in (ONE, ONE, TWO):
+            read.append(text)
+            yield text
+
+    fill = pipeline("fill-mask", folder, batch_size=2)
+    results = fill(texts())
+    assert not read
+    assert next(results) == fill([ONE, ONE, TWO])[0] and len(read) == 2
+    assert len(list(results)) == 2
+
+
+def test_save_pretrained(folder, tmp_path):
+    fill = pipeline("fill-mask", folder, top_k=1)
+    fill.save_pretrained(tmp_path)
+    assert pipeline("fill-mask", str(tmp_path), top_k=1)(ONE) == fill(ONE)
