@@ -47,6 +47,7 @@ from .models.esmc.tokenization_esmc import EsmcTokenizer as EsmcTokenizer
 from .models.esmfold.modeling_esmfold import MLXEsmForProteinFolding as MLXEsmForProteinFolding
 from .pipelines import pipeline as pipeline
 from .quantization.convert import convert as convert
+from .runtime.seeds import set_seed as set_seed
 from .training.adapters import LoraConfig as LoraConfig
 from .training.adapters import add_adapters as add_adapters
 from .training.adapters import load_adapter as load_adapter

@@ -206,6 +206,18 @@ def check_sequence_id(sequence_id: Any, shape: tuple[int, int]) -> mx.array:
     return sequence_id
 
 
+# Arguments of transformers' forward passes that have no effect on these networks, and those that must be None.
+IGNORED = {"use_cache", "token_type_ids", "cache_position", "num_items_in_batch"}
+UNUSED = {"past_key_values", "head_mask", "encoder_hidden_states", "encoder_attention_mask"}
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError for arguments that a forward pass does not have, except those of transformers without effect."""
+    for name, value in arguments.items():
+        if name not in IGNORED and not (name in UNUSED and value is None):
+            raise TypeError(f"The model has no argument {name!r}.")
+
+
 def labels_at(labels: Any, places: np.ndarray) -> bool:
     """Return whether any token at `places` (bool [B, L]) has a label. While labels are traced, assume it has."""
     if labels is None:

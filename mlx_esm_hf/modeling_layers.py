@@ -6,10 +6,12 @@ never checks the type of a layer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from itertools import groupby
 from textwrap import indent
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +19,8 @@ import numpy as np
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.errors import UserError
+
+Part = TypeVar("Part", bound="Module")
 
 
 def collapsed_repr(module: nn.Module) -> str:
@@ -52,7 +56,78 @@ def _block(head: str, lines: Sequence[str]) -> str:
     return f"{head}{body}\n)" if lines else f"{head})"
 
 
-class Linear(nn.Linear):
+# Elements that share a scale, by quantization mode, unless the caller chooses: MLX's defaults.
+DEFAULT_GROUP_SIZES = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
+
+
+def can_group(layer: nn.Module, group_size: int | None, mode: str) -> bool:
+    """Return whether groups of this size (None for the default) divide the rows of a layer's weight."""
+    return layer.weight.shape[-1] % (group_size or DEFAULT_GROUP_SIZES.get(mode, 1)) == 0
+
+
+class Module(nn.Module):
+    """A part of a network, with those methods of torch's modules that scripts use."""
+
+    __repr__ = collapsed_repr
+
+    def requires_grad_(self: Part, requires_grad: bool = True) -> Part:
+        """Freeze all parameters, or unfreeze them, as in torch."""
+        if requires_grad:
+            self.unfreeze()
+        else:
+            self.freeze()
+        return self
+
+    def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
+        """Yield (name, array) of each parameter."""
+        yield from arrays_in(self)
+
+    def named_children(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, module or list of modules) of the parts."""
+        for name, child in self.children().items():
+            if not name.startswith("_"):
+                yield name, child
+
+    def get_submodule(self, target: str) -> Any:
+        """Return the part at a path such as "encoder.layer.0.attention".
+
+        Raises:
+            AttributeError: there is no such part.
+        """
+        return module_at(self, target) if target else self
+
+    def get_parameter(self, target: str) -> mx.array:
+        """Return the parameter with this name.
+
+        Raises:
+            AttributeError: there is no such parameter.
+        """
+        return module_at(self, target)
+
+
+def arrays_in(tree: Any, path: str = "") -> Iterator[tuple[str, mx.array]]:
+    """Yield (name, array) of a module's parameters, named as by `tree_flatten`.
+
+    The generator is lazy: taking the first parameter does not walk through the others.
+    """
+    for key, value in enumerate(tree) if isinstance(tree, list) else tree.items():
+        if str(key).startswith("_"):
+            continue
+        if isinstance(value, mx.array):
+            yield f"{path}{key}", value
+        elif isinstance(value, (dict, list)):
+            yield from arrays_in(value, f"{path}{key}.")
+
+
+def module_at(module: nn.Module, path: str) -> Any:
+    """Return the module at a path such as "embeddings.word_embeddings"."""
+    part: Any = module
+    for name in path.split("."):
+        part = part[int(name)] if isinstance(part, list) else getattr(part, name)
+    return part
+
+
+class Linear(Module, nn.Linear):
     """x · weightᵀ + bias, [..., inputs] to [..., outputs]; see `ops.linear`."""
 
     def __call__(
@@ -68,8 +143,8 @@ class Linear(nn.Linear):
         mode: str = "affine",
         quantize_input: bool = False,
         activation_dtype: str | None = None,
-    ) -> QuantizedLinear:
-        """Return the quantized layer; `mlx.nn.quantize` calls this.
+    ) -> QuantizedLinear | Linear:
+        """Return the quantized layer, or this one if groups do not divide its width; `mlx.nn.quantize` calls this.
 
         Args:
             group_size: elements that share a scale; None for MLX's default.
@@ -86,6 +161,8 @@ class Linear(nn.Linear):
                 "quantize_input=True is not supported. To round the inputs of quantized layers, pass "
                 "activation_dtype='int8'."
             )
+        if not can_group(self, group_size, mode):
+            return self
         layer: Any = QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type]
         layer.activation_dtype = activation_dtype
         return layer
@@ -100,7 +177,7 @@ def linear(config: Any, inputs: int, outputs: int, bias: bool = True) -> Linear:
     return layer
 
 
-class Embedding(nn.Embedding):
+class Embedding(Module, nn.Embedding):
     """An embedding table: ids [...] to vectors [..., dims]."""
 
     def to_quantized(
@@ -110,8 +187,8 @@ class Embedding(nn.Embedding):
         mode: str = "affine",
         quantize_input: bool = False,
         activation_dtype: str | None = None,
-    ) -> QuantizedEmbedding:
-        """Return the quantized table; `mlx.nn.quantize` calls this.
+    ) -> QuantizedEmbedding | Embedding:
+        """Return the quantized table, or this one if groups do not divide its width; `mlx.nn.quantize` calls this.
 
         Args:
             group_size: elements that share a scale; None for MLX's default.
@@ -127,10 +204,12 @@ class Embedding(nn.Embedding):
             raise UserError(f"The quantization mode of an embedding table must be 'affine', got {mode!r}.")
         if quantize_input:
             raise UserError("quantize_input=True is not supported for an embedding table: its inputs are ids.")
+        if not can_group(self, group_size, mode):
+            return self
         return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)  # type: ignore[arg-type]
 
 
-class FrozenBuffers(nn.Module):
+class FrozenBuffers(Module):
     """Mixin for a module with arrays that are never trained.
 
     MLX's `unfreeze` clears the set `_no_grad` of every module in a model. Here each read adds the buffers to it again.
@@ -202,7 +281,7 @@ def dequantized_weight(layer: nn.Module) -> mx.array:
     return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Module, nn.LayerNorm):
     """Layer norm over the last axis."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -304,9 +383,14 @@ def run_layers(
 
 
 def unpack_states(outputs: Any, layout: ops.Layout, dtype: mx.Dtype) -> None:
-    """Bring the hidden states and attentions of an encoder's output from `layout` to [B, L, ...], in `dtype`."""
+    """Bring the hidden states and attentions of an encoder's output from `layout` to [B, L, ...], in `dtype`.
+
+    Hidden states are 0 at padding.
+    """
     if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(layout.unpack(x).astype(dtype) for x in outputs.hidden_states)
+        outputs.hidden_states = tuple(
+            layout.zero_padding(layout.unpack(x)).astype(dtype) for x in outputs.hidden_states
+        )
     if outputs.attentions is not None:
         outputs.attentions = tuple(x.astype(dtype) for x in outputs.attentions)
 
@@ -315,7 +399,40 @@ def checkpointed(
     layer: nn.Module, layout: ops.Layout | None, position_embeddings: tuple[mx.array, mx.array] | None
 ) -> Callable[[mx.array], mx.array]:
     """Return a layer [B, L, D] to [B, L, D] that recomputes its intermediates for the gradient."""
-    return nn.utils.checkpoint(layer, lambda hidden_states: layer(hidden_states, layout, position_embeddings)[0])
+    # Drawn here, so that the recomputation drops the same elements. MLX's random state would have moved on.
+    key = mx.random.randint(-(1 << 31), (1 << 31) - 1, (2,), mx.int32).view(mx.uint32)
+
+    def run(hidden_states: mx.array) -> mx.array:
+        with dropout_keys(key):
+            return layer(hidden_states, layout, position_embeddings)[0]
+
+    return nn.utils.checkpoint(layer, run)
+
+
+# Keys of the dropout masks, drawn one after the other; None draws from MLX's random state.
+_dropout_keys: ContextVar[list[mx.array] | None] = ContextVar("dropout_keys", default=None)
+
+
+@contextlib.contextmanager
+def dropout_keys(key: mx.array) -> Iterator[None]:
+    """Draw the masks of `Dropout` from a key instead of MLX's random state, so that they can be drawn again."""
+    token = _dropout_keys.set([key])
+    try:
+        yield
+    finally:
+        _dropout_keys.reset(token)
+
+
+class Dropout(nn.Dropout):
+    """`mlx.nn.Dropout` whose mask can be drawn again; see `dropout_keys`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return `x`, in training with elements set to 0 at random and the others scaled up."""
+        keys = _dropout_keys.get()
+        if keys is None or not self.training or self._p_1 == 1:
+            return super().__call__(x)
+        keys[0], key = mx.random.split(keys[0])
+        return mx.random.bernoulli(self._p_1, x.shape, key) * x * (1 / self._p_1)
 
 
 def first_token(hidden_states: mx.array, attention_mask: mx.array | None) -> mx.array:
@@ -329,13 +446,13 @@ def first_token(hidden_states: mx.array, attention_mask: mx.array | None) -> mx.
     return mx.take_along_axis(hidden_states, first[:, None, None], axis=1)[:, 0]
 
 
-class ClassificationHead(nn.Module):
+class ClassificationHead(Module):
     """Scores of a whole sequence from the state of <cls>: [B, L, D] to [B, num_labels]."""
 
     def __init__(self, config: Any, dropout: float | None):
         super().__init__()
         self.dense = linear(config, config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(dropout or 0)
+        self.dropout = Dropout(dropout or 0)
         self.out_proj = linear(config, config.hidden_size, config.num_labels)
 
     def __call__(self, features: mx.array, attention_mask: mx.array | None = None) -> mx.array:

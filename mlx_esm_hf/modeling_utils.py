@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, overload
@@ -24,7 +25,7 @@ from mlx_esm_hf.dtypes import as_dtype, cast_error, name_of, resolve_dtype, warn
 from mlx_esm_hf.errors import CheckpointError, UserError, UserRuntimeError
 from mlx_esm_hf.hub.publish import hub_id, publish
 from mlx_esm_hf.modeling_inputs import as_array
-from mlx_esm_hf.modeling_layers import TiedDecoder, collapsed_repr
+from mlx_esm_hf.modeling_layers import Linear, Module, TiedDecoder, arrays_in, module_at
 from mlx_esm_hf.ops.kernels import warn_if_missing
 from mlx_esm_hf.quantization.layers import (
     declare,
@@ -36,11 +37,16 @@ from mlx_esm_hf.quantization.layers import (
 )
 from mlx_esm_hf.runtime.files import replace_files
 from mlx_esm_hf.runtime.process import check_process
+from mlx_esm_hf.training.adapters.files import base_of, load_adapter
 
 Model = TypeVar("Model", bound="MLXPreTrainedModel")
 
 # Arguments of transformers' from_pretrained that have no effect here.
-IGNORED_ARGUMENTS = {"attn_implementation", "device_map", "low_cpu_mem_usage", "trust_remote_code"}
+IGNORED_ARGUMENTS = {
+    *("attn_implementation", "device_map", "device_mesh", "low_cpu_mem_usage", "max_memory", "tp_plan", "tp_size"),
+    *("offload_folder", "offload_state_dict", "offload_buffers", "trust_remote_code", "weights_only"),
+    *("from_flax", "from_tf", "mirror", "proxies", "resume_download"),
+}
 
 
 class IncompatibleKeys(NamedTuple):
@@ -50,7 +56,7 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-class MLXPreTrainedModel(nn.Module, PushToHubMixin):
+class MLXPreTrainedModel(Module, PushToHubMixin):
     """Base class of the models; mirrors transformers' `PreTrainedModel`.
 
     A model class declares its properties in class attributes. Loading, saving, casting and resizing read them. "Name"
@@ -58,6 +64,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
 
     Class attributes:
         config_class: class of the config.
+        main_input_name: first argument of the forward pass, as in transformers.
         base_model_prefix: attribute of a model with a head that holds its base model.
         dialects: key dialects of checkpoints. `save_pretrained` writes the first one.
         buffers: suffixes of names of arrays that follow from the config. A checkpoint may lack them, and they are never
@@ -74,6 +81,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
+    main_input_name: ClassVar[str] = "input_ids"
     base_model_prefix: ClassVar[str] = ""
     dialects: ClassVar[tuple[Dialect, ...]] = (Dialect(()),)
     buffers: ClassVar[tuple[str, ...]] = ()
@@ -91,10 +99,26 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         check_process()
         warn_if_missing()
         self.config = config
+        self._compute_padding = False
         # Initial values of parameters that the checkpoint lacked, without those of the base model. None: not loaded.
         self._newly_initialized: dict[str, mx.array] | None = None
 
-    __repr__ = collapsed_repr
+    @property
+    def name_or_path(self) -> str:
+        """The repository or folder that the model was loaded from; "" for a new model."""
+        return self.config._name_or_path
+
+    @classmethod
+    def _from_config(cls: type[Model], config: PreTrainedConfig, dtype: Any = None, **kwargs: Any) -> Model:
+        """Return a new model with random weights, as transformers' method of the same name.
+
+        Args:
+            config: its config.
+            dtype: dtype of its parameters; None means float32.
+            kwargs: arguments of the class, and ignored ones of transformers.
+        """
+        model = cls(config, **{name: value for name, value in kwargs.items() if name not in IGNORED_ARGUMENTS})
+        return model if dtype is None else model.to(dtype)
 
     # Loading and saving
 
@@ -138,6 +162,9 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         ignore_mismatched_sizes: bool = False,
         state_dict: Mapping[str, Any] | None = None,
         quantization_config: None = None,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         activation_dtype: str | None = None,
         lazy: bool = False,
         report: bool = True,
@@ -145,7 +172,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     ) -> Any:
         """Load config and weights from the Hub, the Hugging Face cache or a folder.
 
-        Layers that `mlx-esm convert` has quantized stay quantized.
+        Layers that `mlx-esm convert` has quantized stay quantized. Of a folder or repository that holds an adapter and
+        no model, the base model is loaded and gets the adapter; arguments apply to the base model.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
@@ -165,15 +193,19 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             output_loading_info: return (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}).
             ignore_mismatched_sizes: initialize parameters of another shape instead of raising.
             state_dict: arrays (MLX, NumPy or torch) to load instead of the checkpoint's.
-            quantization_config: must be None. transformers' quantization methods need torch.
+            quantization_config: must be None, and the next two arguments False. transformers' quantization methods need
+                torch.
+            load_in_8bit: see `quantization_config`.
+            load_in_4bit: see `quantization_config`.
+            key_mapping: {regular expression: replacement} to apply to the keys of the checkpoint, in order.
             activation_dtype: "int8" rounds the inputs of linear layers that are quantized to 4 or 8 bits in mode
                 "affine", like `mlx-esm convert --activation-dtype`. `save_pretrained` writes it to the config. None
                 follows the checkpoint's config.
             lazy: read weights of a safetensors file only when they are needed, as in mlx-lm.
             report: log keys that did not fit.
             kwargs: config fields to override, and arguments of the class, such as `add_pooling_layer`.
-                `attn_implementation`, `device_map`, `low_cpu_mem_usage` and `trust_remote_code` are accepted and
-                ignored.
+                Arguments of transformers that have no effect here, such as `attn_implementation`, `device_map`,
+                `low_cpu_mem_usage`, `trust_remote_code` and `weights_only`, are accepted and ignored.
 
         Returns:
             The model, in evaluation mode.
@@ -186,10 +218,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
                 `activation_dtype`.
             TypeError: an unknown keyword argument.
         """
-        if quantization_config is not None:
+        if quantization_config is not None or load_in_8bit or load_in_4bit:
             raise UserError(
-                "quantization_config is not supported. Quantize the checkpoint (mlx-esm convert --quantize) or the "
-                "loaded model (mlx.nn.quantize)."
+                "Quantization for torch (quantization_config, load_in_8bit, load_in_4bit) is not supported. Quantize "
+                "the checkpoint (mlx-esm convert --quantize) or the loaded model (mlx.nn.quantize)."
             )
         source = str(pretrained_model_name_or_path)
         if source == demo.FOLDER:
@@ -197,6 +229,14 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         # Resolve once, so that config and weights belong to one commit and an offline cache is found at once.
         hub |= {"revision": loading.commit_of(source, revision=revision, **hub), "force_download": force_download}
+        adapter: dict[str, Any] | None = None
+        base = base_of(source, subfolder=subfolder, **hub) if config is None and state_dict is None else None
+        if base is not None:  # load the base model, then the adapter
+            adapter = {"folder_or_repo": source, "subfolder": subfolder, **hub}
+            source, subfolder = base.source, ""
+            hub |= {"revision": base.resolve(hub)}
+            if base.num_labels is not None and kwargs.keys().isdisjoint(("num_labels", "id2label")):
+                kwargs["num_labels"] = base.num_labels
         overrides = {k: v for k, v in kwargs.items() if k not in IGNORED_ARGUMENTS}
         config_source = source if config is None else config
         loaded_config, arguments = loading.load_config(cls, config_source, overrides, subfolder=subfolder, **hub)
@@ -209,6 +249,8 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             arrays = load_files(
                 checkpoint_files(source, variant=variant, use_safetensors=use_safetensors, subfolder=subfolder, **hub)
             )
+        for pattern, replacement in (key_mapping or {}).items():
+            arrays = {re.sub(pattern, replacement, key): x for key, x in arrays.items()}
         names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
         specs = declared_specs(loaded_config, names.values(), cls.base_model_prefix, source)
         if not ignore_mismatched_sizes:
@@ -234,9 +276,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             lazy=lazy,
             keep_scales=(requested is None or requested == "auto") and dtype == mx.float32,
         )
+        if adapter is not None:
+            load_adapter(model, **adapter, skip_other_heads=True)
         if report:
             # A part without a loss, such as the contact head, refuses when it is used.
-            missing = {name for name in matched.missing if not model.is_without_loss(name)}
+            missing = {n for n in matched.missing & model.newly_initialized if not model.is_without_loss(n)}
             loading.report_loading(cls.__name__, source, matched._replace(missing=missing))
         model.eval()
         if not output_loading_info:
@@ -308,7 +352,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         config.dtype = name_of(self.dtype)
         declare(config, self)
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        tied = [f"{self.output_embeddings}.weight"] if self._is_tied() else []
+        tied = [f"{self.output_embeddings}.weight"] if self.is_tied() else []
         for name in [*tied, *self._untrained()]:  # saved random weights would look trained when loaded
             state.pop(name, None)
         return config, names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
@@ -367,7 +411,7 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
     def state_dict(self) -> dict[str, mx.array]:
         """Return {name: array}, including a tied output projection."""
         state = dict(tree_flatten(self.parameters()))
-        if self._is_tied():
+        if self.is_tied():
             state[f"{self.output_embeddings}.weight"] = self.get_output_embeddings().weight
         return state
 
@@ -415,6 +459,12 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             if not name.endswith(self.buffers):
                 yield name, array
 
+    def named_buffers(self) -> Iterator[tuple[str, mx.array]]:
+        """Yield (name, array) of each array that follows from the config and is never trained."""
+        for name, array in arrays_in(self):
+            if name.endswith(self.buffers):
+                yield name, array
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameter elements; a quantized layer counts as before quantization.
 
@@ -437,6 +487,17 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             round(array.size * per_word.get(name, 1)) for name, array in self.named_parameters() if name not in left_out
         )
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the numbers of trainable and of all parameter elements, as PEFT's method of the same name."""
+        return self.num_parameters(only_trainable=True), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trainable, as PEFT's method of the same name."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
     @property
     def max_tokens(self) -> int | None:
         """Maximum number of tokens in a row; None if unlimited."""
@@ -455,6 +516,19 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
             ValueError: no model of this class can be built from it.
         """
         return config
+
+    @property
+    def compute_padding(self) -> bool:
+        """Whether outputs at padding are computed, as transformers does. By default they are 0.
+
+        Set it to compare with a script that uses them: `model.compute_padding = True`. A padded batch is slower with
+        it on a CPU.
+        """
+        return self.base_model._compute_padding
+
+    @compute_padding.setter
+    def compute_padding(self, value: bool) -> None:
+        self.base_model._compute_padding = bool(value)
 
     @property
     def base_model(self) -> Any:
@@ -489,8 +563,19 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         if self.output_embeddings is not None and self.config.tie_word_embeddings:
             self.set_output_embeddings(TiedDecoder(self))
 
-    def _is_tied(self) -> bool:
-        return isinstance(self.get_output_embeddings(), TiedDecoder)
+    def untie_weights(self) -> None:
+        """Give the output projection a frozen weight of its own, equal to the embedding table that it shared."""
+        rows, columns = self.get_input_embeddings().weight.shape
+        decoder = Linear(columns, rows, bias=False)
+        decoder.weight = self.get_input_embeddings().weight
+        decoder.freeze()
+        decoder.train(self.training)
+        self.set_output_embeddings(decoder)
+        self.config.tie_word_embeddings = self.base_model.config.tie_word_embeddings = False
+
+    def is_tied(self) -> bool:
+        """Return whether the output projection shares the embedding table."""
+        return self.output_embeddings is not None and isinstance(self.get_output_embeddings(), TiedDecoder)
 
     @classmethod
     def tied_weights(cls) -> dict[str, str]:
@@ -500,13 +585,15 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return {f"{cls.output_embeddings}.weight": f"{cls.base_model_prefix}.{cls.input_embeddings}.weight"}
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Shrink the vocabulary, or extend it by tokens initialized to the mean of the existing ones.
+        """Shrink the vocabulary, or extend it.
 
         Args:
             new_num_tokens: size of the vocabulary; None keeps it.
             pad_to_multiple_of: round the size up to a multiple of this.
+            mean_resizing: initialize new tokens to the mean of the existing ones; otherwise like a new model, normal
+                with `config.initializer_range`. transformers adds noise of about 1e-5 to the mean.
 
         Returns:
             The embedding table.
@@ -523,9 +610,10 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         size = new_num_tokens or table.weight.shape[0]
         if pad_to_multiple_of:
             size += -size % pad_to_multiple_of
-        table.weight = resized(table.weight, size)
-        if decoder is not None and not self._is_tied():
-            decoder.weight = resized(decoder.weight, size)
+        scale = None if mean_resizing else self.config.initializer_range
+        table.weight = resized(table.weight, size, scale)
+        if decoder is not None and not self.is_tied():
+            decoder.weight = resized(decoder.weight, size, scale)
         held = dict(tree_flatten(self.parameters()))
         biases = [(name, resized(held[name], size)) for name in self.vocabulary_biases if name in held]
         self.update(tree_unflatten(biases))
@@ -538,16 +626,12 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         """Call the model."""
         return self(*args, **kwargs)
 
-    def requires_grad_(self: Model, requires_grad: bool = True) -> Model:
-        """Freeze all parameters, or unfreeze them, as in torch."""
-        if requires_grad:
-            self.unfreeze()
-        else:
-            self.freeze()
-        return self
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """Recompute each layer's intermediates for the gradient: less memory, but a third more time in training.
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute each layer's intermediates for the gradient: less memory, but a third more time in training."""
+        Args:
+            gradient_checkpointing_kwargs: ignored, since they are arguments of torch's function.
+        """
         self._set_gradient_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -558,6 +642,22 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = value
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether intermediates are recomputed for the gradient."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of the parameters, and of the buffers unless `return_buffers` is False."""
+        arrays = arrays_in(self) if return_buffers else self.named_parameters()
+        return sum(array.nbytes for _, array in arrays)
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: in torch, gradient checkpointing of a frozen model needs this."""
+
+    def post_init(self) -> None:
+        """Do nothing: parameters are initialized when they are created. Subclasses written for transformers call it."""
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -695,31 +795,11 @@ class MLXPreTrainedModel(nn.Module, PushToHubMixin):
         return names
 
 
-def arrays_in(tree: Any, path: str = "") -> Iterator[tuple[str, mx.array]]:
-    """Yield (name, array) of a module's parameters, named as by `tree_flatten`.
-
-    The generator is lazy: taking the first parameter does not walk through the others.
-    """
-    for key, value in enumerate(tree) if isinstance(tree, list) else tree.items():
-        if str(key).startswith("_"):
-            continue
-        if isinstance(value, mx.array):
-            yield f"{path}{key}", value
-        elif isinstance(value, (dict, list)):
-            yield from arrays_in(value, f"{path}{key}.")
-
-
-def resized(x: mx.array, rows: int) -> mx.array:
-    """Return `x` with this many rows; new rows are the mean of the old ones."""
-    new = mx.broadcast_to(x.mean(axis=0), (max(0, rows - len(x)), *x.shape[1:]))
+def resized(x: mx.array, rows: int, scale: float | None = None) -> mx.array:
+    """Return `x` with this many rows; new rows are the mean of the old ones, or normal with this scale."""
+    shape = (max(0, rows - len(x)), *x.shape[1:])
+    new = mx.broadcast_to(x.mean(axis=0), shape) if scale is None else mx.random.normal(shape, x.dtype, scale=scale)
     return mx.concatenate([x[:rows], new])
-
-
-def module_at(module: nn.Module, path: str) -> Any:
-    """Return the module at a path such as "embeddings.word_embeddings"."""
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def set_module_at(module: nn.Module, path: str, value: Any) -> None:

@@ -695,5 +695,5 @@ def test_methods_of_torch_modules(folder):
     assert not model.can_generate() and not MLXEsmForMaskedLM.can_generate()
     assert model.requires_grad_(False) is model and model.num_parameters(only_trainable=True) == 0
     assert model.requires_grad_().num_parameters(only_trainable=True) == model.num_parameters()
-    with pytest.raises(ValueError, match="quantization_config is not supported"):
+    with pytest.raises(ValueError, match="Quantization for torch .quantization_config"):
         MLXEsmForMaskedLM.from_pretrained(folder, quantization_config={"load_in_8bit": True})

@@ -20,7 +20,10 @@ def command(
         str, typer.Option(help="Comma-separated layers: 0 for the embeddings, -1 for the last layer, such as 0,6,-1.")
     ] = "-1",
     pooling: Annotated[
-        str, typer.Option(help="Comma-separated: mean, max, cls, residues (one row per residue), chains.")
+        str,
+        typer.Option(
+            help="Comma-separated: mean, max, cls, residues (one row per residue), chains, mean_tokens, max_tokens."
+        ),
     ] = "mean",
     revision: opt.Revision = None,
     dtype: opt.Dtype = None,

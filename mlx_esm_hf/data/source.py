@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -67,6 +67,8 @@ class ProteinSource:
         Raises:
             UserError: standard input is closed, or a file is not found, is a folder, is empty or is not FASTA.
         """
+        if isinstance(proteins, Mapping):
+            proteins = proteins.items()
         if not isinstance(proteins, (str, os.PathLike)):
             return cls("Python", objects=proteins, aligned=aligned, chains=chains)
         path = os.fspath(proteins)
@@ -131,8 +133,8 @@ def read_proteins(
 
     Args:
         proteins: the path of a FASTA file or pipe, plain, gzip- or zstandard-compressed; `-` for standard input; or an
-            iterable of sequences, (id, sequence) pairs or Biopython records. The ids of plain sequences are their
-            numbers, counted from 1.
+            iterable of sequences, (id, sequence) pairs or Biopython records, or a mapping of ids to them. The ids of
+            plain sequences are their numbers, counted from 1.
         aligned: keep gaps.
         report: takes the counts and messages, which name the file, the line and the id. If it is strict, a bad record
             raises an error.
@@ -208,10 +210,10 @@ def _standard_input() -> IO[bytes]:
 def _from_python(objects: Iterable[Any]) -> Iterator[Record]:
     for number, record in enumerate(objects, 1):
         name, sequence = str(number), record
-        if hasattr(record, "seq"):
+        if isinstance(record, (tuple, list)) and len(record) == 2:
+            name, sequence = str(record[0]), getattr(record[1], "seq", record[1])
+        elif hasattr(record, "seq"):
             name, sequence = str(record.id), record.seq
-        elif isinstance(record, (tuple, list)) and len(record) == 2:
-            name, sequence = str(record[0]), record[1]
         yield f"record {number}", name, str(sequence) if isinstance(sequence, Seq) else sequence
 
 

@@ -30,7 +30,7 @@ def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
     find_file(source, "tokenizer_config.json", **hub)
     vocabulary = find_file(source, "vocab.txt", **hub) or find_file(source, "tokenizer.json", **hub)
     try:
-        return AutoTokenizer.from_pretrained(source, **hub)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)  # False: do not ask either
     except OSError:
         raise
     except Exception as error:  # transformers fails in many ways on missing or damaged files

@@ -96,17 +96,22 @@ def refuse_other_tokenizer(
         name: name of the model, for messages.
 
     Raises:
-        UserError: the tokenizer has more tokens than the config, other ids of special tokens, or other tokens than the
-            config's `vocab_list`.
+        UserError: the tokenizer makes tokens without an embedding, has other ids of special tokens, or other tokens
+            than the config's `vocab_list`.
     """
     name, ids = name or "this model", tokenizer.get_vocab()
-    if len(ids) > config.vocab_size:
+    # The Nucleotide Transformer has <eos> and <bos> without embeddings, which its tokenizer never adds.
+    used = {getattr(tokenizer, f"{kind}_token") for kind in ("cls", "eos", "pad", "mask", "unk")}
+    beyond = [token for token, id in ids.items() if id >= config.vocab_size]
+    if wrong := [token for token in beyond if token in used or not (token[:1] == "<" and token[-1:] == ">")]:
         raise UserError(
-            f"The tokenizer of {name} has {len(ids)} tokens, the model {config.vocab_size}: they do not belong "
-            "together. Use the tokenizer that was saved with the model."
+            f"The tokenizer of {name} has {len(ids)} tokens, the model {config.vocab_size}, which has no embedding of "
+            f"{', '.join(wrong[:3])}: they do not belong together. Use the tokenizer that was saved with the model."
         )
     for token in ("pad", "mask", "eos"):
         ours, theirs = getattr(tokenizer, f"{token}_token_id"), getattr(config, f"{token}_token_id", None)
+        if token == "eos" and ours is None:  # transformers' configs have 2 by default, also where nothing ends a row
+            continue
         if theirs is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
             raise UserError(
                 f"The tokenizer of {name} has <{token}> at {ours}, the config at {theirs}: they do not belong "
@@ -120,11 +125,26 @@ def refuse_other_tokenizer(
                 f"The tokenizer of {name} does not match the vocab_list of its config (other tokens or another "
                 "order): they do not belong together, or vocab.txt is damaged."
             )
-    elif any(ids.get(residue, place) != place for residue, place in (residues or {}).items()):
+    elif all(residue in ids for residue in STANDARD) and any(
+        ids.get(residue, place) != place for residue, place in (residues or {}).items()
+    ):
         warnings.warn(
             f"The residues of the vocabulary of {name} have other ids than in its family. Results are wrong unless "
             "the model was trained with this vocabulary.",
             stacklevel=3,
+        )
+
+
+def refuse_without_mask(vocabulary: Vocabulary) -> None:
+    """Check that a vocabulary has a mask token.
+
+    Raises:
+        UserError: it has none.
+    """
+    if vocabulary.mask is None:
+        raise UserError(
+            f"The tokenizer of {vocabulary.name} has no mask token, which predicting tokens needs. Set mask_token in "
+            "its tokenizer_config.json if the model was trained with one."
         )
 
 

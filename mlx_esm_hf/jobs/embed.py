@@ -10,10 +10,12 @@ from typing import Any, overload
 import mlx.core as mx
 import numpy as np
 
+from mlx_esm_hf.checkpoint.sentence_transformers import sentence_pooling
 from mlx_esm_hf.checks import MOST, check_choices, check_integer
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
 from mlx_esm_hf.data.windows import Window, blend
+from mlx_esm_hf.dtypes import warn_once
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinItems, load_checked, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
@@ -22,7 +24,7 @@ from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progre
 from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import WriteRun
 
-POOLINGS = ("mean", "cls", "max", "residues", "chains")
+POOLINGS = ("mean", "cls", "max", "residues", "chains", "mean_tokens", "max_tokens")
 PER_RESIDUE = ("residues", "chains")
 FORMATS: dict[str, WriteRun | None] = {
     "": None,
@@ -62,8 +64,9 @@ def embed(
         output: a folder of shards, or a `.safetensors`, `.npz`, `.h5`, `.parquet` or (without residues) `.csv` file;
             None to stream the results.
         layers: 0 for the embeddings up to the number of layers; negative numbers count from the end.
-        pooling: any of "mean" and "max" (over residues), "cls" (the state of <cls>), "residues" (all states) and
-            "chains" (the number of each residue's chain, from 0).
+        pooling: any of "mean" and "max" (over residues), "cls" (the state of <cls>), "residues" (all states),
+            "chains" (the number of each residue's chain, from 0), and "mean_tokens" and "max_tokens" (over all tokens,
+            with <cls> and <eos>, as sentence-transformers pools).
         aligned: keep gaps.
         strict: raise an error for a bad record instead of leaving it out.
         progress: called after each step; True shows a progress bar.
@@ -101,6 +104,8 @@ def embed(
     from mlx_esm_hf.models.auto import MLXAutoModel
 
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
+    if protein_model.is_checkpoint:
+        report_sentence_pooling(protein_model, pooling)
     config = protein_model.network.config
     resolved = resolve_layers(layers, config.num_hidden_layers)
 
@@ -116,6 +121,17 @@ def embed(
     settings = load_checked(protein_model, "embed", settings, items, output, progress)
     job = Job("embed", settings, items, compute, protein_model.chunk_work, cause=protein_model.cause)
     return run_job(job, items, output, FORMATS, progress)
+
+
+def report_sentence_pooling(model: ProteinModel, pooling: Sequence[str]) -> None:
+    """Warn if a checkpoint was made for sentence-transformers and its own pooling is not among those requested."""
+    checkpoint = model.network
+    try:
+        found = sentence_pooling(checkpoint.source, **checkpoint.hub)
+    except OSError:  # the Hub does not answer, but the model may be in the cache
+        return
+    if found is not None and (found.pooling not in pooling or found.later):
+        warn_once(found.advice(model.name))
 
 
 def resolve_layers(layers: Sequence[int], last: int) -> list[int]:
@@ -141,7 +157,9 @@ def embeddings(
         for window, row in zip(batch.windows, states, strict=True):
             index = window.sequence
             positions = row[:, batch.first : batch.first + window.length]
-            parts[index].append((window, row[:, 0], positions))
+            end = batch.first + window.length
+            around = np.concatenate([row[:, : batch.first], row[:, end : end + len(model.vocabulary.after)]], axis=1)
+            parts[index].append((window, row[:, 0], around, positions))
             if len(parts[index]) == counts[index]:
                 real = model.vocabulary.residue_mask(sequences[index])
                 results[index] = pool(parts[index], real, layers, pooling)
@@ -162,8 +180,9 @@ def hidden_states(
     return np.array(mx.stack(states, axis=1).astype(mx.float32))
 
 
-# A window, its hidden states of <cls> [layers, D], and of its positions [layers, positions, D].
-WindowStates = tuple[Window, np.ndarray, np.ndarray]
+# A window, its hidden states of <cls> [layers, D], of all tokens around the residues [layers, tokens, D], and of its
+# positions [layers, positions, D].
+WindowStates = tuple[Window, np.ndarray, np.ndarray, np.ndarray]
 
 
 def pool(parts: Sequence[WindowStates], real: np.ndarray, layers: Sequence[int], pooling: Sequence[str]) -> Arrays:
@@ -180,7 +199,9 @@ def pool(parts: Sequence[WindowStates], real: np.ndarray, layers: Sequence[int],
     """
     arrays = {}
     for i, layer in enumerate(layers):
-        residues = blend([(window, states[i]) for window, _, states in parts], len(real))[real]
+        positions = blend([(window, states[i]) for window, _, _, states in parts], len(real))
+        residues = positions[real]
+        around = np.mean([around[i] for _, _, around, _ in parts], axis=0)
         for name in pooling:
             if name == "chains":  # the same in all layers, added by the caller
                 continue
@@ -189,7 +210,11 @@ def pool(parts: Sequence[WindowStates], real: np.ndarray, layers: Sequence[int],
             elif name == "max":
                 pooled = residues.max(axis=0)
             elif name == "cls":
-                pooled = np.mean([cls[i] for _, cls, _ in parts], axis=0)
+                pooled = np.mean([cls[i] for _, cls, _, _ in parts], axis=0)
+            elif name == "mean_tokens":
+                pooled = np.concatenate([around, positions]).mean(axis=0, dtype=np.float64)
+            elif name == "max_tokens":
+                pooled = np.concatenate([around, positions]).max(axis=0)
             else:
                 pooled = residues
             arrays[name if len(layers) == 1 else f"{name}.{layer}"] = pooled.astype(np.float32, copy=False)

@@ -16,7 +16,7 @@ from mlx_esm_hf import ops
 from mlx_esm_hf.checks import check_choice, check_integer
 from mlx_esm_hf.data.batches import Batch, RowCost, make_batches
 from mlx_esm_hf.data.tokenizer import load_tokenizer
-from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer
+from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_tokenizer, refuse_without_mask
 from mlx_esm_hf.data.windows import Window, blend, cut_windows, ramp
 from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.dtypes import check_dtype
@@ -284,13 +284,14 @@ def load_protein_model(
     Example:
         >>> load_protein_model(MLXAutoModel, "facebook/esm2_t6_8M_UR50D", long="window")
     """
-    from mlx_esm_hf.models.auto import MLXAutoModel, open_checkpoint
+    from mlx_esm_hf.models.auto import MLXAutoModel, open_checkpoint, tokenizer_place
 
     check_loading(model, dtype, activation_dtype, device, long, batch_tokens)
     use_device(device)
     checkpoint = open_checkpoint(cls, model, revision, **hub)
     check_activation_dtype(activation_dtype, checkpoint.config, model)
-    tokenizer = load_tokenizer(model, **{"revision": revision or "main"} | hub | checkpoint.commit)
+    place, where = tokenizer_place(model, {"revision": revision or "main"} | hub | checkpoint.commit)
+    tokenizer = load_tokenizer(place, **where)
     opened = ProteinModel(
         checkpoint,
         tokenizer,
@@ -373,11 +374,16 @@ def as_protein_model(
 
     Raises:
         TypeError: loading options were given for a model that is already loaded.
+        UserError: `cls` predicts tokens, and the tokenizer has no mask token; or see `load_protein_model`.
     """
+    from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
+
     if not isinstance(model, ProteinModel):
-        return load_protein_model(cls, os.fspath(model), output=output, weights=False, **loading)
-    if loading:
+        model = load_protein_model(cls, os.fspath(model), output=output, weights=False, **loading)
+    elif loading:
         raise TypeError(f"{', '.join(loading)}: options of `load_protein_model`, but the model is already loaded.")
+    if cls is MLXAutoModelForMaskedLM:
+        refuse_without_mask(model.vocabulary)
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from mlx_esm_hf.checkpoint.resolve import find_file
 from mlx_esm_hf.errors import CheckpointError, UserError
 from mlx_esm_hf.loading import commit_of, load_config, read_config
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
@@ -25,7 +26,9 @@ from mlx_esm_hf.models.esmc.modeling_esmc import (
     MLXEsmcForTokenClassification,
     MLXEsmcModel,
 )
+from mlx_esm_hf.models.others import model_type_of
 from mlx_esm_hf.quantization.layers import declared_specs
+from mlx_esm_hf.training.adapters.files import base_of
 
 MOST_LAYERS = 1000
 
@@ -43,7 +46,7 @@ class AutoClass:
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
         """Return a model with random weights."""
-        return cls._class_for(config.model_type, type(config).__name__)(config, **kwargs)
+        return cls._class_for({"model_type": config.model_type}, type(config).__name__)(config, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -73,18 +76,21 @@ class AutoClass:
         """
         source = pretrained_model_name_or_path if config is None else config
         if isinstance(source, PreTrainedConfig):
-            model_type = source.model_type
+            fields = source.to_dict()
         else:
             where = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download")
             hub = {name: kwargs[name] for name in where if name in kwargs}
             if config is None:  # resolve once, so that config and weights belong to one commit
                 kwargs["revision"] = hub["revision"] = commit_of(str(source), **hub)
-            model_type = read_config(str(source), **hub).get("model_type", "")
-        model_class = cls._class_for(model_type, str(source))
+                source, hub = config_place(str(source), hub)
+            fields = read_config(str(source), **hub)
+        name = type(source).__name__ if isinstance(source, PreTrainedConfig) else str(source)
+        model_class = cls._class_for(fields, name)
         return model_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
 
     @classmethod
-    def _class_for(cls, model_type: Any, source: str) -> Any:
+    def _class_for(cls, fields: dict[str, Any], source: str) -> Any:
+        model_type = model_type_of(fields, source)
         if not isinstance(model_type, str) or model_type not in cls.models:
             raise UserError(
                 f"{cls.__name__} has no class for model_type {model_type!r} of {source}, expected one of "
@@ -131,6 +137,29 @@ class MLXAutoModelForTokenClassification(AutoClass):
         MLXEsm1Config.model_type: MLXEsmForTokenClassification,
         MLXEsmcConfig.model_type: MLXEsmcForTokenClassification,
     }
+
+
+def config_place(source: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return where the config of a model is, and the arguments of `find_file` for it: for an adapter, its base model.
+
+    Args:
+        source: Hub id or folder.
+        hub: arguments of `find_file`.
+    """
+    base = base_of(source, **hub)
+    if base is None:
+        return source, hub
+    return base.source, hub | {"revision": base.resolve(hub), "subfolder": ""}
+
+
+def tokenizer_place(source: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return where the tokenizer of a model is; see `config_place`. An adapter may have its own."""
+    if find_file(source, "tokenizer_config.json", **hub) is not None:
+        return source, hub
+    where = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
+    resolved = commit_of(source, hub.get("revision", "main"), **where)
+    place, hub_of_base = config_place(source, hub | {"revision": resolved})
+    return (source, hub) if place == source else (place, hub_of_base)
 
 
 @dataclass
@@ -194,9 +223,10 @@ def open_checkpoint(cls: Any, source: str, revision: str | None = None, **hub: A
         OSError: the repository or its config was not found.
     """
     hub["revision"] = commit_of(source, revision or "main", **hub)
+    place, where = config_place(source, hub)
     if issubclass(cls, AutoClass):
-        cls = cls._class_for(read_config(source, **hub).get("model_type", ""), source)
-    config, _ = load_config(cls, source, {}, **hub)
+        cls = cls._class_for(read_config(place, **where), place)
+    config, _ = load_config(cls, place, {}, **where)
     config = cls.checked_config(config)
     declared_specs(config, (), cls.base_model_prefix, source)  # refuses checkpoints that are quantized for torch
     return Checkpoint(cls, config, source, hub)

@@ -336,6 +336,7 @@ def choose_layout(
     dtype: mx.Dtype,
     keep_padding: bool = False,
     chains: mx.array | None = None,
+    show_padding: bool = False,
 ) -> Layout:
     """Return how to compute a batch: packed with our kernels, which is faster, and unchanged without them.
 
@@ -344,10 +345,11 @@ def choose_layout(
         mask: [B, L], 0 at padding; None if there is no padding.
         values: the values of the mask, if they are known. They are not under `mx.compile`.
         dtype: dtype of the network's weights.
-        keep_padding: whether the caller needs outputs at padding.
+        keep_padding: whether the caller needs intermediates at padding.
         chains: integers [B, L] that number the sequences of each row; negative where the mask is 0.
+        show_padding: compute outputs at padding, and do not replace them by 0.
     """
     mask = None if mask is None else mask.astype(mx.bool_)
-    if mask is None or values is None or keep_padding or not packs(dtype):
-        return Layout(shape, mask, chains=chains)
+    if mask is None or values is None or keep_padding or show_padding or not packs(dtype):
+        return Layout(shape, mask, chains=chains, show_padding=show_padding)
     return Layout(shape, packed=values.astype(bool), chains=chains)

@@ -19,6 +19,7 @@ class Layout:
         packed: the values of the mask [B, L], to pack the batch by. Padding may be on either side or between tokens.
         chains: integers [B, L]. Tokens of a row see each other only if their numbers are equal. This includes padding,
             if it is computed.
+        show_padding: keep outputs at padding, which are otherwise 0.
     """
 
     def __init__(
@@ -27,9 +28,11 @@ class Layout:
         mask: mx.array | None = None,
         packed: np.ndarray | None = None,
         chains: mx.array | None = None,
+        show_padding: bool = False,
     ):
         B, L = self.shape = shape
         self.packed = packed is not None
+        self._shown = None if packed is not None or show_padding else mask
         # The keys that each query sees, bool [B, L], or [B, L, L] with chains. None in a packed batch.
         self.visible: mx.array | None = None
         if packed is None:
@@ -61,3 +64,7 @@ class Layout:
             return x
         zero_row = mx.zeros((1, x.shape[-1]), dtype=x.dtype)
         return mx.concatenate([x[0], zero_row])[self._tokens]
+
+    def zero_padding(self, x: mx.array) -> mx.array:
+        """Return unpacked x [B, L, D] with zeros at padding, as if it had been packed."""
+        return x if self._shown is None else mx.where(self._shown[..., None], x, 0)

@@ -19,7 +19,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_esm_hf.checks import check_choice
 from mlx_esm_hf.errors import CheckpointError, UserError
-from mlx_esm_hf.modeling_layers import Embedding, Linear, QuantizedLinear, dequantized_weight
+from mlx_esm_hf.modeling_layers import Embedding, Linear, QuantizedLinear, can_group, dequantized_weight
 
 # What MLX supports, defaults first.
 GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
@@ -209,7 +209,13 @@ def replace_layers(model: nn.Module, specs: Mapping[str, QuantSpec], prefix: str
 
     def settings(path: str, module: nn.Module) -> dict[str, Any] | bool:
         spec = specs.get(path.removeprefix(f"{prefix}."))
-        return spec.settings() if spec and hasattr(module, "to_quantized") else False
+        if not spec or not hasattr(module, "to_quantized"):
+            return False
+        if not can_group(module, spec.group_size, spec.mode):
+            raise UserError(
+                f"{path} is {module.weight.shape[-1]} wide, which groups of {spec.group_size} do not divide."
+            )
+        return spec.settings()
 
     if specs:
         nn.quantize(model, class_predicate=settings)

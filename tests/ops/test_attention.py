@@ -40,7 +40,7 @@ def check_attention(heads: int, head_dim: int, offsets: list[int], options: str 
 
 @every_set
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("head_dim", [7, 16, 20, 24, 32, 64])
+@pytest.mark.parametrize("head_dim", [7, 16, 20, 24, 32, 64, 75])
 def test_attention_of_ragged_sequences(head_dim, options):
     if "rotary" not in options or head_dim % 2 == 0:
         check_attention(3, head_dim, RAGGED, options)
@@ -171,7 +171,7 @@ def test_gradients_of_attention(options, wrap):
 
 
 @every_set
-@pytest.mark.parametrize(("head_dim", "length"), [(7, 33), (16, 1), (64, 17), (24, 700), (40, 255)])
+@pytest.mark.parametrize(("head_dim", "length"), [(7, 33), (16, 1), (64, 17), (24, 700), (40, 255), (75, 33)])
 def test_gradients_of_attention_sizes(head_dim, length):
     for options in ("mask learned", "mask bias" if head_dim % 2 else "mask rotary bias"):
         check_attention_gradients(2, head_dim, [0, length], options)

@@ -301,9 +301,14 @@ def test_float16_checkpoint_loaded_as_float32(tmp_path):
             assert loaded.weight.dtype == mx.uint32 and mx.array_equal(loaded.weight, layer.weight), path
 
 
-def test_mlx_nn_quantize(tmp_path):
+@pytest.mark.parametrize("group_size, bits", [(None, None), (32, 8), (32, 4), (64, 3), (128, 8)])
+def test_mlx_nn_quantize(tmp_path, group_size, bits):
+    """It skips layers whose width groups do not divide, such as the contact head."""
     model = small()
-    nn.quantize(model, 32, 8, class_predicate=lambda path, m: hasattr(m, "to_quantized") and "encoder" in path)
+    fitting = {path for path, layer in layers(model) if layer.weight.shape[1] % (group_size or 64) == 0}
+    nn.quantize(model, group_size, bits)
+    assert fitting and fitting == {path for path, layer in layers(model) if spec_of(layer)}
+    assert not spec_of(model.esm.contact_head.regression)
     model.save_pretrained(tmp_path)
     np.testing.assert_array_equal(logits(MLXEsmForMaskedLM.from_pretrained(tmp_path)), logits(model))
 

@@ -19,19 +19,19 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.checkpoint.names import Dialect
-from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, labels_at, to_numpy
+from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, labels_at, refuse_arguments, to_numpy
 from mlx_esm_hf.modeling_layers import (
     ClassificationHead,
+    Dropout,
     Embedding,
     FrozenBuffers,
     LayerNorm,
-    collapsed_repr,
+    Module,
     dequantized_weight,
     each_layer,
     first_token,
@@ -122,7 +122,7 @@ def create_position_ids_from_input_ids(input_ids: mx.array, padding_idx: int) ->
 # The network
 
 
-class MLXEsmEmbeddings(nn.Module):
+class MLXEsmEmbeddings(Module):
     """Token ids [B, L] to vectors [B, L, D], zero at padding, in the dtype of the activations.
 
     The steps are word embeddings, token dropout, position embeddings (unless positions are rotary) and layer norm; the
@@ -178,7 +178,7 @@ class MLXEsmEmbeddings(nn.Module):
         return embeddings * scale[:, None, None].astype(embeddings.dtype)
 
 
-class MLXEsmSelfAttention(nn.Module):
+class MLXEsmSelfAttention(Module):
     """Multi-head attention (Vaswani et al. 2017), [B, L, D], or packed [1, T, D], to the same shape.
 
     ESM-1 has one learned key and value, `bias_k` and `bias_v`, in addition to those of the tokens.
@@ -192,7 +192,7 @@ class MLXEsmSelfAttention(nn.Module):
         self.key = linear(config, D, D)
         self.value = linear(config, D, D)
         self.attention_dropout = config.attention_probs_dropout_prob or 0
-        self.dropout = nn.Dropout(self.attention_dropout)
+        self.dropout = Dropout(self.attention_dropout)
         if config.add_bias_kv:
             self.bias_k = mx.random.normal((1, 1, D), scale=D**-0.5)
             self.bias_v = mx.random.normal((1, 1, D), scale=D**-0.5)
@@ -227,14 +227,14 @@ class MLXEsmSelfAttention(nn.Module):
         return context, attentions if output_attentions else None
 
 
-class MLXEsmOutput(nn.Module):
+class MLXEsmOutput(Module):
     """Projection to the hidden size plus the residual, after attention and after the feed-forward."""
 
     def __init__(self, config: MLXEsmConfig, inputs: int):
         super().__init__()
         self.dense = linear(config, inputs, config.hidden_size)
         self.hidden_dropout = config.hidden_dropout_prob or 0
-        self.dropout = nn.Dropout(self.hidden_dropout)
+        self.dropout = Dropout(self.hidden_dropout)
 
     def __call__(self, hidden_states: mx.array, input_tensor: mx.array) -> mx.array:
         """Project hidden states [B, L, inputs] and add `input_tensor` [B, L, D]."""
@@ -243,7 +243,7 @@ class MLXEsmOutput(nn.Module):
         return self.dense(hidden_states, residual=input_tensor)
 
 
-class MLXEsmAttention(nn.Module):
+class MLXEsmAttention(Module):
     """Layer norm, attention, projection and residual: [B, L, D] to [B, L, D]."""
 
     def __init__(self, config: MLXEsmConfig):
@@ -264,7 +264,7 @@ class MLXEsmAttention(nn.Module):
         return self.output(context, hidden_states), attentions
 
 
-class MLXEsmIntermediate(nn.Module):
+class MLXEsmIntermediate(Module):
     """First half of the feed-forward with GELU: [B, L, D] to [B, L, intermediate_size]."""
 
     def __init__(self, config: MLXEsmConfig):
@@ -278,7 +278,7 @@ class MLXEsmIntermediate(nn.Module):
         return self.dense(hidden_states, activation="gelu")
 
 
-class MLXEsmLayer(nn.Module):
+class MLXEsmLayer(Module):
     """A transformer layer, [B, L, D] to [B, L, D], with layer norms before attention and feed-forward."""
 
     def __init__(self, config: MLXEsmConfig):
@@ -300,15 +300,13 @@ class MLXEsmLayer(nn.Module):
         return self.output(self.intermediate(self.LayerNorm(hidden_states)), hidden_states), attentions
 
 
-class MLXEsmEncoder(nn.Module):
+class MLXEsmEncoder(Module):
     """All layers and the final layer norm: [B, L, D], or packed [1, T, D], to the same shape."""
-
-    __repr__ = collapsed_repr
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
         self.layer = [MLXEsmLayer(config) for _ in range(config.num_hidden_layers)]
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = bool(getattr(config, "gradient_checkpointing", False))
         if config.emb_layer_norm_after:
             self.emb_layer_norm_after = layer_norm(config)
 
@@ -339,7 +337,7 @@ class MLXEsmEncoder(nn.Module):
         )
 
 
-class MLXEsmPooler(nn.Module):
+class MLXEsmPooler(Module):
     """Dense layer and tanh on the state of <cls>: [B, L, D] to [B, D]."""
 
     def __init__(self, config: MLXEsmConfig):
@@ -363,12 +361,13 @@ def average_product_correct(x: mx.array) -> mx.array:
     return x - rows * columns / mx.where(total == 0, 1, total)
 
 
-class MLXEsmContactPredictionHead(nn.Module):
+class MLXEsmContactPredictionHead(Module):
     """Logistic regression on all attention maps, symmetrized and corrected (Rao et al. 2020)."""
 
     def __init__(self, config: MLXEsmConfig):
         super().__init__()
-        self.eos_token_id = config.eos_token_id
+        # transformers does not read the config here.
+        self.eos_token_id = 2 if config.model_type == MLXEsmConfig.model_type else config.eos_token_id
         self.num_layers = config.num_hidden_layers
         self.regression = linear(config, config.num_hidden_layers * config.num_attention_heads, 1)
 
@@ -429,7 +428,7 @@ def reorder(x: mx.array, order: mx.array | None, *axes: int) -> mx.array:
     return x
 
 
-class MLXEsmLMHead(nn.Module):
+class MLXEsmLMHead(Module):
     """Scores over the vocabulary, [..., D] to [..., V]: dense, GELU, layer norm (not in ESM-1) and projection."""
 
     def __init__(self, config: MLXEsmConfig):
@@ -523,6 +522,7 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **ignored: Any,
     ) -> MLXBaseModelOutputWithPooling | tuple:
         """Run the model.
 
@@ -534,18 +534,20 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
             output_attentions: return attentions; default: the config's value.
             output_hidden_states: return all hidden states; default: the config's value.
             return_dict: return an output object instead of a tuple; default: the config's value.
+            ignored: `use_cache`, `token_type_ids` and other arguments of transformers that have no effect here.
 
         Returns:
-            The output. At padding its values are finite but unspecified. The pooler reads each row's first real token.
+            The output, 0 at padding unless `compute_padding` is set. The pooler reads each row's first real token.
 
         Raises:
             ValueError: ids outside the vocabulary, rows longer than the position table, an empty batch, or a mask of
                 the wrong shape. Values are not checked while the call is traced.
         """
+        refuse_arguments(ignored)
         outputs, layout = self.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
         )
-        states, pooled = layout.unpack(outputs.last_hidden_state), None
+        states, pooled = layout.zero_padding(layout.unpack(outputs.last_hidden_state)), None
         if self.pooler is not None:
             pooled = self.pooler(states, as_array(attention_mask)).astype(self.dtype)
         output = MLXBaseModelOutputWithPooling(
@@ -643,7 +645,14 @@ class MLXEsmModel(MLXEsmPreTrainedModel):
             hidden_states = given.astype(ops.computing_dtype(self.dtype))
         if inputs.mask_values is not None:
             keep_padding = keep_padding or labels_at(labels, inputs.mask_values == 0)
-        layout = ops.choose_layout(inputs.shape, inputs.attention_mask, inputs.mask_values, self.dtype, keep_padding)
+        layout = ops.choose_layout(
+            inputs.shape,
+            inputs.attention_mask,
+            inputs.mask_values,
+            self.dtype,
+            keep_padding,
+            show_padding=self.compute_padding,
+        )
         position_embeddings = None
         if self.config.position_embedding_type == "rotary":
             positions = mx.arange(inputs.shape[1]) if inputs.position_ids is None else inputs.position_ids
@@ -688,6 +697,7 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **ignored: Any,
     ) -> MLXMaskedLMOutput | tuple:
         """Run the model.
 
@@ -700,11 +710,13 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
             output_attentions: return attentions.
             output_hidden_states: return all hidden states.
             return_dict: return an output object instead of a tuple.
+            ignored: `use_cache`, `token_type_ids` and other arguments of transformers that have no effect here.
 
         Raises:
             ValueError: the checkpoint had no language-model head, the model is not in training mode, and there are no
                 labels.
         """
+        refuse_arguments(ignored)
         if labels is None and not self.training:
             self.refuse_untrained("lm_head", "predicting residues")
         outputs, layout = self.esm.run_encoder(
@@ -712,7 +724,7 @@ class MLXEsmForMaskedLM(MLXEsmPreTrainedModel):
         )
         logits = layout.unpack(self.lm_head(outputs.last_hidden_state)).astype(self.dtype)
         loss = None if labels is None else cross_entropy(logits, labels)
-        output = MLXMaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        output = MLXMaskedLMOutput(loss, layout.zero_padding(logits), outputs.hidden_states, outputs.attentions)
         return self.output_or_tuple(output, return_dict)
 
     def predict_contacts(self, tokens: Any, attention_mask: Any) -> mx.array:
@@ -739,6 +751,7 @@ class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **ignored: Any,
     ) -> MLXSequenceClassifierOutput | tuple:
         """Run the model. The head reads each row's first real token.
 
@@ -751,7 +764,9 @@ class MLXEsmForSequenceClassification(MLXEsmPreTrainedModel):
             output_attentions: return attentions.
             output_hidden_states: return all hidden states.
             return_dict: return an output object instead of a tuple.
+            ignored: `use_cache`, `token_type_ids` and other arguments of transformers that have no effect here.
         """
+        refuse_arguments(ignored)
         attention_mask = as_array(attention_mask)
         outputs, layout = self.esm.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states
@@ -769,7 +784,7 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
         super().__init__(config)
         self.num_labels = self.config.num_labels
         self.esm = MLXEsmModel(self.config, add_pooling_layer=False)
-        self.dropout = nn.Dropout(self.config.hidden_dropout_prob or 0)
+        self.dropout = Dropout(self.config.hidden_dropout_prob or 0)
         self.classifier = linear(self.config, self.config.hidden_size, self.num_labels)
 
     def __call__(
@@ -782,6 +797,7 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **ignored: Any,
     ) -> MLXTokenClassifierOutput | tuple:
         """Run the model.
 
@@ -794,11 +810,13 @@ class MLXEsmForTokenClassification(MLXEsmPreTrainedModel):
             output_attentions: return attentions.
             output_hidden_states: return all hidden states.
             return_dict: return an output object instead of a tuple.
+            ignored: `use_cache`, `token_type_ids` and other arguments of transformers that have no effect here.
         """
+        refuse_arguments(ignored)
         outputs, layout = self.esm.run_encoder(
             input_ids, attention_mask, position_ids, inputs_embeds, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.classifier(self.dropout(outputs.last_hidden_state))).astype(self.dtype)
         loss = None if labels is None else cross_entropy(logits, labels)
-        output = MLXTokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        output = MLXTokenClassifierOutput(loss, layout.zero_padding(logits), outputs.hidden_states, outputs.attentions)
         return self.output_or_tuple(output, return_dict)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import EsmcConfig, PreTrainedConfig
 
 from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.models.others import model_type_of
 
 
 class MLXEsmcConfig(EsmcConfig):
@@ -31,7 +32,7 @@ class MLXEsmcConfig(EsmcConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the config that `config_dict` describes; `kwargs` as in `PreTrainedConfig.from_dict`."""
-        model_type = config_dict.get("model_type", cls.model_type)
+        model_type = model_type_of(config_dict, config_dict.get("_name_or_path", ""), cls.model_type)
         if model_type != cls.model_type:
             raise UserError(
                 f"{cls.__name__} expected model_type {cls.model_type!r}, got {model_type!r}. Load the config with the "

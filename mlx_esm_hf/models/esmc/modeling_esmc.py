@@ -19,15 +19,24 @@ import math
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.modeling_inputs import Tables, as_array, check_inputs, check_sequence_id, labels_at, to_numpy
+from mlx_esm_hf.modeling_inputs import (
+    Tables,
+    as_array,
+    check_inputs,
+    check_sequence_id,
+    labels_at,
+    refuse_arguments,
+    to_numpy,
+)
 from mlx_esm_hf.modeling_layers import (
     ClassificationHead,
+    Dropout,
     Embedding,
     LayerNorm,
+    Module,
     linear,
     rotary_angles,
     rotary_frequencies,
@@ -51,7 +60,7 @@ UNSCALED_DEPTH = 36  # number of layers at which branches are not scaled
 # The network
 
 
-class MLXEsmcAttention(nn.Module):
+class MLXEsmcAttention(Module):
     """Multi-head attention (Vaswani et al. 2017), [B, L, D], or packed [1, T, D], to the same shape.
 
     Query and key are normalized over their whole width, before they are split into heads and rotated.
@@ -68,7 +77,7 @@ class MLXEsmcAttention(nn.Module):
         self.q_norm = LayerNorm(D, bias=False)
         self.k_norm = LayerNorm(D, bias=False)
         self.attention_dropout = config.attention_dropout or 0
-        self.dropout = nn.Dropout(self.attention_dropout)
+        self.dropout = Dropout(self.attention_dropout)
 
     def __call__(
         self,
@@ -106,7 +115,7 @@ class MLXEsmcAttention(nn.Module):
         return output, attentions if output_attentions else None
 
 
-class MLXEsmcMLP(nn.Module):
+class MLXEsmcMLP(Module):
     """SwiGLU feed-forward: down(silu(gate(x)) · up(x)) · output_scale + residual, [B, L, D] to [B, L, D]."""
 
     def __init__(self, config: MLXEsmcConfig):
@@ -124,7 +133,7 @@ class MLXEsmcMLP(nn.Module):
         return self.down_proj(gated, residual=residual, output_scale=output_scale)
 
 
-class MLXEsmcLayer(nn.Module):
+class MLXEsmcLayer(Module):
     """A transformer layer, [B, L, D] to [B, L, D], with layer norms before attention and feed-forward.
 
     The output of each is divided by √(layers / 36) before it is added to the residual.
@@ -158,7 +167,7 @@ class MLXEsmcLayer(nn.Module):
         return self.mlp(normed, residual=hidden_states, output_scale=self.branch_scale), attentions
 
 
-class MLXEsmcMaskedLMHead(nn.Module):
+class MLXEsmcMaskedLMHead(Module):
     """Scores over the vocabulary, [..., D] to [..., V]: dense, GELU, layer norm, projection."""
 
     def __init__(self, config: MLXEsmcConfig):
@@ -222,7 +231,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         self.embed_tokens.weight = mx.random.normal(self.embed_tokens.weight.shape, scale=config.initializer_range)
         self.layers = [MLXEsmcLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = LayerNorm(config.hidden_size, bias=False)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = bool(getattr(config, "gradient_checkpointing", False))
 
     def __call__(
         self,
@@ -233,6 +242,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **ignored: Any,
     ) -> MLXBaseModelOutput | tuple:
         """Run the model.
 
@@ -245,18 +255,20 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
             output_attentions: return attentions; default: the config's value.
             output_hidden_states: return all hidden states; default: the config's value.
             return_dict: return an output object instead of a tuple; default: the config's value.
+            ignored: `use_cache`, `token_type_ids` and other arguments of transformers that have no effect here.
 
         Returns:
-            The output. At padding its values are finite but unspecified.
+            The output. At padding it is 0, unless `compute_padding` is set.
 
         Raises:
             ValueError: ids outside the vocabulary, an empty batch, or a mask or chains of the wrong shape. Values are
                 not checked while the call is traced.
         """
+        refuse_arguments(ignored)
         outputs, layout = self.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states
         )
-        outputs.last_hidden_state = layout.unpack(outputs.last_hidden_state).astype(self.dtype)
+        outputs.last_hidden_state = layout.zero_padding(layout.unpack(outputs.last_hidden_state)).astype(self.dtype)
         return self.output_or_tuple(outputs, return_dict)
 
     def run_encoder(
@@ -342,7 +354,7 @@ class MLXEsmcModel(MLXEsmcPreTrainedModel):
         hidden_states = hidden_states.astype(ops.computing_dtype(hidden_states.dtype))
         if values is not None:
             keep_padding = keep_padding or labels_at(labels, values == 0)
-        layout = ops.choose_layout(inputs.shape, mask, values, self.dtype, keep_padding, chains)
+        layout = ops.choose_layout(inputs.shape, mask, values, self.dtype, keep_padding, chains, self.compute_padding)
         positions = mx.arange(inputs.shape[1]) if inputs.position_ids is None else inputs.position_ids
         frequencies = rotary_frequencies(config.head_dim, config.rope_parameters["rope_theta"])
         position_embeddings = rotary_angles(layout.pack(mx.broadcast_to(positions, inputs.shape)), frequencies)
@@ -379,6 +391,7 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **ignored: Any,
     ) -> MLXMaskedLMOutput | tuple:
         """Run the model.
 
@@ -391,11 +404,13 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
             output_attentions: return attentions.
             output_hidden_states: return all hidden states.
             return_dict: return an output object instead of a tuple.
+            ignored: `use_cache`, `token_type_ids` and other arguments of transformers that have no effect here.
 
         Raises:
             ValueError: the checkpoint had no language-model head, the model is not in training mode, and there are no
                 labels.
         """
+        refuse_arguments(ignored)
         if labels is None and not self.training:
             self.refuse_untrained("lm_head", "predicting residues")
         outputs, layout = self.esmc.run_encoder(
@@ -403,7 +418,7 @@ class MLXEsmcForMaskedLM(MLXEsmcPreTrainedModel):
         )
         logits = layout.unpack(self.lm_head(outputs.last_hidden_state)).astype(self.dtype)
         loss = None if labels is None else cross_entropy(logits.astype(mx.float32), labels)
-        output = MLXMaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        output = MLXMaskedLMOutput(loss, layout.zero_padding(logits), outputs.hidden_states, outputs.attentions)
         return self.output_or_tuple(output, return_dict)
 
 
@@ -426,6 +441,7 @@ class MLXEsmcForSequenceClassification(MLXEsmcPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **ignored: Any,
     ) -> MLXSequenceClassifierOutput | tuple:
         """Run the model. The head reads each row's first real token.
 
@@ -438,7 +454,9 @@ class MLXEsmcForSequenceClassification(MLXEsmcPreTrainedModel):
             output_attentions: return attentions.
             output_hidden_states: return all hidden states.
             return_dict: return an output object instead of a tuple.
+            ignored: `use_cache`, `token_type_ids` and other arguments of transformers that have no effect here.
         """
+        refuse_arguments(ignored)
         outputs, layout = self.esmc.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states
         )
@@ -456,7 +474,7 @@ class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
         super().__init__(config)
         self.num_labels = self.config.num_labels
         self.esmc = MLXEsmcModel(self.config)
-        self.dropout = nn.Dropout(0.1 if self.config.classifier_dropout is None else self.config.classifier_dropout)
+        self.dropout = Dropout(0.1 if self.config.classifier_dropout is None else self.config.classifier_dropout)
         self.score = linear(self.config, self.config.hidden_size, self.num_labels)
 
     def __call__(
@@ -469,6 +487,7 @@ class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **ignored: Any,
     ) -> MLXTokenClassifierOutput | tuple:
         """Run the model.
 
@@ -481,11 +500,13 @@ class MLXEsmcForTokenClassification(MLXEsmcPreTrainedModel):
             output_attentions: return attentions.
             output_hidden_states: return all hidden states.
             return_dict: return an output object instead of a tuple.
+            ignored: `use_cache`, `token_type_ids` and other arguments of transformers that have no effect here.
         """
+        refuse_arguments(ignored)
         outputs, layout = self.esmc.run_encoder(
             input_ids, attention_mask, position_ids, sequence_id, output_attentions, output_hidden_states, labels
         )
         logits = layout.unpack(self.score(self.dropout(outputs.last_hidden_state))).astype(self.dtype)
         loss = None if labels is None else cross_entropy(logits.astype(mx.float32), labels)
-        output = MLXTokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        output = MLXTokenClassifierOutput(loss, layout.zero_padding(logits), outputs.hidden_states, outputs.attentions)
         return self.output_or_tuple(output, return_dict)

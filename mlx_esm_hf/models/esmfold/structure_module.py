@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_esm_hf import ops
-from mlx_esm_hf.modeling_layers import LayerNorm, Linear
+from mlx_esm_hf.modeling_layers import LayerNorm, Linear, Module
 from mlx_esm_hf.models.esmfold import residue_constants
 from mlx_esm_hf.models.esmfold.rigid import Rigid, rotate, rotate_quaternion, rotation_of
 
@@ -46,7 +46,7 @@ def squared_distances(a: mx.array, b: mx.array) -> mx.array:
     return total
 
 
-class MLXEsmFoldInvariantPointAttention(nn.Module):
+class MLXEsmFoldInvariantPointAttention(Module):
     """Attention that is invariant under a common rigid motion of all frames (Algorithm 22)."""
 
     def __init__(self, config: Any):
@@ -102,7 +102,7 @@ class MLXEsmFoldInvariantPointAttention(nn.Module):
         return self.linear_out(mx.concatenate([o, *coordinates, norms, o_pair], axis=-1))
 
 
-class MLXEsmFoldTransitionLayer(nn.Module):
+class MLXEsmFoldTransitionLayer(Module):
     """Three dense layers and the residual: [B, L, sequence_dim] to the same shape."""
 
     def __init__(self, config: Any):
@@ -117,7 +117,7 @@ class MLXEsmFoldTransitionLayer(nn.Module):
         return self.linear_3(hidden, residual=s)
 
 
-class MLXEsmFoldTransition(nn.Module):
+class MLXEsmFoldTransition(Module):
     """Transition layers, dropout and layer norm: [B, L, sequence_dim] to the same shape."""
 
     def __init__(self, config: Any):
@@ -133,7 +133,7 @@ class MLXEsmFoldTransition(nn.Module):
         return self.layer_norm(self.dropout(s))
 
 
-class MLXEsmFoldBackboneUpdate(nn.Module):
+class MLXEsmFoldBackboneUpdate(Module):
     """Rotation and translation of each frame: [B, L, sequence_dim] to [B, L, 6] (Algorithm 23)."""
 
     def __init__(self, config: Any):
@@ -145,7 +145,7 @@ class MLXEsmFoldBackboneUpdate(nn.Module):
         return self.linear(s)
 
 
-class MLXEsmFoldAngleResnetBlock(nn.Module):
+class MLXEsmFoldAngleResnetBlock(Module):
     """ReLU and dense, twice, and the residual: [B, L, resnet_dim] to the same shape."""
 
     def __init__(self, config: Any):
@@ -158,7 +158,7 @@ class MLXEsmFoldAngleResnetBlock(nn.Module):
         return self.linear_2(self.linear_1(nn.relu(a), activation="relu"), residual=a)
 
 
-class MLXEsmFoldAngleResnet(nn.Module):
+class MLXEsmFoldAngleResnet(Module):
     """Torsion angles as (sine, cosine), [B, L, 7, 2], before and after normalization (Algorithm 20)."""
 
     def __init__(self, config: Any):
@@ -216,7 +216,7 @@ def frames_to_atom14(frames: Rigid, aatype: mx.array) -> mx.array:
     return (rotate(rotation, ideal) + translation) * mask[..., None]
 
 
-class MLXEsmFoldStructureModule(nn.Module):
+class MLXEsmFoldStructureModule(Module):
     """Blocks with shared weights that update a frame for each residue, and the atoms after each block."""
 
     def __init__(self, config: Any):

@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear
+from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear, Module
 from mlx_esm_hf.models.esmfold.structure_module import MLXEsmFoldStructureModule
 from mlx_esm_hf.ops.pairs import Affine, by_rows, gated_linear, rows_at_a_time, transition, triangle_attention
 from mlx_esm_hf.runtime.memory import evaluate
@@ -48,7 +48,7 @@ def triangle_product(a: mx.array, b: mx.array, outgoing: bool) -> mx.array:
     return a @ b.swapaxes(-1, -2) if outgoing else a.swapaxes(-1, -2) @ b
 
 
-class SharedDropout(nn.Module):
+class SharedDropout(Module):
     """Dropout with one mask for all positions along an axis."""
 
     def __init__(self, p: float, axis: int):
@@ -67,7 +67,7 @@ class SharedDropout(nn.Module):
         return x + y * mx.random.bernoulli(1 - self.p, shape) / (1 - self.p)
 
 
-class MLXEsmFoldTriangleMultiplicativeUpdate(nn.Module):
+class MLXEsmFoldTriangleMultiplicativeUpdate(Module):
     """Update of each edge (i, j) from the edges of i and j to every third residue k (Algorithms 11 and 12)."""
 
     def __init__(self, C: int, outgoing: bool):
@@ -105,7 +105,7 @@ class MLXEsmFoldTriangleMultiplicativeUpdate(nn.Module):
         return gated_linear(z, norm, gate, layer, x, parameters_of(self.layer_norm_out), residual=residual)
 
 
-class MLXEsmFoldAttention(nn.Module):
+class MLXEsmFoldAttention(Module):
     """Layers of gated attention in rows of pairs."""
 
     def __init__(self, C: int):
@@ -117,7 +117,7 @@ class MLXEsmFoldAttention(nn.Module):
         self.linear_g = Linear(C, C)
 
 
-class MLXEsmFoldTriangleAttention(nn.Module):
+class MLXEsmFoldTriangleAttention(Module):
     """Attention among the edges that start at the same residue, or end there (Algorithms 13 and 14)."""
 
     def __init__(self, C: int, head_width: int, starting: bool):
@@ -158,7 +158,7 @@ class MLXEsmFoldTriangleAttention(nn.Module):
 # The block
 
 
-class MLXEsmFoldSelfAttention(nn.Module):
+class MLXEsmFoldSelfAttention(Module):
     """Gated attention of residues with a bias from the pair states."""
 
     def __init__(self, C: int, head_width: int):
@@ -185,7 +185,7 @@ class MLXEsmFoldSelfAttention(nn.Module):
         return self.o_proj(y * mx.sigmoid(self.g_proj(x)), residual=residual)
 
 
-class MLXEsmFoldSequenceToPair(nn.Module):
+class MLXEsmFoldSequenceToPair(Module):
     """Products and differences of the states of two residues: [B, L, sequence] to [B, L, L, pairwise]."""
 
     def __init__(self, sequence_state_dim: int, pairwise_state_dim: int):
@@ -210,7 +210,7 @@ class MLXEsmFoldSequenceToPair(nn.Module):
         return by_rows(step, rows_at_a_time(plus.size), k, minus, residual)
 
 
-class MLXEsmFoldPairToSequence(nn.Module):
+class MLXEsmFoldPairToSequence(Module):
     """Attention bias from the pair states: [B, L, L, pairwise] to [B, L, L, H]."""
 
     def __init__(self, pairwise_state_dim: int, heads: int):
@@ -223,7 +223,7 @@ class MLXEsmFoldPairToSequence(nn.Module):
         return self.linear(self.layernorm(pairwise_state))
 
 
-class MLXEsmFoldResidueMLP(nn.Module):
+class MLXEsmFoldResidueMLP(Module):
     """Layer norm, dense, ReLU, dense, and the residual: [B, L, ..., C] to the same shape."""
 
     def __init__(self, C: int, dropout: float):
@@ -241,7 +241,7 @@ class MLXEsmFoldResidueMLP(nn.Module):
         return transition(x, parameters_of(norm), parameters_of(expand), parameters_of(shrink), residual, rows)
 
 
-class MLXEsmFoldTriangularSelfAttentionBlock(nn.Module):
+class MLXEsmFoldTriangularSelfAttentionBlock(Module):
     """A block of the trunk: updates residue states using pair states, then pair states using residue states."""
 
     def __init__(self, config: Any):
@@ -290,7 +290,7 @@ class MLXEsmFoldTriangularSelfAttentionBlock(nn.Module):
 # The trunk
 
 
-class MLXEsmFoldRelativePosition(nn.Module):
+class MLXEsmFoldRelativePosition(Module):
     """Embeddings of the distance of two residues in the sequence: [B, L] to [B, L, L, pairwise_state_dim]."""
 
     def __init__(self, config: Any):
@@ -322,7 +322,7 @@ def recycle_bins(positions: mx.array) -> mx.array:
     return bins
 
 
-class MLXEsmFoldingTrunk(nn.Module):
+class MLXEsmFoldingTrunk(Module):
     """Blocks and structure module, run in several passes; each pass starts from the results of the previous one."""
 
     def __init__(self, config: Any):

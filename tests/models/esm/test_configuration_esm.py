@@ -155,10 +155,17 @@ def test_unsupported_options(option):
         MLXEsmModel(config)
 
 
-@pytest.mark.parametrize("field", ["vocab_size", "pad_token_id", "mask_token_id"])
+@pytest.mark.parametrize("field", ["vocab_size", "pad_token_id"])
 def test_required_fields(field):
-    with pytest.raises(ValueError, match="must set vocab_size, pad_token_id and mask_token_id"):
+    with pytest.raises(ValueError, match="must set vocab_size and pad_token_id"):
         MLXEsmModel(MLXEsmConfig(**ESM2 | {field: None}))
+
+
+def test_token_dropout_needs_the_mask():
+    """Without token dropout nothing reads mask_token_id. With it, transformers fails when it is called."""
+    MLXEsmModel(MLXEsmConfig(**ESM2 | {"mask_token_id": None}))
+    with pytest.raises(ValueError, match="must set mask_token_id if it sets token_dropout=True"):
+        MLXEsmModel(MLXEsmConfig(**ESM2 | {"mask_token_id": None}, token_dropout=True))
 
 
 def test_hidden_size_is_a_multiple_of_the_heads():
