@@ -164,3 +164,11 @@ def test_standard_input_is_a_stream(monkeypatch):
     assert (source.name, source.can_reread, source.is_stream, source.sha256) == ("-", False, True, None)
     assert source.peek(1) == []
     assert [protein.id for protein in source.read()] == ["a"]
+
+
+def test_reads_mappings():
+    """A mapping gives ids and sequences, such as the result of `Bio.SeqIO.to_dict`."""
+    mapping = {"a": "MKT", "b": SeqRecord(Seq("AC"), id="b")}
+    assert [(p.id, p.sequence) for p in read_proteins(mapping)] == [("a", "MKT"), ("b", "AC")]
+    source = ProteinSource.open(mapping)
+    assert [p.id for p in source.peek(1)] == ["a"] and [p.id for p in source.read()] == ["a", "b"]
