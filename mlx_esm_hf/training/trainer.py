@@ -137,7 +137,8 @@ class MLXTrainer:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if unused := sorted(NOT_CALLED & vars(cls).keys()):
+        own = cls.__mro__[: cls.__mro__.index(MLXTrainer)]
+        if unused := sorted(NOT_CALLED & {name for base in own for name in vars(base)}):
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(unused)}, which MLXTrainer never calls. Override compute_loss, "
                 "prediction_step, evaluation_loop, log, create_optimizer, create_scheduler or a get_..._dataloader, or "
@@ -187,7 +188,7 @@ class MLXTrainer:
         parameters = inspect.signature(type(self.model).__call__).parameters.values()
         named = {p.name for p in parameters if p.kind != p.VAR_KEYWORD}
         self._columns = {*named, "label", "label_ids", *self.label_names}
-        self._loss_arguments = inspect.signature(self.compute_loss).parameters
+        self._logged_step = 0  # of the last line with a loss
         self._call("on_init_end")
 
     # Training
@@ -362,8 +363,13 @@ class MLXTrainer:
 
     def _loss(self, model: Any, inputs: dict[str, mx.array], return_outputs: bool = False) -> Any:
         """Call `compute_loss` with those arguments that it has; it may change `inputs`."""
-        options: dict[str, Any] = {"return_outputs": True} if return_outputs else {}
-        if "num_items_in_batch" in self._loss_arguments:
+        parameters = inspect.signature(self.compute_loss).parameters
+        options: dict[str, Any] = {}
+        if return_outputs and "return_outputs" not in parameters:
+            return self.compute_loss(model, dict(inputs)), model(**inputs)
+        if return_outputs:
+            options["return_outputs"] = True
+        if "num_items_in_batch" in parameters:
             labels = inputs.get(self.label_names[0])
             counted = labels is not None and mx.issubdtype(labels.dtype, mx.integer)
             if labels is not None:
@@ -400,6 +406,8 @@ class MLXTrainer:
                 self._check_best(loop.state)
             self.callbacks.restore(loop.state.callbacks)
         self.state = loop.state
+        lines = reversed(loop.state.log_history)
+        self._logged_step = next((line["step"] for line in lines if "loss" in line), 0)
         args, state = self.args, self.state
         shown = {"max_steps": loop.steps, "num_train_epochs": args.num_train_epochs}
         shown |= {"logging_steps": args.interval("logging_steps", loop.steps)}
@@ -757,7 +765,7 @@ class MLXTrainer:
 
     def _log_training(self, loop: TrainingLoop, result: StepResult, tokens_per_second: float) -> None:
         state = self.state
-        last = next((line["step"] for line in reversed(state.log_history) if "loss" in line), 0)
+        last, self._logged_step = self._logged_step, state.global_step
         entry = {
             "loss": state.loss_since_log / max(1, state.global_step - last),
             "grad_norm": result.grad_norm,

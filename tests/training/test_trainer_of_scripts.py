@@ -153,6 +153,39 @@ def test_methods_that_are_never_called_are_refused():
     assert theirs >= NOT_CALLED
 
 
+def test_methods_of_mixins_are_refused_as_well():
+    class Mixin:
+        def training_step(self):
+            pass
+
+    with pytest.raises(TypeError, match="Mine overrides training_step"):
+        type("Mine", (Mixin, MLXTrainer), {})
+
+
+def test_a_loss_without_return_outputs(tmp_path):
+    class Short(MLXTrainer):
+        def compute_loss(self, model, inputs):
+            return 2 * model(**inputs).loss
+
+    short, usual = training(tmp_path, Short), training(tmp_path)
+    assert short.evaluate()["eval_loss"] == pytest.approx(2 * usual.evaluate()["eval_loss"], rel=1e-5)
+    assert short.predict(classified_rows(3)).predictions.shape == (3, 2)
+
+
+def test_a_log_that_is_not_kept(tmp_path):
+    """The loss is the mean since the last line, also if a subclass writes the lines elsewhere."""
+    lines = []
+
+    class Elsewhere(MLXTrainer):
+        def log(self, logs, *args):
+            lines.append(logs)
+
+    usual = training(tmp_path)
+    usual.train()
+    training(tmp_path, Elsewhere).train()
+    assert np.allclose([line["loss"] for line in lines if "loss" in line], losses(usual), rtol=1e-5)
+
+
 def test_overridden_methods_are_called(tmp_path):
     called = []
 
