@@ -29,6 +29,8 @@ BARE_SEQUENCE = re.compile(rf"(?:[{RESIDUES}:|*-]|<mask>){{3,}}")
 # What callers may pass as proteins: the path of a FASTA file, "-" for standard input, or Python objects.
 Proteins = str | os.PathLike | Iterable[Any]
 
+Cleaner = Callable[[str, bool, Report | None], str]
+
 # Where a record is (for messages), its id, and its sequence.
 Record = tuple[str, str, Any]
 
@@ -95,12 +97,15 @@ class ProteinSource:
         """Return whether a file has changed since its checksum was first asked for."""
         return self.path is not None and self.can_reread and sha256_of(self.path) != self.sha256
 
-    def read(self, report: Report | None = None, rename: Callable[[str], str] = str) -> Iterator[Protein]:
+    def read(
+        self, report: Report | None = None, rename: Callable[[str], str] = str, clean: Cleaner = clean
+    ) -> Iterator[Protein]:
         """Yield the proteins in order, cleaned; those that cannot be read are left out.
 
         Args:
             report: takes the counts and messages. If it is strict, a bad record raises an error.
             rename: returns the name of the next record, given its id. It is called for each record in the source.
+            clean: cleans a sequence of one chain; by default a protein.
 
         Raises:
             UserError: the file is not FASTA or is damaged.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import CHAIN_BREAK, SPECIAL, STANDARD, tokens
+from mlx_esm_hf.data.alphabets import Pairs, Proteins, alphabet_of
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, SPECIAL, STANDARD
 from mlx_esm_hf.errors import UserError
 
 
@@ -23,6 +25,7 @@ class Vocabulary:
         name: name of the model, for messages.
 
     Attributes:
+        alphabet: how sequences are cleaned and divided into tokens.
         ids: {token: id}. Special tokens also appear under the names that they have in sequences, such as `<mask>`.
         before: ids of the tokens before the residues, such as <cls>.
         after: ids of the tokens after the residues, such as <eos>.
@@ -31,7 +34,7 @@ class Vocabulary:
         chain_break: id of the chain break; −1 if the vocabulary has none.
 
     Raises:
-        UserError: the vocabulary lacks residues, or a residue is not one token.
+        UserError: the vocabulary is for no known alphabet, or the tokenizer divides its tokens.
     """
 
     def __init__(self, tokenizer: Any, name: str = "") -> None:
@@ -42,15 +45,14 @@ class Vocabulary:
         named = {token: id for token, id in zip(SPECIAL, special, strict=True) if id is not None}
         self.ids: dict[str, int] = named | tokenizer.get_vocab()
         self.chain_break = self.ids.get(CHAIN_BREAK, -1)
-        if missing := [residue for residue in STANDARD if residue not in self.ids]:
+        self.alphabet = alphabet_of(self.ids, self.name)
+        example = self.alphabet.example
+        row = _ids_of(tokenizer, example, self.name)
+        if self.ids[example] not in row:
             raise UserError(
-                f"The vocabulary of {self.name} lacks the residues {', '.join(missing)}. Its tokenizer is not for "
-                "proteins, or vocab.txt is damaged."
+                f"The tokenizer of {self.name} must make one token of each residue, but makes {row} of {example}."
             )
-        row = _ids_of_a_residue(tokenizer, self.name)
-        if self.ids["A"] not in row:
-            raise UserError(f"The tokenizer of {self.name} must make one token of each residue, but makes {row} of A.")
-        place = row.index(self.ids["A"])
+        place = row.index(self.ids[example])
         self.before, self.after = row[:place], row[place + 1 :]
         self._tokenizer = tokenizer
 
@@ -66,7 +68,7 @@ class Vocabulary:
             UserError: the vocabulary does not have a token of the sequence.
         """
         try:
-            return np.array([self.ids[token] for token in tokens(sequence)], np.int32)
+            return np.array([self.ids[token] for token in self.alphabet.tokens(sequence)], np.int32)
         except KeyError as error:
             raise UserError(f"has {error}, for which {self.name} has no token") from None
 
@@ -74,9 +76,48 @@ class Vocabulary:
         """Return which of ids [positions] are residues and not chain breaks, bool [positions]."""
         return ids != self.chain_break
 
+    def residue(self, letter: str) -> int:
+        """Return the id of a residue; of pairs, of the residue without a structure letter."""
+        return self.ids[f"{letter}#" if isinstance(self.alphabet, Pairs) else letter]
+
     def ids_of(self, letters: str) -> np.ndarray:
         """Return the ids [letters], int32, of the letters that are in the vocabulary."""
         return np.array([self.ids[letter] for letter in letters if letter in self.ids], np.int32)
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """The ids of the tokens that training masks and a perplexity counts, int32 [tokens]."""
+        return np.array([self.ids[token] for token in self.alphabet.predicted if token in self.ids], np.int32)
+
+    @cached_property
+    def standard(self) -> np.ndarray:
+        """The ids of the tokens that stand for something known, such as the 20 residues, int32 [tokens]."""
+        return np.array([self.ids[token] for token in self.alphabet.standard], np.int32)
+
+    @cached_property
+    def _masked(self) -> np.ndarray:
+        ids = np.full(max(self.ids.values()) + 1, self.mask, np.int32)
+        for token in self.alphabet.predicted:
+            if token in self.ids and (hidden := self.alphabet.masked(token)) != "<mask>":
+                ids[self.ids[token]] = self.ids[hidden]
+        return ids
+
+    def masked(self, ids: np.ndarray) -> np.ndarray:
+        """Return the ids that hide the tokens of ids [positions]: <mask>, or the structure letter alone of a pair."""
+        return self._masked[ids]
+
+    def log_probability(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Return the log-probability of each token, [positions], float32; of a pair that of its residue.
+
+        Args:
+            rows: log-probabilities [positions, vocabulary].
+            ids: the ids of the tokens [positions].
+        """
+        if not isinstance(self.alphabet, Pairs):
+            return rows[np.arange(len(ids)), ids]
+        names = self.decode(ids)
+        groups = [[self.ids[token] for token in self.alphabet.alternatives(name)] for name in names]
+        return np.array([np.logaddexp.reduce(row[group]) for row, group in zip(rows, groups, strict=True)], np.float32)
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """Return the tokens of ids [positions]."""
@@ -135,6 +176,24 @@ def refuse_other_tokenizer(
         )
 
 
+def refuse_other_sequences(vocabulary: Vocabulary, task: str, kinds: tuple[type[Proteins], ...] = (Proteins,)) -> None:
+    """Refuse a model for other sequences.
+
+    Args:
+        vocabulary: the model's vocabulary.
+        task: what needs a model for proteins, for the message.
+        kinds: the alphabets that the task knows.
+
+    Raises:
+        UserError: the model has another alphabet.
+    """
+    if type(vocabulary.alphabet) not in kinds:
+        raise UserError(
+            f"{task} needs a model for {' or '.join(kind.name for kind in kinds)}, but {vocabulary.name} is for "
+            f"{vocabulary.alphabet.name}. It works with embed, fill-mask, perplexity, train and finetune."
+        )
+
+
 def refuse_without_mask(vocabulary: Vocabulary) -> None:
     """Check that a vocabulary has a mask token.
 
@@ -148,8 +207,8 @@ def refuse_without_mask(vocabulary: Vocabulary) -> None:
         )
 
 
-def _ids_of_a_residue(tokenizer: Any, name: str) -> list[int]:
+def _ids_of(tokenizer: Any, sequence: str, name: str) -> list[int]:
     try:
-        return tokenizer("A")["input_ids"]
+        return tokenizer(sequence)["input_ids"]
     except TypeError as error:  # for example if model_max_length is not a number
         raise UserError(f"The tokenizer of {name} fails ({error}). Its tokenizer_config.json is damaged.") from error

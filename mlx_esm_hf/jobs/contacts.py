@@ -15,6 +15,7 @@ import numpy as np
 from mlx_esm_hf import plots
 from mlx_esm_hf.data.proteins import Protein, Report, tokens
 from mlx_esm_hf.data.source import Proteins, ProteinSource, check_file
+from mlx_esm_hf.data.vocabulary import refuse_other_sequences
 from mlx_esm_hf.data.windows import Window, ramp
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import MemoryLimit, ProteinItems, load_checked, run_job
@@ -97,6 +98,7 @@ def contacts(
     from mlx_esm_hf.models.auto import MLXAutoModel
 
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
+    refuse_other_sequences(protein_model.vocabulary, "contacts")
     check_contact_class(protein_model)
 
     def compute(items: Sequence[Item]) -> list[Arrays]:

@@ -116,7 +116,8 @@ def embed(
         rows = sum(positions if name in PER_RESIDUE else 1 for name in pooling)
         return 4 * config.hidden_size * len(resolved) * rows
 
-    items = ProteinItems(source, protein_model, result_bytes, output, strict=strict)
+    cleaner = protein_model.vocabulary.alphabet.clean
+    items = ProteinItems(source, protein_model, result_bytes, output, strict=strict, clean=cleaner)
     settings = {"layers": resolved, "pooling": list(pooling), "aligned": aligned}
     settings = load_checked(protein_model, "embed", settings, items, output, progress)
     job = Job("embed", settings, items, compute, protein_model.chunk_work, cause=protein_model.cause)

@@ -99,7 +99,16 @@ def fill_mask(
                     for rank, (token, score) in enumerate(ranked, 1):
                         table.writerow([result.number, result.id, position + 1, rank, token, score])
 
-    items = ProteinItems(source, protein_model, result_bytes, output, check=check, lacks="<mask>", strict=strict)
+    items = ProteinItems(
+        source,
+        protein_model,
+        result_bytes,
+        output,
+        check=check,
+        lacks="<mask>",
+        strict=strict,
+        clean=vocabulary.alphabet.clean,
+    )
     settings = {"top_k": top_k, "aligned": aligned}
     settings = load_checked(protein_model, "fill-mask", settings, items, output, progress)
     job = Job("fill-mask", settings, items, compute, protein_model.chunk_work, cause=protein_model.cause)

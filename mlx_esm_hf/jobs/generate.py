@@ -23,7 +23,7 @@ from mlx_esm_hf.checks import (
 )
 from mlx_esm_hf.data.proteins import STANDARD, Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
-from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_sequences
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinItems, load_checked, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
@@ -212,6 +212,7 @@ def generate(
     from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
+    refuse_other_sequences(protein_model.vocabulary, "generate")
     designer = Designer(protein_model, plan, sampling)
     items = ProteinItems(
         source,

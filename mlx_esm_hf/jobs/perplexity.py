@@ -9,9 +9,10 @@ from typing import Any, overload
 import numpy as np
 
 from mlx_esm_hf.checks import check_choice
-from mlx_esm_hf.data.proteins import RESIDUES, STANDARD, Report
+from mlx_esm_hf.data.alphabets import Proteins as ProteinAlphabet
+from mlx_esm_hf.data.proteins import STANDARD, Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
-from mlx_esm_hf.data.vocabulary import Vocabulary
+from mlx_esm_hf.data.vocabulary import refuse_other_sequences
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinItems, load_checked, one_pass_work, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
@@ -63,7 +64,9 @@ def perplexity(
         loading: see `load_protein_model`.
 
     Returns:
-        See `embed`. The arrays are `pseudo_perplexity` and `one_pass_estimate`, [1] each.
+        See `embed`. The arrays are `pseudo_perplexity` and, for proteins, `one_pass_estimate`, [1] each. For DNA a
+        perplexity is that of a token, for pairs of residues and structure letters that of a residue whose structure
+        letter is visible.
 
     Raises:
         UserError: an option has an unknown value, the proteins cannot be read, or the output cannot be written.
@@ -81,8 +84,9 @@ def perplexity(
     from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
-
-    counted = counted_ids(protein_model.vocabulary)
+    if method != "exact":  # its formula is that of proteins
+        refuse_other_sequences(protein_model.vocabulary, f"perplexity --method {method}")
+    counted = protein_model.vocabulary.predicted
 
     def check(ids: np.ndarray) -> None:
         if not np.isin(ids, counted).any():
@@ -95,7 +99,8 @@ def perplexity(
         return 16
 
     work = pass_for_each_token if method == "exact" else one_pass_work
-    items = ProteinItems(source, protein_model, result_bytes, output, work=work, check=check, strict=strict)
+    options: Any = {"work": work, "check": check, "strict": strict, "clean": protein_model.vocabulary.alphabet.clean}
+    items = ProteinItems(source, protein_model, result_bytes, output, **options)
     settings = {"method": method, "aligned": aligned}
     settings = load_checked(protein_model, "perplexity", settings, items, output, progress)
     job = Job("perplexity", settings, items, compute, protein_model.chunk_work, cause=protein_model.cause)
@@ -107,22 +112,18 @@ def pass_for_each_token(tokens: int) -> int:
     return tokens * tokens
 
 
-def counted_ids(vocabulary: Vocabulary) -> np.ndarray:
-    """Return the ids of the residues that count: all but X."""
-    return np.array([vocabulary.ids[residue] for residue in RESIDUES if residue != "X" and residue in vocabulary.ids])
-
-
 def perplexities(model: ProteinModel, sequences: Sequence[np.ndarray], method: str) -> list[Arrays]:
     """Return the arrays of `perplexity` for each protein, given by its ids [positions]."""
-    counted = counted_ids(model.vocabulary)
+    vocabulary = model.vocabulary
     results: list[Arrays] = []
     for ids, plain in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
-        positions = np.flatnonzero(np.isin(ids, counted))
+        positions = np.flatnonzero(np.isin(ids, vocabulary.predicted))
         arrays = {}
         if method == "exact":
             rows = model.masked_log_probabilities(ids, positions.tolist())
-            arrays["pseudo_perplexity"] = _perplexity(rows[np.arange(len(positions)), ids[positions]])
-        arrays["one_pass_estimate"] = _perplexity(one_pass(plain[positions, ids[positions]]))
+            arrays["pseudo_perplexity"] = _perplexity(vocabulary.log_probability(rows, ids[positions]))
+        if type(vocabulary.alphabet) is ProteinAlphabet:
+            arrays["one_pass_estimate"] = _perplexity(one_pass(plain[positions, ids[positions]]))
         results.append(arrays)
     return results
 

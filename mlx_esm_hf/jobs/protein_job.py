@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Report
-from mlx_esm_hf.data.source import ProteinSource
+from mlx_esm_hf.data.proteins import Report, clean
+from mlx_esm_hf.data.source import Cleaner, ProteinSource
 from mlx_esm_hf.errors import UserError, quoted
 from mlx_esm_hf.runs.ids import FileNames, Ids, UniqueIds
 from mlx_esm_hf.runs.job import (
@@ -89,6 +89,7 @@ class ProteinItems:
         copies: number of results for each protein.
         has_files: whether each item has files of its own, and so needs a name for them.
         strict: raise an error for a bad record instead of leaving it out.
+        clean: cleans a sequence; by default a protein.
 
     Attributes:
         has_changed: tells whether the source has changed while it was read.
@@ -109,12 +110,13 @@ class ProteinItems:
         copies: int = 1,
         has_files: bool = False,
         strict: bool = False,
+        clean: Cleaner = clean,
     ) -> None:
         self.source, self.has_changed = source, source.has_changed
         self.model, self.result_bytes = model, result_bytes
         self.suffix = None if output is None else Path(output).suffix
         self.work, self.checks, self.lacks, self.copies = work, [check], lacks, copies
-        self.has_files = has_files
+        self.has_files, self.clean = has_files, clean
         self.report = Report(strict)
         self.total: int | None = None
 
@@ -181,7 +183,7 @@ class ProteinItems:
         number = 0
         ids_of_file = None if self.suffix is None else Ids(self.suffix)
         file_names, unique = FileNames() if self.has_files else None, UniqueIds()
-        for protein in self.source.read(report, unique.name):
+        for protein in self.source.read(report, unique.name, self.clean):
             report.renamed = unique.renamed
             try:
                 if ids_of_file is not None:

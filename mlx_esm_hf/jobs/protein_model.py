@@ -239,7 +239,7 @@ class ProteinModel:
             group = positions[first : first + at_once]
             variants = [ids.copy() for _ in group]
             for variant, position in zip(variants, group, strict=True):
-                variant[position] = self.vocabulary.mask
+                variant[position] = self.vocabulary.masked(ids[position])
             views = [windows[best[position]]._replace(sequence=i) for i, position in enumerate(group)]
             for window, rows in self.log_probabilities(variants, views):
                 found[first + window.sequence] = rows[group[window.sequence] - window.start]

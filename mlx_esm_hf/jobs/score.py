@@ -16,9 +16,11 @@ import numpy as np
 
 from mlx_esm_hf import plots
 from mlx_esm_hf.checks import MOST, check_choice, check_integer
+from mlx_esm_hf.data.alphabets import PAIR, UNKNOWN, Pairs, Proteins
 from mlx_esm_hf.data.mutations import Substitution, parse, read_table, suggest_first_residue
 from mlx_esm_hf.data.proteins import CHAIN_BREAK, STANDARD, Report, clean, tokens
-from mlx_esm_hf.data.source import read_proteins
+from mlx_esm_hf.data.source import ProteinSource
+from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_sequences
 from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
@@ -101,13 +103,15 @@ def score(
 
     Args:
         mutants: a CSV file, or mutants such as `A42G` or `A42G:L7P`; None for all 20 residues at each position.
-        sequence: the wild type, or a FASTA file that contains only the wild type.
+        sequence: the wild type, or a FASTA file that contains only the wild type; for SaProt also pairs: `MdEvVp`.
         model: a Hub repository, a folder or the result of `load_protein_model`; or several, such as the five of ESM-1v.
         output: a `.csv` file; None writes no file.
         method: how a mutant is scored. "masked-marginals" is log p(mutant) − log p(wild type) at the position while it
             is masked. "wt-marginals" is the same without a mask, in one pass. Both are summed over the substitutions of
             a mutant, each in the context of the wild type. "pseudo-perplexity" is the sum of log p over all positions
-            of the mutant, each masked in turn. Probabilities are over the whole vocabulary.
+            of the mutant, each masked in turn. Probabilities are over the whole vocabulary. For a model of pairs, such
+            as SaProt, the probability of a residue is the sum over its pairs, and a masked residue keeps its structure
+            letter.
         mutant_column: column of the mutants in the CSV file.
         first_residue: the number of the sequence's first residue in the mutants.
         picture: draw the scores of all mutants (`mutants=None`) as a heat map (`.png`, `.svg`, `.pdf`).
@@ -136,7 +140,8 @@ def score(
         raise UserError("A heat map shows all mutations. Leave out the list of mutants.")
     check_outputs(output, [".csv"], picture)
     report = Report()
-    wild_type = read_wild_type(sequence, report)
+    pairs = read_wild_type(sequence, report)
+    wild_type = residues_of(pairs)
     columns, rows = _table(mutants, mutant_column, wild_type, first_residue)
     parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
 
@@ -148,7 +153,7 @@ def score(
     scores = Scores(columns, rows, left_out, report.replaced)
     on_progress = as_on_progress(progress)
     shards = None if output is None else shards_of(output)
-    scorers = _open_models(models, shards, wild_type, parsed, method, loading)
+    scorers = _open_models(models, shards, pairs, parsed, method, loading)
     with claimed(None if output is None else Path(output), [] if picture is None else [Path(picture)]):
         _fill(scores, names, scorers, parsed, method, shards, on_progress)
         _write_all(scores, output, shards, picture, mutant_column)
@@ -170,8 +175,13 @@ def _open_models(
     for number, model in enumerate(models, 1):
         folder = None if shards is None else shards / str(number)
         protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, folder, loading)
+        vocabulary = protein_model.vocabulary
+        refuse_other_sequences(vocabulary, "score", (Proteins, Pairs))
+        if method == "pseudo-perplexity":
+            refuse_other_sequences(vocabulary, "score --method pseudo-perplexity")
+        takes_pairs = isinstance(vocabulary.alphabet, Pairs)
         try:
-            ids = protein_model.encode(wild_type)
+            ids = protein_model.encode(vocabulary.alphabet.clean(wild_type) if takes_pairs else residues_of(wild_type))
             protein_model.refuse_long(len(ids))
         except UserError as error:
             raise UserError(f"The wild type {error}.") from None
@@ -252,7 +262,7 @@ def _score(scorer: Scorer, method: str, on_progress: OnProgress) -> tuple[dict[i
         results = list(run.results())
     if method == "pseudo-perplexity":
         return {result.number: float(result.arrays["score"][0]) for result in results}, len(ids)
-    return _differences(results, within, method, protein_model.vocabulary.ids), len(ids)
+    return _differences(results, within, method, protein_model.vocabulary), len(ids)
 
 
 def _job(model: ProteinModel, ids: np.ndarray, mutants: dict[int, Mutant], method: str) -> Job:
@@ -297,7 +307,7 @@ def _input(mutants: dict[int, Mutant]) -> dict[str, str]:
 
 
 def _differences(
-    results: Sequence[Result], mutants: dict[int, Mutant], method: str, token_ids: dict[str, int]
+    results: Sequence[Result], mutants: dict[int, Mutant], method: str, vocabulary: Vocabulary
 ) -> dict[int, float]:
     """Return log p(mutant) − log p(wild type) of each mutant, summed over its substitutions."""
     if method == "masked-marginals":
@@ -306,7 +316,11 @@ def _differences(
         table = dict(enumerate(results[0].arrays["log_probabilities"]))
     scores = {}
     for index, mutant in mutants.items():
-        gains = [table[s.position][token_ids[s.mutant]] - table[s.position][token_ids[s.wild_type]] for s in mutant]
+        gains = []
+        for s in mutant:
+            ids = np.array([vocabulary.residue(letter) for letter in (s.mutant, s.wild_type)])
+            mutated_to, wild_type = vocabulary.log_probability(np.stack([table[s.position]] * 2), ids)
+            gains.append(mutated_to - wild_type)
         scores[index] = float(sum(gains))
     return scores
 
@@ -317,6 +331,23 @@ def mutated(ids: np.ndarray, mutant: Mutant, token_ids: dict[str, int]) -> np.nd
     for substitution in mutant:
         ids[substitution.position] = token_ids[substitution.mutant]
     return ids
+
+
+def residues_of(sequence: str) -> str:
+    """Return the residues of a sequence, which may be one of pairs of residues and structure letters."""
+    return (
+        "".join(token[0] for token in PAIR.findall(sequence)).replace(UNKNOWN, "X") if is_paired(sequence) else sequence
+    )
+
+
+def is_paired(sequence: str) -> bool:
+    """Return whether a sequence consists of pairs of residues and structure letters."""
+    return PAIR.sub("", sequence) == "" and not sequence.isupper()
+
+
+def _clean_wild_type(sequence: str, aligned: bool = False, report: Report | None = None) -> str:
+    text = "".join(sequence.split())
+    return Pairs().clean(text) if text and is_paired(text) else clean(text, aligned, report)
 
 
 def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = None) -> str:
@@ -337,11 +368,11 @@ def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = Non
         if isinstance(sequence, os.PathLike) or re.search(r"[/\\.]", text):
             raise UserError(f"File not found: {text}.")
         try:
-            wild_type = clean(text, report=report)
+            wild_type = _clean_wild_type(text, report=report)
         except UserError as error:
             raise UserError(f"{text!r} is neither a file nor a sequence: it {error}.") from None
     else:
-        proteins = list(read_proteins(sequence, report=report))
+        proteins = list(ProteinSource.open(sequence).read(report, clean=_clean_wild_type))
         if len(proteins) != 1:
             raise UserError(f"{sequence} contains {len(proteins)} proteins; must be only the wild type.")
         wild_type = proteins[0].sequence

@@ -25,7 +25,6 @@ from mlx_esm_hf.data.proteins import STANDARD
 from mlx_esm_hf.errors import UserRuntimeError
 from mlx_esm_hf.jobs.contacts import check_head, maps, top_contacts
 from mlx_esm_hf.jobs.embed import embed
-from mlx_esm_hf.jobs.perplexity import counted_ids
 from mlx_esm_hf.jobs.protein_model import ProteinModel, load_protein_model
 from mlx_esm_hf.models import auto
 from mlx_esm_hf.runs.job import Arrays
@@ -170,7 +169,7 @@ def predictions(model: ProteinModel, sequences: Sequence[np.ndarray]) -> Arrays:
         [M, vocabulary]; "truth": the masked tokens [M].
     """
     seen = [rows.argmax(axis=-1) for rows in model.blended_log_probabilities(sequences)]
-    rows, truth, counted = [], [], counted_ids(model.vocabulary)
+    rows, truth, counted = [], [], model.vocabulary.predicted
     masked = [mask_every(ids, model.vocabulary.mask) for ids in sequences]
     for ids, inputs, log_probabilities in zip(sequences, masked, model.blended_log_probabilities(masked), strict=True):
         chosen = (inputs != ids) & np.isin(ids, counted)
@@ -194,7 +193,7 @@ def protein_to_scan(sequences: Sequence[np.ndarray]) -> np.ndarray:
 
 def mutation_scan(model: ProteinModel, ids: np.ndarray) -> Arrays:
     """Return log p(mutant) − log p(wild type) for all single mutations, each position masked in turn: [mutations]."""
-    positions = np.flatnonzero(np.isin(ids, counted_ids(model.vocabulary)))
+    positions = np.flatnonzero(np.isin(ids, model.vocabulary.predicted))
     rows, wild_types = model.masked_log_probabilities(ids, positions.tolist()), ids[positions][:, None]
     mutants = model.vocabulary.ids_of(STANDARD)
     effects = rows[:, mutants] - np.take_along_axis(rows, wild_types, axis=1)

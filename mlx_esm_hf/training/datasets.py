@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_esm_hf.data.batches import by_length
-from mlx_esm_hf.data.proteins import STANDARD
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.training.token_store import TokenStore
 
 # 15% of the residues are selected. Of those, 80% become <mask>, 10% a random residue, and 10% stay (as in BERT).
 SELECTED, MASKED, REPLACED = 0.15, 0.8, 0.1
-RESIDUES = STANDARD + "BUZO"  # not X, which stands for an unknown residue, so there is nothing to predict
 
 POOL = 64  # batches whose items are sorted together: enough for similar lengths, few enough to stay random
 
@@ -101,6 +99,8 @@ class MaskedProteins:
 def mask_residues(ids: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Mask or replace random residues. Gaps, X and special tokens stay as they are.
 
+    A pair of a residue and a structure letter keeps its letter where its residue is masked, as in SaProt.
+
     Args:
         ids: token ids, int32 [positions].
         vocabulary: the model's vocabulary.
@@ -111,10 +111,10 @@ def mask_residues(ids: np.ndarray, vocabulary: Vocabulary, rng: np.random.Genera
 
     Source: Rives et al. 2021, Methods; Devlin et al. 2019, section 3.1.
     """
-    selected = np.isin(ids, vocabulary.ids_of(RESIDUES)) & (rng.random(len(ids)) < SELECTED)
+    selected = np.isin(ids, vocabulary.predicted) & (rng.random(len(ids)) < SELECTED)
     fate = rng.random(len(ids))
-    random_residues = rng.choice(vocabulary.ids_of(STANDARD), len(ids))
-    inputs = np.where(selected & (fate < MASKED), vocabulary.mask, ids)
+    random_residues = rng.choice(vocabulary.standard, len(ids))
+    inputs = np.where(selected & (fate < MASKED), vocabulary.masked(ids), ids)
     inputs = np.where(selected & (fate >= MASKED) & (fate < MASKED + REPLACED), random_residues, inputs)
     return inputs.astype(np.int32), np.where(selected, ids, IGNORE_INDEX).astype(np.int32)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_esm_hf.data.proteins import Report, clean
+from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import check_file
 from mlx_esm_hf.data.tables import TEXT, open_table
 from mlx_esm_hf.data.vocabulary import Vocabulary
@@ -142,7 +142,7 @@ def _checked(
         UserError: the sequence or the label is invalid.
     """
     gaps = report.gaps
-    cleaned = clean(sequence, report=report)
+    cleaned = vocabulary.alphabet.clean(sequence, False, report)
     length = len(vocabulary.encode(cleaned))
     if not label.strip():
         raise UserError("has no label")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlx_esm_hf.data.proteins import Report
-from mlx_esm_hf.data.source import STDIN, Proteins, read_proteins, sha256_of
+from mlx_esm_hf.data.source import STDIN, Proteins, ProteinSource, sha256_of
 from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runs.manifest import CHECKSUMS, read_checksums
@@ -100,7 +100,7 @@ def _write_store(
     ends, hashes = array("q"), array("Q")
     end = 0
     with open(folder / "tokens.bin", "wb") as file:
-        for protein in read_proteins(source, report=report):
+        for protein in ProteinSource.open(source).read(report, clean=vocabulary.alphabet.clean):
             try:
                 data = vocabulary.encode(protein.sequence).astype(dtype).tobytes()
             except ValueError as error:

@@ -1,0 +1,245 @@
+"""Alphabets: how the sequences of a model are cleaned and divided into tokens. A tokenizer's vocabulary tells which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import product
+
+from mlx_esm_hf.data.proteins import GAPS, RESIDUES, SPECIAL, STANDARD, Report, clean, tokens
+from mlx_esm_hf.errors import UserError
+
+STRUCTURE_LETTERS = "pynwrqhgdlvtmfsaeikc"  # of Foldseek's 3Di alphabet
+UNKNOWN = "#"  # an unknown residue or structure letter of a pair
+PAIR = re.compile(f"[{RESIDUES}{UNKNOWN}][{STRUCTURE_LETTERS}{UNKNOWN}]")
+
+
+class Proteins:
+    """Residues, one token each.
+
+    Attributes:
+        name: the kind of sequences, for messages.
+        example: a sequence of one token.
+    """
+
+    name, example = "proteins", "A"
+
+    def clean(self, sequence: str, aligned: bool = False, report: Report | None = None) -> str:
+        """Clean a sequence; see `data.proteins.clean`."""
+        return clean(sequence, aligned, report)
+
+    def tokens(self, sequence: str) -> list[str]:
+        """Divide a cleaned sequence into tokens."""
+        return tokens(sequence)
+
+    @property
+    def standard(self) -> list[str]:
+        """The tokens that stand for something known: the 20 residues."""
+        return list(STANDARD)
+
+    @property
+    def predicted(self) -> list[str]:
+        """The tokens that training masks and a perplexity counts. X stands for an unknown residue."""
+        return list(RESIDUES.replace("X", ""))
+
+    def masked(self, token: str) -> str:
+        """Return the token that hides another one."""
+        return "<mask>"
+
+    def alternatives(self, token: str) -> list[str]:
+        """Return the tokens whose probabilities add up to that of a token."""
+        return [token]
+
+
+class Nucleotides(Proteins):
+    """DNA in k-mers, as in the Nucleotide Transformer.
+
+    It is cut from the left. What is left over, and what holds N, becomes single letters.
+
+    Args:
+        k: letters of a k-mer.
+
+    Source: Dalla-Torre et al. 2023 (doi:10.1101/2023.01.11.523679), Methods.
+    """
+
+    name = "DNA"
+
+    def __init__(self, k: int):
+        self.example = "A" * k
+        self._token = re.compile(rf"<[^<>]*>|[ACGT]{{{k}}}|.", re.DOTALL)
+
+    def clean(self, sequence: str, aligned: bool = False, report: Report | None = None) -> str:
+        """Clean a sequence: upper case, U as T, no gaps, and N for other letters.
+
+        Raises:
+            UserError: it is empty, or contains an unknown token or a character that is not a letter.
+        """
+        parts = [part.upper().replace("U", "T") if len(part) == 1 else part for part in _parts(sequence, report)]
+        return "".join(_letters(parts, "ACGTN", "N", "nucleotide", report))
+
+    def tokens(self, sequence: str) -> list[str]:
+        """Divide a cleaned sequence into tokens."""
+        return self._token.findall(sequence)
+
+    @property
+    def standard(self) -> list[str]:
+        """The tokens that stand for something known: all k-mers and the four letters."""
+        return ["".join(letters) for letters in product("ACGT", repeat=len(self.example))] + list("ACGT")
+
+    @property
+    def predicted(self) -> list[str]:
+        """The tokens that training masks and a perplexity counts."""
+        return self.standard
+
+
+class StructureLetters(Proteins):
+    """Structure letters of the 3Di alphabet in lower case, one token each, as in ProTrek's structure model.
+
+    Source: van Kempen et al. 2024 (doi:10.1038/s41587-023-01773-0).
+    """
+
+    name, example = "3Di structure letters", "d"
+
+    def clean(self, sequence: str, aligned: bool = False, report: Report | None = None) -> str:
+        """Clean a sequence: lower case, no gaps.
+
+        Raises:
+            UserError: it is empty, or contains an unknown token or another letter.
+        """
+        parts = [part.lower() for part in _parts(sequence, report)]
+        return "".join(_letters(parts, STRUCTURE_LETTERS, "", "structure letter", report))
+
+    @property
+    def standard(self) -> list[str]:
+        """The tokens that stand for something known: the 20 letters."""
+        return list(STRUCTURE_LETTERS)
+
+    @property
+    def predicted(self) -> list[str]:
+        """The tokens that training masks and a perplexity counts."""
+        return self.standard
+
+
+class Pairs(Proteins):
+    """Residues with their structure letters, one token for each pair, as in SaProt: `MdEvVp`.
+
+    `#` stands for an unknown residue or structure letter: a plain sequence `MEV` becomes `M#E#V#`.
+
+    Source: Su et al. 2024 (doi:10.1101/2023.10.01.560349), section 3.1.
+    """
+
+    name, example = "pairs of residues and structure letters", "A#"
+    _token = re.compile(r"<[^<>]*>|..|.", re.DOTALL)
+
+    def clean(self, sequence: str, aligned: bool = False, report: Report | None = None) -> str:
+        """Clean a sequence of pairs or a plain sequence of residues.
+
+        Raises:
+            UserError: it is empty, or contains an unknown token, or a part of it is not a pair.
+        """
+        text = "".join(sequence.split())
+        plain = re.sub(r"<[^<>]*>", "", text)
+        if UNKNOWN not in plain and (plain.isupper() or plain.islower()):  # no structure letters
+            residues = tokens(clean(text, False, report))
+            return "".join(token if len(token) > 1 else f"{_residue(token)}{UNKNOWN}" for token in residues)
+        cleaned = []
+        for place, part in enumerate(self._token.findall(text), 1):
+            if part in SPECIAL:
+                cleaned.append(part)
+            elif PAIR.fullmatch(part):
+                cleaned.append(f"{_residue(part[0])}{part[1]}")
+            else:
+                raise UserError(
+                    f"has {part!r} at position {place}, which is not a pair of a residue and a structure letter, such "
+                    "as 'Md', or 'M#' without a structure"
+                )
+        if not cleaned:
+            raise UserError("is empty")
+        return "".join(cleaned)
+
+    def tokens(self, sequence: str) -> list[str]:
+        """Divide a cleaned sequence into tokens."""
+        return self._token.findall(sequence)
+
+    @property
+    def standard(self) -> list[str]:
+        """The tokens that stand for something known: the 20 residues with each structure letter."""
+        return [f"{residue}{letter}" for residue in STANDARD for letter in STRUCTURE_LETTERS + UNKNOWN]
+
+    @property
+    def predicted(self) -> list[str]:
+        """The tokens that training masks and a perplexity counts."""
+        return self.standard
+
+    def masked(self, token: str) -> str:
+        """Return the token that hides a residue and keeps its structure letter, such as #d."""
+        return f"{UNKNOWN}{token[1]}" if len(token) == 2 else token
+
+    def alternatives(self, token: str) -> list[str]:
+        """Return all pairs with the residue of a token: their probabilities add up to that of the residue."""
+        return [f"{token[0]}{letter}" for letter in STRUCTURE_LETTERS + UNKNOWN] if len(token) == 2 else [token]
+
+
+def alphabet_of(vocabulary: Mapping[str, int], name: str) -> Proteins:
+    """Return the alphabet of a vocabulary.
+
+    Args:
+        vocabulary: {token: id}.
+        name: name of the model, for messages.
+
+    Raises:
+        UserError: it is none of the known alphabets.
+    """
+    if all(residue in vocabulary for residue in STANDARD):
+        return Proteins()
+    if all(f"{residue}{letter}" in vocabulary for residue in STANDARD for letter in STRUCTURE_LETTERS + UNKNOWN):
+        return Pairs()
+    if all(letter in vocabulary for letter in STRUCTURE_LETTERS):
+        return StructureLetters()
+    words = [token for token in vocabulary if len(token) > 1 and set(token) <= set("ACGT")]
+    k = max(map(len, words), default=0)
+    if k and len(words) == 4**k and all(letter in vocabulary for letter in "ACGTN"):
+        return Nucleotides(k)
+    missing = ", ".join(residue for residue in STANDARD if residue not in vocabulary)
+    raise UserError(
+        f"The vocabulary of {name} lacks the residues {missing}, and has neither k-mers of DNA, nor pairs of residues "
+        "and structure letters, nor 3Di structure letters. Its tokenizer is for other sequences, or vocab.txt is "
+        "damaged."
+    )
+
+
+def _parts(sequence: str, report: Report | None) -> list[str]:
+    """Split a sequence into letters and special tokens, without white space, gaps and a stop at its end."""
+    parts = re.findall(r"<[^<>]*>|.", "".join(sequence.split()), re.DOTALL)
+    if parts and parts[-1] == "*":
+        parts.pop()
+    kept = [part for part in parts if part not in GAPS]
+    if report is not None:
+        report.gaps += len(parts) - len(kept)
+    return kept
+
+
+def _letters(parts: list[str], letters: str, replacement: str, kind: str, report: Report | None) -> list[str]:
+    """Check the parts of a sequence and replace unknown letters.
+
+    Raises:
+        UserError: there are no parts, or one of them is neither a letter nor a known token, or cannot be replaced.
+    """
+    if not parts:
+        raise UserError("is empty")
+    checked = []
+    for place, part in enumerate(parts, 1):
+        if len(part) > 1 and part not in SPECIAL:
+            raise UserError(f"has the unknown token {part} at position {place}; must be one of {', '.join(SPECIAL)}")
+        known = len(part) > 1 or part in letters
+        if not known and not (replacement and part.isascii() and part.isalpha()):
+            raise UserError(f"has {part!r} at position {place}, which is not a {kind}")
+        if not known and report is not None:
+            report.replaced += 1
+        checked.append(part if known else replacement)
+    return checked
+
+
+def _residue(letter: str) -> str:
+    """Return a residue, or `#` for one that SaProt's vocabulary does not have."""
+    return letter if letter in STANDARD else UNKNOWN
