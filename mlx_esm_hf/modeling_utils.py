@@ -21,6 +21,7 @@ from mlx_esm_hf.checkpoint.names import Dialect, canonical_names, names_in
 from mlx_esm_hf.checkpoint.read import load_files
 from mlx_esm_hf.checkpoint.resolve import checkpoint_files
 from mlx_esm_hf.checkpoint.write import save_safetensors, stale_weights
+from mlx_esm_hf.checks import check_integer
 from mlx_esm_hf.dtypes import as_dtype, cast_error, name_of, resolve_dtype, warn_once
 from mlx_esm_hf.errors import CheckpointError, UserError, UserRuntimeError
 from mlx_esm_hf.hub.publish import hub_id, publish
@@ -65,6 +66,7 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
     Class attributes:
         config_class: class of the config.
         main_input_name: first argument of the forward pass, as in transformers.
+        supports_gradient_checkpointing: whether intermediates can be recomputed for the gradient, as in transformers.
         base_model_prefix: attribute of a model with a head that holds its base model.
         dialects: key dialects of checkpoints. `save_pretrained` writes the first one.
         buffers: suffixes of names of arrays that follow from the config. A checkpoint may lack them, and they are never
@@ -82,6 +84,7 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     main_input_name: ClassVar[str] = "input_ids"
+    supports_gradient_checkpointing: ClassVar[bool] = True
     base_model_prefix: ClassVar[str] = ""
     dialects: ClassVar[tuple[Dialect, ...]] = (Dialect(()),)
     buffers: ClassVar[tuple[str, ...]] = ()
@@ -499,6 +502,11 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
         )
 
     @property
+    def vocab_size(self) -> int:
+        """Number of rows of the embedding table."""
+        return self.config.vocab_size
+
+    @property
     def max_tokens(self) -> int | None:
         """Maximum number of tokens in a row; None if unlimited."""
         return self.max_tokens_of(self.config)
@@ -599,7 +607,8 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
             The embedding table.
 
         Raises:
-            ValueError: the table or the output projection is quantized.
+            ValueError: the table or the output projection is quantized, or `pad_to_multiple_of` is not a positive
+                integer.
         """
         table, decoder = self.get_input_embeddings(), self.get_output_embeddings()
         if spec_of(table) or (isinstance(decoder, nn.Module) and spec_of(decoder)):
@@ -608,7 +617,8 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
                 "dequantize the model first (mlx-esm convert --dequantize)."
             )
         size = new_num_tokens or table.weight.shape[0]
-        if pad_to_multiple_of:
+        if pad_to_multiple_of is not None:
+            check_integer("pad_to_multiple_of", pad_to_multiple_of, 1)
             size += -size % pad_to_multiple_of
         scale = None if mean_resizing else self.config.initializer_range
         table.weight = resized(table.weight, size, scale)
@@ -626,17 +636,25 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
         """Call the model."""
         return self(*args, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None) -> None:
         """Recompute each layer's intermediates for the gradient: less memory, but a third more time in training.
 
         Args:
-            gradient_checkpointing_kwargs: ignored, since they are arguments of torch's function.
+            activation_checkpointing_kwargs: ignored, since they are arguments of torch's function.
         """
         self._set_gradient_checkpointing(True)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Store the intermediates that the gradient needs."""
         self._set_gradient_checkpointing(False)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """Call `activation_checkpointing_enable`, as transformers names it since 5.24."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Call `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
     def _set_gradient_checkpointing(self, value: bool) -> None:
         for module in self.modules():
@@ -644,9 +662,14 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
                 module.gradient_checkpointing = value
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         """Whether intermediates are recomputed for the gradient."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The same as `is_activation_checkpointing`."""
+        return self.is_activation_checkpointing
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Return the bytes of the parameters, and of the buffers unless `return_buffers` is False."""
@@ -655,6 +678,9 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
 
     def enable_input_require_grads(self) -> None:
         """Do nothing: in torch, gradient checkpointing of a frozen model needs this."""
+
+    def disable_input_require_grads(self) -> None:
+        """Do nothing; see `enable_input_require_grads`."""
 
     def post_init(self) -> None:
         """Do nothing: parameters are initialized when they are created. Subclasses written for transformers call it."""

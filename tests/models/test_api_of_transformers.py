@@ -23,7 +23,7 @@ from mlx_esm_hf import (
 from tests.models.esmc import peers as esmc
 from tests.models.esmfold.folding import peers as folding_peers
 from tests.parity import config
-from tests.tiny import tiny
+from tests.tiny import tiny, tiny_folding
 
 IDS = mx.array([[0, 5, 6, 7, 2]])
 
@@ -117,10 +117,43 @@ def test_attributes(tmp_path: pathlib.Path) -> None:
     assert ours.get_parameter(f"{path}.weight").shape == tuple(theirs.get_parameter(f"{path}.weight").shape)
     with pytest.raises(AttributeError, match="nothing"):
         ours.get_submodule("esm.nothing")
-    for name in ("enable_input_require_grads", "post_init"):
+    assert theirs.resize_token_embeddings(40).weight.shape[0] == theirs.vocab_size  # set by this call
+    assert ours.resize_token_embeddings(40).weight.shape[0] == ours.vocab_size
+    for name in ("enable_input_require_grads", "disable_input_require_grads", "post_init"):
         assert getattr(ours, name)() is None
     new = MLXEsmForMaskedLM._from_config(ours.config, dtype="bfloat16", attn_implementation="eager")
     assert new.dtype == mx.bfloat16
+
+
+def test_activation_checkpointing() -> None:
+    """The names of transformers 5.24 and the older ones both work."""
+    folding = mlx_esm_hf.MLXEsmForProteinFolding(MLXEsmConfig(**tiny_folding()))
+    for model in [*all_models(), folding]:
+        assert model.supports_gradient_checkpointing and not model.is_activation_checkpointing
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        assert model.is_activation_checkpointing and model.is_gradient_checkpointing
+        model.gradient_checkpointing_disable()
+        assert not model.is_activation_checkpointing
+        model.gradient_checkpointing_enable()
+        assert model.is_activation_checkpointing
+        model.activation_checkpointing_disable()
+        assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("multiple", [1.3, 0, True])
+def test_sizes_are_padded_to_integers(multiple: Any) -> None:
+    model = MLXEsmModel(MLXEsmConfig(**tiny("ESM-2")))
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be an integer"):
+        model.resize_token_embeddings(40, pad_to_multiple_of=multiple)
+
+
+def test_arguments_without_effect_in_folding() -> None:
+    model = mlx_esm_hf.MLXEsmForProteinFolding(MLXEsmConfig(**tiny_folding())).eval()
+    ids = mx.array([[0, 1, 2, 3]])
+    found = model(ids, num_recycles=0, output_hidden_states=True, use_cache=False, token_type_ids=None)
+    assert mx.array_equal(found.positions, model(ids, num_recycles=0).positions)
+    with pytest.raises(TypeError, match="no argument 'nonsense'"):
+        model(ids, nonsense=1)
 
 
 def test_parts_can_be_frozen() -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from mlx_esm_hf import ops
 from mlx_esm_hf.dtypes import as_dtype
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.modeling_inputs import as_array
+from mlx_esm_hf.modeling_inputs import as_array, refuse_arguments
 from mlx_esm_hf.modeling_layers import Embedding, FrozenBuffers, LayerNorm, Linear
 from mlx_esm_hf.modeling_outputs import MLXEsmForProteinFoldingOutput
 from mlx_esm_hf.models.esm.modeling_esm import MLXEsmModel, MLXEsmPreTrainedModel
@@ -146,7 +146,9 @@ class MLXEsmForProteinFolding(FrozenBuffers, MLXEsmPreTrainedModel):
         position_ids: Any = None,
         masking_pattern: Any = None,
         num_recycles: int | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **ignored: Any,
     ) -> MLXEsmForProteinFoldingOutput | tuple:
         """Predict structures.
 
@@ -160,7 +162,9 @@ class MLXEsmForProteinFolding(FrozenBuffers, MLXEsmPreTrainedModel):
             masking_pattern: [B, L], 1 for residues that are masked in the stem's input only. Different patterns give
                 different structures, as in fair-esm (transformers raises an error).
             num_recycles: repetitions after the first pass; default: `max_recycles` passes in total, from the config.
+            output_hidden_states: accepted as in transformers, whose output has no hidden states either.
             return_dict: return an output object instead of a tuple; default: the config's value.
+            ignored: `use_cache`, `token_type_ids` and other arguments of transformers that have no effect here.
 
         Returns:
             The output. Its `ptm` has one value per protein. transformers returns one for the batch, which depends on
@@ -169,6 +173,7 @@ class MLXEsmForProteinFolding(FrozenBuffers, MLXEsmPreTrainedModel):
         Raises:
             ValueError: invalid ids, padding on the left or between residues, an empty protein, or wrong shapes.
         """
+        refuse_arguments(ignored)
         aatype, mask, positions = check_folding_inputs(input_ids, attention_mask, position_ids)
         hidden = self.compute_language_model_representations(aatype, mask, as_array(masking_pattern))
         norm, first, _, last = self.esm_s_mlp
