@@ -1,0 +1,1 @@
+"""transformers' own common tests, run on our classes."""
