@@ -500,7 +500,12 @@ class MLXTrainer:
         rows = list(rows)
         if self.args.remove_unused_columns and all(isinstance(row, Mapping) for row in rows):
             rows = [{name: x for name, x in row.items() if name in self._columns} for row in rows]
-        return as_numpy(self.data_collator(rows))
+        batch = as_numpy(self.data_collator(rows))
+        if getattr(getattr(self.model, "config", None), "problem_type", None) == "regression":
+            for name in self.label_names:  # −100 is a label here, not a mark to leave it out
+                if name in batch and np.issubdtype(batch[name].dtype, np.integer):
+                    batch[name] = batch[name].astype(np.float32)
+        return batch
 
     def _reader(self, data: Any) -> Callable[[np.ndarray], Batch]:
         """Return a function from item indices of a data set to their batch."""

@@ -88,6 +88,17 @@ def test_a_batch_without_labels_trains_and_is_evaluated(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(usual.evaluate()["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_integer_labels_of_a_regression_count(tmp_path, size):
+    """Also −100, however the batches are cut."""
+    config = MLXEsmConfig(**tiny("ESM-2", num_labels=1, problem_type="regression", **OFF))
+    mx.random.seed(0)
+    model = MLXEsmForSequenceClassification(config)
+    rows = [{**row, "label": label} for row, label in zip(classified_rows(4), (-100, -50, 0, 10), strict=True)]
+    found = training(tmp_path, model=model, args={"per_device_eval_batch_size": size}, eval_dataset=rows).evaluate()
+    assert found["eval_loss"] == pytest.approx((10000 + 2500 + 100) / 4, rel=0.05)
+
+
 def test_loss_functions_and_label_smoothing(tmp_path):
     """`compute_loss_func` and `label_smoothing_factor` give the losses of transformers."""
 
