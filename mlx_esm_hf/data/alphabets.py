@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from itertools import product
 
-from mlx_esm_hf.data.proteins import GAPS, RESIDUES, SPECIAL, STANDARD, Report, clean, tokens
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, GAPS, RESIDUES, SPECIAL, STANDARD, Report, clean, tokens
 from mlx_esm_hf.errors import UserError
 
 STRUCTURE_LETTERS = "pynwrqhgdlvtmfsaeikc"  # of Foldseek's 3Di alphabet
@@ -69,13 +69,13 @@ class Nucleotides(Proteins):
         self._token = re.compile(rf"<[^<>]*>|[ACGT]{{{k}}}|.", re.DOTALL)
 
     def clean(self, sequence: str, aligned: bool = False, report: Report | None = None) -> str:
-        """Clean a sequence: upper case, U as T, no gaps, and N for other letters.
+        """Clean a sequence: upper case, U as T, no gaps, and N for the IUPAC codes of several nucleotides.
 
         Raises:
-            UserError: it is empty, or contains an unknown token or a character that is not a letter.
+            UserError: it is empty, or contains an unknown token or another character.
         """
         parts = [part.upper().replace("U", "T") if len(part) == 1 else part for part in _parts(sequence, report)]
-        return "".join(_letters(parts, "ACGTN", "N", "nucleotide", report))
+        return "".join(_letters(parts, "ACGTN", "N", "nucleotide", report, "RYSWKMBDHV"))
 
     def tokens(self, sequence: str) -> list[str]:
         """Divide a cleaned sequence into tokens."""
@@ -138,6 +138,8 @@ class Pairs(Proteins):
             UserError: it is empty, or contains an unknown token, or a part of it is not a pair.
         """
         text = "".join(sequence.split())
+        if CHAIN_BREAK in text:
+            raise UserError(f"has a chain break ({CHAIN_BREAK}), for which models of {self.name} have no token")
         plain = re.sub(r"<[^<>]*>", "", text)
         if UNKNOWN not in plain and (plain.isupper() or plain.islower()):  # no structure letters
             residues = tokens(clean(text, False, report))
@@ -219,8 +221,10 @@ def _parts(sequence: str, report: Report | None) -> list[str]:
     return kept
 
 
-def _letters(parts: list[str], letters: str, replacement: str, kind: str, report: Report | None) -> list[str]:
-    """Check the parts of a sequence and replace unknown letters.
+def _letters(
+    parts: list[str], letters: str, replacement: str, kind: str, report: Report | None, replaced: str = ""
+) -> list[str]:
+    """Check the parts of a sequence and replace some letters.
 
     Raises:
         UserError: there are no parts, or one of them is neither a letter nor a known token, or cannot be replaced.
@@ -232,7 +236,7 @@ def _letters(parts: list[str], letters: str, replacement: str, kind: str, report
         if len(part) > 1 and part not in SPECIAL:
             raise UserError(f"has the unknown token {part} at position {place}; must be one of {', '.join(SPECIAL)}")
         known = len(part) > 1 or part in letters
-        if not known and not (replacement and part.isascii() and part.isalpha()):
+        if not known and part not in replaced:
             raise UserError(f"has {part!r} at position {place}, which is not a {kind}")
         if not known and report is not None:
             report.replaced += 1

@@ -78,7 +78,9 @@ class Vocabulary:
 
     def residue(self, letter: str) -> int:
         """Return the id of a residue; of pairs, of the residue without a structure letter."""
-        return self.ids[f"{letter}#" if isinstance(self.alphabet, Pairs) else letter]
+        if not isinstance(self.alphabet, Pairs):
+            return self.ids[letter]
+        return self.ids.get(f"{letter}#", self.ids["##"])
 
     def ids_of(self, letters: str) -> np.ndarray:
         """Return the ids [letters], int32, of the letters that are in the vocabulary."""

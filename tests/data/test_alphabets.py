@@ -51,7 +51,12 @@ def test_dna_is_cleaned():
     alphabet, report = Nucleotides(6), Report()
     assert alphabet.clean("acguRY-n <mask>T", report=report) == "ACGTNNN<mask>T"
     assert (report.replaced, report.gaps) == (2, 1)
-    for sequence, message in (("", "is empty"), ("AC5", "'5' at position 3"), ("A<cat>", "unknown token <cat>")):
+    for sequence, message in (
+        ("", "is empty"),
+        ("AC5", "'5' at position 3"),
+        ("A<cat>", "unknown token <cat>"),
+        ("AEC", "'E' at position 2"),
+    ):
         with pytest.raises(ValueError, match=message):
             alphabet.clean(sequence)
 
@@ -78,6 +83,8 @@ def test_pairs(tokenizers, sequence, cleaned):
 
 
 def test_what_is_not_a_pair():
+    with pytest.raises(ValueError, match="has a chain break"):
+        Pairs().clean("MKT|AY")
     for sequence in ("MdE", "M#Ez", "Mdv"):
         with pytest.raises(ValueError, match="which is not a pair of a residue and a structure letter"):
             Pairs().clean(sequence)

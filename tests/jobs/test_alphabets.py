@@ -113,6 +113,8 @@ def test_mutations_of_pairs(tmp_path, method, sequence):
 def test_a_scan_of_pairs_has_all_residues(tmp_path):
     write_wild(tmp_path, "SaProt_650M_AF2")
     assert len(score(None, "MdEvVp", str(tmp_path)).rows) == 60
+    (found,) = score(["X2W"], "Md#vVp", str(tmp_path)).rows
+    assert np.isfinite(found[str(tmp_path)])
     with pytest.raises(ValueError, match="score --method pseudo-perplexity needs a model for proteins"):
         score(["E2W"], "MdEvVp", str(tmp_path), method="pseudo-perplexity")
 
