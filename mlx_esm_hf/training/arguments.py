@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx_esm_hf.checks import MOST, MOST_SEED, check_choice, check_choices, check_integer, check_number
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.device import device_name
 from mlx_esm_hf.training.argument_groups import NEWER, IgnoredArguments, OlderArguments, RefusedArguments
 from mlx_esm_hf.training.optimizer_names import kind_of, options_of
 from mlx_esm_hf.training.reporting import trackers
@@ -405,7 +406,7 @@ class MLXTrainingArguments(IgnoredArguments, RefusedArguments, OlderArguments):
     @property
     def n_gpu(self) -> int:
         """GPUs of this process: 0 or 1."""
-        return int(mx.default_device() == mx.gpu)
+        return int(device_name() == "gpu")
 
     @property
     def parallel_mode(self) -> ParallelMode:

@@ -12,7 +12,7 @@ from mlx_esm_hf.runtime.device import device_name, half_precision_is_slow, use_d
 PACKAGE = Path(mlx_esm_hf.__file__).parent
 DEVICE = re.compile(r"default_device|device_info|is_available|mx\.[cg]pu\b|mx\.Device\(")
 # Files that show the device to the user, and decide nothing by it.
-REPORTS = {"cli/env.py", "modeling_utils.py"}
+REPORTS = {"cli/env.py", "modeling_utils.py", "training/arguments.py"}
 
 
 def test_device_decisions_are_in_ops_and_runtime():
