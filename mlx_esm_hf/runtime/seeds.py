@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -30,3 +31,15 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     mx.random.seed(seed)
+
+
+def seed_libraries(*numbers: int) -> None:
+    """Seed `random`, NumPy and, if it is imported, torch, but not MLX.
+
+    Collators, samplers and data loaders then repeat for the same numbers, such as a seed and an epoch.
+    """
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -73,8 +74,7 @@ class Callbacks:
 
     def states(self) -> dict[str, Any]:
         """Return {name of the class: what it wants to keep in a checkpoint}, such as the patience of early stopping."""
-        kept = [callback for callback in self.callbacks if callable(getattr(callback, "state", None))]
-        states = {type(callback).__name__: callback.state() for callback in kept}
+        states = {name: callback.state() for name, callback in self._with_state()}
         try:
             return json.loads(json.dumps(states))
         except TypeError as error:
@@ -82,8 +82,15 @@ class Callbacks:
 
     def restore(self, states: dict[str, Any]) -> None:
         """Set the attributes that `states` returned."""
-        for callback in self.callbacks:
-            if not callable(getattr(callback, "state", None)):
-                continue
-            for name, value in states.get(type(callback).__name__, {}).get("attributes", {}).items():
+        for key, callback in self._with_state():
+            for name, value in states.get(key, {}).get("attributes", {}).items():
                 setattr(callback, name, value)
+
+    def _with_state(self) -> Iterator[tuple[str, Any]]:
+        """Yield the callbacks that keep something, with the name of the class, numbered from its second object on."""
+        counts: Counter[str] = Counter()
+        for callback in self.callbacks:
+            if callable(getattr(callback, "state", None)):
+                name = type(callback).__name__
+                counts[name] += 1
+                yield name if counts[name] == 1 else f"{name} {counts[name]}", callback

@@ -43,7 +43,8 @@ class TrainerState:
         total_loss: sum of the losses of all steps.
         tokens: real tokens seen.
         log_history: the lines of the log.
-        best_metric: metric of the best checkpoint.
+        best_metric: best metric of all evaluations.
+        best_checkpoint_metric: metric of the best checkpoint. It differs if the best evaluation wrote none.
         best_model_checkpoint: path of the best checkpoint. A checkpoint stores its name.
         callbacks: what callbacks want to keep.
         settings: everything that determines the result; resuming with different settings is refused.
@@ -59,6 +60,7 @@ class TrainerState:
     tokens: int = 0
     log_history: list[dict[str, Any]] = field(default_factory=list)
     best_metric: float | None = None
+    best_checkpoint_metric: float | None = None
     best_model_checkpoint: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     frozen: str | None = None
@@ -176,11 +178,13 @@ def _check_types(state: TrainerState, path: Path) -> None:
     is_name = isinstance(best, str) and NAME.fullmatch(best) is not None
     valid = {
         "log_history": (is_log(state.log_history), "a list of lines with a step"),
-        "best_metric": (state.best_metric is None or is_finite(state.best_metric), "a finite number or null"),
         "best_model_checkpoint": (best is None or is_name, "the name of a checkpoint or null"),
         "settings": (isinstance(state.settings, dict), "an object"),
         "callbacks": (isinstance(state.callbacks, dict), "an object"),
     }
+    for name in ("best_metric", "best_checkpoint_metric"):
+        value = getattr(state, name)
+        valid[name] = (value is None or is_finite(value), "a finite number or null")
     for name in ("global_step", "epochs_done", "epoch_step", "tokens"):
         value = getattr(state, name)
         valid[name] = (type(value) is int and value >= 0, "a non-negative integer")

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX, as_array
 from mlx_esm_hf.runtime import distributed
 
@@ -49,9 +50,20 @@ def batches_of_rank(dataloader: Iterable[Any]) -> Iterator[Batch]:
 
 
 def as_numpy(batch: Mapping[str, Any]) -> Batch:
-    """Return the arrays of a batch, of torch, MLX or NumPy, as NumPy arrays."""
+    """Return the arrays of a batch, of torch, MLX or NumPy, as NumPy arrays.
+
+    Raises:
+        UserError: a column is not an array of numbers.
+    """
     arrays = {name: x if isinstance(x, np.ndarray | list) else np.array(as_array(x)) for name, x in batch.items()}
-    return {name: np.asarray(x) for name, x in arrays.items()}
+    arrays = {name: np.asarray(x) for name, x in arrays.items()}
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise UserError(
+                f"The column {name!r} of a batch must be an array of numbers, got {array.ravel()[:1].tolist()!r:.50}. "
+                "Drop it from the items, or make an array of it in the data_collator."
+            )
+    return arrays
 
 
 def loss_of(outputs: Any) -> Any:

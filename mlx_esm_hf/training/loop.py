@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +16,12 @@ from mlx_esm_hf import ops
 from mlx_esm_hf.errors import NonFiniteLossError, UserError
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.runtime import distributed
+from mlx_esm_hf.runtime.seeds import seed_libraries
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.checkpoints import STATE, TrainerState, advice_on, read_arrays, read_state
-from mlx_esm_hf.training.datasets import batches_by_rows, batches_by_tokens, by_similar_length, shuffled_items
 from mlx_esm_hf.training.evaluation import Batch, as_numpy
 from mlx_esm_hf.training.optimizer import create_optimizer
+from mlx_esm_hf.training.sampling import EpochBatches, batches_per_step, grouped, seeded, shuffling_seed
 from mlx_esm_hf.training.settings import differences
 
 
@@ -51,6 +51,7 @@ class TrainingLoop:
         state: the progress, which a checkpoint stores: that of a new training, with its settings.
         dataloader: returns the batches of an epoch, instead of those made from `data`.
         sampler: returns the indices of the items of an epoch in order, instead of a shuffled order.
+        compiles: whether a GPU may compile `compute_loss`, which then cannot read numbers that change.
 
     Attributes:
         steps: optimizer steps in total.
@@ -58,6 +59,7 @@ class TrainingLoop:
         optimizer: the optimizer; by default that of the arguments.
         schedule: returns the learning rate of a step, counted from 0; None for that of the arguments.
         learning_rate: the learning rate of the last step.
+        notify: is called with the name of each event within a step, such as "on_optimizer_step".
 
     Raises:
         UserError: the number of steps is unknown, because `max_steps` is not set and the data have no length.
@@ -73,31 +75,26 @@ class TrainingLoop:
         state: TrainerState,
         dataloader: Callable[[], Iterable[Any]] | None = None,
         sampler: Callable[[], Iterable[int]] | None = None,
+        compiles: bool = True,
     ):
         self.model, self.args, self.data = model, args, data
         self.collate, self.compute_loss, self.state = collate, compute_loss, state
-        self.dataloader, self.sampler = dataloader, sampler
-        groups_lengths = args.batch_tokens is not None or args.train_sampling_strategy == "group_by_length"
-        self.lengths = token_lengths(data, args.length_column_name) if groups_lengths and self._is_map else None
-        self.batches_per_step = args.gradient_accumulation_steps * distributed.size()
+        self.dataloader, self.compiles = dataloader, compiles
+        self.batches_per_step = batches_per_step(args)
+        has_items = dataloader is None and hasattr(data, "__len__")
+        self.batches = EpochBatches(data, args, sampler) if has_items else None
         self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self._epoch_steps())
         self.optimizer: Any = create_optimizer(args, model.trainable_parameters())
         self.schedule: Callable[[int], Any] | None = None
         self.learning_rate = 0.0
-
-    @property
-    def _is_map(self) -> bool:
-        """Whether batches are made from items that have an index."""
-        return self.dataloader is None and hasattr(self.data, "__len__")
+        self.notify: Callable[[str], object] = lambda event: None
 
     def _epoch_steps(self) -> int:
         """Return the steps of the first epoch."""
-        if self._is_map:
-            return len(list(self.groups(0)))
-        batches = None if self.dataloader is None else self.dataloader()
-        if not hasattr(batches, "__len__"):
+        _, steps = self.groups(0)
+        if steps is None:
             raise UserError("The training data have no length, so the number of steps is unknown: set max_steps.")
-        return math.ceil(len(batches) / self.batches_per_step)  # type: ignore[arg-type]
+        return steps
 
     def run(self) -> Iterator[StepResult]:
         """Train to the last step. After each step, `state` is up to date and the measurements are yielded."""
@@ -106,8 +103,7 @@ class TrainingLoop:
         while state.global_step < self.steps:
             if hasattr(self.data, "set_epoch"):
                 self.data.set_epoch(state.epochs_done)
-            groups = self.groups(state.epochs_done)
-            steps = len(groups) if isinstance(groups, list) else None
+            groups, steps = self.groups(state.epochs_done)
             before = state.global_step
             for number, (group, is_last) in enumerate(with_last(groups)):
                 if number < state.epoch_step:  # done before the training was resumed
@@ -123,43 +119,22 @@ class TrainingLoop:
             if state.global_step == before:
                 raise UserError(f"Epoch {state.epochs_done} of the training data has no items.")
 
-    def groups(self, epoch: int) -> list[list[Any]] | Iterator[list[Any]]:
-        """Return the batches of each step of an epoch: item indices, or batches of data that have no length."""
-        if self._is_map:
-            return list(grouped(self.batches(epoch), self.batches_per_step))
-        if self.dataloader is not None:
-            return grouped(map(as_numpy, self.dataloader()), self.batches_per_step)
-        rows = grouped(iter(self.data), self.args.per_device_train_batch_size)
-        return grouped(map(self.collate, rows), self.batches_per_step)
+    def groups(self, epoch: int) -> tuple[Iterable[list[Any]], int | None]:
+        """Return the batches of each step of an epoch, or the indices of their items, and the number of steps.
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the item indices of each batch of an epoch.
-
-        Raises:
-            UserError: the epoch has no items.
+        The number is None if the data have no length.
         """
-        data, args = self.data, self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        if self.sampler is not None:
-            items = np.array([int(item) for item in self.sampler()], np.int64)
-        elif hasattr(data, "order"):
-            items = data.order(seed, epoch)
-        elif args.train_sampling_strategy == "sequential":
-            items = np.arange(len(data))
+        batches: Any
+        if self.batches is not None:
+            batches = self.batches(epoch)
+            return grouped(batches, self.batches_per_step), math.ceil(len(batches) / self.batches_per_step)
+        seed_libraries(shuffling_seed(self.args), epoch)
+        if self.dataloader is not None:
+            batches = self.dataloader()
         else:
-            items = shuffled_items(len(data), seed, epoch)
-        if not len(items):
-            raise UserError(f"Epoch {epoch} of the training data has no items: the sampling weights leave none.")
-        if self.lengths is not None and args.batch_tokens is not None:
-            rng = np.random.default_rng((seed, epoch, 1))
-            return batches_by_tokens(items, self.lengths, args.batch_tokens, rng)
-        rows = args.per_device_train_batch_size
-        if self.lengths is not None:
-            items = by_similar_length(items, self.lengths, rows * self.batches_per_step)
-        batches = batches_by_rows(items, rows)
-        if args.dataloader_drop_last and len(batches) > 1 and len(batches[-1]) < rows:
-            batches.pop()
-        return batches
+            batches = map(self.collate, grouped(self.data, self.args.per_device_train_batch_size))
+        steps = math.ceil(len(batches) / self.batches_per_step) if hasattr(batches, "__len__") else None
+        return grouped(seeded(batches, shuffling_seed(self.args), epoch), self.batches_per_step), steps
 
     def step(self, items: Sequence[Any]) -> StepResult:
         """Update the weights once.
@@ -170,10 +145,12 @@ class TrainingLoop:
         Raises:
             NonFiniteLossError: the loss or the norm of the gradients is infinite or NaN.
         """
-        batches = [self._batch(batch) for batch in items[distributed.rank() :: distributed.size()]]
+        numbers = range(distributed.rank(), len(items), distributed.size())
+        batches = [self._batch(items[number], number) for number in numbers]
         self.model.train()
         loss, gradients = self._gradients(batches)
         self.learning_rate = self.optimizer.learning_rate = self.rate(self.state.global_step)
+        self.notify("on_pre_optimizer_step")
         norm: Any = self._update(gradients)
         del gradients  # so that their memory can be reused
         mx.eval(loss, norm, self.model.parameters(), self.optimizer.state, mx.random.state)
@@ -187,6 +164,7 @@ class TrainingLoop:
                 "since the last checkpoint: check these items, or resume from the checkpoint with a lower "
                 "learning rate."
             )
+        self.notify("on_optimizer_step")
         tokens = distributed.all_sum(sum(token_count(batch) for batch in batches))
         self.state.global_step += 1
         self.state.loss_since_log += loss
@@ -200,9 +178,17 @@ class TrainingLoop:
             return float(self.schedule(step))
         return self.optimizer.initial_learning_rate * self.args.learning_rate_factor(step, self.steps)
 
-    def _batch(self, items: Any) -> Batch:
-        """Return a batch, given itself or the indices of its items."""
-        return self.collate([self.data[int(item)] for item in items]) if isinstance(items, np.ndarray) else items
+    def _batch(self, items: Any, number: int) -> Batch:
+        """Return a batch, given itself or the indices of its items.
+
+        Args:
+            items: the batch or the indices.
+            number: its place in the step. Random numbers of the data set and the collator depend on it and the step.
+        """
+        if not isinstance(items, np.ndarray):
+            return as_numpy(items)
+        seed_libraries(self.args.seed, self.state.global_step, number)
+        return self.collate([self.data[int(item)] for item in items])
 
     def is_due(self, strategy: str, every: int | None) -> bool:
         """Return whether an action with this strategy follows the step just done. The last step triggers all but "no".
@@ -257,8 +243,9 @@ class TrainingLoop:
 
         check("global_step", self.steps)
         check("epochs_done", state.global_step)
-        if self._is_map:
-            check("epoch_step", min(state.global_step, len(self.groups(state.epochs_done)) - 1))  # type: ignore[arg-type]
+        _, steps = self.groups(state.epochs_done) if self.batches is not None else (None, None)
+        if steps is not None:
+            check("epoch_step", min(state.global_step, steps - 1))
 
     def arrays(self) -> dict[str, Any]:
         """Return the tree of arrays that a checkpoint stores."""
@@ -270,9 +257,9 @@ class TrainingLoop:
 
     def _compile(self) -> None:
         model, optimizer = self.model.state, self.optimizer.state
-        self._loss_and_gradients = ops.compiled(
-            nn.value_and_grad(self.model, self._weighted_loss), [model, mx.random.state]
-        )
+        self._loss_and_gradients = nn.value_and_grad(self.model, self._weighted_loss)
+        if self.compiles:
+            self._loss_and_gradients = ops.compiled(self._loss_and_gradients, [model, mx.random.state])
         self._update = ops.compiled(lambda gradients: self.optimizer.update(self.model, gradients), [model, optimizer])
 
     def _gradients(self, batches: Sequence[Batch]) -> tuple[Any, Any]:
@@ -285,7 +272,9 @@ class TrainingLoop:
         labels = distributed.all_sum(sum(label_count(batch, self.args.label_names) for batch in batches))
         loss: Any = mx.array(0.0)
         gradients: Any = None
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number:
+                self.notify("on_substep_end")
             weight = mx.array(label_count(batch, self.args.label_names) * distributed.size() / labels)
             batch_loss, batch_gradients = self._loss_and_gradients(to_mlx(batch), weight)
             loss = loss + batch_loss
@@ -311,13 +300,6 @@ class TrainingLoop:
         return loss.astype(mx.float32) * weight
 
 
-def grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield lists of up to `size` items."""
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group
-
-
 def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
     """Yield each item, and whether it is the last one."""
     iterator, missing = iter(items), object()
@@ -326,15 +308,6 @@ def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         following = next(iterator, missing)
         yield item, following is missing
         item = following
-
-
-def token_lengths(data: Any, column: str = "length") -> np.ndarray:
-    """Return the number of tokens of each item of a data set, int [items], from `lengths` or a column if it has one."""
-    lengths = getattr(data, "lengths", None)
-    if lengths is None:
-        rows = (data[i] for i in range(len(data)))
-        lengths = np.array([row[column] if column in row else len(row["input_ids"]) for row in rows])
-    return lengths
 
 
 def label_count(batch: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> int:

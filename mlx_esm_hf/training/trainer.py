@@ -57,9 +57,10 @@ from mlx_esm_hf.training.evaluation import (
     smoothed_loss,
 )
 from mlx_esm_hf.training.loop import StepResult, TrainingLoop, label_count, to_mlx
-from mlx_esm_hf.training.optimizer import create_optimizer, prepare_optimizer
+from mlx_esm_hf.training.optimizer import create_optimizer, is_decayed, prepare_optimizer
 from mlx_esm_hf.training.progress import TrainingBar
 from mlx_esm_hf.training.reporting import tracker_callbacks
+from mlx_esm_hf.training.sampling import EpochBatches, grouped
 from mlx_esm_hf.training.settings import checksum_of_arrays, checksum_of_items, config_settings, content
 
 LOG = "log.jsonl"
@@ -114,6 +115,7 @@ class MLXTrainer:
         callbacks: transformers' `TrainerCallback`s, such as `EarlyStoppingCallback`, objects or classes.
         optimizers: (optimizer, schedule), each may be None: an optimizer of `mlx.optimizers` or `AdamW` of
             `mlx_esm_hf.training.optimizer`, and a function from the step, counted from 0, to the learning rate.
+        optimizer_cls_and_kwargs: a class of `mlx.optimizers` and its arguments, instead of an optimizer.
         preprocess_logits_for_metrics: a function from (logits, labels) to what evaluation keeps of them.
         tokenizer: `processing_class` under its older name.
 
@@ -145,6 +147,16 @@ class MLXTrainer:
                 "pass callbacks."
             )
 
+    def __getattr__(self, name: str) -> Any:
+        """Raise AttributeError, with advice for the methods of transformers' Trainer."""
+        if name == "hyperparameter_search":
+            raise AttributeError(
+                "MLXTrainer has no hyperparameter_search: choose settings in a loop, and train with each."
+            )
+        if name in NOT_CALLED:
+            raise AttributeError(f"MLXTrainer has no {name}, a method of transformers' Trainer.")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -158,6 +170,7 @@ class MLXTrainer:
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Callable[..., Any], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         tokenizer: Any = None,
     ):
@@ -180,6 +193,12 @@ class MLXTrainer:
         self.state = TrainerState()
         self.control = Control()
         self._given_optimizers = optimizers
+        if optimizer_cls_and_kwargs is not None:
+            if optimizers[0] is not None:
+                raise UserError("Give MLXTrainer either an optimizer or optimizer_cls_and_kwargs.")
+            optimizer_class, options = optimizer_cls_and_kwargs
+            self._given_optimizers = (optimizer_class(**options), optimizers[1])
+        self._ignored_outputs: list[str] | None = None
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
         self.folder = Path(self.args.output_dir)
@@ -193,11 +212,17 @@ class MLXTrainer:
 
     # Training
 
-    def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        *,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train according to the arguments.
 
         Args:
             resume_from_checkpoint: the checkpoint to resume from; True means the last one in the output folder.
+            ignore_keys_for_eval: outputs of the model that predictions leave out in evaluations.
 
         Returns:
             transformers' `TrainOutput`: `global_step`, `training_loss` (the mean over all steps) and `metrics`.
@@ -209,13 +234,14 @@ class MLXTrainer:
         """
         if self.model_init is not None:
             self.model = self.call_model_init()
+        self._ignored_outputs = ignore_keys_for_eval
         loop = self._start(resume_from_checkpoint)
         args, state, began = self.args, self.state, time.perf_counter()
         first = state.global_step
         self.control = Control()
         self._call("on_train_begin")
         if args.eval_on_start and not first and args.eval_strategy != "no":
-            self.evaluate()
+            self._measure()
         results = loop.run()
         with TrainingBar(loop.steps, first, self._shows_bar()) as bar:
             while state.global_step < loop.steps and not self.control.should_training_stop:
@@ -240,7 +266,7 @@ class MLXTrainer:
         self._call("on_train_end")
         if args.push_to_hub:
             self.push_to_hub()
-        return TrainOutput(state.global_step, loss, metrics | {"epoch": state.epoch})
+        return TrainOutput(state.global_step, loss, metrics)
 
     def _after_step(self, loop: TrainingLoop, result: StepResult, tokens_per_second: float) -> None:
         """Log, evaluate and save after a step, then after an epoch, where the arguments or a callback ask for it."""
@@ -275,9 +301,12 @@ class MLXTrainer:
         if control.should_log:
             self._log_training(loop, result, tokens_per_second)
         if control.should_evaluate:
-            is_best = self._is_new_best(self.evaluate())
-            control.should_save = control.should_save or (is_best and args.save_strategy == "best")
-            if is_best and control.should_save:
+            metric = self._best_metric_of(self._measure())
+            if self._is_better(metric, state.best_metric):
+                state.best_metric = metric
+                control.should_save = control.should_save or args.save_strategy == "best"
+            if control.should_save and self._is_better(metric, state.best_checkpoint_metric):
+                state.best_checkpoint_metric = metric
                 state.best_model_checkpoint = str(self.folder / f"checkpoint-{state.global_step}")
         if control.should_save:
             self._write_checkpoint(loop)
@@ -292,7 +321,7 @@ class MLXTrainer:
     ) -> Any:
         """Return the mean loss over the labels of a batch, in training and in evaluation. A subclass may override it.
 
-        It may lack the last argument.
+        It may lack the last two arguments. It is not compiled on a GPU, so it may read numbers that change.
 
         Args:
             model: the model.
@@ -349,32 +378,50 @@ class MLXTrainer:
         return self._given_optimizers[1]
 
     def get_train_dataloader(self) -> Iterable[Any]:
-        """Return the batches of an epoch. A subclass may override it, for example with a torch `DataLoader`.
+        """Return the batches of the current epoch. A subclass may override it, for example with a torch `DataLoader`.
 
-        By default batches are made from the training data in an order that depends on seed and epoch, so this method is
-        called only if it is overridden.
+        `train` calls it only if it is overridden, and then once an epoch. Before each batch it seeds `random`, NumPy
+        and torch, so that a resumed training gets the same ones.
         """
-        items = range(len(self.train_dataset))
-        return Batches(batches_by_rows(items, self.args.per_device_train_batch_size), self._reader(self.train_dataset))
+        data = self.train_dataset
+        if not hasattr(data, "__len__"):
+            return map(self._collate, grouped(data, self.args.per_device_train_batch_size))
+        return Batches(EpochBatches(data, self.args, self._sampler())(self.state.epochs_done), self._reader(data))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Iterable[int] | None:
-        """Return the indices of the items of an epoch in order; None for the default. A subclass may override it."""
+        """Return the indices of the items of an epoch in order. A subclass may override it.
+
+        `random`, NumPy and torch are seeded before. `train` does not call this method itself, which returns None.
+        """
         return None
+
+    def _sampler(self) -> Callable[[], Any] | None:
+        """Return a function that calls `_get_train_sampler`, with the data if it has an argument; None for our own."""
+        if not self._overrides("_get_train_sampler"):
+            return None
+        sampler: Callable[..., Any] = self._get_train_sampler
+        if inspect.signature(sampler).parameters:
+            return lambda: sampler(self.train_dataset)
+        return sampler
 
     def _loss(self, model: Any, inputs: dict[str, mx.array], return_outputs: bool = False) -> Any:
         """Call `compute_loss` with those arguments that it has; it may change `inputs`."""
-        parameters = inspect.signature(self.compute_loss).parameters
-        options: dict[str, Any] = {}
-        if return_outputs and "return_outputs" not in parameters:
-            return self.compute_loss(model, dict(inputs)), model(**inputs)
-        if return_outputs:
-            options["return_outputs"] = True
-        if "num_items_in_batch" in parameters:
+        has_outputs = self._loss_takes("return_outputs")
+        options: dict[str, Any] = {"return_outputs": True} if return_outputs and has_outputs else {}
+        if self._loss_takes("num_items_in_batch"):
             labels = inputs.get(self.label_names[0])
             counted = labels is not None and mx.issubdtype(labels.dtype, mx.integer)
             if labels is not None:
                 options["num_items_in_batch"] = (labels != IGNORE_INDEX).sum() if counted else mx.array(labels.size)
-        return self.compute_loss(model, dict(inputs), **options)
+        found = self.compute_loss(model, dict(inputs), **options)
+        if return_outputs and not has_outputs:
+            return found, model(**{name: x for name, x in inputs.items() if name in self._columns})
+        return found
+
+    def _loss_takes(self, name: str) -> bool:
+        """Return whether `compute_loss` has an argument."""
+        parameters = inspect.signature(self.compute_loss).parameters
+        return name in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
     def _start(self, resume: str | os.PathLike[str] | bool | None) -> TrainingLoop:
         """Prepare the model and the output folder, and load the checkpoint to resume from."""
@@ -387,6 +434,7 @@ class MLXTrainer:
         refuse_quantized(self.model)
         if not tree_flatten(self.model.trainable_parameters()):
             raise UserError("All parameters are frozen: unfreeze some (model.unfreeze()), or add adapters.")
+        self._check_evaluations()
         distributed.on_rank_0(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         distributed.on_rank_0(lambda: remove_parts(self.folder))
         mx.random.seed(self.args.seed)
@@ -394,9 +442,20 @@ class MLXTrainer:
             self.model.gradient_checkpointing_enable()
         self.model.update(tree_map(lambda x: x.astype(mx.float32), self.model.trainable_parameters()))
         state = self._new_state() if resume or self.args.save_strategy != "no" else TrainerState()
-        sampler: Any = self._get_train_sampler if self._overrides("_get_train_sampler") else None
-        collate = self._collate
-        loop = TrainingLoop(self.model, self.args, self.train_dataset, collate, self._loss, state, dataloader, sampler)
+        self.state = state
+        own_loss = self._overrides("compute_loss") or self.compute_loss_func is not None
+        loop = TrainingLoop(
+            self.model,
+            self.args,
+            self.train_dataset,
+            self._collate,
+            self._loss,
+            state,
+            dataloader,
+            self._sampler(),
+            compiles=not own_loss,
+        )
+        loop.notify = self._call
         self.create_optimizer_and_scheduler(loop.steps)
         loop.optimizer = prepare_optimizer(self.optimizer, self.model.trainable_parameters(), self.args.max_grad_norm)
         self.optimizer, loop.schedule = loop.optimizer, self.lr_scheduler
@@ -422,6 +481,21 @@ class MLXTrainer:
         if resume:
             self._rewrite_log()
         return loop
+
+    def _check_evaluations(self) -> None:
+        """Raise UserError if an evaluation of the training would lack data, or the metric for the best model."""
+        args, data = self.args, self.eval_dataset
+        if args.eval_strategy == "no" or self._overrides("get_eval_dataloader") or self._overrides("evaluate"):
+            return
+        if data is None:
+            raise UserError(f"eval_strategy={args.eval_strategy!r} needs data: give MLXTrainer an eval_dataset.")
+        chooses = args.load_best_model_at_end or args.save_strategy == "best"
+        prefixes = tuple(f"eval_{name}_" for name in data) if isinstance(data, Mapping) else ()
+        if chooses and prefixes and not args.best_metric.startswith(prefixes):
+            raise UserError(
+                f"metric_for_best_model={args.metric_for_best_model!r} must name the evaluation data set, such as "
+                f"{prefixes[0]}loss."
+            )
 
     def _overrides(self, name: str) -> bool:
         return getattr(type(self), name) is not getattr(MLXTrainer, name)
@@ -652,21 +726,25 @@ class MLXTrainer:
         total: Any = distributed.all_sum_array(mx.array(value, dtype=mx.float32))
         return total.item()
 
-    def _is_new_best(self, metrics: Mapping[str, Any]) -> bool:
-        """Return whether metrics are better than the best ones, and remember them if they are."""
-        args, state = self.args, self.state
-        metric = metrics.get(args.best_metric)
-        if metric is None:
-            if args.load_best_model_at_end or args.save_strategy == "best":
-                raise UserError(
-                    f"metric_for_best_model={args.metric_for_best_model!r} was not measured. It must be one of "
-                    f"{', '.join(metrics)}."
-                )
-            return False
-        if args.metric_for_best_model is None or not self._is_better(metric):
-            return False
-        state.best_metric = metric
-        return True
+    def _measure(self) -> dict[str, float]:
+        """Evaluate during a training."""
+        return self.evaluate(ignore_keys=self._ignored_outputs) if self._ignored_outputs else self.evaluate()
+
+    def _best_metric_of(self, metrics: Mapping[str, Any]) -> float | None:
+        """Return the metric that chooses the best model; None if none was chosen.
+
+        Raises:
+            UserError: it is missing, and the best model is to be loaded or saved.
+        """
+        args = self.args
+        if args.metric_for_best_model is None:
+            return None
+        if args.best_metric not in metrics and (args.load_best_model_at_end or args.save_strategy == "best"):
+            raise UserError(
+                f"metric_for_best_model={args.metric_for_best_model!r} was not measured. It must be one of "
+                f"{', '.join(metrics)}."
+            )
+        return metrics.get(args.best_metric)
 
     # Files
 
@@ -744,6 +822,19 @@ class MLXTrainer:
         """Return whether this is rank 0."""
         return distributed.is_rank_0()
 
+    def num_examples(self, dataloader: Any) -> int:
+        """Return the number of items in a data loader of this trainer, or in the `dataset` of another one."""
+        return sum(map(len, dataloader.groups)) if isinstance(dataloader, Batches) else len(dataloader.dataset)
+
+    def get_learning_rates(self) -> list[float]:
+        """Return the learning rate of the last step, as a list of one."""
+        return [float(self.optimizer.learning_rate)]
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters with weight decay: all but biases and norms."""
+        parameters: Any = tree_flatten(model.parameters())
+        return [name for name, _ in parameters if is_decayed(name)]
+
     def get_num_trainable_parameters(self) -> int:
         """Return the number of elements of the trainable parameters."""
         parameters: Any = tree_flatten(self.model.trainable_parameters())
@@ -759,9 +850,8 @@ class MLXTrainer:
         distributed.on_rank_0(lambda: rotate(self.folder, self.args.save_total_limit, state.best_name))
         self._call("on_save")
 
-    def _is_better(self, metric: float | None) -> bool:
+    def _is_better(self, metric: float | None, best: float | None) -> bool:
         """Return whether a metric is better than the best one. One that is not finite never is."""
-        best = self.state.best_metric
         if metric is None or not math.isfinite(metric):
             return False
         if best is None:
@@ -788,10 +878,11 @@ class MLXTrainer:
         """Add a line to the log. A subclass may override it.
 
         Args:
-            logs: {name: value}.
+            logs: {name: value}. "epoch" is added.
             start_time: ignored; transformers passes it.
         """
-        line = plain_numbers(logs) | {"epoch": self.state.epoch, "step": self.state.global_step}
+        logs["epoch"] = self.state.epoch
+        line = plain_numbers(logs) | {"step": self.state.global_step}
         self.state.log_history.append(line)
         if distributed.is_rank_0() and self.folder.is_dir():
             with open(self.folder / LOG, "a", encoding="utf-8") as file:

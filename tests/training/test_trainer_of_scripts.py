@@ -157,7 +157,7 @@ def test_any_module_that_returns_a_loss(tmp_path, kind):
 def test_methods_that_are_never_called_are_refused():
     """Every method of transformers' Trainer is called here, or refused."""
     theirs = {name for name in vars(transformers.Trainer) if not name.startswith("__")}
-    assert theirs - NOT_CALLED <= set(dir(MLXTrainer)) and not NOT_CALLED & vars(MLXTrainer).keys()
+    assert theirs - NOT_CALLED <= set(dir(MLXTrainer))
     for name in ("training_step", "floating_point_ops", "_save_checkpoint", "_get_eval_sampler"):
         with pytest.raises(TypeError, match=f"Mine overrides {name}, which MLXTrainer never calls"):
             type("Mine", (MLXTrainer,), {name: lambda self: None})
