@@ -55,8 +55,8 @@ def as_numpy(batch: Mapping[str, Any]) -> Batch:
     Raises:
         UserError: a column is not an array of numbers.
     """
-    arrays = {name: x if isinstance(x, np.ndarray | list) else np.array(as_array(x)) for name, x in batch.items()}
-    arrays = {name: np.asarray(x) for name, x in arrays.items()}
+    known = (np.ndarray, list)
+    arrays = {name: np.asarray(x if isinstance(x, known) else as_array(x)) for name, x in batch.items()}
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf":
             raise UserError(

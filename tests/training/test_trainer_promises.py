@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 
-from mlx_esm_hf import ops
+from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM, ops
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
 from mlx_esm_hf.training.optimizer import is_decayed
 from mlx_esm_hf.training.trainer import MLXTrainer
+from tests.tiny import tiny
 from tests.training.test_trainer_of_scripts import classified_rows, losses, training
-from tests.training.trainings import twins
+from tests.training.trainings import OFF, twins
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
 
@@ -80,6 +81,22 @@ def test_random_dataloaders_and_samplers_resume(tmp_path):
         torch.manual_seed(7), np.random.seed(7)
         again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
         assert losses(again) == losses(whole)
+
+
+def test_random_masks_are_the_same_after_resuming(tmp_path):
+    """Transformers' collator draws them from NumPy's random numbers."""
+    collator = transformers.DataCollatorForLanguageModeling(esm2_tokenizer(), return_tensors="np")
+
+    def run(resume=None):
+        mx.random.seed(0)
+        model = MLXEsmForMaskedLM(MLXEsmConfig(**tiny("ESM-2", **OFF)))
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        rows = [{"input_ids": row["input_ids"]} for row in classified_rows(16)]
+        trainer = training(tmp_path, model=model, args=settings, train_dataset=rows, data_collator=collator)
+        trainer.train(resume_from_checkpoint=resume)
+        return losses(trainer)
+
+    assert run() == run(str(tmp_path / "checkpoint-2"))
 
 
 def test_the_epoch_is_logged(tmp_path):
