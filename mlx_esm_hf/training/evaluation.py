@@ -39,14 +39,19 @@ class Batches:
         yield from map(self.collate, self.groups[distributed.rank() :: distributed.size()])
 
 
-def batches_of_rank(dataloader: Iterable[Any]) -> Iterator[Batch]:
-    """Yield the batches of this rank as NumPy arrays."""
+def batches_of_rank(dataloader: Iterable[Any], to_arrays: Callable[[Any], Batch]) -> Iterator[Batch]:
+    """Yield the batches of this rank.
+
+    Args:
+        dataloader: `Batches`, or the batches of all ranks.
+        to_arrays: makes NumPy arrays of a batch of another data loader.
+    """
     if isinstance(dataloader, Batches):
         yield from dataloader.of_rank()
         return
     for number, batch in enumerate(dataloader):
         if number % distributed.size() == distributed.rank():
-            yield as_numpy(batch)
+            yield to_arrays(batch)
 
 
 def as_numpy(batch: Mapping[str, Any]) -> Batch:

@@ -19,7 +19,7 @@ from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.runtime.seeds import seed_libraries
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.checkpoints import STATE, TrainerState, advice_on, read_arrays, read_state
-from mlx_esm_hf.training.evaluation import Batch, as_numpy
+from mlx_esm_hf.training.evaluation import Batch
 from mlx_esm_hf.training.optimizer import create_optimizer
 from mlx_esm_hf.training.sampling import EpochBatches, batches_per_step, grouped, seeded, shuffling_seed
 from mlx_esm_hf.training.settings import differences
@@ -49,6 +49,7 @@ class TrainingLoop:
         collate: makes a batch from the items of a data set.
         compute_loss: returns the mean loss over the labels of a batch.
         state: the progress, which a checkpoint stores: that of a new training, with its settings.
+        to_arrays: makes NumPy arrays of a batch that it did not collate.
         dataloader: returns the batches of an epoch, instead of those made from `data`.
         sampler: returns the indices of the items of an epoch in order, instead of a shuffled order.
         compiles: whether a GPU may compile `compute_loss`, which then cannot read numbers that change.
@@ -73,13 +74,14 @@ class TrainingLoop:
         collate: Callable[[Sequence[Any]], Batch],
         compute_loss: Callable[[Any, dict[str, mx.array]], mx.array],
         state: TrainerState,
+        to_arrays: Callable[[Any], Batch],
         dataloader: Callable[[], Iterable[Any]] | None = None,
         sampler: Callable[[], Iterable[int]] | None = None,
         compiles: bool = True,
     ):
         self.model, self.args, self.data = model, args, data
         self.collate, self.compute_loss, self.state = collate, compute_loss, state
-        self.dataloader, self.compiles = dataloader, compiles
+        self.to_arrays, self.dataloader, self.compiles = to_arrays, dataloader, compiles
         self.batches_per_step = batches_per_step(args)
         has_items = dataloader is None and hasattr(data, "__len__")
         self.batches = EpochBatches(data, args, sampler) if has_items else None
@@ -186,7 +188,7 @@ class TrainingLoop:
             number: its place in the step. Random numbers of the data set and the collator depend on it and the step.
         """
         if not isinstance(items, np.ndarray):
-            return as_numpy(items)
+            return self.to_arrays(items)
         seed_libraries(self.args.seed, self.state.global_step, number)
         return self.collate([self.data[int(item)] for item in items])
 

@@ -451,6 +451,7 @@ class MLXTrainer:
             self._collate,
             self._loss,
             state,
+            self._arrays,
             dataloader,
             self._sampler(),
             compiles=not own_loss,
@@ -574,12 +575,24 @@ class MLXTrainer:
         rows = list(rows)
         if self.args.remove_unused_columns and all(isinstance(row, Mapping) for row in rows):
             rows = [{name: x for name, x in row.items() if name in self._columns} for row in rows]
-        batch = as_numpy(self.data_collator(rows))
-        if getattr(getattr(self.model, "config", None), "problem_type", None) == "regression":
-            for name in self.label_names:  # −100 is a label here, not a mark to leave it out
-                if name in batch and np.issubdtype(batch[name].dtype, np.integer):
-                    batch[name] = batch[name].astype(np.float32)
-        return batch
+        return self._arrays(self.data_collator(rows))
+
+    def _arrays(self, batch: Mapping[str, Any]) -> Batch:
+        """Return a batch as NumPy arrays. Integer labels of a regression become floats, of which −100 is a label."""
+        arrays = as_numpy(batch)
+        if self._is_regression():
+            for name in self.label_names:
+                if name in arrays and np.issubdtype(arrays[name].dtype, np.integer):
+                    arrays[name] = arrays[name].astype(np.float32)
+        return arrays
+
+    def _is_regression(self) -> bool:
+        """Return whether the model's own loss is a regression, which the first batch of one label makes it."""
+        config = getattr(self.model, "config", None)
+        if getattr(config, "problem_type", None) is not None:
+            return config.problem_type == "regression"  # type: ignore[union-attr]
+        classifies = type(self.model).__name__.endswith("ForSequenceClassification")
+        return classifies and getattr(config, "num_labels", None) == 1
 
     def _reader(self, data: Any) -> Callable[[np.ndarray], Batch]:
         """Return a function from item indices of a data set to their batch."""
@@ -662,7 +675,7 @@ class MLXTrainer:
         self.model.eval()
         began, loss, count, samples = time.perf_counter(), 0.0, 0, 0
         rows: list[dict[str, Any]] = []  # of this rank's batches
-        for batch in batches_of_rank(dataloader):
+        for batch in batches_of_rank(dataloader, self._arrays):
             inputs = to_mlx(batch)
             batch_loss, predictions, labels = self.prediction_step(
                 self.model, inputs, bool(prediction_loss_only), ignore_keys

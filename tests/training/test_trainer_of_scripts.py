@@ -88,15 +88,27 @@ def test_a_batch_without_labels_trains_and_is_evaluated(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(usual.evaluate()["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("own_batches", [False, True])
+@pytest.mark.parametrize("problem_type", ["regression", None])
 @pytest.mark.parametrize("size", [1, 4])
-def test_integer_labels_of_a_regression_count(tmp_path, size):
-    """Also −100, however the batches are cut."""
-    config = MLXEsmConfig(**tiny("ESM-2", num_labels=1, problem_type="regression", **OFF))
+def test_integer_labels_of_a_regression_count(tmp_path, size, problem_type, own_batches):
+    """Also −100, however the batches are cut and whether the trainer or a script makes them."""
+    config = MLXEsmConfig(**tiny("ESM-2", num_labels=1, problem_type=problem_type, **OFF))
     mx.random.seed(0)
     model = MLXEsmForSequenceClassification(config)
-    rows = [{**row, "label": label} for row, label in zip(classified_rows(4), (-100, -50, 0, 10), strict=True)]
-    found = training(tmp_path, model=model, args={"per_device_eval_batch_size": size}, eval_dataset=rows).evaluate()
-    assert found["eval_loss"] == pytest.approx((10000 + 2500 + 100) / 4, rel=0.05)
+    rows = [
+        {"input_ids": row["input_ids"], "label": label}
+        for row, label in zip(classified_rows(4), (-100, -50, 0, 10), strict=True)
+    ]
+
+    class Given(MLXTrainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            groups = [rows[first : first + size] for first in range(0, len(rows), size)]
+            return [dict(self.data_collator(group)) for group in groups]
+
+    args = {"per_device_eval_batch_size": size}
+    trainer = training(tmp_path, Given if own_batches else MLXTrainer, model=model, args=args, eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx((10000 + 2500 + 100) / 4, rel=0.05)
 
 
 def test_loss_functions_and_label_smoothing(tmp_path):
