@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx_esm_hf.plots as plots
 from mlx_esm_hf.runs.outputs import write_new
-from mlx_esm_hf.training.trainer import LOG
+from mlx_esm_hf.training.evaluator import LOG
 
 
 def draw_losses(folder: Path, path: Path) -> None:

@@ -12,7 +12,7 @@ from mlx_esm_hf.runs.lock import locked
 from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.runtime.files import finish_replacing
 from mlx_esm_hf.training.checkpoints import NAME, checkpoints_in
-from mlx_esm_hf.training.trainer import LOG
+from mlx_esm_hf.training.evaluator import LOG
 
 DATA = "data"
 

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.datasets import shuffled_items
+from mlx_esm_hf.training.evaluator import LOG
 from mlx_esm_hf.training.loop import label_count
-from mlx_esm_hf.training.trainer import LOG, MLXTrainer
+from mlx_esm_hf.training.trainer import MLXTrainer
 from tests.processes import ENVIRONMENT, ON_TWO_RANKS, ROOT
 from tests.training.trainings import InOrder, losses_of, masked_rows, padded, small_training, twins
 

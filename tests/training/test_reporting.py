@@ -6,8 +6,8 @@ import struct
 import pytest
 
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
+from mlx_esm_hf.training.evaluator import LOG
 from mlx_esm_hf.training.reporting import TRACKERS, is_installed
-from mlx_esm_hf.training.trainer import LOG
 from tests.training.trainings import small_training
 
 

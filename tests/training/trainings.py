@@ -12,7 +12,8 @@ import mlx_esm_hf
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForMaskedLM
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
-from mlx_esm_hf.training.trainer import LOG, MLXTrainer
+from mlx_esm_hf.training.evaluator import LOG
+from mlx_esm_hf.training.trainer import MLXTrainer
 from tests.tiny import tiny
 
 OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
