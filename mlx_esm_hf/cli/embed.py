@@ -22,7 +22,8 @@ def command(
     pooling: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: mean, max, cls, residues (one row per residue), chains, mean_tokens, max_tokens."
+            help="Comma-separated: mean, max, cls, residues (one row per residue), chains, spans, mean_tokens, "
+            "max_tokens."
         ),
     ] = "mean",
     revision: opt.Revision = None,
@@ -32,6 +33,7 @@ def command(
     long: opt.Long = "error",
     batch_tokens: opt.BatchTokens = "auto",
     aligned: opt.Aligned = False,
+    structure: opt.Structure = None,
     strict: opt.Strict = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -57,6 +59,7 @@ def command(
             long=long,
             batch_tokens=opt.parse_batch_tokens(batch_tokens),
             aligned=aligned,
+            structure=structure,
             strict=strict,
             progress=run.show,
         )

@@ -62,6 +62,13 @@ OptionalFasta = Annotated[str | None, typer.Argument(help=FASTA)]
 Aligned = Annotated[
     bool, typer.Option("--aligned", help="Keep gaps (- and .), which are dropped by default.", rich_help_panel=INPUT)
 ]
+Structure = Annotated[
+    Path | None,
+    typer.Option(
+        help="Structure letters for SaProt's models, by id: a table of foldseek structureto3didescriptor, or FASTA.",
+        rich_help_panel=INPUT,
+    ),
+]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Stop at an invalid record instead of leaving it out.", rich_help_panel=INPUT)
 ]

@@ -22,6 +22,7 @@ def command(
     long: opt.Long = "error",
     batch_tokens: opt.BatchTokens = "auto",
     aligned: opt.Aligned = False,
+    structure: opt.Structure = None,
     strict: opt.Strict = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -46,6 +47,7 @@ def command(
             long=long,
             batch_tokens=opt.parse_batch_tokens(batch_tokens),
             aligned=aligned,
+            structure=structure,
             strict=strict,
             progress=run.show,
         )

@@ -90,9 +90,11 @@ class Running:
                 f"loading {duration(self.seconds['loading'])}, writing {duration(writing)}: {output}"
             )
         if report.replaced and not self.quiet:
-            self.console.print(f"{report.replaced} letters outside the alphabet were read as X.")
+            self.console.print(f"{report.replaced} letters outside the alphabet were read as {report.unknown}.")
         if report.gaps and not self.quiet:
-            self.console.print(f"{report.gaps} gaps were dropped; --aligned keeps them.")
+            self.console.print(
+                f"{report.gaps} gaps were dropped{'; --aligned keeps them' if report.can_align else ''}."
+            )
         if report.renamed and not self.quiet:
             self.console.print(f"{report.renamed} records repeat an earlier id and are called id#2, id#3, …")
         if not is_other_rank():

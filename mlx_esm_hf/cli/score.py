@@ -33,6 +33,7 @@ def command(
             help="Number of the sequence's first residue in the table.", min=-MOST, max=MOST, rich_help_panel=opt.INPUT
         ),
     ] = 1,
+    structure: opt.Structure = None,
     picture: Annotated[
         Path | None, typer.Option(help="Plot a heat map to a .png or .svg file (only without MUTANTS).")
     ] = None,
@@ -46,8 +47,8 @@ def command(
 ) -> None:
     """Score the effects of mutations without training. A higher score means a mutant that the model finds more natural.
 
-    Writes the table with one column per model, and their mean for several models. Without MUTANTS, all 20 residues at
-    each position are scored.
+    Writes the table with one column per model, and their mean for several models. Without MUTANTS, all 20 residues
+    (or 4 nucleotides) at each position are scored.
 
     Example: mlx-esm score mutants.csv --sequence MKTAYIAKQR --model facebook/esm1v_t33_650M_UR90S_1 --output scores.csv
     """
@@ -63,6 +64,7 @@ def command(
             method=method,
             mutant_column=mutant_column,
             first_residue=first_residue,
+            structure=structure,
             picture=picture,
             revision=revision,
             dtype=dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import product
+from itertools import accumulate, pairwise, product
 
 from mlx_esm_hf.data.proteins import CHAIN_BREAK, GAPS, RESIDUES, SPECIAL, STANDARD, Report, clean, tokens
 from mlx_esm_hf.errors import UserError
@@ -20,9 +20,10 @@ class Proteins:
     Attributes:
         name: the kind of sequences, for messages.
         example: a sequence of one token.
+        scanned: the letters that a scan puts at each position.
     """
 
-    name, example = "proteins", "A"
+    name, example, scanned = "proteins", "A", STANDARD
 
     def clean(self, sequence: str, aligned: bool = False, report: Report | None = None) -> str:
         """Clean a sequence; see `data.proteins.clean`."""
@@ -46,6 +47,23 @@ class Proteins:
         """Return the token that hides another one."""
         return "<mask>"
 
+    def replaced(self, token: str, other: str) -> str:
+        """Return what stands in the place of a token if another one replaces it, in training and in mutants."""
+        return other
+
+    def spans(self, tokens: list[str]) -> list[tuple[int, int]]:
+        """Return the first position of each token in the sequence, counted from 0, and the one after its last."""
+        return [(place, place + 1) for place in range(len(tokens))]
+
+    def mutate(self, tokens: list[str], mutations: list[tuple[int, str]]) -> dict[int, str]:
+        """Return {index: token} for the tokens that mutations change.
+
+        Args:
+            tokens: the tokens of the wild type.
+            mutations: positions in the sequence, counted from 0, and their new letters.
+        """
+        return {position: self.replaced(tokens[position], letter) for position, letter in mutations}
+
     def alternatives(self, token: str) -> list[str]:
         """Return the tokens whose probabilities add up to that of a token."""
         return [token]
@@ -62,7 +80,7 @@ class Nucleotides(Proteins):
     Source: Dalla-Torre et al. 2023 (doi:10.1101/2023.01.11.523679), Methods.
     """
 
-    name = "DNA"
+    name, scanned = "DNA", "ACGT"
 
     def __init__(self, k: int):
         self.example = "A" * k
@@ -72,9 +90,10 @@ class Nucleotides(Proteins):
         """Clean a sequence: upper case, U as T, no gaps, and N for the IUPAC codes of several nucleotides.
 
         Raises:
-            UserError: it is empty, or contains an unknown token or another character.
+            UserError: it is empty, or contains an unknown token or another character, such as a gap to keep.
         """
-        parts = [part.upper().replace("U", "T") if len(part) == 1 else part for part in _parts(sequence, report)]
+        parts = _parts(sequence, aligned, report)
+        parts = [part.upper().replace("U", "T") if len(part) == 1 else part for part in parts]
         return "".join(_letters(parts, "ACGTN", "N", "nucleotide", report, "RYSWKMBDHV"))
 
     def tokens(self, sequence: str) -> list[str]:
@@ -91,6 +110,20 @@ class Nucleotides(Proteins):
         """The tokens that training masks and a perplexity counts."""
         return self.standard
 
+    def spans(self, tokens: list[str]) -> list[tuple[int, int]]:
+        """Return the first nucleotide of each token, counted from 0, and the one after its last."""
+        ends = list(accumulate(1 if token in SPECIAL else len(token) for token in tokens))
+        return list(pairwise([0, *ends]))
+
+    def mutate(self, tokens: list[str], mutations: list[tuple[int, str]]) -> dict[int, str]:
+        """Return {index: token} for the k-mers and letters that mutations change."""
+        spans, changed = self.spans(tokens), dict[int, str]()
+        for position, letter in mutations:
+            index = next(i for i, (_, end) in enumerate(spans) if position < end)
+            token, place = changed.get(index, tokens[index]), position - spans[index][0]
+            changed[index] = f"{token[:place]}{letter}{token[place + 1 :]}"
+        return changed
+
 
 class StructureLetters(Proteins):
     """Structure letters of the 3Di alphabet in lower case, one token each, as in ProTrek's structure model.
@@ -104,9 +137,9 @@ class StructureLetters(Proteins):
         """Clean a sequence: lower case, no gaps.
 
         Raises:
-            UserError: it is empty, or contains an unknown token or another letter.
+            UserError: it is empty, or contains an unknown token or another letter, such as a gap to keep.
         """
-        parts = [part.lower() for part in _parts(sequence, report)]
+        parts = [part.lower() for part in _parts(sequence, aligned, report)]
         return "".join(_letters(parts, STRUCTURE_LETTERS, "", "structure letter", report))
 
     @property
@@ -140,16 +173,19 @@ class Pairs(Proteins):
         text = "".join(sequence.split())
         if CHAIN_BREAK in text:
             raise UserError(f"has a chain break ({CHAIN_BREAK}), for which models of {self.name} have no token")
-        plain = re.sub(r"<[^<>]*>", "", text)
-        if UNKNOWN not in plain and (plain.isupper() or plain.islower()):  # no structure letters
+        if not is_paired(text):
+            if aligned and any(gap in text for gap in GAPS):
+                raise UserError(f"has a gap, for which models of {self.name} have no token")
+            report = report or Report()
+            report.can_align = False
             residues = tokens(clean(text, False, report))
-            return "".join(token if len(token) > 1 else f"{_residue(token)}{UNKNOWN}" for token in residues)
+            return "".join(token if len(token) > 1 else f"{_residue(token, report)}{UNKNOWN}" for token in residues)
         cleaned = []
         for place, part in enumerate(self._token.findall(text), 1):
             if part in SPECIAL:
                 cleaned.append(part)
             elif PAIR.fullmatch(part):
-                cleaned.append(f"{_residue(part[0])}{part[1]}")
+                cleaned.append(f"{_residue(part[0], report)}{part[1]}")
             else:
                 raise UserError(
                     f"has {part!r} at position {place}, which is not a pair of a residue and a structure letter, such "
@@ -176,6 +212,10 @@ class Pairs(Proteins):
     def masked(self, token: str) -> str:
         """Return the token that hides a residue and keeps its structure letter, such as #d."""
         return f"{UNKNOWN}{token[1]}" if len(token) == 2 else token
+
+    def replaced(self, token: str, other: str) -> str:
+        """Return the residue of another token, or the other residue, with the structure letter of a token."""
+        return f"{other[0] if other[0] in STANDARD else UNKNOWN}{token[1]}" if len(token) == 2 else other
 
     def alternatives(self, token: str) -> list[str]:
         """Return all pairs with the residue of a token: their probabilities add up to that of the residue."""
@@ -210,14 +250,21 @@ def alphabet_of(vocabulary: Mapping[str, int], name: str) -> Proteins:
     )
 
 
-def _parts(sequence: str, report: Report | None) -> list[str]:
-    """Split a sequence into letters and special tokens, without white space, gaps and a stop at its end."""
+def is_paired(sequence: str) -> bool:
+    """Return whether a sequence has structure letters: it is neither upper nor lower case, or has a `#`."""
+    plain = re.sub(r"<[^<>]*>|[^A-Za-z#]", "", sequence)
+    return UNKNOWN in plain or not (plain.isupper() or plain.islower() or not plain)
+
+
+def _parts(sequence: str, aligned: bool, report: Report | None) -> list[str]:
+    """Split a sequence into letters and special tokens, without white space, a stop at its end, and gaps to drop."""
     parts = re.findall(r"<[^<>]*>|.", "".join(sequence.split()), re.DOTALL)
     if parts and parts[-1] == "*":
         parts.pop()
-    kept = [part for part in parts if part not in GAPS]
+    kept = [part for part in parts if aligned or part not in GAPS]
     if report is not None:
         report.gaps += len(parts) - len(kept)
+        report.can_align = False
     return kept
 
 
@@ -240,10 +287,16 @@ def _letters(
             raise UserError(f"has {part!r} at position {place}, which is not a {kind}")
         if not known and report is not None:
             report.replaced += 1
+            report.unknown = replacement
         checked.append(part if known else replacement)
     return checked
 
 
-def _residue(letter: str) -> str:
-    """Return a residue, or `#` for one that SaProt's vocabulary does not have."""
-    return letter if letter in STANDARD else UNKNOWN
+def _residue(letter: str, report: Report | None) -> str:
+    """Return a residue, or `#` for an unknown one and for B, U, Z and O, which SaProt's vocabulary does not have."""
+    if letter in STANDARD:
+        return letter
+    if report is not None and letter not in ("X", UNKNOWN):
+        report.replaced += 1
+        report.unknown = UNKNOWN
+    return UNKNOWN

@@ -42,15 +42,19 @@ class Report:
 
     Attributes:
         strict: raise an error for a bad record instead of leaving it out.
-        replaced: number of letters outside the alphabet that became X.
+        replaced: number of letters outside the alphabet that were read as `unknown`.
+        unknown: the letter of something unknown: X for residues, N for nucleotides, # in pairs with structure letters.
         gaps: number of gaps that were dropped.
+        can_align: whether the alphabet has gaps, so that `aligned` can keep them.
         renamed: number of records whose id repeats an earlier one, and which got a number: `id#2`.
         left_out: a message for each record that was left out.
     """
 
     strict: bool = False
     replaced: int = 0
+    unknown: str = "X"
     gaps: int = 0
+    can_align: bool = True
     renamed: int = 0
     left_out: list[str] = field(default_factory=list)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import zstandard
 from Bio.Seq import Seq
@@ -22,6 +22,9 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 
 from mlx_esm_hf.data.proteins import RESIDUES, Protein, Report, clean, clean_chains
 from mlx_esm_hf.errors import UserError, quoted
+
+if TYPE_CHECKING:
+    from mlx_esm_hf.data.structures import Structures
 
 STDIN = "-"
 BARE_SEQUENCE = re.compile(rf"(?:[{RESIDUES}:|*-]|<mask>){{3,}}")
@@ -47,6 +50,7 @@ class ProteinSource:
         resumable: whether a run on objects can be resumed, because the settings of its job determine them.
         aligned: keep gaps.
         chains: a protein may have several chains, separated by `:`.
+        structures: structure letters, which make pairs of the residues.
     """
 
     name: str
@@ -56,19 +60,36 @@ class ProteinSource:
     resumable: bool = False
     aligned: bool = False
     chains: bool = False
+    structures: Structures | None = None
 
     @classmethod
-    def open(cls, proteins: Proteins, aligned: bool = False, chains: bool = False) -> ProteinSource:
+    def open(
+        cls,
+        proteins: Proteins,
+        aligned: bool = False,
+        chains: bool = False,
+        structure: str | os.PathLike[str] | None = None,
+    ) -> ProteinSource:
         """Return the source of what a caller passed as proteins.
 
         Args:
             proteins: see `read_proteins`.
             aligned: keep gaps.
             chains: a protein may have several chains, separated by `:`.
+            structure: a file of structure letters; see `Structures`.
 
         Raises:
             UserError: standard input is closed, or a file is not found, is a folder, is empty or is not FASTA.
         """
+        source = cls._open(proteins, aligned, chains)
+        if structure is not None:
+            from mlx_esm_hf.data.structures import Structures
+
+            source.structures = Structures(structure)
+        return source
+
+    @classmethod
+    def _open(cls, proteins: Proteins, aligned: bool, chains: bool) -> ProteinSource:
         if isinstance(proteins, Mapping):
             proteins = proteins.items()
         if not isinstance(proteins, (str, os.PathLike)):
@@ -113,11 +134,13 @@ class ProteinSource:
         """
         report = report if report is not None else Report()
         cleaned = clean_chains if self.chains else clean
-        for place, id, sequence in _from_python(self.objects) if self.path is None else _from_file(self.path):
+        for place, id, sequence in _from_python(self.objects) if self.path is None else read_fasta(self.path):
             name = rename(id)
             try:
                 if not isinstance(sequence, str):
                     raise UserError(f"is not a sequence, but {sequence!r}")
+                if self.structures is not None:
+                    sequence = self.structures.pair(id, sequence)
                 yield Protein(name, cleaned(sequence, self.aligned, report), place)
             except UserError as error:
                 report.leave_out(f"{place}: {quoted(name)} {error}.")
@@ -193,7 +216,7 @@ def check_fasta(path: str) -> None:
         shown = path if len(path) <= 100 else f"{path[:100]}..."
         raise UserError(f"File not found: {shown}. To pass a sequence, write a FASTA file or pipe it to `-`.")
     check_file(path, "a FASTA file")
-    if next(_from_file(path), None) is None:
+    if next(read_fasta(path), None) is None:
         raise UserError(f"{path} contains no proteins: the file is empty.")
 
 
@@ -237,7 +260,8 @@ class _Lines:
         return line
 
 
-def _from_file(path: str) -> Iterator[Record]:
+def read_fasta(path: str) -> Iterator[Record]:
+    """Yield the records of a FASTA file, plain, gzip- or zstandard-compressed, or of standard input."""
     is_stdin = path == STDIN
     name = "standard input" if is_stdin else path
     with contextlib.ExitStack() as stack:

@@ -23,6 +23,7 @@ class Vocabulary:
     Args:
         tokenizer: a tokenizer of transformers.
         name: name of the model, for messages.
+        size: number of embeddings of the model; tokens beyond are not in `ids`. None for those of the tokenizer.
 
     Attributes:
         alphabet: how sequences are cleaned and divided into tokens.
@@ -37,13 +38,14 @@ class Vocabulary:
         UserError: the vocabulary is for no known alphabet, or the tokenizer divides its tokens.
     """
 
-    def __init__(self, tokenizer: Any, name: str = "") -> None:
+    def __init__(self, tokenizer: Any, name: str = "", size: int | None = None) -> None:
         self.name = name or "this model"
         self.pad: int = tokenizer.pad_token_id
         self.mask: int = tokenizer.mask_token_id
         special = (self.mask, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
         named = {token: id for token, id in zip(SPECIAL, special, strict=True) if id is not None}
-        self.ids: dict[str, int] = named | tokenizer.get_vocab()
+        ids = named | tokenizer.get_vocab()
+        self.ids: dict[str, int] = {token: id for token, id in ids.items() if size is None or id < size}
         self.chain_break = self.ids.get(CHAIN_BREAK, -1)
         self.alphabet = alphabet_of(self.ids, self.name)
         example = self.alphabet.example
@@ -76,12 +78,6 @@ class Vocabulary:
         """Return which of ids [positions] are residues and not chain breaks, bool [positions]."""
         return ids != self.chain_break
 
-    def residue(self, letter: str) -> int:
-        """Return the id of a residue; of pairs, of the residue without a structure letter."""
-        if not isinstance(self.alphabet, Pairs):
-            return self.ids[letter]
-        return self.ids.get(f"{letter}#", self.ids["##"])
-
     def ids_of(self, letters: str) -> np.ndarray:
         """Return the ids [letters], int32, of the letters that are in the vocabulary."""
         return np.array([self.ids[letter] for letter in letters if letter in self.ids], np.int32)
@@ -97,6 +93,12 @@ class Vocabulary:
         return np.array([self.ids[token] for token in self.alphabet.standard], np.int32)
 
     @cached_property
+    def masks(self) -> np.ndarray:
+        """The ids that stand for a token to predict: <mask>, and structure letters without a residue, such as #d."""
+        hidden = {self.alphabet.masked(token) for token in self.alphabet.predicted} - {"<mask>"}
+        return np.array([self.mask, *(self.ids[token] for token in hidden)], np.int32)
+
+    @cached_property
     def _masked(self) -> np.ndarray:
         ids = np.full(max(self.ids.values()) + 1, self.mask, np.int32)
         for token in self.alphabet.predicted:
@@ -107,6 +109,16 @@ class Vocabulary:
     def masked(self, ids: np.ndarray) -> np.ndarray:
         """Return the ids that hide the tokens of ids [positions]: <mask>, or the structure letter alone of a pair."""
         return self._masked[ids]
+
+    def replaced(self, ids: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Return the ids that replace those of ids [positions] by others: a pair keeps its structure letter."""
+        names = zip(self.decode(ids), self.decode(others), strict=True)
+        return np.array([self.ids[self.alphabet.replaced(*pair)] for pair in names], np.int32)
+
+    def mutated(self, ids: np.ndarray, mutations: list[tuple[int, str]]) -> dict[int, int]:
+        """Return {position: id} for the tokens of ids [positions] that mutations change; see `alphabet.mutate`."""
+        changed = self.alphabet.mutate(self.decode(ids), mutations)
+        return {position: self.ids[token] for position, token in changed.items()}
 
     def log_probability(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Return the log-probability of each token, [positions], float32; of a pair that of its residue.
@@ -120,6 +132,10 @@ class Vocabulary:
         names = self.decode(ids)
         groups = [[self.ids[token] for token in self.alphabet.alternatives(name)] for name in names]
         return np.array([np.logaddexp.reduce(row[group]) for row, group in zip(rows, groups, strict=True)], np.float32)
+
+    def spans(self, ids: np.ndarray) -> np.ndarray:
+        """Return where each token of ids [positions] begins and ends in the sequence, int32 [positions, 2]."""
+        return np.array(self.alphabet.spans(self.decode(ids)), np.int32).reshape(-1, 2)
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """Return the tokens of ids [positions]."""
@@ -192,8 +208,14 @@ def refuse_other_sequences(vocabulary: Vocabulary, task: str, kinds: tuple[type[
     if type(vocabulary.alphabet) not in kinds:
         raise UserError(
             f"{task} needs a model for {' or '.join(kind.name for kind in kinds)}, but {vocabulary.name} is for "
-            f"{vocabulary.alphabet.name}. It works with embed, fill-mask, perplexity, train and finetune."
+            f"{vocabulary.alphabet.name}. It works with embed, fill-mask, score, perplexity, train and finetune."
         )
+
+
+def refuse_structures(vocabulary: Vocabulary, structure: object) -> None:
+    """Raise UserError if structure letters are given for a model of other sequences than pairs."""
+    if structure is not None:
+        refuse_other_sequences(vocabulary, "structure", (Pairs,))
 
 
 def refuse_without_mask(vocabulary: Vocabulary) -> None:

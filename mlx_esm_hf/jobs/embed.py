@@ -14,6 +14,7 @@ from mlx_esm_hf.checkpoint.sentence_transformers import sentence_pooling
 from mlx_esm_hf.checks import MOST, check_choices, check_integer
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
+from mlx_esm_hf.data.vocabulary import refuse_structures
 from mlx_esm_hf.data.windows import Window, blend
 from mlx_esm_hf.dtypes import warn_once
 from mlx_esm_hf.errors import UserError
@@ -24,8 +25,8 @@ from mlx_esm_hf.runs.job import Arrays, Item, Job, OnProgress, Result, no_progre
 from mlx_esm_hf.runs.outputs import check_outputs
 from mlx_esm_hf.runs.run import WriteRun
 
-POOLINGS = ("mean", "cls", "max", "residues", "chains", "mean_tokens", "max_tokens")
-PER_RESIDUE = ("residues", "chains")
+POOLINGS = ("mean", "cls", "max", "residues", "chains", "spans", "mean_tokens", "max_tokens")
+PER_RESIDUE = ("residues", "chains", "spans")
 FORMATS: dict[str, WriteRun | None] = {
     "": None,
     ".safetensors": formats.write_safetensors,
@@ -52,6 +53,7 @@ def embed(
     layers: Sequence[int] = (-1,),
     pooling: Sequence[str] = ("mean",),
     aligned: bool = False,
+    structure: str | os.PathLike[str] | None = None,
     strict: bool = False,
     progress: OnProgress | bool = no_progress,
     **loading: Any,
@@ -65,17 +67,19 @@ def embed(
             None to stream the results.
         layers: 0 for the embeddings up to the number of layers; negative numbers count from the end.
         pooling: any of "mean" and "max" (over residues), "cls" (the state of <cls>), "residues" (all states),
-            "chains" (the number of each residue's chain, from 0), and "mean_tokens" and "max_tokens" (over all tokens,
-            with <cls> and <eos>, as sentence-transformers pools).
+            "chains" (the number of each residue's chain, from 0), "spans" (where each token begins and ends in the
+            sequence, from 0, for models of DNA), and "mean_tokens" and "max_tokens" (over all tokens, with <cls> and
+            <eos>, as sentence-transformers pools).
         aligned: keep gaps.
+        structure: a file of structure letters for a model of pairs, such as SaProt; see `data.structures.Structures`.
         strict: raise an error for a bad record instead of leaving it out.
         progress: called after each step; True shows a progress bar.
         loading: `revision`, `dtype`, `device`, `long`, `batch_tokens` and other options of `load_protein_model`.
 
     Returns:
         Without an output, an iterator over results. Their `arrays` have an entry for each pooling, [hidden_size] or
-        [residues, hidden_size], named `mean.6` if there are several layers; `chains` is [residues, 1], int32. With an
-        output, a report of what was changed and left out.
+        [residues, hidden_size], named `mean.6` if there are several layers; `chains` is [residues, 1] and
+        `spans` [residues, 2], int32. With an output, a report of what was changed and left out.
 
     Raises:
         UserError: an option has an unknown value, the proteins cannot be read, or the output cannot be written.
@@ -93,7 +97,7 @@ def embed(
     for layer in layers:
         check_integer("layers", layer, -MOST)
     check_loading(model, **loading)
-    source = ProteinSource.open(proteins, aligned)
+    source = ProteinSource.open(proteins, aligned, structure=structure)
     check_outputs(output, FORMATS)
     refused = [name for name in pooling if name in PER_RESIDUE]
     if refused and output is not None and Path(output).suffix == ".csv":
@@ -106,6 +110,7 @@ def embed(
     protein_model = as_protein_model(MLXAutoModel, model, output, loading)
     if protein_model.is_checkpoint:
         report_sentence_pooling(protein_model, pooling)
+    refuse_structures(protein_model.vocabulary, structure)
     config = protein_model.network.config
     resolved = resolve_layers(layers, config.num_hidden_layers)
 
@@ -167,6 +172,8 @@ def embeddings(
                 parts[index].clear()
                 if "chains" in pooling:
                     results[index]["chains"] = np.cumsum(~real, dtype=np.int32)[real][:, None]
+                if "spans" in pooling:
+                    results[index]["spans"] = model.vocabulary.spans(sequences[index])[real]
     return results
 
 
@@ -204,7 +211,7 @@ def pool(parts: Sequence[WindowStates], real: np.ndarray, layers: Sequence[int],
         residues = positions[real]
         around = np.mean([around[i] for _, _, around, _ in parts], axis=0)
         for name in pooling:
-            if name == "chains":  # the same in all layers, added by the caller
+            if name in ("chains", "spans"):  # the same in all layers, added by the caller
                 continue
             if name == "mean":
                 pooled = residues.mean(axis=0, dtype=np.float64)

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_esm_hf.checks import check_integer
 from mlx_esm_hf.data.proteins import Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
+from mlx_esm_hf.data.vocabulary import refuse_structures
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinItems, load_checked, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
@@ -40,6 +41,7 @@ def fill_mask(
     *,
     top_k: int = 5,
     aligned: bool = False,
+    structure: str | os.PathLike[str] | None = None,
     strict: bool = False,
     progress: OnProgress | bool = no_progress,
     **loading: Any,
@@ -52,6 +54,7 @@ def fill_mask(
         output: a `.csv` file with a row for each prediction, or a folder of shards; None to stream the results.
         top_k: predictions for each <mask>.
         aligned: keep gaps.
+        structure: a file of structure letters for a model of pairs, such as SaProt; see `data.structures.Structures`.
         strict: raise an error for a bad record instead of leaving it out.
         progress: called after each step; True shows a progress bar.
         loading: see `load_protein_model`.
@@ -70,16 +73,17 @@ def fill_mask(
     """
     check_integer("top_k", top_k, 1)
     check_loading(model, **loading)
-    source = ProteinSource.open(proteins, aligned)
+    source = ProteinSource.open(proteins, aligned, structure=structure)
     check_outputs(output, ("", ".csv"))
     from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
+    refuse_structures(protein_model.vocabulary, structure)
     vocabulary = protein_model.vocabulary
     kept = min(top_k, protein_model.network.config.vocab_size)
 
     def check(ids: np.ndarray) -> None:
-        if not (ids == vocabulary.mask).any():
+        if not np.isin(ids, vocabulary.masks).any():
             raise UserError("has no <mask>")
 
     def compute(items: Sequence[Item]) -> list[Arrays]:
@@ -119,7 +123,7 @@ def predictions(model: ProteinModel, sequences: Sequence[np.ndarray], count: int
     """Return the arrays of `fill_mask` for each protein, given by its ids [positions]."""
     results: list[Arrays] = []
     for ids, rows in zip(sequences, model.blended_log_probabilities(sequences), strict=True):
-        masked = ids == model.vocabulary.mask
+        masked = np.isin(ids, model.vocabulary.masks)
         positions = np.flatnonzero(masked[model.vocabulary.residue_mask(ids)])
         order = np.argsort(-rows[masked], axis=1, kind="stable")[:, :count]
         scores = np.exp(np.take_along_axis(rows[masked], order, axis=1))

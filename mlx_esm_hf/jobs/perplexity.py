@@ -12,7 +12,7 @@ from mlx_esm_hf.checks import check_choice
 from mlx_esm_hf.data.alphabets import Proteins as ProteinAlphabet
 from mlx_esm_hf.data.proteins import STANDARD, Report
 from mlx_esm_hf.data.source import Proteins, ProteinSource
-from mlx_esm_hf.data.vocabulary import refuse_other_sequences
+from mlx_esm_hf.data.vocabulary import refuse_other_sequences, refuse_structures
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.jobs.protein_job import ProteinItems, load_checked, one_pass_work, run_job
 from mlx_esm_hf.jobs.protein_model import ProteinModel, as_protein_model, check_loading
@@ -44,6 +44,7 @@ def perplexity(
     *,
     method: str = "exact",
     aligned: bool = False,
+    structure: str | os.PathLike[str] | None = None,
     strict: bool = False,
     progress: OnProgress | bool = no_progress,
     **loading: Any,
@@ -59,6 +60,7 @@ def perplexity(
         method: "exact" needs a pass for each residue, and returns the estimate as well; "one-pass" computes only the
             estimate, see `one_pass`.
         aligned: keep gaps.
+        structure: a file of structure letters for a model of pairs, such as SaProt; see `data.structures.Structures`.
         strict: raise an error for a bad record instead of leaving it out.
         progress: called after each step; True shows a progress bar.
         loading: see `load_protein_model`.
@@ -79,11 +81,12 @@ def perplexity(
     """
     check_choice("method", method, METHODS)
     check_loading(model, **loading)
-    source = ProteinSource.open(proteins, aligned)
+    source = ProteinSource.open(proteins, aligned, structure=structure)
     check_outputs(output, FORMATS)
     from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 
     protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, output, loading)
+    refuse_structures(protein_model.vocabulary, structure)
     if method != "exact":  # its formula is that of proteins
         refuse_other_sequences(protein_model.vocabulary, f"perplexity --method {method}")
     counted = protein_model.vocabulary.predicted

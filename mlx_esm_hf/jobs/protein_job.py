@@ -129,7 +129,9 @@ class ProteinItems:
     def input(self) -> dict[str, str]:
         """Describe the source for the manifest of a run."""
         name, sha256 = self.source.name, self.source.sha256
-        return {"name": name} if sha256 is None else {"name": name, "sha256": sha256}
+        described = {"name": name} if sha256 is None else {"name": name, "sha256": sha256}
+        structures = self.source.structures
+        return described if structures is None else described | {"structure": structures.sha256}
 
     def add_check(self, check: Callable[[np.ndarray], None]) -> None:
         """Also leave out the proteins that `check` refuses, and survey the rest."""

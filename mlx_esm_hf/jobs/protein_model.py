@@ -69,7 +69,7 @@ class ProteinModel:
 
     def __post_init__(self) -> None:
         check_choice("long", self.long, LONG)
-        self.vocabulary = Vocabulary(self.tokenizer, self.name)
+        self.vocabulary = Vocabulary(self.tokenizer, self.name, self.network.config.vocab_size)
         refuse_other_tokenizer(self.tokenizer, self.network.config, self.network.residues, self.name)
         if not self.is_checkpoint:
             self.batch_tokens = self.batch_tokens or memory.batch_tokens(self.network.config.hidden_size)

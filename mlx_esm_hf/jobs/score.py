@@ -16,9 +16,9 @@ import numpy as np
 
 from mlx_esm_hf import plots
 from mlx_esm_hf.checks import MOST, check_choice, check_integer
-from mlx_esm_hf.data.alphabets import PAIR, UNKNOWN, Pairs, Proteins
+from mlx_esm_hf.data.alphabets import UNKNOWN, Nucleotides, Pairs, Proteins, is_paired
 from mlx_esm_hf.data.mutations import Substitution, parse, read_table, suggest_first_residue
-from mlx_esm_hf.data.proteins import CHAIN_BREAK, STANDARD, Report, clean, tokens
+from mlx_esm_hf.data.proteins import CHAIN_BREAK, Report, clean, tokens
 from mlx_esm_hf.data.source import ProteinSource
 from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_sequences
 from mlx_esm_hf.demo import shown_name
@@ -50,6 +50,7 @@ from mlx_esm_hf.runtime import distributed
 from mlx_esm_hf.runtime.files import Write
 
 Mutant = list[Substitution]
+Change = dict[int, int]  # {position: id}
 
 METHODS = ("masked-marginals", "wt-marginals", "pseudo-perplexity")
 
@@ -60,13 +61,17 @@ class Scorer(NamedTuple):
     Attributes:
         model: the model.
         ids: ids [positions] of the wild type.
-        mutants: {row: mutant} within the positions that the model reads.
+        length: number of residues that the model reads.
+        mutants: {row: mutant} within these residues.
+        changes: {row: {position: id}}, the tokens that each mutant changes.
         folder: the folder of the run; None writes no files.
     """
 
     model: ProteinModel
     ids: np.ndarray
+    length: int
     mutants: dict[int, Mutant]
+    changes: dict[int, Change]
     folder: Path | None
 
 
@@ -95,6 +100,7 @@ def score(
     method: str = "masked-marginals",
     mutant_column: str = "mutant",
     first_residue: int = 1,
+    structure: str | os.PathLike[str] | None = None,
     picture: str | os.PathLike[str] | None = None,
     progress: OnProgress | bool = no_progress,
     **loading: Any,
@@ -102,7 +108,8 @@ def score(
     """Score mutants of a protein: the higher the score, the more plausible the mutant is to the model.
 
     Args:
-        mutants: a CSV file, or mutants such as `A42G` or `A42G:L7P`; None for all 20 residues at each position.
+        mutants: a CSV file, or mutants such as `A42G` or `A42G:L7P`; None for all 20 residues, or 4 nucleotides, at
+            each position.
         sequence: the wild type, or a FASTA file that contains only the wild type; for SaProt also pairs: `MdEvVp`.
         model: a Hub repository, a folder or the result of `load_protein_model`; or several, such as the five of ESM-1v.
         output: a `.csv` file; None writes no file.
@@ -111,9 +118,10 @@ def score(
             a mutant, each in the context of the wild type. "pseudo-perplexity" is the sum of log p over all positions
             of the mutant, each masked in turn. Probabilities are over the whole vocabulary. For a model of pairs, such
             as SaProt, the probability of a residue is the sum over its pairs, and a masked residue keeps its structure
-            letter.
+            letter. For a model of DNA, the token that contains a nucleotide is masked and replaced.
         mutant_column: column of the mutants in the CSV file.
         first_residue: the number of the sequence's first residue in the mutants.
+        structure: a file of structure letters for a model of pairs, with the id of the record in the FASTA file.
         picture: draw the scores of all mutants (`mutants=None`) as a heat map (`.png`, `.svg`, `.pdf`).
         progress: called after each step; True shows a progress bar.
         loading: see `load_protein_model`.
@@ -140,20 +148,28 @@ def score(
         raise UserError("A heat map shows all mutations. Leave out the list of mutants.")
     check_outputs(output, [".csv"], picture)
     report = Report()
-    pairs = read_wild_type(sequence, report)
+    pairs = read_wild_type(sequence, report, structure)
     wild_type = residues_of(pairs)
-    columns, rows = _table(mutants, mutant_column, wild_type, first_residue)
-    parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
-
+    if mutants is not None:
+        columns, rows = _table(mutants, mutant_column)
+    shards = None if output is None else shards_of(output)
     models = [model] if isinstance(model, (str, os.PathLike, ProteinModel)) else list(model)
+    opened = _open_models(models, shards, method, loading)
+    alphabet = opened[0].vocabulary.alphabet
+    if mutants is None:
+        columns, rows = _table(_scan(wild_type, first_residue, alphabet.scanned), mutant_column)
+    parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue, alphabet)
     names = [m.name if isinstance(m, ProteinModel) else shown_name(m) for m in models]
     columns += [*names, "mean"] if len(names) > 1 else names
     if repeated := [name for name in columns if columns.count(name) > 1]:
         raise UserError(f"Two columns would be named {repeated[0]!r}. Rename the column in the table.")
     scores = Scores(columns, rows, left_out, report.replaced)
     on_progress = as_on_progress(progress)
-    shards = None if output is None else shards_of(output)
-    scorers = _open_models(models, shards, pairs, parsed, method, loading)
+    scorers = [
+        _scorer(protein_model, None if shards is None else shards / str(number), pairs, parsed, method)
+        for number, protein_model in enumerate(opened, 1)
+    ]
+    del opened  # the scorers own the models, and go one after the other
     with claimed(None if output is None else Path(output), [] if picture is None else [Path(picture)]):
         _fill(scores, names, scorers, parsed, method, shards, on_progress)
         _write_all(scores, output, shards, picture, mutant_column)
@@ -161,35 +177,41 @@ def score(
 
 
 def _open_models(
-    models: Sequence[str | ProteinModel],
-    shards: Path | None,
-    wild_type: str,
-    mutants: dict[int, Mutant],
-    method: str,
-    loading: dict[str, Any],
-) -> list[Scorer]:
-    """Open all models and check them, the wild type and earlier runs before the weights of the first one are loaded."""
+    models: Sequence[str | ProteinModel], shards: Path | None, method: str, loading: dict[str, Any]
+) -> list[ProteinModel]:
+    """Open all models, without their weights, and check that they read the same sequences.
+
+    Raises:
+        UserError: some are for DNA and others are not, or one is for sequences that cannot be scored.
+    """
     from mlx_esm_hf.models.auto import MLXAutoModelForMaskedLM
 
-    scorers = []
+    opened = []
     for number, model in enumerate(models, 1):
         folder = None if shards is None else shards / str(number)
-        protein_model = as_protein_model(MLXAutoModelForMaskedLM, model, folder, loading)
-        vocabulary = protein_model.vocabulary
-        refuse_other_sequences(vocabulary, "score", (Proteins, Pairs))
-        if method == "pseudo-perplexity":
-            refuse_other_sequences(vocabulary, "score --method pseudo-perplexity")
-        takes_pairs = isinstance(vocabulary.alphabet, Pairs)
-        try:
-            ids = protein_model.encode(vocabulary.alphabet.clean(wild_type) if takes_pairs else residues_of(wild_type))
-            protein_model.refuse_long(len(ids))
-        except UserError as error:
-            raise UserError(f"The wild type {error}.") from None
-        within = {i: m for i, m in mutants.items() if all(s.position < len(ids) for s in m)}
-        settings = _settings(protein_model.known_settings, ids, method)
-        distributed.on_rank_0(partial(refuse_other_run, folder, "score", settings, _input(within)))
-        scorers.append(Scorer(protein_model, ids, within, folder))
-    return scorers
+        opened.append(as_protein_model(MLXAutoModelForMaskedLM, model, folder, loading))
+        kinds = (Nucleotides,) if isinstance(opened[0].vocabulary.alphabet, Nucleotides) else (Proteins, Pairs)
+        refuse_other_sequences(opened[-1].vocabulary, "score", kinds if number > 1 else (Proteins, Pairs, Nucleotides))
+    return opened
+
+
+def _scorer(
+    model: ProteinModel, folder: Path | None, wild_type: str, mutants: dict[int, Mutant], method: str
+) -> Scorer:
+    """Check the wild type and an earlier run before the weights of a model are loaded."""
+    vocabulary = model.vocabulary
+    takes_residues = type(vocabulary.alphabet) is Proteins
+    try:
+        ids = model.encode(residues_of(wild_type) if takes_residues else vocabulary.alphabet.clean(wild_type))
+        model.refuse_long(len(ids))
+    except UserError as error:
+        raise UserError(f"The wild type {error}.") from None
+    length = vocabulary.spans(ids)[-1, 1]
+    within = {i: m for i, m in mutants.items() if all(s.position < length for s in m)}
+    settings = _settings(model.known_settings, ids, method)
+    distributed.on_rank_0(partial(refuse_other_run, folder, "score", settings, _input(within)))
+    changes = {i: vocabulary.mutated(ids, [(s.position, s.mutant) for s in m]) for i, m in within.items()}
+    return Scorer(model, ids, length, within, changes, folder)
 
 
 def _fill(
@@ -250,28 +272,30 @@ def _score(scorer: Scorer, method: str, on_progress: OnProgress) -> tuple[dict[i
     Returns:
         {row: score}, and the number of positions of the wild type that the model reads.
     """
-    protein_model, ids, within, folder = scorer
+    protein_model, ids, length, mutants, changes, folder = scorer
     protein_model.load()
-    job = _job(protein_model, ids, within, method)
+    job = _job(protein_model, ids, mutants, changes, method)
     if folder is None:
         results = list(stream(job, on_progress))
     else:
         run = compute_run(job, folder, on_progress)
         if not distributed.is_rank_0():  # rank 0 writes the table
-            return {}, len(ids)
+            return {}, length
         results = list(run.results())
     if method == "pseudo-perplexity":
-        return {result.number: float(result.arrays["score"][0]) for result in results}, len(ids)
-    return _differences(results, within, method, protein_model.vocabulary), len(ids)
+        return {result.number: float(result.arrays["score"][0]) for result in results}, length
+    return _differences(results, ids, changes, method, protein_model.vocabulary), length
 
 
-def _job(model: ProteinModel, ids: np.ndarray, mutants: dict[int, Mutant], method: str) -> Job:
+def _job(
+    model: ProteinModel, ids: np.ndarray, mutants: dict[int, Mutant], changes: dict[int, Change], method: str
+) -> Job:
     """Return the job that computes what a method needs for mutants of a wild type, given by its ids."""
     pass_work = sum(window.length for window in model.windows(0, len(ids)))
     row_bytes = 4 * model.network.config.vocab_size
 
     def pseudo_perplexities(items: Sequence[Item]) -> list[Arrays]:
-        variants = [mutated(ids, item.content, model.vocabulary.ids) for item in items]
+        variants = [mutated(ids, changes[item.number]) for item in items]
         return [{"score": np.array([pseudo_log_likelihood(model, variant)])} for variant in variants]
 
     def masked_rows(items: Sequence[Item]) -> list[Arrays]:
@@ -283,10 +307,10 @@ def _job(model: ProteinModel, ids: np.ndarray, mutants: dict[int, Mutant], metho
 
     if method == "pseudo-perplexity":
         compute = pseudo_perplexities
-        items = [Item(i, mutant_name(m), m, len(ids), pass_work * len(ids), 8) for i, m in mutants.items()]
+        items = [Item(i, mutant_name(m), None, len(ids), pass_work * len(ids), 8) for i, m in mutants.items()]
     elif method == "masked-marginals":
         compute = masked_rows
-        positions = sorted({s.position for mutant in mutants.values() for s in mutant})
+        positions = sorted({position for change in changes.values() for position in change})
         items = [Item(p, f"position {p + 1}", p, len(ids), pass_work, row_bytes) for p in positions]
     else:
         compute = all_rows
@@ -307,55 +331,54 @@ def _input(mutants: dict[int, Mutant]) -> dict[str, str]:
 
 
 def _differences(
-    results: Sequence[Result], mutants: dict[int, Mutant], method: str, vocabulary: Vocabulary
+    results: Sequence[Result], ids: np.ndarray, changes: dict[int, Change], method: str, vocabulary: Vocabulary
 ) -> dict[int, float]:
-    """Return log p(mutant) − log p(wild type) of each mutant, summed over its substitutions."""
+    """Return log p(mutant) − log p(wild type) of each mutant, summed over the tokens that it changes."""
     if method == "masked-marginals":
         table = {result.number: result.arrays["log_probabilities"] for result in results}
     else:
         table = dict(enumerate(results[0].arrays["log_probabilities"]))
     scores = {}
-    for index, mutant in mutants.items():
+    for index, change in changes.items():
         gains = []
-        for s in mutant:
-            ids = np.array([vocabulary.residue(letter) for letter in (s.mutant, s.wild_type)])
-            mutated_to, wild_type = vocabulary.log_probability(np.stack([table[s.position]] * 2), ids)
-            gains.append(mutated_to - wild_type)
+        for position, id in change.items():
+            rows = np.stack([table[position]] * 2)
+            mutant, wild_type = vocabulary.log_probability(rows, np.array([id, ids[position]]))
+            gains.append(mutant - wild_type)
         scores[index] = float(sum(gains))
     return scores
 
 
-def mutated(ids: np.ndarray, mutant: Mutant, token_ids: dict[str, int]) -> np.ndarray:
+def mutated(ids: np.ndarray, change: Change) -> np.ndarray:
     """Return the ids of a mutant, given those of the wild type."""
     ids = ids.copy()
-    for substitution in mutant:
-        ids[substitution.position] = token_ids[substitution.mutant]
+    for position, id in change.items():
+        ids[position] = id
     return ids
 
 
 def residues_of(sequence: str) -> str:
     """Return the residues of a sequence, which may be one of pairs of residues and structure letters."""
-    return (
-        "".join(token[0] for token in PAIR.findall(sequence)).replace(UNKNOWN, "X") if is_paired(sequence) else sequence
-    )
-
-
-def is_paired(sequence: str) -> bool:
-    """Return whether a sequence consists of pairs of residues and structure letters."""
-    return PAIR.sub("", sequence) == "" and not sequence.isupper()
+    if not is_paired(sequence):
+        return sequence
+    pairs = Pairs().tokens(sequence)
+    return "".join(pair[0].replace(UNKNOWN, "X") if len(pair) == 2 else pair for pair in pairs)
 
 
 def _clean_wild_type(sequence: str, aligned: bool = False, report: Report | None = None) -> str:
     text = "".join(sequence.split())
-    return Pairs().clean(text) if text and is_paired(text) else clean(text, aligned, report)
+    return Pairs().clean(text) if is_paired(text) and not text.islower() else clean(text, aligned, report)
 
 
-def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = None) -> str:
+def read_wild_type(
+    sequence: str | os.PathLike[str], report: Report | None = None, structure: str | os.PathLike[str] | None = None
+) -> str:
     """Clean a sequence, or read it from a FASTA file.
 
     Args:
         sequence: the sequence, or the path of a FASTA file.
         report: counts the letters that became X.
+        structure: a file of structure letters.
 
     Raises:
         UserError: neither a file nor a sequence; not exactly one protein; or a sequence with gaps, after which the
@@ -367,12 +390,14 @@ def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = Non
         text = os.fspath(sequence)
         if isinstance(sequence, os.PathLike) or re.search(r"[/\\.]", text):
             raise UserError(f"File not found: {text}.")
+        if structure is not None:
+            raise UserError("The structure letters belong to an id: give the wild type as a FASTA file.")
         try:
             wild_type = _clean_wild_type(text, report=report)
         except UserError as error:
             raise UserError(f"{text!r} is neither a file nor a sequence: it {error}.") from None
     else:
-        proteins = list(ProteinSource.open(sequence).read(report, clean=_clean_wild_type))
+        proteins = list(ProteinSource.open(sequence, structure=structure).read(report, clean=_clean_wild_type))
         if len(proteins) != 1:
             raise UserError(f"{sequence} contains {len(proteins)} proteins; must be only the wild type.")
         wild_type = proteins[0].sequence
@@ -381,26 +406,31 @@ def read_wild_type(sequence: str | os.PathLike[str], report: Report | None = Non
     return wild_type
 
 
-def _table(
-    mutants: str | os.PathLike[str] | Sequence[str] | None, column: str, wild_type: str, first_residue: int
-) -> tuple[list[str], list[dict[str, Any]]]:
-    if mutants is None:
-        places = enumerate(tokens(wild_type.replace(CHAIN_BREAK, "")), first_residue)
-        return [column], [{column: f"{residue}{place}{to}"} for place, residue in places for to in STANDARD]
+def _table(mutants: str | os.PathLike[str] | Sequence[str], column: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the columns and rows of a table of mutants, read from a file or made of a list."""
     if isinstance(mutants, (str, os.PathLike)):
         columns, rows = read_table(mutants, column)
         return columns, [dict(row) for row in rows]
     return [column], [{column: mutant} for mutant in mutants]
 
 
+def _scan(wild_type: str, first_residue: int, letters: str) -> list[str]:
+    """Return the mutants with each of the letters at each position."""
+    places = enumerate(tokens(wild_type.replace(CHAIN_BREAK, "")), first_residue)
+    return [f"{letter}{place}{to}" for place, letter in places for to in letters]
+
+
 def _parse(
-    rows: list[dict[str, Any]], column: str, wild_type: str, first_residue: int
+    rows: list[dict[str, Any]], column: str, wild_type: str, first_residue: int, alphabet: Proteins
 ) -> tuple[dict[int, Mutant], list[str]]:
     parsed: dict[int, Mutant] = {}
     left_out: list[str] = []
     for index, row in enumerate(rows):
         try:
-            parsed[index] = parse(row[column], wild_type, first_residue)
+            mutant = parse(row[column], wild_type, first_residue)
+            if isinstance(alphabet, Nucleotides) and any(s.mutant not in alphabet.scanned for s in mutant):
+                raise UserError(f"{row[column]}: a nucleotide must be one of A, C, G, T")
+            parsed[index] = mutant
         except UserError as error:
             left_out.append(f"row {index + 1}: {error}.")
     advice = ""
@@ -424,7 +454,7 @@ def pseudo_log_likelihood(model: ProteinModel, ids: np.ndarray) -> float:
     """Return the sum of log p over all residues, each masked in turn (Salazar et al. 2020, arXiv:1910.14659)."""
     places = np.flatnonzero(model.vocabulary.residue_mask(ids))
     rows = model.masked_log_probabilities(ids, places.tolist())
-    return float(rows[np.arange(len(places)), ids[places]].sum(dtype=np.float64))
+    return float(model.vocabulary.log_probability(rows, ids[places]).sum(dtype=np.float64))
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -439,7 +469,7 @@ def scan_grid(scores: Scores, mutant_column: str = "mutant") -> tuple[np.ndarray
     """Return the last score column of a scan (`mutants=None`) as a grid.
 
     Returns:
-        The scores [20 residues, positions], the wild type at each position, and the number of the first position.
+        The scores [letters, positions], the wild type at each position, and the number of the first position.
     """
     values: dict[tuple[int, str], float] = {}
     wild_types: dict[int, str] = {}
@@ -449,11 +479,17 @@ def scan_grid(scores: Scores, mutant_column: str = "mutant") -> tuple[np.ndarray
             values[int(mutant[1:-1]), mutant[-1]] = value
             wild_types[int(mutant[1:-1])] = mutant[0]
     places = sorted(wild_types)
-    grid = np.array([[values[place, residue] for place in places] for residue in STANDARD])
+    grid = np.array([[values[place, letter] for place in places] for letter in scanned_letters(scores, mutant_column)])
     return grid, [wild_types[place] for place in places], places[0]
+
+
+def scanned_letters(scores: Scores, mutant_column: str = "mutant") -> str:
+    """Return the letters that a scan (`mutants=None`) has at each position, such as the 20 residues."""
+    return "".join(dict.fromkeys(row[mutant_column][-1] for row in scores.rows))
 
 
 def heat_map(scores: Scores, path: str | os.PathLike[str], mutant_column: str = "mutant") -> None:
     """Write the scores of a scan as a picture."""
     grid, wild_type, first_residue = scan_grid(scores, mutant_column)
-    plots.mutation_scan(grid, wild_type, STANDARD, first_residue).savefig(path, dpi=plots.DPI)
+    letters = scanned_letters(scores, mutant_column)
+    plots.mutation_scan(grid, wild_type, letters, first_residue).savefig(path, dpi=plots.DPI)

@@ -22,6 +22,7 @@ from mlx_esm_hf.checks import check_choice
 from mlx_esm_hf.data.proteins import Protein, Report
 from mlx_esm_hf.data.source import Proteins, check_fasta, is_stream, read_proteins
 from mlx_esm_hf.data.tokenizer import load_tokenizer
+from mlx_esm_hf.data.vocabulary import Vocabulary, refuse_other_sequences
 from mlx_esm_hf.dtypes import STORED_DTYPES
 from mlx_esm_hf.errors import CheckpointError, UserError
 from mlx_esm_hf.hub.card import task_head
@@ -217,10 +218,10 @@ def read_for_report(proteins: Proteins, source: str, revision: str) -> list[Prot
     """Read the proteins of the report before converting, so that errors come early.
 
     Raises:
-        ValueError: there are no proteins, or some cannot be read.
+        ValueError: there are no proteins, some cannot be read, or the model is for other sequences.
         OSError: the file was not found, or the source has no tokenizer.
     """
-    load_tokenizer(source, revision=revision)
+    refuse_other_sequences(Vocabulary(load_tokenizer(source, revision=revision), source), "convert --report")
     found = list(read_proteins(proteins, report=Report(strict=True)))
     if not found:
         raise UserError("The report has no proteins to compare the models on.")

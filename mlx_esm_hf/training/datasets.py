@@ -99,7 +99,7 @@ class MaskedProteins:
 def mask_residues(ids: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Mask or replace random residues. Gaps, X and special tokens stay as they are.
 
-    A pair of a residue and a structure letter keeps its letter where its residue is masked, as in SaProt.
+    A pair of a residue and a structure letter keeps its letter where its residue is masked or replaced, as in SaProt.
 
     Args:
         ids: token ids, int32 [positions].
@@ -115,7 +115,8 @@ def mask_residues(ids: np.ndarray, vocabulary: Vocabulary, rng: np.random.Genera
     fate = rng.random(len(ids))
     random_residues = rng.choice(vocabulary.standard, len(ids))
     inputs = np.where(selected & (fate < MASKED), vocabulary.masked(ids), ids)
-    inputs = np.where(selected & (fate >= MASKED) & (fate < MASKED + REPLACED), random_residues, inputs)
+    places = selected & (fate >= MASKED) & (fate < MASKED + REPLACED)
+    inputs[places] = vocabulary.replaced(ids[places], random_residues[places])
     return inputs.astype(np.int32), np.where(selected, ids, IGNORE_INDEX).astype(np.int32)
 
 

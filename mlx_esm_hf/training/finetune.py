@@ -113,7 +113,7 @@ def finetune(
     with training_folder(output) as resumes:
         checkpoint = open_for(task, model)
         tokenizer = load_tokenizer(model, **checkpoint.commit)
-        vocabulary = Vocabulary(tokenizer, str(model))
+        vocabulary = Vocabulary(tokenizer, str(model), checkpoint.config.vocab_size)
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,

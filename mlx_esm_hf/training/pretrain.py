@@ -144,7 +144,7 @@ def pretrain(
         else:
             known = open_checkpoint(MLXAutoModelForMaskedLM, model)
             network, tokenizer = None, load_tokenizer(model, **known.commit)
-        vocabulary = Vocabulary(tokenizer, "this model" if isinstance(model, tuple) else model)
+        vocabulary = Vocabulary(tokenizer, "this model" if isinstance(model, tuple) else model, known.config.vocab_size)
         refuse_without_mask(vocabulary)
         context = min(context, known.max_tokens or context)
         folder = Path(output) / DATA
