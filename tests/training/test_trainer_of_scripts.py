@@ -13,6 +13,7 @@ import transformers
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForSequenceClassification, MLXEsmModel
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.optimizer import AdamW
@@ -129,6 +130,26 @@ def test_loss_functions_and_label_smoothing(tmp_path):
     expected = twin.evaluate()["eval_loss"]
     found = training(tmp_path, model=ours, args=settings, eval_dataset=rows).evaluate()["eval_loss"]
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_label_smoothing_refuses_labels_that_are_no_classes(tmp_path):
+    """Also integers of a regression, and a class that the model does not have. transformers fails there as well."""
+    settings = {"label_smoothing_factor": 0.2, "max_steps": 1}
+    for size, problem, label, message in (
+        (1, "regression", 0.5, "label_smoothing_factor needs class labels"),
+        (1, "regression", 1, "label_smoothing_factor needs class labels"),
+        (2, "single_label_classification", 2, "Labels must be 0 to 1"),
+    ):
+        rows = [{**row, "label": label} for row in classified_rows(4)]
+        ours, theirs = twins("ForSequenceClassification", tmp_path, num_labels=size, problem_type=problem)
+        args = transformers.TrainingArguments(tmp_path / "theirs", use_cpu=True, report_to="none", **settings)
+        twin = transformers.Trainer(theirs, args, train_dataset=rows, processing_class=esm2_tokenizer())
+        with pytest.raises(RuntimeError):
+            twin.train()
+        trainer = training(tmp_path / "ours", model=ours, args=settings, train_dataset=rows)
+        with pytest.raises(UserError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize("kind", ["array", "dictionary", "tuple"])
