@@ -238,8 +238,8 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
             adapter = {"folder_or_repo": source, "subfolder": subfolder, **hub}
             source, subfolder = base.source, ""
             hub |= {"revision": base.resolve(hub)}
-            if base.num_labels is not None and kwargs.keys().isdisjoint(("num_labels", "id2label")):
-                kwargs["num_labels"] = base.num_labels
+            if kwargs.keys().isdisjoint(("num_labels", "id2label")):
+                kwargs = base.labels | kwargs
         overrides = {k: v for k, v in kwargs.items() if k not in IGNORED_ARGUMENTS}
         config_source = source if config is None else config
         loaded_config, arguments = loading.load_config(cls, config_source, overrides, subfolder=subfolder, **hub)

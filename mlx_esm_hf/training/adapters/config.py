@@ -240,7 +240,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
 
 
 def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the fields of an `adapter_config.json`.
+    """Return the fields of an adapter's JSON file.
 
     Raises:
         CheckpointError: the file is not a JSON object.
