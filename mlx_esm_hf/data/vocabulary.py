@@ -77,7 +77,7 @@ class Vocabulary:
         return ids != self.chain_break
 
     def residue(self, letter: str) -> int:
-        """Return the id of a residue; of pairs, of the residue without a structure letter."""
+        """Return the id of a residue. In a vocabulary of pairs, its structure letter is masked."""
         if not isinstance(self.alphabet, Pairs):
             return self.ids[letter]
         return self.ids.get(f"{letter}#", self.ids["##"])

@@ -133,7 +133,7 @@ def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gather(rows: list[Any], step: int) -> list[Any]:
-    """Return the rows of all ranks, in the order of the data. Of n ranks, rank r has every n-th row from r on.
+    """Return the rows of all ranks, in the order of the data. Rank r of n has every n-th row from r on.
 
     Args:
         rows: trees of NumPy arrays of this rank.

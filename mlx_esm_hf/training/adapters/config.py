@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"  # a `target_modules` of PEFT: every linear layer except the output projection
 
-# For these tasks, PEFT trains and saves these heads in addition to `modules_to_save`.
+# PEFT trains and saves these heads for these tasks, in addition to `modules_to_save`.
 CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 CLASSIFICATION_HEADS = ("classifier", "score")
 
