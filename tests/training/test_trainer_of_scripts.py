@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForSequenceClassification, MLXEsmModel
 from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
+from mlx_esm_hf.training.adapters import LoraConfig, add_adapters
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.optimizer import AdamW
 from mlx_esm_hf.training.trainer import NOT_CALLED, MLXTrainer
@@ -185,6 +187,33 @@ def test_any_module_that_returns_a_loss(tmp_path, kind):
 
 
 # Overridden methods
+
+
+def test_model_card(tmp_path):
+    """The arguments are those of transformers' method; the metadata is what it writes as well."""
+    base, theirs = twins("ForSequenceClassification", tmp_path, num_labels=2)
+    given = {
+        "language": "en",
+        "license": "mit",
+        "tags": "toxicity",
+        "finetuned_from": "me/base",
+        "dataset_tags": "me/d",
+    }
+    given |= {"model_name": "mine", "tasks": "text-classification", "dataset": "D", "dataset_args": "all"}
+    trainer = training(tmp_path / "ours", model=base)
+    trainer.create_model_card(**given)
+    args = transformers.TrainingArguments(tmp_path / "theirs", use_cpu=True, report_to="none")
+    transformers.Trainer(theirs, args, processing_class=esm2_tokenizer()).create_model_card(**given)
+    ours, wanted = (ModelCard.load(tmp_path / side / "README.md") for side in ("ours", "theirs"))
+    for name in ("language", "license", "base_model", "library_name"):
+        assert ours.data[name] == wanted.data[name], name
+    assert {*wanted.data.tags} <= {*ours.data.tags} and ours.data.datasets == ["me/d"]
+    assert "# mine" in ours.text and 'from_pretrained("mine")' in ours.text
+    assert MLXEsmForSequenceClassification.from_pretrained(tmp_path / "ours").num_labels == 2
+
+    add_adapters(base, LoraConfig(target_modules=["query"]))
+    with pytest.raises(UserError, match="merge the adapters first"):
+        trainer.create_model_card()
 
 
 def test_methods_that_are_never_called_are_refused():
