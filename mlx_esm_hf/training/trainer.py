@@ -554,7 +554,7 @@ class MLXTrainer(Evaluator):
 
         def write() -> None:
             checkpoint = read_checkpoint(self.folder)
-            card = write_card(
+            card: Any = write_card(
                 checkpoint,
                 model_name or self.args.hub_model_id or self.folder.resolve().name,
                 tokenizer=any(name in TOKENIZER for name in checkpoint.files),
