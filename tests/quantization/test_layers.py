@@ -18,6 +18,7 @@ from mlx_esm_hf import (
     MLXEsmcForMaskedLM,
     MLXEsmConfig,
     MLXEsmForMaskedLM,
+    MLXEsmForProteinFolding,
     MLXEsmForTokenClassification,
     MLXEsmModel,
 )
@@ -36,7 +37,7 @@ from mlx_esm_hf.quantization.layers import (
     spec_of,
 )
 from tests.marks import needs_cpu
-from tests.tiny import as_loaded
+from tests.tiny import as_loaded, tiny_folding
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
 TOKENS = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "eos_token_id": 2}
@@ -340,6 +341,24 @@ def test_mlx_nn_quantize_in_other_modes(tmp_path, made, mode):
     nn.quantize(model, mode=mode, class_predicate=lambda _, layer: isinstance(layer, Linear))
     assert {spec_of(layer).mode for _, layer in layers(model) if spec_of(layer)} == {mode}
     hold_quantized(model, tmp_path)
+
+
+@pytest.mark.usefixtures("backend")
+def test_quantized_stem_of_a_folding_model(tmp_path):
+    """The trunk reads plain weights."""
+    mx.random.seed(0)
+    model = MLXEsmForProteinFolding(MLXEsmConfig(**tiny_folding() | SMALL | {"initializer_range": 0.1})).eval()
+    with pytest.raises(ValueError, match=r"trunk\..* cannot be quantized: .* mlx.nn.quantize\(model.esm\)"):
+        nn.quantize(model, 32)
+    assert not any(spec_of(layer) for _, layer in layers(model))
+    nn.quantize(model.esm, 32)
+    found = model.infer("MKTAYIAKQR").plddt
+    model.save_pretrained(tmp_path)
+    loaded = MLXEsmForProteinFolding.from_pretrained(tmp_path)
+    assert spec_of(loaded.esm.encoder.layer[0].output.dense)
+    assert mx.array_equal(loaded.infer("MKTAYIAKQR").plddt, found)
+    dequantize_layers(model, mx.float32)
+    np.testing.assert_allclose(model.infer("MKTAYIAKQR").plddt, found, atol=1e-4)
 
 
 def test_mlx_lm_config_block(tmp_path):
