@@ -142,7 +142,8 @@ class MLXEsmForProteinFolding(FrozenBuffers, MLXEsmPreTrainedModel):
         Raises:
             UserError: a layer of the trunk is quantized. The trunk's operations read plain weights.
         """
-        for path, layer in tree_flatten(modules, is_leaf=nn.Module.is_module):
+        leaves: Any = tree_flatten(modules, is_leaf=nn.Module.is_module)
+        for path, layer in leaves:
             if path.startswith("trunk.") and isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
                 raise UserError(
                     f"{path} cannot be quantized: the operations of the trunk read plain weights. Quantize the stem "
