@@ -113,7 +113,7 @@ class Result:
         return [name for name in self.names() if name.startswith(prefix) and not name.startswith(OURS)]
 
     def ratios(self, *names: str, ours: str = OURS) -> list[float]:
-        """Return ours ÷ the best of these peers in each round with both. For bytes, the smallest is the best."""
+        """Return ours ÷ the best of these peers in each round with both. The smallest number of bytes is the best."""
         best = min if self.unit == "GB" else max
         return [
             values[ours] / best(values[name] for name in names if name in values)
@@ -341,8 +341,8 @@ def lora(s: Session) -> Iterator[Case]:
 def fold(s: Session) -> Iterator[Case]:
     """Measure one pass of a folding trunk with its structure module, and its peak memory.
 
-    The peak memory is compared with transformers' smallest chunks. For ESMFold the workload is loading and one pass
-    over a protein, in fresh processes.
+    The peak memory is compared with transformers' smallest chunks. ESMFold's workload is loading and one pass over a
+    protein, in fresh processes.
     """
     smallest = chunks_of(CHUNKS[0])
     if s.model == "ESMFold":

@@ -5,10 +5,10 @@
     python conversion/check.py ESMC-300M esmc_300m_2024_12_v0.pth
 
 Checking a `.pt` file loads it with fair-esm and torch (`pip install fair-esm torch`), which can run arbitrary code.
-Only check files you trust. Converting a file runs no code from it. For an `.npz` file the original is mlx-esm's
-network, for a `.pth` file that of ESMC. Both are implemented below in NumPy and computed in float64.
+Only check files you trust. Converting a file runs no code from it. The original of an `.npz` file is
+mlx-esm's network, that of a `.pth` file is ESMC's. Both are implemented below in NumPy and computed in float64.
 
-Both models see one protein at a time. For each output the table shows the largest difference over all proteins, and the
+Both models see one protein at a time. The table shows each output's largest difference over all proteins, and the
 scale of the output: its largest absolute value. The exit code is 0 if every difference is at most 1e-4 of the scale,
 and 1 otherwise.
 """

@@ -78,7 +78,7 @@ def read_config(source: str, **hub: Any) -> dict[str, Any]:
     """
     finish_replacing(os.path.join(source, hub.get("subfolder") or ""))
     hub["revision"] = commit_of(source, **hub)
-    # For an unresolved revision transformers' own call below explains why the repository or revision is missing.
+    # If the revision is unresolved, transformers' call below explains why the repository or revision is missing.
     if hasattr(hub["revision"], "resolved"):
         find_file(source, "config.json", **hub)  # compares checksums, which transformers does not
         hub["force_download"] = False

@@ -175,8 +175,8 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
     ) -> Any:
         """Load config and weights from the Hub, the Hugging Face cache or a folder.
 
-        Layers that `mlx-esm convert` has quantized stay quantized. Of a folder or repository that holds an adapter and
-        no model, the base model is loaded and gets the adapter; arguments apply to the base model.
+        Layers that `mlx-esm convert` has quantized stay quantized. If the folder or repository holds an adapter and no
+        model, the base model that the adapter names is loaded and gets the adapter. Arguments apply to the base model.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
@@ -238,8 +238,8 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
             adapter = {"folder_or_repo": source, "subfolder": subfolder, **hub}
             source, subfolder = base.source, ""
             hub |= {"revision": base.resolve(hub)}
-            if base.num_labels is not None and kwargs.keys().isdisjoint(("num_labels", "id2label")):
-                kwargs["num_labels"] = base.num_labels
+            if kwargs.keys().isdisjoint(("num_labels", "id2label")):
+                kwargs = base.labels | kwargs
         overrides = {k: v for k, v in kwargs.items() if k not in IGNORED_ARGUMENTS}
         config_source = source if config is None else config
         loaded_config, arguments = loading.load_config(cls, config_source, overrides, subfolder=subfolder, **hub)
@@ -601,7 +601,8 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
             new_num_tokens: size of the vocabulary; None keeps it.
             pad_to_multiple_of: round the size up to a multiple of this.
             mean_resizing: initialize new tokens to the mean of the existing ones; otherwise like a new model, normal
-                with `config.initializer_range`. transformers adds noise of about 1e-5 to the mean.
+                with `config.initializer_range`. transformers gives the mean too if the vocabulary is smaller than
+                `hidden_size`, as in all of Meta's models; otherwise it adds noise of 3e-5 standard deviations.
 
         Returns:
             The embedding table.

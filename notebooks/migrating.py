@@ -106,7 +106,7 @@ means = [output.last_hidden_state[row, 1 : length - 1].mean(axis=0) for row, len
 print([mean.shape for mean in means])
 
 # %% [markdown]
-# For whole files, `embed` does this with batches of similar lengths and writes `.h5`, `.npz` or `.parquet`; see the
+# `embed` does this for whole files, with batches of similar lengths, and writes `.h5`, `.npz` or `.parquet`; see the
 # notebook on embeddings.
 #
 # ## Save, and load in transformers

@@ -35,6 +35,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch.manual_seed(seed)
 
 
+@pytest.fixture(params=["this device", "without kernels"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute as this device does, then as if the kernels were off (MLX_ESM_KERNELS=0)."""
+    from mlx_esm_hf.ops import kernels  # after the environment above is set
+
+    if request.param == "without kernels":
+        monkeypatch.setattr(kernels, "native", None)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     parity = sys.modules.get("tests.parity")  # imported only if parity was tested, because it imports torch
     if parity and parity.COMPARISONS:

@@ -66,9 +66,9 @@ def perplexity(
         loading: see `load_protein_model`.
 
     Returns:
-        See `embed`. The arrays are `pseudo_perplexity` and, for proteins, `one_pass_estimate`, [1] each. For DNA a
-        perplexity is that of a token, for pairs of residues and structure letters that of a residue whose structure
-        letter is visible.
+        See `embed`. The arrays are `pseudo_perplexity` and, for proteins, `one_pass_estimate`, [1] each. The
+        perplexity of DNA is that of a token. The perplexity of pairs of residues and structure letters is that of a
+        residue whose structure letter is visible.
 
     Raises:
         UserError: an option has an unknown value, the proteins cannot be read, or the output cannot be written.

@@ -116,9 +116,9 @@ def score(
         method: how a mutant is scored. "masked-marginals" is log p(mutant) − log p(wild type) at the position while it
             is masked. "wt-marginals" is the same without a mask, in one pass. Both are summed over the substitutions of
             a mutant, each in the context of the wild type. "pseudo-perplexity" is the sum of log p over all positions
-            of the mutant, each masked in turn. Probabilities are over the whole vocabulary. For a model of pairs, such
-            as SaProt, the probability of a residue is the sum over its pairs, and a masked residue keeps its structure
-            letter. For a model of DNA, the token that contains a nucleotide is masked and replaced.
+            of the mutant, each masked in turn. Probabilities are over the whole vocabulary. A model of pairs, such as
+            SaProt, sums the probability of a residue over its pairs, and a masked residue keeps its structure letter.
+            In DNA, the token that contains the nucleotide is masked and replaced.
         mutant_column: column of the mutants in the CSV file.
         first_residue: the number of the sequence's first residue in the mutants.
         structure: a file of structure letters for a model of pairs, with the id of the record in the FASTA file.

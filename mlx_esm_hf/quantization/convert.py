@@ -115,7 +115,7 @@ def convert(
             smaller groups, or stays in full precision if no group size divides it.
         mode: "affine" (default), "mxfp4", "mxfp8" or "nvfp4".
         activation_dtype: "int8" rounds the inputs of quantized layers to 8 bits, with a scale for each token and group,
-            whenever the model runs. For 4 and 8 bits; faster on a CPU.
+            whenever the model runs. It needs 4 or 8 bits and is faster on a CPU.
         rules: {shell pattern of a layer's path: bits (affine), a mode, or None for full precision}, such as
             {"lm_head.*": 8, "*.layer.0.*": None}. The last match counts.
         dequantize: turn a quantized checkpoint into a plain one, which transformers loads.

@@ -11,7 +11,7 @@ from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.modeling_inputs import IGNORE_INDEX
 from mlx_esm_hf.training.token_store import TokenStore
 
-# 15% of the residues are selected. Of those, 80% become <mask>, 10% a random residue, and 10% stay (as in BERT).
+# 15% of the residues are selected: 80% of them become <mask>, 10% a random residue, and 10% stay (as in BERT).
 SELECTED, MASKED, REPLACED = 0.15, 0.8, 0.1
 
 POOL = 64  # batches whose items are sorted together: enough for similar lengths, few enough to stay random

@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.modeling_inputs import IGNORE_INDEX, as_array
+from mlx_esm_hf.modeling_inputs import IGNORE_INDEX, as_array, check_labels
 from mlx_esm_hf.runtime import distributed
 
 Batch = dict[str, np.ndarray]
@@ -102,8 +102,17 @@ def smoothed_loss(logits: mx.array, labels: mx.array, smoothing: float) -> mx.ar
         labels: [...], −100 to exclude.
         smoothing: share of the uniform distribution.
 
+    Raises:
+        UserError: the labels are not integers, have another shape, or are outside 0 to classes − 1.
+
     Source: Szegedy et al. 2016, section 7; transformers' `LabelSmoother`.
     """
+    if not mx.issubdtype(labels.dtype, mx.integer):
+        raise UserError(
+            f"label_smoothing_factor needs class labels, which are integers, got {labels.dtype}. Set it to 0 for a "
+            "regression or several labels per sequence."
+        )
+    labels = check_labels(labels, logits, IGNORE_INDEX)
     logits = logits.astype(mx.float32)
     log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     counted = labels != IGNORE_INDEX
@@ -124,7 +133,7 @@ def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gather(rows: list[Any], step: int) -> list[Any]:
-    """Return the rows of all ranks, in the order of the data. Of n ranks, rank r has every n-th row from r on.
+    """Return the rows of all ranks, in the order of the data. Rank r of n has every n-th row from r on.
 
     Args:
         rows: trees of NumPy arrays of this rank.

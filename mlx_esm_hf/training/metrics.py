@@ -45,8 +45,8 @@ def compute_metrics_for(problem_type: str, metrics: Sequence[str]) -> Callable[[
     Args:
         problem_type: a value of `config.problem_type`: "single_label_classification" (of sequences or residues),
             "multi_label_classification" or "regression".
-        metrics: names from `METRICS` or `ALIASES`. For two classes, "f1", "precision", "recall", "roc_auc" and
-            "average_precision" are those of class 1. For more classes use "f1_macro", "roc_auc_ovr" and so on.
+        metrics: names from `METRICS` or `ALIASES`. "f1", "precision", "recall", "roc_auc" and "average_precision" need
+            two classes and are those of class 1. With more classes use "f1_macro", "roc_auc_ovr" and so on.
 
     Returns:
         A function from an object such as transformers' `EvalPrediction` to {metric: value}. Its `predictions` are the

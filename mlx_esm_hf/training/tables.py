@@ -26,7 +26,7 @@ LABEL_TYPES = {
 }
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 LARGEST = 1e18  # its square, in the loss, must fit into float32
-TWO_CLASSES = "Classification needs at least two. For numbers, use the task regression."
+TWO_CLASSES = "Classification needs at least two. Use the task regression for numbers."
 
 
 class LabelledProteins:

@@ -64,7 +64,7 @@ NOT_CALLED = {
     "_set_signature_columns_if_needed", "_sync_replicated_trainable_parameters", "_track_num_input_tokens",
     "_tune_save_checkpoint", "_update_auto_batch_size", "_validate_args", "_wrap_model",
     "autocast_smart_context_manager", "compute_loss_context_manager", "create_accelerator_and_postprocess",
-    "create_model_card", "end", "floating_point_ops", "get_batch_samples", "get_cp_size", "get_decay_parameter_names",
+    "end", "floating_point_ops", "get_batch_samples", "get_cp_size", "get_decay_parameter_names",
     "get_learning_rates", "get_optimizer_cls_and_kwargs", "get_optimizer_group", "get_sp_size",
     "get_total_train_batch_size", "get_tp_size", "hyperparameter_search", "init_hf_repo", "loss_is_scaled_for_ga",
     "metrics_format", "num_examples", "set_initial_training_values", "store_flos", "training_step",
@@ -516,6 +516,57 @@ class MLXTrainer(Evaluator):
         settings = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision} | kwargs
         return distributed.on_rank_0(lambda: publish(self.folder, name, **settings))
 
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: Any = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: Any = None,
+        dataset_args: Any = None,
+    ) -> None:
+        """Save the model, and next to it a model card, `README.md`, which `push_to_hub` publishes.
+
+        Args:
+            language: the Hub's name of a language.
+            license: the Hub's name of the license, such as "mit".
+            tags: additional tags.
+            model_name: name of the model; by default the repository of `push_to_hub`.
+            finetuned_from: id of the base model; by default the repository that the model was loaded from.
+            tasks: ignored. The card has the task of the model's head.
+            dataset_tags: ids of data sets on the Hub.
+            dataset: ignored, as the card has no table of results.
+            dataset_args: ignored, like `dataset`.
+
+        Raises:
+            UserError: the model has adapters.
+        """
+        from mlx_esm_hf.hub.card import write_card
+        from mlx_esm_hf.hub.files import CARD, TOKENIZER, read_checkpoint
+        from mlx_esm_hf.hub.publish import hub_id
+
+        if has_adapters(self.model):
+            raise UserError("A model card describes a whole model: merge the adapters first (merge_adapters).")
+        self.save_model()
+
+        def write() -> None:
+            checkpoint = read_checkpoint(self.folder)
+            card: Any = write_card(
+                checkpoint,
+                model_name or self.args.hub_model_id or self.folder.resolve().name,
+                tokenizer=any(name in TOKENIZER for name in checkpoint.files),
+                base_model=finetuned_from or hub_id(getattr(self.model, "name_or_path", None)),
+                license=license,
+                tags=["generated_from_trainer", *_listed(tags)],
+            )
+            card.data.language, card.data.datasets = _listed(language) or None, _listed(dataset_tags) or None
+            replace_file(self.folder / CARD, str(card).encode())
+
+        distributed.on_rank_0(write)
+
     def save_state(self) -> None:
         """Write the progress to `trainer_state.json` in the output folder."""
         distributed.on_rank_0(lambda: replace_file(self.folder / STATE, self.state.to_json().encode()))
@@ -578,3 +629,8 @@ class MLXTrainer(Evaluator):
         if not distributed.is_rank_0() or self.args.disable_tqdm:
             return False
         return None if self.args.disable_tqdm is None else True
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    """Return a string as a list, a list as it is, and None as an empty list."""
+    return [value] if isinstance(value, str) else value or []

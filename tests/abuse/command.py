@@ -15,7 +15,7 @@ WILD_TYPE = UBIQUITIN[:20]
 TIMEOUT = 300  # seconds; far more than any of these processes needs
 DONE, FAILED, LEFT_OUT = 0, 1, 3  # exit codes; LEFT_OUT: done, but some records were left out
 
-# For each job and format: the job, its files (the first one is --output) and its options.
+# Each job with each format: the job, its files (the first one is --output) and its options.
 CASES = {
     "embed .h5": ("embed", ["out.h5"], ["--pooling", "mean,residues"]),
     "embed .npz": ("embed", ["out.npz"], ["--pooling", "mean,residues"]),

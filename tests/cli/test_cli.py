@@ -124,7 +124,7 @@ def titles(path):
     return [record.id for record in SeqIO.parse(path, "fasta")]
 
 
-# For each job: output file, options, reader of the file, expected content.
+# Each job: output file, options, reader of the file, expected content.
 JOBS = {
     "embed": ("out.npz", [], npz, {"ids": (2,), "mean": (2, SIZE["hidden_size"]), "metadata": ()}),
     "fill-mask": (

@@ -101,7 +101,7 @@ def test_vocab_list_of_the_config(tmp_path):
 
 
 def test_matching_tokenizers_are_accepted(tmp_path):
-    """Of all families, and with an embedding table padded to a multiple of eight."""
+    """All families, and an embedding table padded to a multiple of eight."""
     tokenizer = EsmTokenizer(write_vocabulary(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

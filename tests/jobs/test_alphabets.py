@@ -74,7 +74,7 @@ def test_other_jobs_are_refused_before_weights_are_loaded(wild, tmp_path):
 
 
 def test_perplexity(wild):
-    """Of pairs, the residue is hidden and its probability is that of all its pairs."""
+    """The residue of a pair is hidden, and its probability is that of all its pairs."""
     kind, folder, model, tokenizer = wild
     written, cleaned, _ = SEQUENCES[kind]
     (result,) = perplexity([written], folder, method="exact")
@@ -195,7 +195,7 @@ def test_a_token_without_an_embedding_leaves_out_one_sequence(tmp_path):
 
 
 def test_proteins_in_pairs_are_scored_by_their_residues(tmp_path):
-    """By a model of proteins, which does not read structure letters."""
+    """A model of proteins, which does not read structure letters, scores them."""
     model = str(write_model(tmp_path))
     assert score(["E2W"], "MdEvVp", model).rows == score(["E2W"], "MEV", model).rows
 

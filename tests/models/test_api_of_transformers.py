@@ -98,6 +98,23 @@ def test_resizing_without_means() -> None:
         assert mx.allclose(mean[-1], table.mean(axis=0), atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [16, 64])
+def test_resizing_with_means(tmp_path: pathlib.Path, width: int) -> None:
+    """The noise of transformers is 1e-9 times the covariance, which it can draw only if the width is below 33."""
+    torch.manual_seed(0)
+    settings = tiny("ESM-2", hidden_size=width, initializer_range=0.5)
+    transformers.EsmForMaskedLM(transformers.EsmConfig(**settings)).save_pretrained(tmp_path)
+    theirs = transformers.EsmForMaskedLM.from_pretrained(tmp_path).resize_token_embeddings(2033).weight.detach().numpy()
+    ours = np.array(MLXEsmForMaskedLM.from_pretrained(tmp_path).resize_token_embeddings(2033).weight)
+    assert np.array_equal(ours[:33], theirs[:33])
+    noise = (theirs - ours)[33:].astype(np.float64)
+    if width == 64:
+        np.testing.assert_allclose(noise, 0, atol=1e-7)
+    else:
+        np.testing.assert_allclose(noise.std(axis=0), np.sqrt(1e-9) * theirs[:33].std(axis=0), rtol=0.1)
+        np.testing.assert_allclose(noise.mean(axis=0), 0, atol=2e-6)
+
+
 def test_attributes(tmp_path: pathlib.Path) -> None:
     theirs = transformers.EsmForMaskedLM(config("ESM-2"))
     theirs.save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlx_esm_hf import Esm1Tokenizer
 from mlx_esm_hf.ops import dispatch, gpu
 from tests import parity
 from tests.models.esmc import peers as esmc
@@ -30,6 +31,7 @@ def outputs_at_padding(model: Any, inputs: dict[str, Any], **options: Any) -> di
     return {name: parity.as_numpy(x)[padding] for name, x in (states | main).items()}
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["ESM-1b", "ESM-2", "ESMC"])
 def test_outputs_at_padding(family: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +71,26 @@ def test_outputs_at_padding(family: str, head: str, tmp_path: Path, monkeypatch:
     assert any(x.any() for x in theirs.values())
 
 
+@pytest.mark.usefixtures("backend")
+def test_padding_of_esm1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other values than fair-esm's, whose embeddings are not 0 at padding; the logits of residues are its own."""
+    model = parity.fair_esm_peers("ESM-1")
+    inputs = dict(Esm1Tokenizer()(["MKTAYI<mask>KQR", "LSDED"], padding=True, return_tensors="np"))
+    expected, real = (
+        parity.fair_esm_answers(model.torch, inputs["input_ids"])["logits"][0],
+        inputs["attention_mask"] > 0,
+    )
+    assert not any(x.any() for x in outputs_at_padding(model.mlx, inputs).values())
+    model.mlx.compute_padding = True
+    found = outputs_at_padding(model.mlx, inputs)
+    assert found["logits"].any(axis=-1).all()
+    np.testing.assert_allclose(parity.as_numpy(model.mlx(**inputs).logits)[real], expected[real], atol=1e-4)
+    monkeypatch.setattr(dispatch, "backend_of", lambda *arrays: gpu)
+    for name, x in outputs_at_padding(model.mlx, inputs).items():
+        np.testing.assert_allclose(x, found[name], rtol=0, atol=1e-4 * np.abs(found[name]).max(), err_msg=name)
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("family", ["ESM-2", "ESMC"])
 def test_means_over_all_positions(family: str, tmp_path: Path) -> None:
     """A script that averages over padding gets the same answer from a compiled model."""
@@ -81,6 +103,7 @@ def test_means_over_all_positions(family: str, tmp_path: Path) -> None:
     assert mx.allclose(mx.compile(mean)(inputs), mean(inputs), atol=1e-5)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("family", ["ESM-2", "ESMC"])
 def test_labels_at_padding_take_part_in_the_loss(family: str, tmp_path: Path) -> None:
     """Also with outputs that are 0 there, compiled and not."""

@@ -14,14 +14,16 @@ from mlx_esm_hf import (
     MLXAutoModel,
     MLXAutoModelForMaskedLM,
     MLXEsm1Config,
+    MLXEsmcConfig,
+    MLXEsmcForMaskedLM,
     MLXEsmConfig,
     MLXEsmForMaskedLM,
+    MLXEsmForProteinFolding,
     MLXEsmForTokenClassification,
     MLXEsmModel,
 )
 from mlx_esm_hf.errors import CheckpointError
-from mlx_esm_hf.modeling_layers import QuantizedEmbedding, QuantizedLinear, dequantized_weight
-from mlx_esm_hf.ops import kernels
+from mlx_esm_hf.modeling_layers import Linear, QuantizedEmbedding, QuantizedLinear, dequantized_weight
 from mlx_esm_hf.quantization.layers import (
     QuantSpec,
     block_of,
@@ -35,7 +37,7 @@ from mlx_esm_hf.quantization.layers import (
     spec_of,
 )
 from tests.marks import needs_cpu
-from tests.tiny import as_loaded
+from tests.tiny import as_loaded, tiny_folding
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
 TOKENS = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "eos_token_id": 2}
@@ -56,6 +58,11 @@ def small(cls=MLXEsmForMaskedLM, **overrides):
 def esm1():
     mx.random.seed(0)
     return as_loaded(MLXEsmForMaskedLM(MLXEsm1Config(**SMALL, initializer_range=0.1))).eval()
+
+
+def esmc():
+    mx.random.seed(0)
+    return as_loaded(MLXEsmcForMaskedLM(MLXEsmcConfig(**SMALL, initializer_range=0.1))).eval()
 
 
 def quantized(model, spec=MODES["affine"], rules=None):
@@ -176,9 +183,11 @@ MODELS = {
     "esm1": esm1,
     "no head": lambda: small(MLXEsmModel),
     "residues": lambda: small(MLXEsmForTokenClassification),
+    "esmc": esmc,
 }
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("made", MODELS)
@@ -272,12 +281,10 @@ def test_quantized_embeddings_and_heads(made, tmp_path):
 
 
 @needs_cpu
-@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_scales_stay_in_half_precision(dtype, with_kernels, tmp_path, monkeypatch):
+def test_scales_stay_in_half_precision(dtype, tmp_path):
     """On a CPU only the scales stay in half precision by default; outputs equal those of float32 scales."""
-    if not with_kernels:
-        monkeypatch.setattr(kernels, "native", None)
     quantized(small().to(dtype), rules={"*word_embeddings": make_spec(8, 32)}).save_pretrained(tmp_path)
     loaded = MLXEsmForMaskedLM.from_pretrained(tmp_path)
     float32 = MLXEsmForMaskedLM.from_pretrained(tmp_path, dtype="float32")
@@ -301,16 +308,57 @@ def test_float16_checkpoint_loaded_as_float32(tmp_path):
             assert loaded.weight.dtype == mx.uint32 and mx.array_equal(loaded.weight, layer.weight), path
 
 
+def hold_quantized(model, folder):
+    """Compare outputs with those of the loaded and of the dequantized model."""
+    model.save_pretrained(folder)
+    found = logits(model)
+    np.testing.assert_array_equal(logits(type(model).from_pretrained(folder)), found)
+    dequantize_layers(model, mx.float32)
+    np.testing.assert_allclose(found, logits(model), atol=1e-5 * np.abs(found).max())
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("group_size, bits", [(None, None), (32, 8), (32, 4), (64, 3), (128, 8)])
-def test_mlx_nn_quantize(tmp_path, group_size, bits):
+@pytest.mark.parametrize("made", ["esm2", "esm1", "esmc"])
+def test_mlx_nn_quantize(tmp_path, made, group_size, bits):
     """It skips layers whose width groups do not divide, such as the contact head."""
-    model = small()
+    model = MODELS[made]()
     fitting = {path for path, layer in layers(model) if layer.weight.shape[1] % (group_size or 64) == 0}
     nn.quantize(model, group_size, bits)
     assert fitting and fitting == {path for path, layer in layers(model) if spec_of(layer)}
-    assert not spec_of(model.esm.contact_head.regression)
+    assert not any("contact_head" in path for path in fitting)
+    hold_quantized(model, tmp_path)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("made", ["esm2", "esm1", "esmc"])
+def test_mlx_nn_quantize_in_other_modes(tmp_path, made, mode):
+    """They are not for embedding tables."""
+    with pytest.raises(ValueError, match="embedding table must be 'affine'"):
+        nn.quantize(MODELS[made](), mode=mode)
+    model = MODELS[made]()
+    nn.quantize(model, mode=mode, class_predicate=lambda _, layer: isinstance(layer, Linear))
+    assert {spec_of(layer).mode for _, layer in layers(model) if spec_of(layer)} == {mode}
+    hold_quantized(model, tmp_path)
+
+
+@pytest.mark.usefixtures("backend")
+def test_quantized_stem_of_a_folding_model(tmp_path):
+    """The trunk reads plain weights."""
+    mx.random.seed(0)
+    model = MLXEsmForProteinFolding(MLXEsmConfig(**tiny_folding() | SMALL | {"initializer_range": 0.1})).eval()
+    with pytest.raises(ValueError, match=r"trunk\..* cannot be quantized: .* mlx.nn.quantize\(model.esm\)"):
+        nn.quantize(model, 32)
+    assert not any(spec_of(layer) for _, layer in layers(model))
+    nn.quantize(model.esm, 32)
+    found = model.infer("MKTAYIAKQR").plddt
     model.save_pretrained(tmp_path)
-    np.testing.assert_array_equal(logits(MLXEsmForMaskedLM.from_pretrained(tmp_path)), logits(model))
+    loaded = MLXEsmForProteinFolding.from_pretrained(tmp_path)
+    assert spec_of(loaded.esm.encoder.layer[0].output.dense)
+    assert mx.array_equal(loaded.infer("MKTAYIAKQR").plddt, found)
+    dequantize_layers(model, mx.float32)
+    np.testing.assert_allclose(model.infer("MKTAYIAKQR").plddt, found, atol=1e-4)
 
 
 def test_mlx_lm_config_block(tmp_path):

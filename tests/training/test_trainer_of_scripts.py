@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from mlx.utils import tree_flatten
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForSequenceClassification, MLXEsmModel
+from mlx_esm_hf.errors import UserError
 from mlx_esm_hf.models.esm.tokenization_esm import esm2_tokenizer
+from mlx_esm_hf.training.adapters import LoraConfig, add_adapters
 from mlx_esm_hf.training.arguments import MLXTrainingArguments
 from mlx_esm_hf.training.optimizer import AdamW
 from mlx_esm_hf.training.trainer import NOT_CALLED, MLXTrainer
@@ -131,6 +134,26 @@ def test_loss_functions_and_label_smoothing(tmp_path):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_label_smoothing_refuses_labels_that_are_no_classes(tmp_path):
+    """Also integers of a regression, and a class that the model does not have. transformers fails there as well."""
+    settings = {"label_smoothing_factor": 0.2, "max_steps": 1}
+    for size, problem, label, message in (
+        (1, "regression", 0.5, "label_smoothing_factor needs class labels"),
+        (1, "regression", 1, "label_smoothing_factor needs class labels"),
+        (2, "single_label_classification", 2, "Labels must be 0 to 1"),
+    ):
+        rows = [{**row, "label": label} for row in classified_rows(4)]
+        ours, theirs = twins("ForSequenceClassification", tmp_path, num_labels=size, problem_type=problem)
+        args = transformers.TrainingArguments(tmp_path / "theirs", use_cpu=True, report_to="none", **settings)
+        twin = transformers.Trainer(theirs, args, train_dataset=rows, processing_class=esm2_tokenizer())
+        with pytest.raises(RuntimeError):
+            twin.train()
+        trainer = training(tmp_path / "ours", model=ours, args=settings, train_dataset=rows)
+        with pytest.raises(UserError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("kind", ["array", "dictionary", "tuple"])
 def test_any_module_that_returns_a_loss(tmp_path, kind):
     """It is saved as safetensors. The contact head of a model inside it does not decay."""
@@ -164,6 +187,33 @@ def test_any_module_that_returns_a_loss(tmp_path, kind):
 
 
 # Overridden methods
+
+
+def test_model_card(tmp_path):
+    """The arguments are those of transformers' method; the metadata is what it writes as well."""
+    base, theirs = twins("ForSequenceClassification", tmp_path, num_labels=2)
+    given = {
+        "language": "en",
+        "license": "mit",
+        "tags": "toxicity",
+        "finetuned_from": "me/base",
+        "dataset_tags": "me/d",
+    }
+    given |= {"model_name": "mine", "tasks": "text-classification", "dataset": "D", "dataset_args": "all"}
+    trainer = training(tmp_path / "ours", model=base)
+    trainer.create_model_card(**given)
+    args = transformers.TrainingArguments(tmp_path / "theirs", use_cpu=True, report_to="none")
+    transformers.Trainer(theirs, args, processing_class=esm2_tokenizer()).create_model_card(**given)
+    ours, wanted = (ModelCard.load(tmp_path / side / "README.md") for side in ("ours", "theirs"))
+    for name in ("language", "license", "base_model", "library_name"):
+        assert ours.data[name] == wanted.data[name], name
+    assert {*wanted.data.tags} <= {*ours.data.tags} and ours.data.datasets == ["me/d"]
+    assert "# mine" in ours.text and 'from_pretrained("mine")' in ours.text
+    assert MLXEsmForSequenceClassification.from_pretrained(tmp_path / "ours").num_labels == 2
+
+    add_adapters(base, LoraConfig(target_modules=["query"]))
+    with pytest.raises(UserError, match="merge the adapters first"):
+        trainer.create_model_card()
 
 
 def test_methods_that_are_never_called_are_refused():

@@ -21,7 +21,7 @@ ATOMS = (
 )
 ATOM37 = ATOMS.split()
 
-# For each residue: name, letter and atoms along its side chain, of which every four consecutive ones define a χ angle.
+# Name and letter of each residue, and the atoms along its side chain: four consecutive ones define a χ angle.
 # Then for each atom: name, rigid group and position in the frame of that group, in Å. Groups are 0 backbone, 1 ω, 2 φ,
 # 3 ψ, 4 to 7 χ1 to χ4. A group rotates around its x axis, whose end is the origin.
 TABLE = """

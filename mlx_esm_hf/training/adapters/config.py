@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"  # a `target_modules` of PEFT: every linear layer except the output projection
 
-# For these tasks, PEFT trains and saves these heads in addition to `modules_to_save`.
+# PEFT trains and saves these heads for these tasks, in addition to `modules_to_save`.
 CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 CLASSIFICATION_HEADS = ("classifier", "score")
 
@@ -240,7 +240,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> LoraConfig:
 
 
 def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the fields of an `adapter_config.json`.
+    """Return the fields of an adapter's JSON file.
 
     Raises:
         CheckpointError: the file is not a JSON object.

@@ -1,4 +1,4 @@
-"""Adapter files in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapter files in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`; besides them `labels.json`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ from mlx_esm_hf.training.adapters.model import (
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
+# Labels of a classifier, for which PEFT has no place: it ignores fields of its config that it does not know, with a
+# warning, and transformers takes a folder with a config.json for a whole model.
+LABELS = "labels.json"
+LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 PREFIX = "base_model.model."  # of all keys in PEFT's files
 # Names of the last layer of classifiers.
 CLASSIFIERS = tuple(f"{PREFIX}{name}.weight" for name in ("classifier.out_proj", "classifier", "score"))
@@ -44,13 +48,13 @@ class Base(NamedTuple):
     Attributes:
         source: Hub id or folder.
         revision: branch, tag or commit.
-        num_labels: number of labels of the adapter's classifier; None if it has none.
+        labels: config fields of the adapter's classifier, such as `num_labels`; empty if it has none.
         adapter: Hub id or folder of the adapter, for messages.
     """
 
     source: str
     revision: str
-    num_labels: int | None
+    labels: dict[str, Any]
     adapter: str
 
     def resolve(self, hub: Mapping[str, Any]) -> Any:
@@ -97,14 +101,36 @@ def base_of(source: str, *, subfolder: str = "", **hub: Any) -> Base | None:
             f"{config_file} does not name its base model (base_model_name_or_path). Load the base model, then "
             f"load_adapter(model, {source!r})."
         )
-    weights = find_weights(source, subfolder=subfolder, **hub)
-    return Base(name, found.get("revision") or "main", _num_labels(load_file(weights)), source)
+    rows = _num_labels(load_file(find_weights(source, subfolder=subfolder, **hub)))
+    labels = {} if rows is None else {"num_labels": rows}
+    if labels and (labels_file := find_file(source, LABELS, **place)) is not None:
+        stored = _read_labels(labels_file)
+        if len(stored["id2label"]) == rows:  # otherwise PEFT has replaced the adapter
+            labels |= stored
+    return Base(name, found.get("revision") or "main", labels, source)
 
 
 def _num_labels(arrays: Mapping[str, mx.array]) -> int | None:
     """Return the rows of the last layer of a classifier, in the order of their keys."""
     found = [x for key, x in arrays.items() if key.endswith((*CLASSIFIERS,)) and "lora_" not in key]
     return len(found[0]) if found else None
+
+
+def _read_labels(path: str) -> dict[str, Any]:
+    """Return the config fields in a `labels.json`.
+
+    Raises:
+        CheckpointError: it does not map numbers to names.
+    """
+    found = json_object(path)
+    try:
+        names = {int(number): name for number, name in found["id2label"].items()}
+    except (KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} must contain `id2label`, a dictionary from numbers to names. Remove the file to load the adapter "
+            "without names."
+        ) from error
+    return {name: found[name] for name in LABEL_FIELDS if name in found} | {"id2label": names}
 
 
 def find_weights(source: str, **hub: Any) -> str:
@@ -121,6 +147,8 @@ def find_weights(source: str, **hub: Any) -> str:
 
 def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     """Write the adapters and the modules to save in PEFT's layout. The files appear complete or not at all.
+
+    The labels of a classifier are written to `labels.json`, which PEFT ignores and `from_pretrained` reads.
 
     Raises:
         ValueError: the model has no adapters.
@@ -139,10 +167,15 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    with replace_files(folder) as temporary:
-        write_safetensors(temporary / WEIGHTS, {PREFIX + name: array for name, array in state.items()})
-        text = json.dumps(written, indent=2, sort_keys=True)
-        (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
+    arrays = {PREFIX + name: array for name, array in state.items()}
+    texts = {CONFIG: written}
+    if _num_labels(arrays) is not None:
+        texts[LABELS] = {name: getattr(model.config, name) for name in LABEL_FIELDS}
+    with replace_files(folder, [LABELS]) as temporary:
+        write_safetensors(temporary / WEIGHTS, arrays)
+        for name, fields in texts.items():
+            text = json.dumps(fields, indent=2, sort_keys=True)
+            (temporary / name).write_text(text + "\n", encoding="utf-8")
 
 
 def load_adapter(

@@ -82,6 +82,7 @@ def test_outputs(models: Peers, length: int, num_recycles: int | None) -> None:
     hold_outputs(models, [length], num_recycles)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("chunk_size", [None, 1, 5])
 def test_padded_batch(models: Peers, chunk_size: int | None) -> None:
     models.ours.set_chunk_size(chunk_size)

@@ -1,6 +1,5 @@
 import pytest
 
-from mlx_esm_hf.ops import cpu, dispatch
 from mlx_esm_hf.training.adapters import LoraConfig, save_adapter
 from tests.parity import one_thread
 from tests.training.adapters.helpers import our_base_with
@@ -10,12 +9,6 @@ from tests.training.adapters.helpers import our_base_with
 def threads():
     with one_thread():
         yield
-
-
-@pytest.fixture(params=["this device", "without kernels"])
-def backend(request, monkeypatch):
-    if request.param == "without kernels":
-        monkeypatch.setattr(dispatch, "backend_of", lambda *arrays: cpu)
 
 
 @pytest.fixture

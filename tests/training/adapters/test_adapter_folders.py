@@ -1,5 +1,6 @@
 """A folder or repository that holds only an adapter loads as its base model with the adapter, as in transformers."""
 
+import json
 import shutil
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ import mlx_esm_hf
 from mlx_esm_hf import embed, fill_mask, load_protein_model, pipeline
 from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.models.auto import open_checkpoint
+from mlx_esm_hf.training.adapters import LoraConfig, add_adapters, save_adapter
 from tests.hub import Hub, serve, use
 from tests.jobs.models import write_model
 from tests.parity import batch, for_torch
@@ -73,6 +75,46 @@ def test_pipelines(tmp_path):
     (found,) = pipeline("text-classification", str(tmp_path / "adapter"))(SEQUENCE)
     assert found["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-4)
     assert found["label"] == f"LABEL_{logits.argmax().item()}"
+
+
+def test_label_names(tmp_path, caplog):
+    """`save_adapter` writes the names of the labels and the kind of problem where PEFT and transformers ignore them."""
+    base, folder = write_model(tmp_path / "base"), tmp_path / "adapter"
+    names = {0: "helix", 1: "sheet", 2: "coil"}
+    settings = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    settings |= {"problem_type": "multi_label_classification"}
+    ours = mlx_esm_hf.MLXEsmForSequenceClassification.from_pretrained(base, **settings)
+    add_adapters(ours, LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    save_adapter(ours, folder)
+    ids = [[0, 5, 6, 7, 2]]
+    wanted = ours.eval()(ids).logits
+
+    again = mlx_esm_hf.MLXAutoModelForSequenceClassification.from_pretrained(folder)
+    assert {name: getattr(again.config, name) for name in settings} == settings
+    assert close(again(ids).logits, wanted)
+    (found,) = pipeline("text-classification", str(folder), top_k=3)(SEQUENCE)
+    assert {x["label"] for x in found} == {*names.values()}
+    other = mlx_esm_hf.MLXEsmForSequenceClassification.from_pretrained(folder, id2label={0: "a", 1: "b", 2: "c"})
+    assert other.config.id2label[0] == "a"
+
+    model = transformers.EsmForSequenceClassification.from_pretrained(base, num_labels=3)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    for loaded in (peft.PeftModel.from_pretrained(model, folder), theirs):
+        with torch.no_grad():
+            assert close(loaded.eval()(torch.tensor(ids)).logits, wanted)
+    assert "nexpected" not in caplog.text
+
+    # PEFT has written an adapter with another number of labels into the same folder.
+    (folder / "labels.json").write_text(json.dumps({"id2label": {0: "a", 1: "b"}}))
+    assert mlx_esm_hf.MLXEsmForSequenceClassification.from_pretrained(folder).config.id2label[2] == "LABEL_2"
+    for text, message in (("[", "is not JSON"), ('{"id2label": ["a"]}', "must contain `id2label`")):
+        (folder / "labels.json").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"labels\.json {message}"):
+            mlx_esm_hf.MLXEsmForSequenceClassification.from_pretrained(folder)
+
+
+def test_a_language_model_has_no_labels(saved):
+    assert not (saved / "labels.json").exists()
 
 
 def test_repositories(tmp_path, monkeypatch):
