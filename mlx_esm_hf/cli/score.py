@@ -74,4 +74,4 @@ def command(
             batch_tokens=opt.parse_batch_tokens(batch_tokens),
             progress=run.show,
         )
-    run.finish(output, Report(replaced=scores.replaced, left_out=scores.left_out))
+    run.finish(output, Report(replaced=scores.replaced, unknown=scores.unknown, left_out=scores.left_out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gc
 import hashlib
 import os
@@ -82,13 +83,15 @@ class Scores(NamedTuple):
         columns: names of the columns.
         rows: the rows of the table; the score of a model is in the column with its name.
         left_out: a message for each mutant that was not scored.
-        replaced: number of letters of the wild type that were read as X.
+        replaced: number of letters of the wild type that were read as `unknown`; the largest over the models.
+        unknown: see `Report`.
     """
 
     columns: list[str]
     rows: list[dict[str, Any]]
     left_out: list[str]
     replaced: int = 0
+    unknown: str = "X"
 
 
 def score(
@@ -163,12 +166,14 @@ def score(
     columns += [*names, "mean"] if len(names) > 1 else names
     if repeated := [name for name in columns if columns.count(name) > 1]:
         raise UserError(f"Two columns would be named {repeated[0]!r}. Rename the column in the table.")
-    scores = Scores(columns, rows, left_out, report.replaced)
     on_progress = as_on_progress(progress)
+    reports = [dataclasses.replace(report) for _ in opened]
     scorers = [
-        _scorer(protein_model, None if shards is None else shards / str(number), pairs, parsed, method)
-        for number, protein_model in enumerate(opened, 1)
+        _scorer(protein_model, None if shards is None else shards / str(number), pairs, parsed, method, found)
+        for number, (protein_model, found) in enumerate(zip(opened, reports, strict=True), 1)
     ]
+    most = max(reports, key=lambda found: found.replaced)
+    scores = Scores(columns, rows, left_out, most.replaced, most.unknown)
     del opened  # the scorers own the models, and go one after the other
     with claimed(None if output is None else Path(output), [] if picture is None else [Path(picture)]):
         _fill(scores, names, scorers, parsed, method, shards, on_progress)
@@ -196,13 +201,19 @@ def _open_models(
 
 
 def _scorer(
-    model: ProteinModel, folder: Path | None, wild_type: str, mutants: dict[int, Mutant], method: str
+    model: ProteinModel,
+    folder: Path | None,
+    wild_type: str,
+    mutants: dict[int, Mutant],
+    method: str,
+    report: Report,
 ) -> Scorer:
     """Check the wild type and an earlier run before the weights of a model are loaded."""
     vocabulary = model.vocabulary
     takes_residues = type(vocabulary.alphabet) is Proteins
     try:
-        ids = model.encode(residues_of(wild_type) if takes_residues else vocabulary.alphabet.clean(wild_type))
+        read = residues_of(wild_type) if takes_residues else vocabulary.alphabet.clean(wild_type, report=report)
+        ids = model.encode(read)
         model.refuse_long(len(ids))
     except UserError as error:
         raise UserError(f"The wild type {error}.") from None
@@ -367,7 +378,9 @@ def residues_of(sequence: str) -> str:
 
 def _clean_wild_type(sequence: str, aligned: bool = False, report: Report | None = None) -> str:
     text = "".join(sequence.split())
-    return Pairs().clean(text) if is_paired(text) and not text.islower() else clean(text, aligned, report)
+    return (
+        Pairs().clean(text, aligned, report) if is_paired(text) and not text.islower() else clean(text, aligned, report)
+    )
 
 
 def read_wild_type(
@@ -377,7 +390,7 @@ def read_wild_type(
 
     Args:
         sequence: the sequence, or the path of a FASTA file.
-        report: counts the letters that became X.
+        report: counts the letters that became X, or # in pairs.
         structure: a file of structure letters.
 
     Raises:

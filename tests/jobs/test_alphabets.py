@@ -4,13 +4,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from mlx_esm_hf import contacts, embed, fill_mask, perplexity, score
 from mlx_esm_hf.data.alphabets import Nucleotides, Pairs, StructureLetters
 from mlx_esm_hf.data.proteins import Report
+from mlx_esm_hf.data.tokenizer import load_tokenizer
+from mlx_esm_hf.data.vocabulary import Vocabulary
 from mlx_esm_hf.quantization.convert import convert
+from mlx_esm_hf.training.datasets import mask_residues
 from mlx_esm_hf.training.finetune import finetune
 from mlx_esm_hf.training.pretrain import pretrain
+from tests.cli.invoking import invoke
 from tests.jobs.models import write_model
 from tests.wild import WILD, write_wild
 
@@ -194,6 +199,21 @@ def test_a_token_without_an_embedding_leaves_out_one_sequence(tmp_path):
     assert [result.id for result in results] == ["1", "3"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "mutant", "wild_type", "replaced"),
+    [
+        ("saprot", "E2W", "MdEvBp", (1, "#")),
+        ("saprot", "E2W", "MEBJ", (2, "#")),
+        ("nucleotide-transformer", "T2G", "ATTCCGR", (1, "N")),
+    ],
+)
+def test_score_reports_the_letters_of_the_wild_type_that_it_replaced(tmp_path, kind, mutant, wild_type, replaced):
+    write_wild(tmp_path, name_of(kind))
+    found = score([mutant], wild_type, [str(tmp_path)])
+    assert (found.replaced, found.unknown) == replaced
+    assert np.isfinite(found.rows[0][str(tmp_path)])
+
+
 def test_proteins_in_pairs_are_scored_by_their_residues(tmp_path):
     """A model of proteins, which does not read structure letters, scores them."""
     model = str(write_model(tmp_path))
@@ -215,12 +235,41 @@ def test_training(wild, tmp_path):
     assert np.isfinite(metrics["eval_loss"])
 
 
+def test_masked_and_random_pairs_keep_their_structure_letter(tmp_path):
+    write_wild(tmp_path, "SaProt_650M_AF2")
+    vocabulary = Vocabulary(load_tokenizer(str(tmp_path)), "SaProt")
+    ids = vocabulary.encode("MdEvVpK#" * 2000)
+    inputs, labels = mask_residues(ids, vocabulary, np.random.default_rng(0))
+    before, after = vocabulary.decode(ids), vocabulary.decode(inputs)
+    assert [pair[1] for pair in after] == [pair[1] for pair in before]
+    changed = {new[0] for old, new in zip(before, after, strict=True) if old != new}
+    assert changed == set("ACDEFGHIKLMNPQRSTVWY#")
+    assert np.array_equal(labels[labels != -100], ids[labels != -100])
+
+
 def test_spans_of_tokens(tmp_path):
     """The nucleotides of each token."""
     write_wild(tmp_path, name_of("nucleotide-transformer"))
     (result,) = embed(["ATTCCGATTCCGNCA"], str(tmp_path), pooling=["residues", "spans"])
     assert result.arrays["spans"].tolist() == [[0, 6], [6, 12], [12, 13], [13, 14], [14, 15]]
     assert len(result.arrays["residues"]) == 5
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_spans_in_files(tmp_path, suffix):
+    """The rows of all sequences one after the other, in sequences without their gaps."""
+    folder, path = tmp_path / "model", tmp_path / f"spans.{suffix}"
+    folder.mkdir()
+    write_wild(folder, name_of("nucleotide-transformer"))
+    (tmp_path / "dna.fasta").write_text(">a\nATTCCGN-CA\n>b\nATT<eos>CCG\n>c\nGG\n")
+    arguments = ("--model", folder, "--pooling", "residues,spans", "--output", path)
+    code, output = invoke("embed", tmp_path / "dna.fasta", *arguments)
+    assert code == 3 and "line 3: 'b' has '<eos>'" in output
+    assert "1 gaps were dropped." in output and "--aligned" not in output
+    arrays = load_file(path) if suffix == "safetensors" else np.load(path)
+    assert arrays["spans"].tolist() == [[0, 6], [6, 7], [7, 8], [8, 9], [0, 1], [1, 2]]
+    assert arrays["offsets"].tolist() == [0, 4, 6]
+    assert len(arrays["residues"]) == 6
 
 
 FOLDSEEK = "P1\tMEV\tDVP\t1.0,2.0\nP2 chain A\tMKT\tVVD\t1.0\n"
@@ -244,6 +293,28 @@ def test_structure_letters_of_foldseek(tmp_path):
     (tmp_path / "one.fasta").write_text(">P1\nMEV\n")
     found = score(["E2W"], tmp_path / "one.fasta", str(folder), structure=tmp_path / "3di.tsv")
     assert found.rows == score(["E2W"], "MdEvVp", str(folder)).rows
+
+
+@pytest.mark.parametrize("job", ["embed", "fill-mask", "perplexity", "score"])
+def test_commands_take_structure_letters(tmp_path, job):
+    """`--structure` writes what pairs in the FASTA file give."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_wild(folder, "SaProt_650M_AF2")
+    residues, pair = ("ME<mask>", "#p") if job == "fill-mask" else ("MEB", "Bp")
+    (tmp_path / "plain.fasta").write_text(f">P1\n{residues}\n")
+    (tmp_path / "pairs.fasta").write_text(f">P1\nMdEv{pair}\n")
+    (tmp_path / "3di.tsv").write_text("P1\tMEV\tDVP\t1.0\n")
+    (tmp_path / "mutants.csv").write_text("mutant\nE2W\n")
+    written = []
+    for name, extra in (("plain", ("--structure", tmp_path / "3di.tsv")), ("pairs", ())):
+        path, fasta = tmp_path / f"{name}.csv", tmp_path / f"{name}.fasta"
+        inputs = (tmp_path / "mutants.csv", "--sequence", fasta) if job == "score" else (fasta,)
+        code, output = invoke(job, *inputs, "--model", folder, "--output", path, *extra)
+        assert code == 0, output
+        assert ("1 letters outside the alphabet were read as #." in output) == (job != "fill-mask")
+        written.append(path.read_text())
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize(
