@@ -153,19 +153,21 @@ def score(
     report = Report()
     pairs = read_wild_type(sequence, report, structure)
     wild_type = residues_of(pairs)
-    if mutants is not None:
-        columns, rows = _table(mutants, mutant_column)
+    columns, rows = ([mutant_column], []) if mutants is None else _table(mutants, mutant_column)
+    parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
     shards = None if output is None else shards_of(output)
     models = [model] if isinstance(model, (str, os.PathLike, ProteinModel)) else list(model)
-    opened = _open_models(models, shards, method, loading)
-    alphabet = opened[0].vocabulary.alphabet
-    if mutants is None:
-        columns, rows = _table(_scan(wild_type, first_residue, alphabet.scanned), mutant_column)
-    parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue, alphabet)
     names = [m.name if isinstance(m, ProteinModel) else shown_name(m) for m in models]
     columns += [*names, "mean"] if len(names) > 1 else names
     if repeated := [name for name in columns if columns.count(name) > 1]:
         raise UserError(f"Two columns would be named {repeated[0]!r}. Rename the column in the table.")
+    opened = _open_models(models, shards, method, loading)
+    alphabet = opened[0].vocabulary.alphabet
+    if mutants is None:
+        rows = [{mutant_column: mutant} for mutant in _scan(wild_type, first_residue, alphabet.scanned)]
+        parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
+    elif isinstance(alphabet, Nucleotides):
+        left_out += _drop_residues(parsed, rows, mutant_column, alphabet.scanned)
     on_progress = as_on_progress(progress)
     reports = [dataclasses.replace(report) for _ in opened]
     scorers = [
@@ -434,16 +436,13 @@ def _scan(wild_type: str, first_residue: int, letters: str) -> list[str]:
 
 
 def _parse(
-    rows: list[dict[str, Any]], column: str, wild_type: str, first_residue: int, alphabet: Proteins
+    rows: list[dict[str, Any]], column: str, wild_type: str, first_residue: int
 ) -> tuple[dict[int, Mutant], list[str]]:
     parsed: dict[int, Mutant] = {}
     left_out: list[str] = []
     for index, row in enumerate(rows):
         try:
-            mutant = parse(row[column], wild_type, first_residue)
-            if isinstance(alphabet, Nucleotides) and any(s.mutant not in alphabet.scanned for s in mutant):
-                raise UserError(f"{row[column]}: a nucleotide must be one of A, C, G, T")
-            parsed[index] = mutant
+            parsed[index] = parse(row[column], wild_type, first_residue)
         except UserError as error:
             left_out.append(f"row {index + 1}: {error}.")
     advice = ""
@@ -456,6 +455,21 @@ def _parse(
     if advice:
         left_out.append(f"{len(left_out)} of {len(rows)} mutants.{advice}")
     return parsed, left_out
+
+
+def _drop_residues(mutants: dict[int, Mutant], rows: list[dict[str, Any]], column: str, nucleotides: str) -> list[str]:
+    """Remove the mutants with other letters than nucleotides. Return a message for each.
+
+    Raises:
+        UserError: none are left.
+    """
+    wrong = [i for i, mutant in mutants.items() if any(s.mutant not in nucleotides for s in mutant)]
+    found = [f"row {i + 1}: {rows[i][column]}: a nucleotide must be one of {', '.join(nucleotides)}." for i in wrong]
+    if wrong and len(wrong) == len(mutants):
+        raise UserError("\n".join(["No mutant is one of DNA.", *found[:5]]))
+    for i in wrong:
+        del mutants[i]
+    return found
 
 
 def mutant_name(substitutions: Mutant) -> str:

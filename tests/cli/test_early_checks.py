@@ -288,6 +288,8 @@ def test_mutation_tables(hub, place):
     wanted = "No column 'mutant' in mutation.csv (columns: mutation). Pass `--mutant-column mutation`."
     refused(hub, "score", wanted, source="mutation.csv")
     refused(hub, "score", "No mutant matches the sequence", source="other.csv")
+    (place / "scored.csv").write_text(f"mutant,{LANGUAGE}\nM1A,0\n")
+    refused(hub, "score", f"Two columns would be named '{LANGUAGE}'.", source="scored.csv")
     refused(hub, "score", "empty.fasta", source="empty.fasta")
     refused(hub, "score", "folder is a folder", source="folder")
     refused(hub, "finetune", "folder is a folder", source="folder")

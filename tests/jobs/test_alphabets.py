@@ -187,6 +187,9 @@ def test_a_scan_of_dna_has_four_nucleotides(tmp_path):
     assert (tmp_path / "scan.png").stat().st_size > 1000
     mixed = score(["T2G", "T2K"], "ATTCCGGT", str(folder))
     assert mixed.left_out == ["row 2: T2K: a nucleotide must be one of A, C, G, T."]
+    assert score([], "ATTCCGGT", str(folder)).rows == []
+    with pytest.raises(ValueError, match="No mutant is one of DNA.\nrow 1: T2K: a nucleotide must be one of"):
+        score(["T2K"], "ATTCCGGT", str(folder))
     with pytest.raises(ValueError, match="needs a model for DNA, but .* is for proteins"):
         score(["T2G"], "ATTCCGGT", [str(folder), str(write_model(tmp_path / "protein"))])
 
@@ -270,6 +273,8 @@ def test_spans_in_files(tmp_path, suffix):
     assert arrays["spans"].tolist() == [[0, 6], [6, 7], [7, 8], [8, 9], [0, 1], [1, 2]]
     assert arrays["offsets"].tolist() == [0, 4, 6]
     assert len(arrays["residues"]) == 6
+    with pytest.raises(ValueError, match="can't write spans, because a `.csv` file has one row per protein"):
+        embed(tmp_path / "dna.fasta", str(folder), tmp_path / "spans.csv", pooling=["spans"])
 
 
 FOLDSEEK = "P1\tMEV\tDVP\t1.0,2.0\nP2 chain A\tMKT\tVVD\t1.0\n"
