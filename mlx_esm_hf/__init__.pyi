@@ -45,6 +45,8 @@ from .models.esmc.modeling_esmc import MLXEsmcModel as MLXEsmcModel
 from .models.esmc.modeling_esmc import MLXEsmcPreTrainedModel as MLXEsmcPreTrainedModel
 from .models.esmc.tokenization_esmc import EsmcTokenizer as EsmcTokenizer
 from .models.esmfold.modeling_esmfold import MLXEsmForProteinFolding as MLXEsmForProteinFolding
+from .models.esmfold2.configuration_esmfold2 import MLXEsmFold2Config as MLXEsmFold2Config
+from .models.esmfold2.modeling_esmfold2 import MLXEsmFold2Model as MLXEsmFold2Model
 from .pipelines import pipeline as pipeline
 from .quantization.convert import convert as convert
 from .runtime.seeds import set_seed as set_seed

@@ -145,6 +145,7 @@ def check_size(
         RuntimeError: the config has another width than the checkpoint's embedding table.
     """
     numbers = [int(part) for name in names.values() for part in name.split(".") if part.isdecimal()]
+    config = cls.language_config(config)
     if numbers and config.num_hidden_layers > max(numbers) + 1:
         raise CheckpointError(
             f"{source}: the config has {config.num_hidden_layers} layers, the checkpoint {max(numbers) + 1}. The "

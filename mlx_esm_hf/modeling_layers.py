@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.errors import UserError
+from mlx_esm_hf.ops.pairs import Affine
 
 Part = TypeVar("Part", bound="Module")
 
@@ -125,6 +126,11 @@ def module_at(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         part = part[int(name)] if isinstance(part, list) else getattr(part, name)
     return part
+
+
+def parameters_of(layer: Any) -> Affine:
+    """Return the weight and bias of a linear layer or layer norm, for an operation."""
+    return Affine(layer.weight, layer.get("bias"))
 
 
 class Linear(Module, nn.Linear):

@@ -146,3 +146,69 @@ class MLXEsmForProteinFoldingOutput(MLXModelOutput):
     max_predicted_aligned_error: mx.array | None = None
     mean_plddt: mx.array | None = None
     chain_index: mx.array | None = None
+
+
+@dataclass(repr=False)
+class MLXEsmFold2TrunkOutput(MLXModelOutput):
+    """Output of `MLXEsmFold2Model`: the trunk, for B proteins of at most L tokens.
+
+    C is the width of a pair's state. Values at padding are finite but unspecified. The last two fields are computed
+    when they are first used.
+
+    Attributes:
+        distogram_logits: [B, L, L, bins], symmetric, over distances of representative atoms.
+        pair_states: [B, L, L, C], in float32.
+        single_inputs: [B, L, single_inputs_size], states of the tokens from the features.
+        relative_position_encoding: [B, L, L, C].
+        token_bonds_encoding: [B, L, L, C].
+    """
+
+    distogram_logits: mx.array | None = None
+    pair_states: mx.array | None = None
+    single_inputs: mx.array | None = None
+    relative_position_encoding: mx.array | None = None
+    token_bonds_encoding: mx.array | None = None
+
+
+@dataclass(repr=False)
+class MLXEsmFold2Output(MLXModelOutput):
+    """Output of `MLXEsmFold2Model.fold`: S samples of B proteins of at most L tokens and A atoms.
+
+    N = B · S, and the sample varies fastest. Values at padding are 0. All are float32 except four kinds of logits,
+    which have the dtype of the activations.
+
+    Attributes:
+        distogram_logits: [B, L, L, bins], the same for all samples.
+        sample_atom_coords: [N, A, 3], in Å. The pose of each sample is arbitrary.
+        plddt_logits: [N, A, 50].
+        plddt: [N, L], predicted lDDT of each token, the mean over its atoms, 0 to 1.
+        plddt_per_atom: [N, A].
+        plddt_ca: [N, L], of the Cα; of the representative atom for tokens without Cα. In transformers it is that of Cβ.
+        complex_plddt: [N], mean over the atoms.
+        complex_iplddt: [N], mean over the atoms of ligands, with weight 2, and of interfaces.
+        pae_logits: [N, L, L, 64].
+        pae: [N, L, L], predicted aligned error in Å, 0 to 32.
+        pde_logits: [N, L, L, 64].
+        pde: [N, L, L], predicted error of distances in Å, 0 to 32.
+        resolved_logits: [N, A, 2], not resolved and resolved.
+        ptm: [N], predicted TM-score.
+        iptm: [N], predicted TM-score of interfaces; 0 for a single chain.
+        pair_chains_iptm: [N, K, K] for K chains; the diagonal is within a chain.
+    """
+
+    distogram_logits: mx.array | None = None
+    sample_atom_coords: mx.array | None = None
+    plddt_logits: mx.array | None = None
+    plddt: mx.array | None = None
+    plddt_per_atom: mx.array | None = None
+    plddt_ca: mx.array | None = None
+    complex_plddt: mx.array | None = None
+    complex_iplddt: mx.array | None = None
+    pae_logits: mx.array | None = None
+    pae: mx.array | None = None
+    pde_logits: mx.array | None = None
+    pde: mx.array | None = None
+    resolved_logits: mx.array | None = None
+    ptm: mx.array | None = None
+    iptm: mx.array | None = None
+    pair_chains_iptm: mx.array | None = None

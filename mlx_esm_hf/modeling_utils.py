@@ -71,9 +71,11 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
         dialects: key dialects of checkpoints. `save_pretrained` writes the first one.
         buffers: suffixes of names of arrays that follow from the config. A checkpoint may lack them, and they are never
             trained or cast.
+        stored_buffers: suffixes of names of other arrays that are never trained or cast.
         required: prefixes of names of parameters that every checkpoint must have.
         without_loss: prefixes of names of parameters that receive no gradient, so training freezes them.
         quantized: prefixes of names of layers that `mlx-esm convert --quantize` quantizes.
+        plain: prefixes of names of layers that cannot be quantized, because operations read their weights.
         adapted: suffixes of names of layers that `finetune` adapts by default.
         input_embeddings: path of the embedding table in the base model.
         output_embeddings: path of the projection to the vocabulary in the model, or None. With
@@ -88,9 +90,11 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
     base_model_prefix: ClassVar[str] = ""
     dialects: ClassVar[tuple[Dialect, ...]] = (Dialect(()),)
     buffers: ClassVar[tuple[str, ...]] = ()
+    stored_buffers: ClassVar[tuple[str, ...]] = ()
     required: ClassVar[tuple[str, ...]] = ()
     without_loss: ClassVar[tuple[str, ...]] = ()
     quantized: ClassVar[tuple[str, ...]] = ()
+    plain: ClassVar[tuple[str, ...]] = ()
     adapted: ClassVar[tuple[str, ...]] = ()
     input_embeddings: ClassVar[str] = ""
     output_embeddings: ClassVar[str | None] = None
@@ -254,6 +258,7 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
             )
         for pattern, replacement in (key_mapping or {}).items():
             arrays = {re.sub(pattern, replacement, key): x for key, x in arrays.items()}
+        arrays = cls.complete_checkpoint(loaded_config, arrays, source, hub)
         names = canonical_names(arrays, (), cls.base_model_prefix, cls.dialects, {})
         specs = declared_specs(loaded_config, names.values(), cls.base_model_prefix, source)
         if not ignore_mismatched_sizes:
@@ -358,7 +363,8 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
         tied = [f"{self.output_embeddings}.weight"] if self.is_tied() else []
         for name in [*tied, *self._untrained()]:  # saved random weights would look trained when loaded
             state.pop(name, None)
-        return config, names_in(self.dialects[0], state, config.num_hidden_layers, self.base_model_prefix)
+        layers = self.language_config(config).num_hidden_layers
+        return config, names_in(self.dialects[0], state, layers, self.base_model_prefix)
 
     def push_to_hub(
         self,
@@ -459,14 +465,30 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
     def named_parameters(self) -> Iterator[tuple[str, mx.array]]:
         """Yield (name, array) of each parameter, without buffers. Tied weights occur once, as the embedding table."""
         for name, array in arrays_in(self):
-            if not name.endswith(self.buffers):
+            if not self.is_buffer(name):
                 yield name, array
 
     def named_buffers(self) -> Iterator[tuple[str, mx.array]]:
-        """Yield (name, array) of each array that follows from the config and is never trained."""
+        """Yield (name, array) of each array that is never trained."""
         for name, array in arrays_in(self):
-            if name.endswith(self.buffers):
+            if self.is_buffer(name):
                 yield name, array
+
+    def update_modules(self, modules: Any, strict: bool = True) -> Any:
+        """Replace layers, as in `mlx.nn.Module`; `mlx.nn.quantize` calls this.
+
+        Raises:
+            UserError: a quantized layer replaces one whose weights operations read; see `plain`.
+        """
+        leaves: Any = tree_flatten(modules, is_leaf=nn.Module.is_module)
+        stem = self.base_model_prefix if self.base_model is not self else self.input_embeddings.split(".")[0]
+        for path, layer in leaves:
+            if path.startswith(self.plain) and isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+                raise UserError(
+                    f"{path} cannot be quantized: the operations of folding read plain weights. Quantize the language "
+                    f"model alone: mlx.nn.quantize(model.{stem})."
+                )
+        return super().update_modules(modules, strict)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameter elements; a quantized layer counts as before quantization.
@@ -504,7 +526,7 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
     @property
     def vocab_size(self) -> int:
         """Number of rows of the embedding table."""
-        return self.config.vocab_size
+        return self.language_config(self.config).vocab_size
 
     @property
     def max_tokens(self) -> int | None:
@@ -524,6 +546,25 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
             ValueError: no model of this class can be built from it.
         """
         return config
+
+    @classmethod
+    def language_config(cls, config: Any) -> Any:
+        """Return the config of the language model in a model with this config."""
+        return config
+
+    @classmethod
+    def complete_checkpoint(
+        cls, config: Any, arrays: dict[str, mx.array], source: str, hub: Mapping[str, Any]
+    ) -> dict[str, mx.array]:
+        """Return the arrays of a checkpoint, with what it takes from elsewhere; the config may be completed as well.
+
+        Args:
+            config: config of the checkpoint.
+            arrays: {key: array}.
+            source: Hub id or folder.
+            hub: arguments of `find_file`.
+        """
+        return arrays
 
     @property
     def compute_padding(self) -> bool:
@@ -734,7 +775,12 @@ class MLXPreTrainedModel(Module, PushToHubMixin):
     @classmethod
     def is_cast(cls, name: str, array: mx.array) -> bool:
         """Return whether casts apply to a parameter: not to integers or buffers."""
-        return mx.issubdtype(array.dtype, mx.floating) and not name.endswith(cls.buffers)
+        return mx.issubdtype(array.dtype, mx.floating) and not cls.is_buffer(name)
+
+    @classmethod
+    def is_buffer(cls, name: str) -> bool:
+        """Return whether an array is never trained or cast."""
+        return name.endswith((*cls.buffers, *cls.stored_buffers))
 
     def float(self: Model) -> Model:
         """Cast the parameters to float32, in place."""

@@ -26,6 +26,8 @@ from mlx_esm_hf.models.esmc.modeling_esmc import (
     MLXEsmcForTokenClassification,
     MLXEsmcModel,
 )
+from mlx_esm_hf.models.esmfold2.configuration_esmfold2 import MLXEsmFold2Config
+from mlx_esm_hf.models.esmfold2.modeling_esmfold2 import MLXEsmFold2Model
 from mlx_esm_hf.models.others import model_type_of
 from mlx_esm_hf.quantization.layers import declared_specs
 from mlx_esm_hf.training.adapters.files import base_of
@@ -106,6 +108,7 @@ class MLXAutoModel(AutoClass):
         MLXEsmConfig.model_type: MLXEsmModel,
         MLXEsm1Config.model_type: MLXEsmModel,
         MLXEsmcConfig.model_type: MLXEsmcModel,
+        MLXEsmFold2Config.model_type: MLXEsmFold2Model,
     }
 
 
@@ -200,8 +203,9 @@ class Checkpoint:
         Raises:
             CheckpointError: the config has more layers than any model.
         """
-        if self.config.num_hidden_layers > MOST_LAYERS:
-            raise CheckpointError(f"The config.json of {self.source} has {self.config.num_hidden_layers} layers.")
+        layers = self.model_class.language_config(self.config).num_hidden_layers
+        if layers > MOST_LAYERS:
+            raise CheckpointError(f"The config.json of {self.source} has {layers} layers.")
         return self.model_class(self.config)
 
     def load(self, **options: Any) -> Any:

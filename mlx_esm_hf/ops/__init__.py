@@ -18,3 +18,4 @@ from mlx_esm_hf.ops.dispatch import swiglu as swiglu
 from mlx_esm_hf.ops.heads import merge_heads as merge_heads
 from mlx_esm_hf.ops.heads import split_heads as split_heads
 from mlx_esm_hf.ops.layout import Layout as Layout
+from mlx_esm_hf.ops.windows import windowed_attention as windowed_attention

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_esm_hf.ops import kernels
-from mlx_esm_hf.ops.dispatch import backend_of, layer_norm, linear, plain_backend, upcast
+from mlx_esm_hf.ops.dispatch import backend_of, layer_norm, linear, plain_backend, swiglu, upcast
 from mlx_esm_hf.runtime.memory import evaluate
 
 EPS = 1e-5  # of the layer norms
 
 CACHED_WEIGHT = 1 << 17  # elements of a weight that fits in the processor's cache
+
+CHANNELS_AT_A_TIME = 32  # channels of edges that a triangle multiplication holds in memory together
 
 # Elements that an operation computes at a time (16 MB). This bounds the memory, and is faster: they stay in the cache.
 ELEMENTS_AT_A_TIME = 1 << 22
@@ -150,6 +152,63 @@ def gated_linear(
     return fused(kernel, plain, z, norm, gate, layer, x, None if x is None else x_norm, mask, residual)
 
 
+def triangle_multiplication(
+    z: mx.array,
+    mask: mx.array,
+    norm: Affine,
+    left: tuple[Affine, Affine],
+    right: tuple[Affine, Affine],
+    x_norm: Affine,
+    output: tuple[Affine, Affine],
+    outgoing: bool,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """Return the update of each edge (i, j) from the edges of i and j to every third token k, plus the residual.
+
+    The edges are a = sigmoid(gate(z')) · layer(z') · mask with the layers `left`, and b with the layers `right`. Their
+    product x is Σ_k a_ik · b_jk for outgoing edges, and Σ_k a_ki · b_kj for incoming ones, in each channel. The update
+    is sigmoid(gate(z')) · layer(x_norm(x)) with the layers `output`.
+
+    Args:
+        z: [B, L, L, C].
+        mask: [B, L], 0 at padding.
+        norm: the layer norm of z.
+        left: gate and layer of a.
+        right: gate and layer of b.
+        x_norm: the layer norm of x.
+        output: gate and layer of the update.
+        outgoing: whether to multiply outgoing or incoming edges.
+        residual: [B, L, L, outputs].
+
+    Returns:
+        [B, L, L, outputs].
+
+    Source: Jumper et al. 2021 (doi:10.1038/s41586-021-03819-2), Supplement, Algorithms 11 and 12.
+    """
+    pairs = (mask[:, :, None] * mask[:, None, :]).astype(z.dtype)
+    products = []
+    for first in range(0, len(left[1].weight), CHANNELS_AT_A_TIME):
+        channels = slice(first, first + CHANNELS_AT_A_TIME)
+        edges = []
+        for side in (left, right):
+            gate, layer = (channels_of(layer, channels) for layer in side)
+            edges.append(gated_linear(z, norm, gate, layer, mask=pairs, channels_first=True))
+        a, b = edges
+        products.append(a @ b.swapaxes(-1, -2) if outgoing else a.swapaxes(-1, -2) @ b)
+        del a, b, edges
+        evaluate(products[-1])
+    x = mx.concatenate(products)
+    del products
+    evaluate(x)
+    gate, layer = output
+    return gated_linear(z, norm, gate, layer, x, x_norm, residual=residual)
+
+
+def channels_of(layer: Affine, channels: slice) -> Affine:
+    """Return a linear layer that computes only some of the output channels."""
+    return Affine(layer.weight[channels], None if layer.bias is None else layer.bias[channels])
+
+
 def triangle_attention(
     z: mx.array,
     mask: mx.array,
@@ -241,6 +300,7 @@ def transition(
     shrink: Affine,
     residual: mx.array | None = None,
     rows: int | None = None,
+    gated: bool = False,
 ) -> mx.array:
     """Return shrink(ReLU(expand(x'))) + residual, where x' is the layer norm of x.
 
@@ -251,6 +311,7 @@ def transition(
         shrink: a linear layer.
         residual: [B, L, ..., C].
         rows: see `triangle_attention`.
+        gated: whether the hidden state is SwiGLU, silu(first half) · second half of expand(x'), instead of ReLU.
 
     Returns:
         [B, L, ..., C].
@@ -261,11 +322,12 @@ def transition(
 
     def plain(x: mx.array, norm: Affine, expand: Affine, shrink: Affine, residual: mx.array | None) -> mx.array:
         def step(x: mx.array, residual: mx.array | None) -> mx.array:
-            return linear(linear(layer_norm(x, *norm, EPS), *expand, activation="relu"), *shrink, residual)
+            hidden = linear(layer_norm(x, *norm, EPS), *expand, activation=None if gated else "relu")
+            return linear(swiglu(*mx.split(hidden, 2, axis=-1)) if gated else hidden, *shrink, residual)
 
         elements = len(expand.weight) * x[:, :1, ..., 0].size
         return by_rows(step, rows or rows_at_a_time(elements), x, residual)
 
-    if expand.weight.size > CACHED_WEIGHT:  # the kernel reads the weights again for every few tokens
+    if gated or expand.weight.size > CACHED_WEIGHT:  # the kernel reads the weights again for every few tokens
         return plain(x, norm, expand, shrink, residual)
     return fused(kernel, plain, x, norm, expand, shrink, residual)

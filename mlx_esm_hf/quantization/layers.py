@@ -131,6 +131,11 @@ def declare(config: Any, model: nn.Module) -> None:
             setattr(config, name, block)
 
 
+def prefixed_block(block: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return a config block for a model that holds the described one under the name `prefix`."""
+    return {name if name in SETTINGS else f"{prefix}.{name}": value for name, value in block.items()}
+
+
 def declared_specs(config: Any, names: Iterable[str], prefix: str, source: str) -> dict[str, QuantSpec]:
     """Return {path without prefix: QuantSpec} for the layers of a checkpoint that have scales.
 

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf import ops
@@ -95,6 +94,7 @@ class MLXEsmForProteinFolding(FrozenBuffers, MLXEsmPreTrainedModel):
     buffers = (*MLXEsmPreTrainedModel.buffers, "af2_to_esm")
     required = (*MLXEsmPreTrainedModel.required, "trunk.", "esm_s_", "embedding.")
     quantized = ()
+    plain = ("trunk.",)
     frozen = ("af2_to_esm",)
     folds = True
 
@@ -135,21 +135,6 @@ class MLXEsmForProteinFolding(FrozenBuffers, MLXEsmPreTrainedModel):
     def dtype(self) -> mx.Dtype:
         """Dtype of the trunk; the stem may have another."""
         return self.esm_s_combine.dtype
-
-    def update_modules(self, modules: Any, strict: bool = True) -> Any:
-        """Replace layers, as in `mlx.nn.Module`; `mlx.nn.quantize` calls this.
-
-        Raises:
-            UserError: a layer of the trunk is quantized. The trunk's operations read plain weights.
-        """
-        leaves: Any = tree_flatten(modules, is_leaf=nn.Module.is_module)
-        for path, layer in leaves:
-            if path.startswith("trunk.") and isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-                raise UserError(
-                    f"{path} cannot be quantized: the operations of the trunk read plain weights. Quantize the stem "
-                    "alone: mlx.nn.quantize(model.esm)."
-                )
-        return super().update_modules(modules, strict)
 
     def set_chunk_size(self, chunk_size: int | None) -> None:
         """Set how many rows of pairs to compute at a time; see `MLXEsmFoldingTrunk.set_chunk_size`."""

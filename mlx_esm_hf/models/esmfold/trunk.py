@@ -20,32 +20,15 @@ import numpy as np
 
 from mlx_esm_hf import ops
 from mlx_esm_hf.errors import UserError
-from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear, Module
+from mlx_esm_hf.modeling_layers import Embedding, LayerNorm, Linear, Module, parameters_of
 from mlx_esm_hf.models.esmfold.structure_module import MLXEsmFoldStructureModule
-from mlx_esm_hf.ops.pairs import Affine, by_rows, gated_linear, rows_at_a_time, transition, triangle_attention
+from mlx_esm_hf.ops.pairs import by_rows, rows_at_a_time, transition, triangle_attention, triangle_multiplication
 from mlx_esm_hf.runtime.memory import evaluate
 
 RECYCLE_BINS = 15
 RECYCLE_RANGE = (3.375, 21.375)  # in Å, between CB atoms
 
-CHANNELS_AT_A_TIME = 32  # channels of edges in memory together
-
 # Layers of the pair states
-
-
-def parameters_of(layer: Any) -> Affine:
-    """Return the weight and bias of a linear layer or layer norm."""
-    return Affine(layer.weight, layer.get("bias"))
-
-
-def channels_of(layer: Linear, channels: slice) -> Affine:
-    """Return the rows of a linear layer's weight and bias for some output channels."""
-    return Affine(layer.weight[channels], layer.bias[channels] if "bias" in layer else None)
-
-
-def triangle_product(a: mx.array, b: mx.array, outgoing: bool) -> mx.array:
-    """Return Σ_k a_ik · b_jk for each channel, or Σ_k a_ki · b_kj for incoming edges; all arrays are [C, B, L, L]."""
-    return a @ b.swapaxes(-1, -2) if outgoing else a.swapaxes(-1, -2) @ b
 
 
 class SharedDropout(Module):
@@ -86,23 +69,17 @@ class MLXEsmFoldTriangleMultiplicativeUpdate(Module):
             mask: [B, L].
             residual: [B, L, L, C].
         """
-        norm = parameters_of(self.layer_norm_in)
-        pairs = (mask[:, :, None] * mask[:, None, :]).astype(z.dtype)
-        products = []
-        for first in range(0, z.shape[-1], CHANNELS_AT_A_TIME):
-            channels = slice(first, first + CHANNELS_AT_A_TIME)
-            a_gate, a_layer = channels_of(self.linear_a_g, channels), channels_of(self.linear_a_p, channels)
-            b_gate, b_layer = channels_of(self.linear_b_g, channels), channels_of(self.linear_b_p, channels)
-            a = gated_linear(z, norm, a_gate, a_layer, mask=pairs, channels_first=True)
-            b = gated_linear(z, norm, b_gate, b_layer, mask=pairs, channels_first=True)
-            products.append(triangle_product(a, b, self.outgoing))
-            del a, b
-            evaluate(products[-1])
-        x = mx.concatenate(products)
-        del products
-        evaluate(x)
-        gate, layer = parameters_of(self.linear_g), parameters_of(self.linear_z)
-        return gated_linear(z, norm, gate, layer, x, parameters_of(self.layer_norm_out), residual=residual)
+        return triangle_multiplication(
+            z,
+            mask,
+            parameters_of(self.layer_norm_in),
+            (parameters_of(self.linear_a_g), parameters_of(self.linear_a_p)),
+            (parameters_of(self.linear_b_g), parameters_of(self.linear_b_p)),
+            parameters_of(self.layer_norm_out),
+            (parameters_of(self.linear_g), parameters_of(self.linear_z)),
+            self.outgoing,
+            residual,
+        )
 
 
 class MLXEsmFoldAttention(Module):
