@@ -260,8 +260,13 @@ class _Lines:
         return line
 
 
-def read_fasta(path: str) -> Iterator[Record]:
-    """Yield the records of a FASTA file, plain, gzip- or zstandard-compressed, or of standard input."""
+def read_fasta(path: str, titles: bool = False) -> Iterator[Record]:
+    """Yield the records of a FASTA file, plain, gzip- or zstandard-compressed, or of standard input.
+
+    Args:
+        path: the file; "-" for standard input.
+        titles: yield whole titles instead of ids, their first words.
+    """
     is_stdin = path == STDIN
     name = "standard input" if is_stdin else path
     with contextlib.ExitStack() as stack:
@@ -282,7 +287,7 @@ def read_fasta(path: str) -> Iterator[Record]:
             for number, (title, sequence) in enumerate(SimpleFastaParser(chain([first], lines)), 1):
                 words = title.split(maxsplit=1)
                 identifier = words[0] if words else f"record_{number}"
-                yield f"{name}, line {start}", identifier, sequence
+                yield f"{name}, line {start}", title if titles else identifier, sequence
                 start, record = lines.number, f"the record after {identifier!r}"  # the parser has read the next title
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
             raise UserError(
