@@ -1,0 +1,1 @@
+"""ESMFold2: structure prediction with an ESMC language model and diffusion."""
