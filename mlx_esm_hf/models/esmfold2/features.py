@@ -374,7 +374,8 @@ def pad_features(proteins: Sequence[Mapping[str, Any]]) -> dict[str, mx.array]:
             padded to a multiple of 32.
 
     Raises:
-        UserError: no proteins, or a feature is unknown, is missing in one of them, or has a wrong shape or values.
+        TypeError: a name is not that of a feature.
+        UserError: no proteins, or a feature is missing in one of them, or has a wrong shape or values.
     """
     if not proteins:
         raise UserError("Expected the features of at least one protein, got none.")
@@ -410,12 +411,13 @@ def check_features(features: Mapping[str, Any]) -> dict[str, mx.array]:
             `input_ids`, `token_bonds` and the features of the alignment may be missing or None.
 
     Raises:
-        UserError: a feature is unknown or missing, or has a wrong shape or values. The message names it.
+        TypeError: a name is not that of a feature.
+        UserError: a feature is missing, or has a wrong shape or values. The message names it.
     """
     arrays = {}
     for name, value in features.items():
         if name not in FEATURES:
-            raise UserError(f"{name!r} is not a feature of ESMFold2.{suggestion(name, FEATURES)}")
+            raise TypeError(f"{name!r} is not a feature of ESMFold2.{suggestion(name, FEATURES)}")
         if value is not None:
             arrays[name] = as_array(value)
     if missing := [name for name, feature in FEATURES.items() if feature.required and name not in arrays]:

@@ -426,7 +426,7 @@ def test_values(name, change, message):
 
 def test_names_are_checked():
     features = protein_features("MK")
-    with pytest.raises(UserError, match="'deletion_means' is not a feature of ESMFold2. Did you mean deletion_mean?"):
+    with pytest.raises(TypeError, match="'deletion_means' is not a feature of ESMFold2. Did you mean deletion_mean?"):
         check_features({**features, "deletion_means": features["deletion_mean"]})
     with pytest.raises(UserError, match="have msa_attention_mask but no msa"):
         check_features({**features, "msa": None})
