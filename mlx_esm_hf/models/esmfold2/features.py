@@ -184,8 +184,9 @@ def check_msa(msa: Msa, chain: str) -> None:
 def join_msas(chains: Sequence[str], msas: Sequence[Msa | None]) -> tuple[np.ndarray, np.ndarray]:
     """Return one alignment of all chains: residue types and numbers of deletions, [M, L] each.
 
-    The first row has the chains. Next come rows of chains that share a key, those of most chains first. The other rows
-    follow in order, one of each chain side by side. A chain without a row has gaps.
+    The first row has the chains. Next come the rows whose key several chains have, the keys of most chains first; a
+    chain without the key takes its next unpaired row. The other unpaired rows follow, one of each chain side by side. A
+    chain that has no more rows has gaps.
 
     Source: Biohub's esm, models/esmfold2/paired_msa.py, construct_paired_msa.
     """
