@@ -265,7 +265,8 @@ def read_fasta(path: str, titles: bool = False) -> Iterator[Record]:
 
     Args:
         path: the file; "-" for standard input.
-        titles: yield whole titles instead of ids, their first words.
+        titles: yield whole titles instead of ids, their first words. Lines that start with `#` may precede the first
+            title, as in ColabFold's alignments.
     """
     is_stdin = path == STDIN
     name = "standard input" if is_stdin else path
@@ -276,7 +277,7 @@ def read_fasta(path: str, titles: bool = False) -> Iterator[Record]:
         stack.callback(text.detach if is_stdin else text.close)
         lines, record = _Lines(text), "the first record"
         try:
-            first = next((line for line in lines if line.strip()), None)
+            first = next((line for line in lines if line.strip() and not (titles and line.startswith("#"))), None)
             if first is None:
                 return
             if not first.startswith(">"):
