@@ -15,7 +15,7 @@ MOST_SEED = (1 << 63) - 1
 MOST_RANK = (1 << 16) - 1  # of adapters
 MOST_LENGTH = 100_000  # residues of a design; the longest known proteins have 45,000
 MOST_SAMPLES, MOST_SWEEPS = 1_000_000, 100_000
-MOST_RECYCLES = 1000
+MOST_RECYCLES, MOST_STEPS = 1000, 10_000  # of folding
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

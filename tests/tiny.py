@@ -75,3 +75,82 @@ def tiny_folding(**overrides: Any) -> dict[str, Any]:
         "vocab_list": ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"],
         "esmfold_config": {"fp16_esm": False, "lddt_head_hid_dim": 12, "trunk": trunk, **overrides},
     }
+
+
+def tiny_folding2(msa: bool = True, **overrides: Any) -> dict[str, Any]:
+    """Return the config fields of ESMFold2, with an MSA encoder or without.
+
+    Most widths and numbers of heads differ, and the window cuts the list of atoms.
+    """
+    atoms = {"num_hidden_layers": 2, "num_spatial_rope_pairs_per_axis": 1}
+    fields = {
+        "hidden_size": 32,
+        "pairwise_hidden_size": 24,
+        "single_inputs_size": 87,
+        "pair_transition_intermediate_size": 40,
+        "num_loops": 2,
+        "chunk_size": 5,
+        "sliding_window": 16,
+        "num_relative_residx_bins": 6,
+        "num_relative_chain_bins": 1,
+        "esmc_config": {
+            "model_type": "esmc",
+            "hidden_size": 36,
+            "num_attention_heads": 3,
+            "num_hidden_layers": 2,
+            "intermediate_size": 44,
+            "vocab_size": 64,
+        },
+        "folding_trunk_num_hidden_layers": 2,
+        "parcae_num_coda_layers": 1,
+        "atom_encoder": atoms
+        | {
+            "hidden_size": 28,
+            "intermediate_size": 34,
+            "output_dim": 20,
+            "num_attention_heads": 2,
+            "num_uid_rope_pairs": 3,
+        },
+        "structure_head": {
+            "num_distogram_bins": 9,
+            "num_diffusion_samples": 3,
+            "inference_num_steps": 14,
+            "noise_scale": 1.003,
+            "step_scale": 1.5,
+            "gamma_0": 0.8,
+            "diffusion_module": {
+                "hidden_size": 30,
+                "intermediate_size": 42,
+                "pair_intermediate_size": 26,
+                "fourier_dim": 14,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 5,
+                "atom_encoder": atoms
+                | {
+                    "hidden_size": 32,
+                    "intermediate_size": 38,
+                    "output_dim": 30,
+                    "num_attention_heads": 4,
+                    "num_uid_rope_pairs": 1,
+                },
+            },
+        },
+        "confidence_head": {
+            "num_plddt_bins": 7,
+            "num_pde_bins": 6,
+            "num_pae_bins": 8,
+            "distogram_bins": 10,
+            "num_hidden_layers": 1,
+        },
+        "msa_encoder": {
+            "hidden_size": 18,
+            "outer_hidden_size": 5,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "head_dim": 7,
+            "intermediate_size": 22,
+            "enabled": msa,
+        },
+        "lm_encoder": {"num_hidden_layers": 1},
+    }
+    return fields | overrides

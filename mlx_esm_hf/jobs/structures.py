@@ -116,7 +116,12 @@ def pdb(result: Result) -> bytes:
 
 def title_of(result: Result) -> str:
     """Return the title of a file. Characters that the formats cannot contain or quote become `?`."""
-    return f"ESMFold prediction for {re.sub(UNQUOTED, '?', result.id[:TITLE])}"
+    return f"{model_of(result)} prediction for {re.sub(UNQUOTED, '?', result.id[:TITLE])}"
+
+
+def model_of(result: Result) -> str:
+    """Return the name of the model that made a result."""
+    return "ESMFold2" if "loops" in result.arrays else "ESMFold"
 
 
 def entry_of(result: Result) -> str:
@@ -136,7 +141,7 @@ def mmcif(result: Result) -> bytes:
     import modelcif.protocol
 
     system = modelcif.System(title=title_of(result), id=entry_of(result))
-    software = software_of()
+    software = software_of(model_of(result))
     chains = chains_of(result)
     entities: dict[str, Any] = {}  # one for all chains with the same sequence
     units = {}
@@ -150,7 +155,7 @@ def mmcif(result: Result) -> bytes:
     system.asym_units.extend(units.values())
     # A chain of nothing but X has no atoms. It is in the file, but must not be in the assembly of the model.
     modeled = [units[name] for name, residues in chains.items() if any(residue.atoms for residue in residues)]
-    model = modelcif.model.AbInitioModel(modelcif.Assembly(modeled, name="all chains"), name="ESMFold")
+    model = modelcif.model.AbInitioModel(modelcif.Assembly(modeled, name="all chains"), name=model_of(result))
     add_atoms(model, chains, units)
     add_quality(model, result, chains, units, software)
     system.model_groups.append(modelcif.model.ModelGroup([model], name="all models"))
@@ -165,8 +170,12 @@ def mmcif(result: Result) -> bytes:
     return file.getvalue().encode()
 
 
-def software_of() -> Any:
-    """Return this package and the paper of ESMFold as ModelCIF's software and citation."""
+def software_of(model: str) -> Any:
+    """Return this package as ModelCIF's software, with the paper of ESMFold as its citation.
+
+    Args:
+        model: "ESMFold" or "ESMFold2", which has no paper.
+    """
     import ihm
 
     paper = ihm.Citation(
@@ -180,7 +189,13 @@ def software_of() -> Any:
         doi="10.1126/science.ade2574",
     )
     return ihm.Software(
-        "mlx-esm-hf", "model building", "ESMFold in MLX", None, type="package", version=__version__, citation=paper
+        "mlx-esm-hf",
+        "model building",
+        f"{model} in MLX",
+        None,
+        type="package",
+        version=__version__,
+        citation=paper if model == "ESMFold" else None,
     )
 
 
@@ -251,9 +266,11 @@ def confidence_npz(result: Result) -> bytes:
     """Return an `.npz` file with the confidence scores.
 
     Its arrays are `predicted_aligned_error` [L, L] in Å, `plddt` [L] of the Cα atoms, `chain_index` [L], `ptm` [1] and
-    `mean_plddt` [1].
+    `mean_plddt` [1]; for ESMFold2 also `iptm` [1], `pair_chains_iptm` [chains, chains], and `sample_ptm` and
+    `sample_iptm` of all samples.
     """
-    names = ("predicted_aligned_error", "chain_index", "ptm", "mean_plddt")
+    names = ["predicted_aligned_error", "chain_index", "ptm", "mean_plddt"]
+    names += [name for name in ("iptm", "pair_chains_iptm", "sample_ptm", "sample_iptm") if name in result.arrays]
     file = io.BytesIO()
     np.savez(file, plddt=alpha_plddt(result), **{name: result.arrays[name] for name in names})  # type: ignore[arg-type]
     return file.getvalue()

@@ -26,6 +26,7 @@ from mlx_esm_hf.models.esmc.modeling_esmc import (
     MLXEsmcForTokenClassification,
     MLXEsmcModel,
 )
+from mlx_esm_hf.models.esmfold.modeling_esmfold import MLXEsmForProteinFolding
 from mlx_esm_hf.models.esmfold2.configuration_esmfold2 import MLXEsmFold2Config
 from mlx_esm_hf.models.esmfold2.modeling_esmfold2 import MLXEsmFold2Model
 from mlx_esm_hf.models.others import model_type_of
@@ -108,6 +109,15 @@ class MLXAutoModel(AutoClass):
         MLXEsmConfig.model_type: MLXEsmModel,
         MLXEsm1Config.model_type: MLXEsmModel,
         MLXEsmcConfig.model_type: MLXEsmcModel,
+        MLXEsmFold2Config.model_type: MLXEsmFold2Model,
+    }
+
+
+class MLXAutoModelForFolding(AutoClass):
+    """A model that predicts structures."""
+
+    models: ClassVar = {
+        MLXEsmConfig.model_type: MLXEsmForProteinFolding,
         MLXEsmFold2Config.model_type: MLXEsmFold2Model,
     }
 

@@ -8,9 +8,17 @@ import numpy as np
 import torch
 from mlx.utils import tree_flatten
 
-from mlx_esm_hf import Esm1Tokenizer, EsmTokenizer, MLXEsmConfig, MLXEsmForMaskedLM, MLXEsmForProteinFolding
+from mlx_esm_hf import (
+    Esm1Tokenizer,
+    EsmTokenizer,
+    MLXEsmConfig,
+    MLXEsmFold2Config,
+    MLXEsmFold2Model,
+    MLXEsmForMaskedLM,
+    MLXEsmForProteinFolding,
+)
 from mlx_esm_hf.jobs.protein_model import ProteinModel
-from tests.tiny import as_loaded, tiny, tiny_folding
+from tests.tiny import as_loaded, tiny, tiny_folding, tiny_folding2
 from tests.vocabulary import write_vocabulary
 
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
@@ -72,6 +80,31 @@ def write_folding_model(folder, seed=0):
         elif name.endswith("bias"):
             values *= 0.1
         elif name != "esm_s_combine":
+            values = 1 + 0.2 * values
+        weights.append((name, mx.array(values.astype(np.float32))))
+    model.load_weights(weights, strict=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_folding2_model(folder, msa=True, seed=0, **overrides):
+    """Write an ESMFold2 checkpoint of random weights, scaled so that every part has an effect."""
+    draw = np.random.default_rng(seed)
+    model = MLXEsmFold2Model(MLXEsmFold2Config(**tiny_folding2(msa, **overrides)))
+    weights = []
+    for name, parameter in sorted(tree_flatten(model.parameters()), key=lambda pair: pair[0]):
+        values = draw.standard_normal(parameter.shape)
+        if model.is_buffer(name):
+            continue
+        if ".log_" in name:
+            values *= 0.3
+        elif "embed" in name and parameter.ndim == 2:
+            values *= 0.5
+        elif parameter.ndim > 1:
+            values *= parameter.shape[1] ** -0.5
+        elif name.endswith("bias"):
+            values *= 0.2
+        elif name != "language_model.layer_weights":
             values = 1 + 0.2 * values
         weights.append((name, mx.array(values.astype(np.float32))))
     model.load_weights(weights, strict=False)

@@ -10,8 +10,9 @@ import pytest
 
 from mlx_esm_hf import MLXEsmConfig, MLXEsmForProteinFolding, fold
 from mlx_esm_hf.jobs import structures
-from mlx_esm_hf.jobs.fold import FoldingModel
+from mlx_esm_hf.jobs.folding import ESMFold
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37_MASK
+from mlx_esm_hf.runs.job import Item
 from mlx_esm_hf.runtime import memory
 from tests.jobs.models import UBIQUITIN, write_folding_model
 from tests.tiny import tiny_folding
@@ -164,7 +165,8 @@ def room(network, monkeypatch):
     """Limit free memory to what folding a number of residues needs."""
 
     def set_room(residues):
-        monkeypatch.setattr(memory, "free_memory", lambda: FoldingModel(network, 0).bytes_needed(residues) + (1 << 20))
+        needed = ESMFold(network, {"num_recycles": 0}).bytes_needed(residues)
+        monkeypatch.setattr(memory, "free_memory", lambda: needed + (1 << 20))
 
     return set_room
 
@@ -296,12 +298,17 @@ def test_memory_estimate_is_an_upper_bound():
     """
     fields = tiny_folding()
     fields["esmfold_config"]["trunk"] |= {"pairwise_state_dim": 128, "pairwise_head_width": 32, "num_blocks": 1}
-    model = FoldingModel(MLXEsmForProteinFolding(MLXEsmConfig(**fields)).eval(), 0)
-    model.predict([model.encode("MKTAYI")])
+    model = ESMFold(MLXEsmForProteinFolding(MLXEsmConfig(**fields)).eval(), {"num_recycles": 0})
+
+    def fold_together(sequences):
+        items = [Item(0, "P1", model.encode(sequence), len(sequence), 1, 1) for sequence in sequences]
+        model.predict(items, lambda step: None)
+
+    fold_together(["MKTAYI"])
     for proteins, part in (([UBIQUITIN * 3], 5), ([UBIQUITIN] * 3, 15)):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        model.predict([model.encode(sequence) for sequence in proteins])
+        fold_together(proteins)
         taken, foreseen = mx.get_peak_memory() - before, model.bytes_needed(3 * len(UBIQUITIN))
         assert foreseen / part < taken < foreseen
 

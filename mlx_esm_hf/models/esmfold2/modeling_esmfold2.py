@@ -136,7 +136,7 @@ class MLXEsmFold2Model(FrozenBuffers, MLXPreTrainedModel):
                 language model takes no part.
 
         Raises:
-            ValueError: a feature is missing, unknown, or has a wrong shape or values.
+            ValueError: a feature is missing, or has a wrong shape or values. TypeError: it is unknown.
         """
         arrays = check_features(features)
         z, single_inputs = self.run_trunk(arrays, num_loops, lm_hidden_states, language_states, seed, draws)
