@@ -25,6 +25,7 @@ MEANINGS = {
     "--seed": {"0"},
     "--first-residue": {"-1", "0"},
     "--num-recycles": {"0"},
+    "--loops": {"0"},
     "--learning-rate": {"0", "1.5", str(10**30)},
     "--warmup": {"0", "1.5"},
     "--weight-decay": {"0", "1.5", str(10**30)},
