@@ -186,7 +186,9 @@ class MLXEsmFold2Model(FrozenBuffers, MLXPreTrainedModel):
         lm_states = None if language_states is None else self.language_model(language_states.astype(dtype))
 
         width, p = config.pairwise_hidden_size, config.lm_encoder.lm_dropout
-        loops = max(1, (config.num_loops if num_loops is None else num_loops) + 1)
+        loops = (config.num_loops if num_loops is None else num_loops) + 1
+        if loops < 1:
+            raise UserError(f"num_loops must be at least 0, got {loops - 1}.")
         z = draws.state(width, initial_std(width)).astype(dtype)
         for loop in range(loops):
             self.tell(f"loop {loop + 1} of {loops}")
