@@ -41,5 +41,6 @@ def seed_libraries(*numbers: int) -> None:
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
+    torch = sys.modules.get("torch")  # None also if its import was blocked
+    if torch is not None:
+        torch.manual_seed(seed)

@@ -243,7 +243,7 @@ def test_quiet_prints_nothing(run, esm1b):
         (["--layers", "x"], "--layers must be a comma-separated list of integers"),
         (
             ["--pooling", "sum"],
-            "pooling must be any of mean, cls, max, residues, chains, mean_tokens, max_tokens, got sum",
+            "pooling must be any of mean, cls, max, residues, chains, spans, mean_tokens, max_tokens, got sum",
         ),
         (["--batch-tokens", "many"], "--batch-tokens must be auto or a positive integer"),
         (["--long", "cut"], "long must be one of error, truncate, window, got 'cut'"),
