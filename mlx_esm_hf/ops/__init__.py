@@ -12,6 +12,8 @@ from mlx_esm_hf.ops.dispatch import layer_norm as layer_norm
 from mlx_esm_hf.ops.dispatch import linear as linear
 from mlx_esm_hf.ops.dispatch import packs as packs
 from mlx_esm_hf.ops.dispatch import quantized_linear as quantized_linear
+from mlx_esm_hf.ops.dispatch import sigmoid as sigmoid
+from mlx_esm_hf.ops.dispatch import sigmoid_gate as sigmoid_gate
 from mlx_esm_hf.ops.dispatch import softmax as softmax
 from mlx_esm_hf.ops.dispatch import sum_of_squares as sum_of_squares
 from mlx_esm_hf.ops.dispatch import swiglu as swiglu

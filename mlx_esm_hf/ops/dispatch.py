@@ -194,6 +194,25 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return backend_of(gate32, up32).swiglu(gate32, up32).astype(gate.dtype)
 
 
+def sigmoid(x: mx.array) -> mx.array:
+    """Return 1 / (1 + e^−x)."""
+    (x32,) = upcast(x)
+    return (kernels.native.sigmoid_gate(None, x32) if on_kernels(x32) else mx.sigmoid(x32)).astype(x.dtype)
+
+
+def sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:
+    """Return x · sigmoid(gate), for arrays of the same shape."""
+    x32, gate32 = upcast(x, gate)
+    if on_kernels(x32, gate32):
+        return kernels.native.sigmoid_gate(x32, gate32).astype(x.dtype)
+    return (x32 * mx.sigmoid(gate32)).astype(x.dtype)
+
+
+def on_kernels(*arrays: mx.array) -> bool:
+    """Return whether our kernels compute with these arrays."""
+    return backend_of(*arrays) is kernels.native
+
+
 def softmax(x: mx.array) -> mx.array:
     """Return the softmax over the last axis, summed at least in float32, in the dtype of `x`."""
     return backend_of(x).softmax(x)

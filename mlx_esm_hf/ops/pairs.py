@@ -18,9 +18,7 @@ from mlx_esm_hf.runtime.memory import evaluate
 
 EPS = 1e-5  # of the layer norms
 
-CACHED_WEIGHT = 1 << 17  # elements of a weight that fits in the processor's cache
-
-CHANNELS_AT_A_TIME = 32  # channels of edges that a triangle multiplication holds in memory together
+CHANNEL_GROUPS = 2  # of a triangle multiplication; the edges of one group are in memory together
 
 # Elements that an operation computes at a time (16 MB). This bounds the memory, and is faster: they stay in the cache.
 ELEMENTS_AT_A_TIME = 1 << 22
@@ -187,8 +185,9 @@ def triangle_multiplication(
     """
     pairs = (mask[:, :, None] * mask[:, None, :]).astype(z.dtype)
     products = []
-    for first in range(0, len(left[1].weight), CHANNELS_AT_A_TIME):
-        channels = slice(first, first + CHANNELS_AT_A_TIME)
+    size = -(-len(left[1].weight) // CHANNEL_GROUPS)
+    for first in range(0, len(left[1].weight), size):
+        channels = slice(first, first + size)
         edges = []
         for side in (left, right):
             gate, layer = (channels_of(layer, channels) for layer in side)
@@ -318,7 +317,7 @@ def transition(
     """
 
     def kernel(x: mx.array, norm: Affine, expand: Affine, shrink: Affine, residual: mx.array | None) -> mx.array:
-        return kernels.native.transition(x, (*norm, EPS), expand, shrink, residual)
+        return kernels.native.transition(x, (*norm, EPS), expand, shrink, residual, gated)
 
     def plain(x: mx.array, norm: Affine, expand: Affine, shrink: Affine, residual: mx.array | None) -> mx.array:
         def step(x: mx.array, residual: mx.array | None) -> mx.array:
@@ -328,6 +327,4 @@ def transition(
         elements = len(expand.weight) * x[:, :1, ..., 0].size
         return by_rows(step, rows or rows_at_a_time(elements), x, residual)
 
-    if gated or expand.weight.size > CACHED_WEIGHT:  # the kernel reads the weights again for every few tokens
-        return plain(x, norm, expand, shrink, residual)
     return fused(kernel, plain, x, norm, expand, shrink, residual)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_esm_hf.ops.dispatch import plain_backend, upcast
+from mlx_esm_hf.ops import kernels
+from mlx_esm_hf.ops.dispatch import backend_of, plain_backend, upcast
 
 
 def windowed_attention(
     query: mx.array, key: mx.array, value: mx.array, heads: int, half_window: int, visible: mx.array | None = None
 ) -> mx.array:
     """Return multi-head attention in which token i sees the tokens j with |i − j| ≤ `half_window`.
-
-    Blocks of `half_window` queries see three blocks of keys, so the scores of all pairs are never in memory.
 
     Args:
         query: [B, L, D], split into heads of d = D / heads. Scores are divided by √d.
@@ -25,8 +24,41 @@ def windowed_attention(
     Returns:
         [B, L, D]; 0 for tokens that see no token.
     """
-    dtype = query.dtype
+    dtype, (B, L, _) = query.dtype, query.shape
     query, key, value = upcast(query, key, value)
+    mask = None if visible is None else mx.broadcast_to(visible.astype(mx.bool_), (B, L))
+
+    def plain(query: mx.array, key: mx.array, value: mx.array) -> mx.array:
+        return in_blocks(query, key, value, heads, half_window, mask)
+
+    if backend_of(query, key, value) is not kernels.native:
+        return plain(query, key, value).astype(dtype)
+    offsets = [L * row for row in range(B + 1)]
+    flat = None if mask is None else mask.flatten()
+
+    @mx.custom_function
+    def fused(query: mx.array, key: mx.array, value: mx.array) -> mx.array:
+        return kernels.native.windowed_attention(query, key, value, heads, offsets, half_window, flat)
+
+    fused.vjp(lambda inputs, dy, _: mx.vjp(plain, list(inputs), [dy])[1])
+    return fused(query, key, value).astype(dtype)
+
+
+def in_blocks(
+    query: mx.array, key: mx.array, value: mx.array, heads: int, half_window: int, visible: mx.array | None
+) -> mx.array:
+    """Return `windowed_attention` by MLX's operations.
+
+    Blocks of `half_window` queries see three blocks of keys, so the scores of all pairs are never in memory.
+
+    Args:
+        query: this and the other arguments are those of `windowed_attention`.
+        key: [B, L, D].
+        value: [B, L, D].
+        heads: number of heads.
+        half_window: at least 1.
+        visible: [B, L], or None.
+    """
     B, L, D = query.shape
     size = min(half_window, L)
     blocks = -(-L // size)
@@ -53,4 +85,4 @@ def windowed_attention(
     y = plain_backend().scaled_dot_product_attention(q, by_head(windows(key)), by_head(windows(value)), mask)
     y = mx.where(mask.any(axis=-1, keepdims=True), y, 0)
     y = mx.unflatten(y, 0, (B, blocks)).swapaxes(2, 3).flatten(3).flatten(1, 2)
-    return y[:, :L].astype(dtype)
+    return y[:, :L]

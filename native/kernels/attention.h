@@ -52,10 +52,15 @@ struct Head {
     return (matrix * length + query) * length + key;
   }
 
-  // Gather the keys, normalised and rotated, as rows [keys, head_dim]. `normed` is scratch for head_dim floats.
-  void gather_keys(float* out, float* normed) const {
+  // The keys that the queries [first, last) may see: [first_key, last_key).
+  long first_key(long first) const { return p.window && first > p.window ? first - p.window : 0; }
+  long last_key(long last) const { return p.window ? least(last + p.window, length) : keys; }
+
+  // Gather the keys [begin, end), normalised and rotated, as rows [end - begin, head_dim]. `normed` is scratch for
+  // head_dim floats.
+  void gather_keys(float* out, float* normed, long begin, long end) const {
     const long d = p.head_dim, half = d / 2;
-    for (long i = 0; i < length; i++, out += d) {
+    for (long i = begin; i < least(end, length); i++, out += d) {
       const float* k = p.key + at(i);
       if (key_moments) k = normalised(i, normed);
       if (p.cos) {
@@ -66,7 +71,7 @@ struct Head {
         __builtin_memcpy(out, k, d * sizeof(float));
       }
     }
-    if (p.bias_k) __builtin_memcpy(out, p.bias_k + offset, d * sizeof(float));
+    if (end > length) __builtin_memcpy(out, p.bias_k + offset, d * sizeof(float));
   }
 
   // The normalised key of a token, written to `out`.
@@ -77,11 +82,12 @@ struct Head {
     return out;
   }
 
-  // Gather the values as rows [keys, head_dim].
-  void gather_values(float* out) const {
+  // Gather the values [begin, end) as rows [end - begin, head_dim].
+  void gather_values(float* out, long begin, long end) const {
     const long d = p.head_dim;
-    for (long i = 0; i < length; i++, out += d) __builtin_memcpy(out, p.value + at(i), d * sizeof(float));
-    if (p.bias_v) __builtin_memcpy(out, p.bias_v + offset, d * sizeof(float));
+    for (long i = begin; i < least(end, length); i++, out += d)
+      __builtin_memcpy(out, p.value + at(i), d * sizeof(float));
+    if (end > length) __builtin_memcpy(out, p.bias_v + offset, d * sizeof(float));
   }
 
   // Pack the queries from `first` on into a panel [head_dim, NR]; normalise, scale and rotate it. `angles` is scratch
@@ -123,12 +129,17 @@ struct Head {
     }
   }
 
-  // Compute the scores [n, NR] of the keys [k, k + n), whose rows are in `gathered`, and the queries from `first` on,
+  // Compute the scores [n, NR] of the keys [k, k + n), whose gathered rows are `rows`, and the queries from `first` on,
   // whose panel is `queries`. The tile of the bias is packed like the queries, and the product is added to it.
-  void score(const float* gathered, long k, long n, const float* queries, long first, float* scores) const {
+  void score(const float* rows, long k, long n, const float* queries, long first, float* scores) const {
     const long d = p.head_dim;
     if (p.bias) pack(p.bias + bias_at(first, k), length, least(NR, length - first), n, scores);
-    multiply<true>(n, gathered + k * d, d, queries, d, scores, p.bias != nullptr);
+    multiply<true>(n, rows, d, queries, d, scores, p.bias != nullptr);
+    for (long i = 0; p.window && i < n; i++) {
+      // The lanes of the queries that see the key are [k + i - window - first, k + i + window - first].
+      for (long q = 0; q < clamp(k + i - p.window - first, 0, NR); q++) scores[i * NR + q] = HIDDEN;
+      for (long q = clamp(k + i + p.window - first + 1, 0, NR); q < NR; q++) scores[i * NR + q] = HIDDEN;
+    }
     for (long i = 0; p.mask && i < n; i++)
       if (hidden(k + i))
         for (int j = 0; j < NV; j++) store(scores + i * NR + j * W, splat(HIDDEN));
@@ -199,7 +210,8 @@ inline void write_context(const Head& head, long first, float* context, const So
   for (int j = 0; j < NV; j++)
     for (long i = 0; i < p.head_dim; i++) {
       float* at = context + i * NR + j * W;
-      store(at, load(at) / softmax[j].denominator());
+      const vec v = load(at) / softmax[j].denominator();
+      store(at, p.window ? (softmax[j].maximum > HIDDEN ? v : vec{}) : v);
     }
   unpack(context, count, p.head_dim, [&](long token, long column, vec v, long columns) {
     store_columns(p.out + head.at(first + token) + column, v, columns);
@@ -222,20 +234,25 @@ inline void attention_task(const Attention& p, const Task& task, const Moments* 
   const Head head(p, task.sequence, task.head, query_moments, key_moments);
   const long d = p.head_dim;
   arena.clear();
-  float* keys = arena.take(head.keys * d);
-  float* values = arena.take(head.keys * d);
+  const long end = least(task.first + QUERIES, head.length);
+  const long begin = head.first_key(task.first), stop = head.last_key(end);
+  float* keys = arena.take((stop - begin) * d);
+  float* values = arena.take((stop - begin) * d);
   float* queries = arena.take(d * NR);
   float* angles = arena.take(d * NR);
   float* scores = arena.take(KEYS * NR);
   float* context = arena.take(d * NR);
-  head.gather_keys(keys, context);
-  head.gather_values(values);
+  head.gather_keys(keys, context, begin, stop);
+  head.gather_values(values, begin, stop);
 
-  for (long q = task.first, end = least(task.first + QUERIES, head.length); q < end; q += NR) {
+  for (long q = task.first; q < end; q += NR) {
     head.pack_queries(q, queries, angles);
     Softmax softmax[NV];
-    attend(head.keys, values, d, d, scores, context, softmax,
-           [&](long k, long n, float* scores) { head.score(keys, k, n, queries, q, scores); });
+    const long first = head.first_key(q), last = head.last_key(least(q + NR, head.length));
+    const long skipped = (first - begin) * d;
+    attend(last - first, values + skipped, d, d, scores, context, softmax, [&](long k, long n, float* scores) {
+      head.score(keys + skipped + k * d, first + k, n, queries, q, scores);
+    });
     write_context(head, q, context, softmax);
   }
 }

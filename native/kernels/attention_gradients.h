@@ -26,8 +26,8 @@ class HeadGradients {
     dout_rows = arena.take(lanes * NR * NR);
     scores = arena.take(KEYS * NR);
     dscores = arena.take(KEYS * NR);
-    head.gather_keys(keys, nullptr);
-    head.gather_values(values);
+    head.gather_keys(keys, nullptr, 0, head.keys);
+    head.gather_values(values, 0, head.keys);
   }
 
   // Process the panel of queries from q on. With add_bias, add to the bias gradient of earlier sequences, which share
@@ -42,7 +42,7 @@ class HeadGradients {
     load_statistics(q, count);
     for (long k = 0; k < K; k += KEYS) {
       const long n = least(KEYS, K - k);
-      head.score(keys, k, n, queries, q, scores);
+      head.score(keys + k * d, k, n, queries, q, scores);
       multiply<true>(n, values + k * d, d, dout, d, dscores, false);
       differentiate_softmax(k, n);
       if (g.dbias) write_bias(q, count, k, n, add_bias);

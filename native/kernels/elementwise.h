@@ -26,6 +26,14 @@ inline void swiglu_range(const float* gate, const float* up, float* y, long begi
   }
 }
 
+inline void sigmoid_gate_range(const float* x, const float* gate, float* y, long begin, long end) {
+  for (long i = begin; i < end; i += W) {
+    const long n = least(W, end - i);
+    const vec s = sigmoid(load_columns(gate + i, n));
+    store_columns(y + i, x ? load_columns(x + i, n) * s : s, n);
+  }
+}
+
 inline void swiglu_gradient_range(const float* gate, const float* up, const float* dy, float* dgate, float* dup,
                                   long begin, long end) {
   for (long i = begin; i < end; i += W) {

@@ -92,6 +92,10 @@ void swiglu_gradient(const float* gate, const float* up, const float* dy, float*
   pieces(size, 1 << 14, [&](long begin, long end) { swiglu_gradient_range(gate, up, dy, dgate, dup, begin, end); });
 }
 
+void sigmoid_gate(const float* x, const float* gate, float* y, long size) {
+  pieces(size, 1 << 14, [&](long begin, long end) { sigmoid_gate_range(x, gate, y, begin, end); });
+}
+
 void layer_norm(const float* x, const float* weight, const float* bias, float* y, long rows, long width, float eps) {
   pieces(rows, ceil_div(1 << 14, width), [&](long begin, long end) {
     for (long r = begin; r < end; r++) layer_norm_row(x + r * width, weight, bias, y + r * width, width, eps);
@@ -155,7 +159,9 @@ void gated_linear(const GatedLinear& p) {
 }
 
 void transition(const Transition& p) {
-  parallel_for(ceil_div(p.tokens, NR), [&](long i) { transition_panel(p, i * NR); });
+  // Fewer panels at a time if there are few tokens, so that every thread has some.
+  const long panels = clamp(ceil_div(p.tokens, NR * threads()), 1, PANELS);
+  parallel_for(ceil_div(p.tokens, NR * panels), [&](long i) { transition_panels(p, i * NR * panels, panels); });
 }
 
 void triangle_attention(const TriangleAttention& p) {
@@ -173,9 +179,26 @@ void triangle_attention(const TriangleAttention& p) {
 
 const mlx_esm::Kernels* mlx_esm::TABLE() {
   static const Kernels table{
-      NAME,           linear,          low_bit_linear, int8_linear,         gelu_of,      gelu_gradient,
-      swiglu,         swiglu_gradient, layer_norm,     layer_norm_gradient, softmax,      softmax_gradient,
-      sum_of_squares, adamw,           attention,      attention_gradients, gated_linear, triangle_attention,
-      transition,     multiply_adds};
+      NAME,
+      linear,
+      low_bit_linear,
+      int8_linear,
+      gelu_of,
+      gelu_gradient,
+      swiglu,
+      swiglu_gradient,
+      sigmoid_gate,
+      layer_norm,
+      layer_norm_gradient,
+      softmax,
+      softmax_gradient,
+      sum_of_squares,
+      adamw,
+      attention,
+      attention_gradients,
+      gated_linear,
+      triangle_attention,
+      transition,
+      multiply_adds};
   return &table;
 }

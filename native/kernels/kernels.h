@@ -28,6 +28,8 @@ struct Attention {
   float *maximum, *total;        // [tokens, heads]: maximum and denominator of the softmax, for the gradients; or null
   const float *query_norm, *key_norm;  // [heads * head_dim], weights of the layer norms; or null
   float eps;                           // of the layer norms
+  long window;  // a query sees the keys at most this far away, and gets 0 if it sees none; 0: no limit. A window excludes
+                // bias_k, bias_v and gradients
 };
 
 struct AttentionGradients {
@@ -84,14 +86,16 @@ struct TriangleAttention {
   bool ending;  // swaps rows and columns (algorithm 14)
 };
 
-// y = shrink(ReLU(expand(norm(x)))) + residual
+// y = shrink(hidden) + residual, with hidden = ReLU(expand(norm(x))) or, if gated, silu(first half) · second half of
+// expand(norm(x))
 struct Transition {
   const float *x, *residual;  // [tokens, width]; the residual may be null
   float* y;                   // [tokens, width]
   Affine norm;
   float eps;
-  Affine expand, shrink;  // [inner, width] and [width, inner]
+  Affine expand, shrink;  // [inner, width], or [2 inner, width] if gated; and [width, inner]
   long tokens, width, inner;
+  bool gated;
 };
 
 enum class Dtype { float32, float16, bfloat16 };
@@ -131,6 +135,9 @@ struct Kernels {
   // y = silu(gate) · up with silu(x) = x / (1 + e^-x), and dy · its derivatives.
   void (*swiglu)(const float* gate, const float* up, float* y, long size);
   void (*swiglu_gradient)(const float* gate, const float* up, const float* dy, float* dgate, float* dup, long size);
+
+  // y = x · sigmoid(gate); x may be null, for 1.
+  void (*sigmoid_gate)(const float* x, const float* gate, float* y, long size);
 
   // Normalize rows of `width` elements to mean 0 and variance 1, then multiply by weight and add bias, which may be
   // null.

@@ -98,26 +98,48 @@ inline void gated_linear_panel(const GatedLinear& p, long t) {
     write_tokens(y, nullptr, p.residual, p.y, count, N, [&](long token) { return (t + token) * N; });
 }
 
-// Compute the NR tokens from t on, INNER elements of the inner layer at a time.
-inline void transition_panel(const Transition& p, long t) {
+constexpr long PANELS = 8;  // that go through a block of weights together, so that the weights are read less often
+constexpr long INNER = 8 * MR;  // elements of the inner layer at a time
+
+// Replace the products [N, NR] of the inner layer's block from n on by its hidden state. `up` has those of the second
+// half if the layer is gated.
+inline void apply_transition(const Transition& p, long n, long N, float* inner, const float* up) {
+  for (long i = 0; i < N; i++)
+    for (int j = 0; j < NV; j++) {
+      float* h = inner + i * NR + j * W;
+      const vec v = load(h) + at(p.expand.bias, n + i);
+      if (up)
+        store(h, silu(v) * (load(up + i * NR + j * W) + at(p.expand.bias, p.inner + n + i)));
+      else
+        store(h, v < 0.0f ? vec{} : v);  // NaN stays NaN
+    }
+}
+
+// Compute the tokens of `panels` panels from t on.
+inline void transition_panels(const Transition& p, long t, long panels) {
   static thread_local Arena arena;
-  constexpr long INNER = 8 * MR;
-  const long count = least(NR, p.tokens - t), K = p.width;
+  const long K = p.width, end = least(p.tokens, t + panels * NR);
   arena.clear();
-  float *x = arena.take(K * NR), *inner = arena.take(INNER * NR), *y = arena.take(K * NR);
-  pack(p.x + t * K, K, count, K, x);
-  normalize(x, K, p.norm, p.eps);
+  float *x = arena.take(panels * K * NR), *y = arena.take(panels * K * NR);
+  float *inner = arena.take(INNER * NR), *up = p.gated ? arena.take(INNER * NR) : nullptr;
+  for (long from = t; from < end; from += NR) {
+    float* panel = x + (from - t) * K;
+    pack(p.x + from * K, K, least(NR, end - from), K, panel);
+    normalize(panel, K, p.norm, p.eps);
+  }
   for (long n = 0; n < p.inner; n += INNER) {
     const long N = least(INNER, p.inner - n);
-    product(p.expand.weight + n * K, x, N, K, inner);
-    for (long i = 0; i < N; i++)
-      for (int j = 0; j < NV; j++) {
-        const vec v = load(inner + i * NR + j * W) + at(p.expand.bias, n + i);
-        store(inner + i * NR + j * W, v < 0.0f ? vec{} : v);  // NaN stays NaN
-      }
-    multiply<true>(K, p.shrink.weight + n, p.inner, inner, N, y, n > 0);
+    for (long from = t; from < end; from += NR) {
+      const long panel = (from - t) * K;
+      product(p.expand.weight + n * K, x + panel, N, K, inner);
+      if (up) product(p.expand.weight + (p.inner + n) * K, x + panel, N, K, up);
+      apply_transition(p, n, N, inner, up);
+      multiply<true>(K, p.shrink.weight + n, p.inner, inner, N, y + panel, n > 0);
+    }
   }
-  write_tokens(y, p.shrink.bias, p.residual, p.y, count, K, [&](long token) { return (t + token) * K; });
+  for (long from = t; from < end; from += NR)
+    write_tokens(y + (from - t) * K, p.shrink.bias, p.residual, p.y, least(NR, end - from), K,
+                 [&](long token) { return (from + token) * K; });
 }
 
 // The pairs of one protein. A row holds the pairs that start at a residue or, if `ending`, that end there.

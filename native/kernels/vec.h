@@ -49,6 +49,7 @@ inline float sum(vec v) {
 }
 
 inline long least(long a, long b) { return a < b ? a : b; }
+inline long clamp(long x, long low, long high) { return x < low ? low : least(x, high); }
 inline long clamp(long columns) { return columns < 0 ? 0 : least(columns, W); }  // to the size of a vector
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 inline long round_up(long a, long b) { return ceil_div(a, b) * b; }

@@ -245,6 +245,36 @@ class AttentionOperation : public Operation {
   AttentionInputs at_;
 };
 
+// Has no vjp: Python differentiates its version of plain MLX operations.
+class WindowedAttention : public Operation {
+ public:
+  WindowedAttention(mx::Stream s, AttentionInputs at, int window)
+      : Operation(s,
+                  [](const Arrays&) -> Arrays {
+                    throw std::runtime_error("windowed_attention: the kernel has no derivative and no vmap");
+                  }),
+        at_(std::move(at)),
+        window_(window) {}
+
+  const char* name() const override { return "WindowedAttention"; }
+
+  void eval_cpu(const Arrays& in, Arrays& out) override {
+    run(out, [&] {
+      Attention p = at_.fill(in);
+      p.out = out[0].data<float>();
+      p.window = window_;
+      return [p, offsets = at_.offsets]() mutable {
+        p.offsets = offsets.data();
+        kernels().attention(p);
+      };
+    });
+  }
+
+ private:
+  AttentionInputs at_;
+  int window_;
+};
+
 void check_bias(const array& bias, const std::vector<int>& offsets, int heads) {
   const int sequences = offsets.size() - 1, length = sequences ? offsets[1] : 0;
   for (int i = 0; i < sequences; i++)
@@ -254,13 +284,8 @@ void check_bias(const array& bias, const std::vector<int>& offsets, int heads) {
           "attention: bias does not fit");
 }
 
-}  // namespace
-
-array attention(const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,
-                const Optional& mask, const Optional& cos, const Optional& sin, const Optional& bias_k,
-                const Optional& bias_v, const Optional& bias, const Optional& query_norm, const Optional& key_norm,
-                float eps, mx::StreamOrDevice device) {
-  auto s = checked_stream(device, {query, key, value, cos, sin, bias_k, bias_v, bias, query_norm, key_norm});
+void check_tokens(const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,
+                  const Optional& mask) {
   require(query.ndim() > 1 && key.shape() == query.shape() && value.shape() == query.shape(),
           "attention: query, key and value do not fit");
   const int features = query.shape(-1), tokens = features ? query.size() / features : 0;
@@ -268,6 +293,29 @@ array attention(const array& query, const array& key, const array& value, int he
   require(!offsets.empty() && offsets.front() == 0 && offsets.back() == tokens, "attention: offsets do not fit");
   for (size_t i = 1; i < offsets.size(); i++) require(offsets[i - 1] <= offsets[i], "attention: offsets descend");
   require(!mask || (mask->dtype() == mx::bool_ && mask->shape() == mx::Shape{tokens}), "attention: mask does not fit");
+}
+
+}  // namespace
+
+array windowed_attention(const array& query, const array& key, const array& value, int heads,
+                         const std::vector<int>& offsets, int window, const Optional& mask,
+                         mx::StreamOrDevice device) {
+  auto s = checked_stream(device, {query, key, value});
+  AttentionInputs at{heads, offsets, 0.0f};
+  check_tokens(query, key, value, heads, offsets, mask);
+  require(window > 0, "windowed_attention: window must be positive");
+  Arrays inputs{contiguous(query, s), contiguous(key, s), contiguous(value, s)};
+  at.mask = append(inputs, mask, s);
+  return array(query.shape(), mx::float32, std::make_shared<WindowedAttention>(s, at, window), inputs);
+}
+
+array attention(const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,
+                const Optional& mask, const Optional& cos, const Optional& sin, const Optional& bias_k,
+                const Optional& bias_v, const Optional& bias, const Optional& query_norm, const Optional& key_norm,
+                float eps, mx::StreamOrDevice device) {
+  auto s = checked_stream(device, {query, key, value, cos, sin, bias_k, bias_v, bias, query_norm, key_norm});
+  check_tokens(query, key, value, heads, offsets, mask);
+  const int features = query.shape(-1), tokens = query.size() / features;
   require(!cos == !sin && !bias_k == !bias_v && !query_norm == !key_norm,
           "attention: cos and sin, bias_k and bias_v, query_norm and key_norm come in pairs");
   for (auto angles : {&cos, &sin})

@@ -92,6 +92,16 @@ NB_MODULE(_native, m) {
       "bias_k"_a = none, "bias_v"_a = none, "bias"_a = none, "query_norm"_a = none, "key_norm"_a = none,
       "eps"_a = 1e-5f);
   m.def(
+      "windowed_attention",
+      [](const array& query, const array& key, const array& value, int heads, const std::vector<int>& offsets,
+         int window, const Optional& mask) {
+        return mlx_esm::windowed_attention(query, key, value, heads, offsets, window, mask);
+      },
+      "query"_a, "key"_a, "value"_a, "heads"_a, "offsets"_a, "window"_a, "mask"_a = none);
+  m.def(
+      "sigmoid_gate", [](const Optional& x, const array& gate) { return mlx_esm::sigmoid_gate(x, gate); }, "x"_a.none(),
+      "gate"_a);
+  m.def(
       "gated_linear",
       [](const array& z, const Norm& norm, const Affine& gate, const Affine& layer, const Optional& x,
          const std::optional<Norm>& x_norm, const Optional& mask, const Optional& residual, bool y_first) {
@@ -114,10 +124,11 @@ NB_MODULE(_native, m) {
       "ending"_a = false);
   m.def(
       "transition",
-      [](const array& x, const Norm& norm, const Affine& expand, const Affine& shrink, const Optional& residual) {
-        return mlx_esm::transition(x, affine(norm), eps_of(norm), affine(expand), affine(shrink), residual);
+      [](const array& x, const Norm& norm, const Affine& expand, const Affine& shrink, const Optional& residual,
+         bool gated) {
+        return mlx_esm::transition(x, affine(norm), eps_of(norm), affine(expand), affine(shrink), residual, gated);
       },
-      "x"_a, "norm"_a, "expand"_a, "shrink"_a, "residual"_a = none);
+      "x"_a, "norm"_a, "expand"_a, "shrink"_a, "residual"_a = none, "gated"_a = false);
   m.def("mapped", &mlx_esm::mapped, "path"_a, "offset"_a, "shape"_a, "dtype"_a);
 
   m.def(

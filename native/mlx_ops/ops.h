@@ -45,6 +45,11 @@ mx::array attention(const mx::array& query, const mx::array& key, const mx::arra
                     const std::optional<mx::array>& bias, const std::optional<mx::array>& query_norm,
                     const std::optional<mx::array>& key_norm, float eps, mx::StreamOrDevice s = {});
 
+mx::array windowed_attention(const mx::array& query, const mx::array& key, const mx::array& value, int heads,
+                             const std::vector<int>& offsets, int window, const std::optional<mx::array>& mask,
+                             mx::StreamOrDevice s = {});
+mx::array sigmoid_gate(const std::optional<mx::array>& x, const mx::array& gate, mx::StreamOrDevice s = {});
+
 // The parameters of a linear layer or of a layer norm, as in kernels.h.
 struct AffineArrays {
   mx::array weight;
@@ -60,7 +65,8 @@ mx::array triangle_attention(const mx::array& z, const mx::array& mask, const Af
                              const mx::array& value, const AffineArrays& gate, const AffineArrays& output,
                              const std::optional<mx::array>& residual, bool ending, mx::StreamOrDevice s = {});
 mx::array transition(const mx::array& x, const AffineArrays& norm, float eps, const AffineArrays& expand,
-                     const AffineArrays& shrink, const std::optional<mx::array>& residual, mx::StreamOrDevice s = {});
+                     const AffineArrays& shrink, const std::optional<mx::array>& residual, bool gated,
+                     mx::StreamOrDevice s = {});
 
 // Returns the array that starts at byte `offset` of a file. Its pages are read when they are used, so the file must not
 // change. Throws std::system_error if the file cannot be mapped.

@@ -161,14 +161,15 @@ array triangle_attention(const array& z, const array& mask, const AffineArrays& 
 }
 
 array transition(const array& x, const AffineArrays& norm, float eps, const AffineArrays& expand,
-                 const AffineArrays& shrink, const Optional& residual, mx::StreamOrDevice device) {
+                 const AffineArrays& shrink, const Optional& residual, bool gated, mx::StreamOrDevice device) {
   auto s = checked_stream(
       device, {x, norm.weight, norm.bias, expand.weight, expand.bias, shrink.weight, shrink.bias, residual});
   require(x.ndim() > 1 && x.shape(-1) > 0 && expand.weight.ndim() == 2, "transition: no matrix");
-  const int width = x.shape(-1), inner = expand.weight.shape(0);
-  require(is_matrix(expand.weight, inner, width) && is_matrix(shrink.weight, width, inner) && inner > 0,
+  const int width = x.shape(-1), rows = expand.weight.shape(0), inner = gated ? rows / 2 : rows;
+  require(is_matrix(expand.weight, gated ? 2 * inner : inner, width) && is_matrix(shrink.weight, width, inner) &&
+              inner > 0,
           "transition: expand and shrink do not fit");
-  require(is_vector(norm.weight, width) && is_vector(norm.bias, width) && is_vector(expand.bias, inner) &&
+  require(is_vector(norm.weight, width) && is_vector(norm.bias, width) && is_vector(expand.bias, rows) &&
               is_vector(shrink.bias, width),
           "transition: a bias or the norm does not fit");
   require(!residual || residual->shape() == x.shape(), "transition: residual does not fit");
@@ -195,7 +196,8 @@ array transition(const array& x, const AffineArrays& norm, float eps, const Affi
                  {data(in, at.shrink), data(in, at.shrink_bias)},
                  tokens,
                  width,
-                 inner};
+                 inner,
+                 gated};
     return [p] { kernels().transition(p); };
   };
   return array(x.shape(), mx::float32, std::make_shared<PairOperation>(s, "Transition", prepare), inputs);

@@ -51,7 +51,34 @@ class Swiglu : public Operation {
   }
 };
 
+// Inputs: gate and, unless it is 1, x.
+class SigmoidGate : public Operation {
+ public:
+  explicit SigmoidGate(mx::Stream s)
+      : Operation(s, [s](const Arrays& in) -> Arrays {
+          const array sigmoid = mx::sigmoid(in[0], s);
+          return {in.size() > 1 ? mx::multiply(in[1], sigmoid, s) : sigmoid};
+        }) {}
+
+  const char* name() const override { return "SigmoidGate"; }
+
+  void eval_cpu(const Arrays& in, Arrays& out) override {
+    run(out, [&] {
+      return [x = data(in, in.size() > 1 ? 1 : -1), gate = data(in, 0), y = out[0].data<float>(),
+              n = long(in[0].size())] { kernels().sigmoid_gate(x, gate, y, n); };
+    });
+  }
+};
+
 }  // namespace
+
+array sigmoid_gate(const Optional& x, const array& gate, mx::StreamOrDevice device) {
+  auto s = checked_stream(device, {x, gate});
+  require(!x || x->shape() == gate.shape(), "sigmoid_gate: x and gate do not fit");
+  Arrays inputs{contiguous(gate, s)};
+  append(inputs, x, s);
+  return array(gate.shape(), mx::float32, std::make_shared<SigmoidGate>(s), inputs);
+}
 
 array swiglu(const array& gate, const array& up, mx::StreamOrDevice device) {
   auto s = checked_stream(device, {gate, up});

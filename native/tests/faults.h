@@ -377,6 +377,31 @@ inline const std::vector<Fault>& all() {
            kernels().transition(wrong);
          };
        }},
+      {"transition", "the halves are exchanged",
+       [](Kernels& k) {
+         k.transition = [](const Transition& p) {
+           if (!p.gated) return kernels().transition(p);
+           Floats exchanged(p.expand.weight + p.inner * p.width, p.expand.weight + 2 * p.inner * p.width);
+           exchanged.insert(exchanged.end(), p.expand.weight, p.expand.weight + p.inner * p.width);
+           Transition wrong = p;
+           wrong.expand.weight = exchanged.data();
+           kernels().transition(wrong);
+         };
+       }},
+      {"attention", "the window is wider",
+       [](Kernels& k) {
+         k.attention = [](const Attention& p) {
+           Attention wrong = p;
+           wrong.window = p.window ? p.window + 1 : 0;
+           kernels().attention(wrong);
+         };
+       }},
+      {"swiglu", "the sigmoid gates nothing",
+       [](Kernels& k) {
+         k.sigmoid_gate = [](const float* x, const float*, float* y, long size) {
+           for (long i = 0; i < size; i++) y[i] = x ? x[i] : 1;
+         };
+       }},
       {"transition", "the residual is missing",
        [](Kernels& k) {
          k.transition = [](const Transition& p) {

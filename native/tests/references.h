@@ -219,7 +219,9 @@ class ExactAttention {
       return Real(i == length ? p.bias_v[h * d + e] : p.value[feature(start + i) + e]);
     };
     auto bias_at = [&](long i) { return (((p.biases == 1 ? 0 : s) * p.heads + h) * length + t - start) * length + i; };
-    auto hidden = [&](long i) { return p.mask && i < length && !p.mask[start + i]; };
+    auto hidden = [&](long i) {
+      return (p.mask && i < length && !p.mask[start + i]) || (p.window && std::abs(start + i - t) > p.window);
+    };
     const Real* q = &query[feature(t)];
     const float* dy = &dout[feature(t)];
 
@@ -238,7 +240,7 @@ class ExactAttention {
     for (long e = 0; e < d; e++) {
       Sum context;
       for (long i = 0; i < keys; i++) context += probability[i] * value_at(i, e);
-      out[feature(t) + e] = Real(context) / total;
+      out[feature(t) + e] = p.window && maximum <= mlx_esm::HIDDEN ? Real() : Real(context) / total;
     }
 
     const Real inverse = Real(1) / total;
@@ -329,7 +331,10 @@ inline Reals exact_transition(const mlx_esm::Transition& p) {
   for (long t = 0; t < p.tokens; t++) {
     const Reals x = exact_norm([&](long k) { return p.x[t * p.width + k]; }, p.norm, p.eps, p.width);
     Reals inner(p.inner);
-    for (long n = 0; n < p.inner; n++) inner[n] = relu(exact_output(x, p.expand, n));
+    for (long n = 0; n < p.inner; n++) {
+      const Real first = exact_output(x, p.expand, n);
+      inner[n] = p.gated ? silu(first) * exact_output(x, p.expand, p.inner + n) : relu(first);
+    }
     for (long n = 0; n < p.width; n++) {
       const Real output = exact_output(inner, p.shrink, n);
       y[t * p.width + n] = p.residual ? output + Real(p.residual[t * p.width + n]) : output;

@@ -246,8 +246,10 @@ void test_swiglu() {
       Inputs in("swiglu", {size, long(10 * scale)});
       const Floats gate = in.numbers(size, scale), up = in.numbers(size), dy = in.numbers(size);
       Floats y(size), dgate(size), dup(size);
-      Reals exact, by_gate, by_up;
+      Reals exact, by_gate, by_up, gated, sigmoids;
       for (long i = 0; i < size; i++) {
+        sigmoids.push_back(sigmoid(gate[i]));
+        gated.push_back(Real(up[i]) * sigmoids.back());
         exact.push_back(silu(gate[i]) * Real(up[i]));
         by_gate.push_back(Real(dy[i]) * Real(up[i]) * silu_derivative(gate[i]));
         by_up.push_back(Real(dy[i]) * silu(gate[i]));
@@ -257,6 +259,10 @@ void test_swiglu() {
       compare("swiglu", y, exact);
       compare("swiglu's gradient by gate", dgate, by_gate);
       compare("swiglu's gradient by up", dup, by_up);
+      tested.sigmoid_gate(up.data(), gate.data(), y.data(), size);
+      compare("sigmoid gate", y, gated);
+      tested.sigmoid_gate(nullptr, gate.data(), y.data(), size);
+      compare("sigmoid", y, sigmoids);
     }
 }
 
@@ -351,13 +357,15 @@ struct Options {
   bool mask, rotary, learned;
   int bias;  // 0: none, 1: one for all sequences, 2: one per sequence
   bool norms = false;
+  long window = 0;
 };
 
 void test_attention(long heads, long d, const std::vector<int>& offsets, Options options) {
   const long sequences = offsets.size() - 1, tokens = offsets.back(), D = heads * d;
   const long length = options.bias && sequences ? offsets[1] : 0, biases = options.bias == 1 ? 1 : sequences;
   Inputs in("attention",
-            {heads, d, sequences, tokens, options.mask, options.rotary, options.learned, options.bias, options.norms});
+            {heads, d, sequences, tokens, options.mask, options.rotary, options.learned, options.bias, options.norms,
+             options.window});
   const Floats query = in.numbers(tokens * D), key = in.numbers(tokens * D), value = in.numbers(tokens * D);
   const Floats bias_k = in.numbers(D), bias_v = in.numbers(D), bias = in.numbers(biases * heads * length * length);
   const Floats dout = in.numbers(tokens * D), angles = in.numbers(tokens * (d / 2), 3), seen = in.numbers(tokens);
@@ -401,9 +409,11 @@ void test_attention(long heads, long d, const std::vector<int>& offsets, Options
     p.key_norm = key_norm.data();
     p.eps = 1e-5;
   }
+  p.window = options.window;
   const ExactAttention exact(p, dout);
   tested.attention(p);  // without what the gradients need
   compare("attention", out, exact.out);
+  if (options.window) return;
   p.maximum = maximum.data();
   p.total = total.data();
   tested.attention(p);
@@ -447,6 +457,11 @@ void test_attentions() {
     for (bool mask : {false, true}) test_attention(3, d, {0, 1, 1, 18, 150}, {mask, d % 2 == 0, false, 0, true});
   test_attention(2, 8, {0, 700}, {false, true, false, 0, true});
   test_attention(1, 8, {0, 700}, {true, true, false, 1});  // more keys and queries than one task takes
+  for (long window : {1, 5, 64, 200})
+    for (bool mask : {false, true}) {
+      test_attention(2, 7, {0, 1, 1, 34, 150}, {mask, mask, false, 0, false, window});
+      test_attention(1, 8, {0, 700}, {mask, false, false, 0, false, window});
+    }
   for (int bias : {0, 1, 2}) {
     test_attention(2, 8, {0}, {true, true, false, bias});
     test_attention(2, 8, {0, 0, 0}, {true, true, false, bias});
@@ -498,9 +513,10 @@ void test_transition() {
   for (long tokens : {0, 1, 31, 70})
     for (long width : {4, 33, 128})
       for (long inner : {1, 130, 512})
-        for (bool with_residual : {false, true}) {
-          Inputs in("transition", {tokens, width, inner, with_residual});
-          const Parameters norm(in, width, 1), expand(in, inner, width), shrink(in, width, inner);
+        for (int options = 0; options < 4; options++) {
+          const bool with_residual = options & 1, gated = options & 2;
+          Inputs in("transition", {tokens, width, inner, options});
+          const Parameters norm(in, width, 1), expand(in, gated ? 2 * inner : inner, width), shrink(in, width, inner);
           const Floats x = in.numbers(tokens * width), residual = in.numbers(tokens * width);
           Floats y(tokens * width);
           const Transition p{x.data(),
@@ -512,7 +528,8 @@ void test_transition() {
                              shrink.affine(with_residual),
                              tokens,
                              width,
-                             inner};
+                             inner,
+                             gated};
           tested.transition(p);
           compare("transition", y, exact_transition(p));
         }

@@ -201,3 +201,47 @@ def test_nan_and_infinity_are_not_swallowed(bits):
             finite = mx.isfinite(operation(mx.array(z), *arguments)).all().item()
             parameter.flat[0] = before
             assert not finite or np.isinf(spoilt), (name, place)
+
+
+@pytest.mark.parametrize("outgoing", [True, False])
+def test_triangle_multiplication(outgoing: bool) -> None:
+    """Both directions, with padding, in groups of channels."""
+    L = 7
+    mask = (np.arange(L) < np.array([[7], [5]])).astype(np.float32)
+    inputs = [numbers(B, L, L, C), mask, *norm(1), *layer(C, C, 3), *layer(C, C, 5), *layer(C, C, 7), *layer(C, C, 9)]
+    inputs += [*norm(11), *layer(C, C, 13), *layer(C, C, 15)]
+
+    def ours(z: mx.array, mask: mx.array, *parameters: mx.array) -> mx.array:
+        n, gate_a, a, gate_b, b, x_norm, gate, out = (Affine(*parameters[i : i + 2]) for i in range(0, 16, 2))
+        return pairs.triangle_multiplication(z, mask, n, (gate_a, a), (gate_b, b), x_norm, (gate, out), outgoing, z)
+
+    def theirs(z: torch.Tensor, mask: torch.Tensor, *p: torch.Tensor) -> torch.Tensor:
+        y, both = normed(z, *p[:2]), (mask[:, :, None] * mask[:, None])[..., None]
+        a = F.linear(y, *p[4:6]) * torch.sigmoid(F.linear(y, *p[2:4])) * both
+        b = F.linear(y, *p[8:10]) * torch.sigmoid(F.linear(y, *p[6:8])) * both
+        x = torch.einsum("bikc,bjkc->bijc" if outgoing else "bkic,bkjc->bijc", a, b)
+        return z + F.linear(normed(x, *p[10:12]), *p[14:16]) * torch.sigmoid(F.linear(y, *p[12:14]))
+
+    check(ours, theirs, inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+@pytest.mark.parametrize("width", [11, 70])
+def test_gated_transition(tokens: int, width: int) -> None:
+    """SwiGLU in place of ReLU, for hidden widths of less and of more than one block."""
+    inputs = [
+        numbers(1, tokens, C),
+        *norm(1),
+        *layer(2 * width, C, 3),
+        *layer(C, width, 5),
+        numbers(1, tokens, C, seed=9),
+    ]
+
+    def ours(x: mx.array, *p: mx.array) -> mx.array:
+        return pairs.transition(x, Affine(*p[:2]), Affine(*p[2:4]), Affine(*p[4:6]), p[6], gated=True)
+
+    def theirs(x: torch.Tensor, *p: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(normed(x, *p[:2]), *p[2:4]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, *p[4:6]) + p[6]
+
+    check(ours, theirs, inputs)

@@ -92,7 +92,7 @@ class MLXEsmFold2AtomAttention(Module):
         """
         query, key = self.rotated(self.q_proj(x), rotary), self.rotated(self.k_proj(x), rotary)
         y = ops.windowed_attention(query, key, self.v_proj(x), self.heads, self.half_window, mask)
-        return self.o_proj(y * mx.sigmoid(self.gate_proj(x)))
+        return self.o_proj(ops.sigmoid_gate(y, self.gate_proj(x)))
 
     def rotated(self, x: mx.array, rotary: Rotary) -> mx.array:
         """Normalize each head of x [N, A, C], and rotate its channels c and c + head_dim / 2 by one angle."""
@@ -113,7 +113,7 @@ class MLXEsmFold2AtomLayer(Module):
 
     def modulation(self, embeds: mx.array) -> mx.array:
         """Return shift, scale and gate of attention and feed-forward, [B, A, 6 C], of embeddings [B, A, C]."""
-        return self.adaln_linear(embeds * mx.sigmoid(embeds))
+        return self.adaln_linear(ops.sigmoid_gate(embeds, embeds))
 
     def __call__(self, h: mx.array, modulation: mx.array, rotary: Rotary, mask: mx.array) -> mx.array:
         """Return the states [N, A, C].

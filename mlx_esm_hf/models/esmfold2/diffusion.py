@@ -72,7 +72,7 @@ class MLXEsmFold2DiffusionAttention(Module):
         if 1 < len(bias) < len(x):
             bias = mx.repeat(bias, len(x) // len(bias), axis=0)
         y = ops.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, bias=bias.astype(x.dtype))
-        return self.o_proj(y * mx.sigmoid(self.gate_proj(x)))
+        return self.o_proj(ops.sigmoid_gate(y, self.gate_proj(x)))
 
 
 class LayerModulation(NamedTuple):
@@ -104,9 +104,9 @@ class MLXEsmFold2DiffusionLayer(Module):
         """Return what depends on the conditioning states [B, L, D] alone."""
         return LayerModulation(
             self.input_layernorm.modulation(single_states),
-            mx.sigmoid(self.attn_gate(single_states)),
+            ops.sigmoid(self.attn_gate(single_states)),
             self.post_attention_layernorm.modulation(single_states),
-            mx.sigmoid(self.mlp_gate(single_states)),
+            ops.sigmoid(self.mlp_gate(single_states)),
         )
 
     def __call__(self, x: mx.array, modulation: LayerModulation, bias: mx.array) -> mx.array:

@@ -61,7 +61,7 @@ class MLXEsmFold2AdaptiveLayerNorm(Module):
     def modulation(self, single_states: mx.array) -> tuple[mx.array, mx.array]:
         """Return the scale and the shift [..., C] that conditioning states [..., C] give."""
         normed = self.cond_norm(single_states)
-        return mx.sigmoid(self.gate_proj(normed)), self.shift_proj(normed)
+        return ops.sigmoid(self.gate_proj(normed)), self.shift_proj(normed)
 
     def __call__(self, hidden_states: mx.array, modulation: tuple[mx.array, mx.array]) -> mx.array:
         """Return the normalized states [..., C].

@@ -99,7 +99,7 @@ class MLXEsmFold2MSAPairWeightedAveraging(Module):
         B, L, M, _ = m.shape
         values = self.v_proj(normed).reshape(B, L, M, self.heads, -1).transpose(0, 3, 1, 2, 4).flatten(3)
         means = (weights @ values).reshape(B, self.heads, L, M, -1).transpose(0, 2, 3, 1, 4).flatten(3)
-        return self.o_proj(means * mx.sigmoid(self.gate_proj(normed)), residual=m)
+        return self.o_proj(ops.sigmoid_gate(means, self.gate_proj(normed)), residual=m)
 
 
 class MLXEsmFold2MSAEncoderLayer(MLXEsmFold2PairUpdateLayer):
