@@ -27,6 +27,8 @@ SEQUENCES = {
     "ATTCCG": ("DNA", "ATTCCGATTCCGATTCCG"),
     "p": ("protein structure", "dvvlpcvqdp"),
 }
+# {architecture that predicts structures: its method that returns a PDB file}
+FOLDING = {"EsmForProteinFolding": "infer_pdb", "EsmFold2Model": "infer_protein_as_pdb"}
 # A card with this line is overwritten by the next push.
 OURS = "<!-- mlx-esm overwrites this card with each push. Delete this line to keep your edits. -->"
 # The text in transformers' template, which it writes if a tokenizer or a config is pushed first.
@@ -73,19 +75,22 @@ def write_card(
     made_from = ""
     if isinstance(base_model, str):  # metadata written by hand may contain a list
         made_from = f" Made from [{base_model}](https://huggingface.co/{base_model})."
+    architecture = (config.get("architectures") or [""])[0]
+    folds = architecture in FOLDING
+    classes = (f"MLX{architecture}", architecture) if folds else (f"MLXAutoModel{head}", f"AutoModel{head}")
     parts = [
         OURS,
         f"# {repo_id.rpartition('/')[2]}",
-        f"A {kind} language model: {describe(checkpoint)}.{made_from}",
+        f"A {kind} {'structure' if folds else 'language'} model: {describe(checkpoint)}.{made_from}",
         "## Usage",
         "With [MLX](https://github.com/ml-explore/mlx): `pip install mlx-esm-hf` (on Linux `mlx-esm-hf[cpu]` or "
         "`mlx-esm-hf[cuda13]`), then",
-        code("mlx_esm_hf", f"MLXAutoModel{head}", repo_id, example if tokenizer else ""),
+        code("mlx_esm_hf", classes[0], repo_id, example if tokenizer else "", FOLDING.get(architecture)),
     ]
     if loads_in_transformers(config):
         parts += [
             "With transformers, on torch:",
-            code("transformers", f"AutoModel{head}", repo_id, example if tokenizer else ""),
+            code("transformers", classes[1], repo_id, example if tokenizer else "", FOLDING.get(architecture)),
         ]
     else:
         parts.append(f"transformers cannot load this model: {why_not(config)}.")
@@ -155,14 +160,24 @@ def sequences_of(checkpoint: Checkpoint) -> tuple[str, str]:
     return next((found for token, found in SEQUENCES.items() if token in tokens), SEQUENCES["M"])
 
 
-def code(library: str, auto_class: str, repo_id: str, example: str) -> str:
-    """Return a Markdown code block that loads a model, and runs it on an example sequence unless that is empty."""
-    lines = [f"from {library} import {auto_class}", "", f'model = {auto_class}.from_pretrained("{repo_id}")']
-    if example:
+def code(library: str, model_class: str, repo_id: str, example: str, fold: str | None = None) -> str:
+    """Return a Markdown code block that loads a model, and runs it on an example sequence unless that is empty.
+
+    Args:
+        library: the package.
+        model_class: a class of it.
+        repo_id: the repository.
+        example: a sequence, or "".
+        fold: method that returns a PDB file; None for a model that does not fold.
+    """
+    lines = [f"from {library} import {model_class}", "", f'model = {model_class}.from_pretrained("{repo_id}")']
+    if fold:
+        lines.append(f'pdb = model.{fold}("{SEQUENCES["M"][1]}")')
+    elif example:
         tensors = "mlx" if library == "mlx_esm_hf" else "pt"
         lines.insert(0, "from transformers import AutoTokenizer")
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")')
         lines.append(f'outputs = model(**tokenizer("{example}", return_tensors="{tensors}"))')
-    if example and library == "transformers":
-        lines[:2] = [f"from transformers import {auto_class}, AutoTokenizer"]
+    if example and library == "transformers" and not fold:
+        lines[:2] = [f"from transformers import {model_class}, AutoTokenizer"]
     return "```python\n" + "\n".join(lines) + "\n```"

@@ -284,11 +284,13 @@ def load_protein_model(
     Example:
         >>> load_protein_model(MLXAutoModel, "facebook/esm2_t6_8M_UR50D", long="window")
     """
-    from mlx_esm_hf.models.auto import MLXAutoModel, open_checkpoint, tokenizer_place
+    from mlx_esm_hf.models.auto import MLXAutoModel, open_checkpoint, refuse_folding, tokenizer_place
 
     check_loading(model, dtype, activation_dtype, device, long, batch_tokens)
     use_device(device)
     checkpoint = open_checkpoint(cls, model, revision, **hub)
+    if checkpoint.config.model_type == "esmfold2":
+        refuse_folding(model)
     check_activation_dtype(activation_dtype, checkpoint.config, model)
     place, where = tokenizer_place(model, {"revision": revision or "main"} | hub | checkpoint.commit)
     tokenizer = load_tokenizer(place, **where)

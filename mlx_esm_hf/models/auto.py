@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from transformers import PreTrainedConfig
 
 from mlx_esm_hf.checkpoint.resolve import find_file
+from mlx_esm_hf.demo import shown_name
 from mlx_esm_hf.errors import CheckpointError, UserError
 from mlx_esm_hf.loading import commit_of, load_config, read_config
 from mlx_esm_hf.modeling_utils import MLXPreTrainedModel
@@ -94,12 +95,22 @@ class AutoClass:
     @classmethod
     def _class_for(cls, fields: dict[str, Any], source: str) -> Any:
         model_type = model_type_of(fields, source)
+        if model_type == MLXEsmFold2Config.model_type and model_type not in cls.models:
+            refuse_folding(source)
         if not isinstance(model_type, str) or model_type not in cls.models:
             raise UserError(
                 f"{cls.__name__} has no class for model_type {model_type!r} of {source}, expected one of "
                 f"{', '.join(map(repr, cls.models))}."
             )
         return cls.models[model_type]
+
+
+def refuse_folding(source: str) -> NoReturn:
+    """Raise UserError for an ESMFold2 where a language model is needed; `source` is its Hub id or folder."""
+    raise UserError(
+        f"`{shown_name(source)}` is an ESMFold2, which predicts structures. Fold with `mlx-esm fold` or "
+        "MLXEsmFold2Model, or use a language model, such as biohub/ESMC-600M."
+    )
 
 
 class MLXAutoModel(AutoClass):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from mlx_esm_hf.ops import kernels
@@ -24,7 +26,8 @@ def windowed_attention(
     Returns:
         [B, L, D]; 0 for tokens that see no token.
     """
-    dtype, (B, L, _) = query.dtype, query.shape
+    dtype = query.dtype
+    B, L, _ = query.shape
     query, key, value = upcast(query, key, value)
     mask = None if visible is None else mx.broadcast_to(visible.astype(mx.bool_), (B, L))
 
@@ -36,10 +39,10 @@ def windowed_attention(
     offsets = [L * row for row in range(B + 1)]
     flat = None if mask is None else mask.flatten()
 
-    @mx.custom_function
-    def fused(query: mx.array, key: mx.array, value: mx.array) -> mx.array:
+    def kernel(query: mx.array, key: mx.array, value: mx.array) -> mx.array:
         return kernels.native.windowed_attention(query, key, value, heads, offsets, half_window, flat)
 
+    fused: Any = mx.custom_function(kernel)
     fused.vjp(lambda inputs, dy, _: mx.vjp(plain, list(inputs), [dy])[1])
     return fused(query, key, value).astype(dtype)
 

@@ -459,7 +459,7 @@ void test_attentions() {
   test_attention(1, 8, {0, 700}, {true, true, false, 1});  // more keys and queries than one task takes
   for (long window : {1, 5, 64, 200})
     for (bool mask : {false, true}) {
-      test_attention(2, 7, {0, 1, 1, 34, 150}, {mask, mask, false, 0, false, window});
+      test_attention(2, 8, {0, 1, 1, 34, 150}, {mask, mask, false, 0, false, window});
       test_attention(1, 8, {0, 700}, {mask, false, false, 0, false, window});
     }
   for (int bias : {0, 1, 2}) {

@@ -12,7 +12,7 @@ from mlx_esm_hf.models.esmc.configuration_esmc import as_mlx_config as as_esmc_c
 from mlx_esm_hf.models.esmc.configuration_esmc import check_config as check_esmc_config
 from mlx_esm_hf.models.others import model_type_of
 
-ESMC = "biohub/ESMC-6B"  # the language model of the published models
+ESMC, ESMC_HEAD = "biohub/ESMC-6B", 64  # the language model of the published models, and the width of its heads
 
 # {path of our field: path of the field in Biohub's configs}
 BIOHUB = {
@@ -168,8 +168,25 @@ def from_biohub(fields: Mapping[str, Any]) -> dict[str, Any]:
             types: Any = config.get("num_res_types") or EsmFold2Config.num_res_types
             taken = 2 * types + 1 if width == "single_inputs_size" else 0
             set_at_path(config, ours, at_path(config, width) - taken)
+    if (width := at_path(config, "esmc_config.hidden_size")) and not at_path(config, "esmc_config.num_attention_heads"):
+        # The config of the language model's own repository replaces this one.
+        set_at_path(config, "esmc_config.num_attention_heads", max(1, width // ESMC_HEAD))
     config.setdefault("esmc_id", ESMC)
-    return {name: value for name, value in config.items() if name not in OTHERS}
+    known = EsmFold2Config().to_dict()
+    return {
+        name: declared(value, known[name]) if isinstance(known.get(name), dict) and isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in OTHERS
+    }
+
+
+def declared(fields: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that a part of transformers' config has, also in its parts."""
+    return {
+        name: declared(value, known[name]) if isinstance(value, dict) and isinstance(known[name], dict) else value
+        for name, value in fields.items()
+        if name in known
+    }
 
 
 def check_config(config: MLXEsmFold2Config) -> None:

@@ -110,6 +110,7 @@ BIOHUB = Dialect(
             "msa_encoder.blocks.{layer}.outer_product_mean.Wout.{rest}",
             "msa_encoder.layers.{layer}.outer_product_mean.output_proj.{rest}",
         ),
+        ("msa_encoder.blocks.{layer}.{rest}", "msa_encoder.layers.{layer}.{rest}"),
         # the recurrence
         ("parcae_log_a", "parcae.log_state_decay"),
         ("parcae_log_delta", "parcae.log_delta"),
