@@ -41,7 +41,11 @@ def measure(
 ) -> Iterator[tuple[Result, Peers]]:
     """Yield each result with the peers' descriptions of themselves. Only one model's workers run at a time."""
     for model in models:
-        wanted = [name for name in workloads if model in WORKLOADS[name][1] or (model == "tiny" and name != "fold")]
+        wanted = [
+            name
+            for name in workloads
+            if model in WORKLOADS[name][1] or (model == "tiny" and name not in ("fold", "fold2"))
+        ]
         if not wanted:
             continue
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.cores) as pool:

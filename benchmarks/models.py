@@ -35,6 +35,7 @@ class Shape(NamedTuple):
     rotary: bool = True
     blocks: int = 0  # of a folding trunk with the widths of ESMFold's
     gated: int = 0  # width of the feed-forward layer of an ESMC; 0 for an ESM
+    pair_layers: int = 0  # of an ESMFold2's trunk, next to heads of the published widths; the ESMC is then its stem
 
     def layer_flops(self, rows: int, length: int) -> int:
         """Return the operations of the matrix products of an ESM layer.
@@ -58,6 +59,8 @@ SHAPES = {
     "ESMFold trunk": Shape(1, 32, 2, blocks=4),
     "ESMFold": Shape(36, 2560, 40, blocks=48),
     "ESMC-300M": Shape(30, 960, 15, gated=2560),
+    "tiny ESMFold2": Shape(1, 64, 1, gated=64, pair_layers=1),
+    "ESMFold2 parts": Shape(1, 64, 1, gated=64, pair_layers=4),
 }
 
 
@@ -108,7 +111,10 @@ def write_checkpoint(name: str, folder: Path, fasta: str) -> None:
     mx.random.seed(0)
     shape = SHAPES[name]
     configuration = (mlx_esm_hf.MLXEsmcConfig if shape.gated else mlx_esm_hf.MLXEsmConfig)(**config(shape))
-    if shape.blocks:
+    if shape.pair_layers:
+        parts = {"folding_trunk_num_hidden_layers": shape.pair_layers, "esmc_config": configuration.to_dict()}
+        mlx_esm_hf.MLXEsmFold2Model(mlx_esm_hf.MLXEsmFold2Config(**parts)).save_pretrained(folder)
+    elif shape.blocks:
         mlx_esm_hf.MLXEsmForProteinFolding(configuration).save_pretrained(folder)
     else:
         mlx_esm_hf.MLXAutoModelForMaskedLM.from_config(configuration).save_pretrained(folder)

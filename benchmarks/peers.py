@@ -61,10 +61,27 @@ def residue_states(length: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((1, length, width), np.float32)
 
 
-def is_folding_model(folder: str) -> bool:
-    """Return whether a checkpoint is a folding model."""
+def model_class(folder: str) -> str:
+    """Return the name of the class of a checkpoint, as in transformers."""
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        return json.load(file).get("is_folding_model", False)
+        config = json.load(file)
+    if config["model_type"] == "esmfold2":
+        return "EsmFold2Model"
+    return "EsmForProteinFolding" if config.get("is_folding_model") else "AutoModelForMaskedLM"
+
+
+def pair_states(length: int, width: int) -> np.ndarray:
+    """Return random states of pairs, [1, length, length, width]."""
+    return np.random.default_rng(0).standard_normal((1, length, length, width), np.float32)
+
+
+def noisy_atoms(samples: int, atoms: int) -> np.ndarray:
+    """Return random positions of atoms, [samples, atoms, 3], in Å."""
+    return 10 * np.random.default_rng(1).standard_normal((samples, atoms, 3), np.float32)
+
+
+SEQUENCE = "ACDEFGHIKLMNPQRSTVWY"  # repeated, for the atoms of ESMFold2
+NOISE = 5.0  # in Å
 
 
 class Ours:
@@ -85,9 +102,8 @@ class Ours:
 
     def load(self, folder: str) -> None:
         self.folder, self.case = folder, None
-        folds = is_folding_model(folder)
-        cls = self.library.MLXEsmForProteinFolding if folds else self.library.MLXAutoModelForMaskedLM
-        self.model = cls.from_pretrained(folder, dtype=self.dtype)
+        self.model = getattr(self.library, f"MLX{model_class(folder)}").from_pretrained(folder, dtype=self.dtype)
+        self.conditioning: dict[int, Any] = {}
         self.tokenizer = self.Tokenizer.from_pretrained(folder)
         self.mx.eval(self.model.parameters())
 
@@ -120,6 +136,23 @@ class Ours:
         s = mx.array(residue_states(length, self.model.config.esmfold_config.trunk.sequence_state_dim))
         zeros, ones = mx.zeros((1, length), dtype=mx.int32), mx.ones((1, length), dtype=mx.int32)
         return self._done(self.model.trunk(s, zeros, mx.arange(length)[None], ones, 0)["s_z"])
+
+    def pair_trunk(self, length: int) -> Any:
+        """Return the pair states after the layers of ESMFold2's trunk."""
+        z = self.mx.array(pair_states(length, self.model.config.pairwise_hidden_size))
+        return self._done(self.model.folding_trunk(z, self.mx.ones((1, length))))
+
+    def denoise(self, length: int, samples: int) -> Any:
+        """Return the atoms after one call of ESMFold2's denoiser, with the conditioning of an earlier call."""
+        mx, head = self.mx, self.model.structure_head
+        features = self.model.features((SEQUENCE * length)[:length])
+        if length not in self.conditioning:
+            z = mx.array(pair_states(length, self.model.config.pairwise_hidden_size))
+            singles = mx.array(residue_states(length, self.model.config.single_inputs_size))
+            self.conditioning[length] = head.prepare(z, z, singles, features)
+        x = mx.array(noisy_atoms(samples, features["ref_pos"].shape[1]))
+        real = int(features["atom_attention_mask"].sum())
+        return self._done(head(x, mx.array([NOISE]), self.conditioning[length])[:, :real])
 
     def fold(self, length: int) -> Any:
         """Return the atoms of a protein after one pass."""
@@ -254,8 +287,9 @@ class Transformers(Torch):
 
     def load(self, folder: str) -> None:
         self.folder, self.case = folder, None
-        cls = self.library.EsmForProteinFolding if is_folding_model(folder) else self.library.AutoModelForMaskedLM
+        cls = getattr(self.library, model_class(folder))
         self.model = cls.from_pretrained(folder, dtype=self.dtype).to(self.device).eval()
+        self.conditioning: dict[tuple[int, int], Any] = {}
         self.tokenizer = self.Tokenizer.from_pretrained(folder)
 
     def about(self) -> dict[str, str]:
@@ -312,6 +346,38 @@ class Transformers(Torch):
         arrays = [x.to(self.device) for x in (s, z, zeros, torch.arange(length)[None], ones)]
         with torch.inference_mode():
             return self._done(self.model.trunk(*arrays, no_recycles=0)["s_z"])
+
+    def pair_trunk(self, length: int, chunk_size: int | None) -> Any:
+        """Return the pair states after the layers of ESMFold2's trunk."""
+        torch = self.torch
+        for module in self.model.folding_trunk.modules():
+            if hasattr(module, "chunk_size"):
+                module.chunk_size = chunk_size
+        z = torch.tensor(pair_states(length, self.model.config.pairwise_hidden_size)).to(self.device)
+        with torch.inference_mode():
+            return self._done(self.model.folding_trunk(z, torch.ones(1, length, length, device=self.device)))
+
+    def denoise(self, length: int, samples: int) -> Any:
+        """Return the atoms after one call of ESMFold2's denoiser, with the conditioning of an earlier call."""
+        from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
+        from transformers.models.esmfold2.protein_utils import prepare_protein_features
+
+        torch, head, one_hot = self.torch, self.model.structure_head, self.torch.nn.functional.one_hot
+        given = prepare_protein_features((SEQUENCE * length)[:length], device=self.device)
+        atoms = {name: given[name] for name in EsmFold2AtomInputs.__dataclass_fields__}
+        atoms["ref_element"] = one_hot(atoms["ref_element"], 128).float()
+        atoms["ref_atom_name_chars"] = one_hot(atoms["ref_atom_name_chars"], 64).float()
+        with torch.inference_mode():
+            if (length, samples) not in self.conditioning:
+                z = torch.tensor(pair_states(length, self.model.config.pairwise_hidden_size)).to(self.device)
+                singles = torch.tensor(residue_states(length, self.model.config.single_inputs_size)).to(self.device)
+                self.conditioning[length, samples] = head.prepare_conditioning(
+                    EsmFold2AtomInputs(**atoms), z, z, singles, given["attention_mask"], samples
+                )
+            x = torch.tensor(noisy_atoms(samples, atoms["ref_pos"].shape[1])).to(self.device)
+            levels = torch.full((samples,), NOISE, device=self.device)
+            real = int(given["atom_attention_mask"].sum())
+            return self._done(head(x, levels, self.conditioning[length, samples])[:, :real])
 
     def fold(self, length: int, chunk_size: int | None) -> Any:
         """Return the atoms of a protein after one pass."""

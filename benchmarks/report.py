@@ -51,6 +51,16 @@ TARGETS = (
     Target("fold", ("ESMFold trunk",), "transformers", 1.5, "384 residues"),
     Target("fold", ("ESMFold trunk",), "transformers", 0.6, "256 residues, peak memory"),
     Target("fold", ("ESMFold trunk",), "transformers", 0.6, "384 residues, peak memory"),
+    *(
+        Target("fold2", ("ESMFold2 parts",), "transformers", target, f"{length} tokens, {case}")
+        for length in (64, 128, 256, 384)
+        for case, target in (
+            ("trunk", 2.0),
+            ("4 samples, denoiser", 2.0),
+            ("trunk, peak memory", 0.6),
+            ("denoiser, peak memory", 0.6),
+        )
+    ),
     Target("encoder", ("650M", "tiny"), "gemm", 0.85),
     Target("quantized", ("650M",), BEST[0], 2, "proteins", "ours, 8 bits, int8"),
     Target("quantized", ("650M",), DYNAMIC, 1.3, "proteins", "ours, 8 bits, int8"),

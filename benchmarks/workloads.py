@@ -22,6 +22,7 @@ BEST = ("transformers sdpa, one at a time", "transformers sdpa, by length")
 QUICK = 1  # seconds; after a faster warm-up, a full measurement is a second warm-up
 MIN_ROUNDS = 2  # of ours and of the best peer, however long they take
 CHUNKS = (4, 16, 64, None)  # chunk sizes of transformers' triangle attention, in rows of pairs
+SAMPLES = 4  # of the denoiser
 PROBE = 64  # tokens, to estimate how long a peer will take
 BFLOAT16, DYNAMIC = "transformers sdpa, bfloat16", "torch's dynamic int8"
 PRECISIONS = {
@@ -362,6 +363,30 @@ def fold(s: Session) -> Iterator[Case]:
         yield peak_memory(s, f"{length} residues, peak memory", "trunk", {"length": length}, *smallest)
 
 
+def fold2(s: Session) -> Iterator[Case]:
+    """Measure four layers of ESMFold2's trunk, one call of its denoiser, and the peak memory of both.
+
+    The trunk is compared with transformers at several chunk sizes, and the memory with the smallest.
+    """
+    lengths = (64, 128, 256, 384) if s.shape.pair_layers > 1 else (16,)
+    for length in lengths:
+        args: dict[str, Any] = {"length": length}
+        theirs = [
+            s.runner("pair_trunk", args | chunk, "transformers", name, needed=1)
+            for name, chunk in map(chunks_of, CHUNKS[1:])
+        ]
+        yield Case(f"{length} tokens, trunk", "s", [s.runner("pair_trunk", args, OURS), *theirs])
+    for length in lengths:
+        args = {"length": length, "samples": SAMPLES}
+        runners = [s.runner("denoise", args, OURS), s.runner("denoise", args, "transformers", needed=1)]
+        yield Case(f"{length} tokens, {SAMPLES} samples, denoiser", "s", runners)
+    for length in lengths:
+        smallest = chunks_of(CHUNKS[1])
+        yield peak_memory(s, f"{length} tokens, trunk, peak memory", "pair_trunk", {"length": length}, *smallest)
+        args = {"length": length, "samples": SAMPLES}
+        yield peak_memory(s, f"{length} tokens, denoiser, peak memory", "denoise", args, "transformers", {})
+
+
 def chunks_of(size: int | None) -> tuple[str, dict[str, Any]]:
     """Return the name and arguments of transformers' folding with this chunk size in rows."""
     return f"transformers, {f'chunks of {size}' if size else 'in one chunk'}", {"chunk_size": size}
@@ -516,6 +541,7 @@ WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]
     "single": (single, ("8M", "150M", "650M", *ESMC)),
     "contacts": (contacts, ("150M",)),
     "fold": (fold, ("ESMFold trunk", "ESMFold", "tiny ESMFold")),
+    "fold2": (fold2, ("ESMFold2 parts", "tiny ESMFold2")),
     "encoder": (encoder, ("650M",)),
     "gemm": (gemm, ("8M", "35M", "150M", "650M", "3B", "15B")),
     "quantized": (quantized, ("8M", "150M", "650M")),

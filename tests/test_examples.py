@@ -14,9 +14,10 @@ import torch
 import transformers
 from transformers import EsmConfig, EsmForProteinFolding
 
-from mlx_esm_hf import MLXEsmForProteinFolding
+from mlx_esm_hf import MLXEsmForProteinFolding, convert
 from mlx_esm_hf.models.esm.tokenization_esm import EsmTokenizer
 from tests.models.esmfold.folding import perturb
+from tests.models.esmfold2.oracle import peers
 from tests.tiny import tiny, tiny_folding
 from tests.vocabulary import write_vocabulary
 
@@ -125,6 +126,42 @@ def test_check_of_esmfold(tmp_path):
     assert verdicts(tmp_path / "same.py", "sure") == 1
     (tmp_path / "none.ipynb").write_text(json.dumps(NO_STRUCTURE))
     assert verdicts(tmp_path / "same.py", "none") == "error: no structure found in the notebook."
+
+
+def test_check_of_esmfold2(tmp_path):
+    """The check passes with what transformers returns after the same seed, and fails for the published numbers."""
+    theirs = peers(tmp_path / "exact").theirs
+    constants = runpy.run_path(str(EXAMPLES / "check_esmfold2.py"))
+    torch.manual_seed(constants["SEED"])
+    expected = theirs.infer_protein(
+        constants["UBIQUITIN"],
+        num_loops=constants["LOOPS"],
+        num_diffusion_samples=constants["SAMPLES"],
+        num_sampling_steps=constants["STEPS"],
+    )
+    stem = sum(p.numel() for p in theirs.esmc.parameters())
+    numbers = {
+        "DISTOGRAM": expected.distogram_logits[0, 0, 1, :8].tolist(),
+        "PTM": expected.ptm.max().item(),
+        "LANGUAGE_MODEL": stem,
+        "FOLDING": {sum(p.numel() for p in theirs.parameters()) - stem: "tiny"},
+    }
+    script = (EXAMPLES / "check_esmfold2.py").read_text()
+    for name, value in numbers.items():
+        script, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", script)
+        assert count == 1
+    (tmp_path / "same.py").write_text(script)
+    convert(tmp_path / "exact", tmp_path / "half", dtype="bfloat16")
+
+    def verdict(script, *arguments):
+        with pytest.raises(SystemExit) as done:
+            run(script, *arguments)
+        return done.value.code
+
+    assert verdict(tmp_path / "same.py", tmp_path / "exact") == 0
+    assert verdict(EXAMPLES / "check_esmfold2.py", tmp_path / "exact") == 1
+    assert verdict(tmp_path / "same.py", tmp_path / "half") == 1
+    assert verdict(tmp_path / "same.py", tmp_path / "exact", tmp_path / "exact") == 0  # "quantized" exactly
 
 
 def test_similar_peptides_are_in_the_same_set():

@@ -38,6 +38,7 @@ from mlx_esm_hf.models.auto import (
     MLXAutoModelForTokenClassification,
     open_checkpoint,
 )
+from mlx_esm_hf.models.esmfold2.modeling_esmfold2 import MLXEsmFold2Model
 from mlx_esm_hf.quantization.layers import (
     INTEGER_BITS,
     QuantSpec,
@@ -156,6 +157,8 @@ def convert(
         raise UserError(f"{source} is {'already quantized' if quantize else 'not quantized'}.")
     cls = class_of(config, source)
     checkpoint = open_checkpoint(cls, source, commit)
+    if report is not None and checkpoint.model_class is MLXEsmFold2Model:
+        raise UserError(f"--report compares language models, but {source} predicts structures. Leave it out.")
     if quantize:
         choose_specs(checkpoint.skeleton(), usual, exceptions)  # refuses rules that match no layer
     proteins = None if report is None else read_for_report(report, source, commit)

@@ -15,6 +15,12 @@ CASES = {
     "single": ["64 residues", "256 residues", "1022 residues"],
     "contacts": ["256 residues"],
     "fold": ["16 residues", "16 residues, peak memory"],
+    "fold2": [
+        "16 tokens, trunk",
+        "16 tokens, 4 samples, denoiser",
+        "16 tokens, trunk, peak memory",
+        "16 tokens, denoiser, peak memory",
+    ],
     "encoder": ["4 x 512 tokens"],
     "gemm": [
         f"{tokens} x {layer}" for layer in ("32 x 32", "32 x 128", "128 x 32") for tokens in (16, 64, 256, 1024, 2048)
@@ -38,7 +44,13 @@ SMALLER_IS_BETTER = {"ms": True, "s": True, "residues/s": False, "GFLOP/s": Fals
 def run(tmp_path_factory):
     """The output of the command and the files it writes."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    options = ["--models=tiny,tiny ESMFold", "--proteins=3", "--repeats=1", "--at-least=0", "--budget=1000"]
+    options = [
+        "--models=tiny,tiny ESMFold,tiny ESMFold2",
+        "--proteins=3",
+        "--repeats=1",
+        "--at-least=0",
+        "--budget=1000",
+    ]
     command = [sys.executable, "-m", "benchmarks", *options, "--json", folder / "a.json", "--markdown", folder / "a.md"]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
@@ -54,7 +66,8 @@ def test_every_peer_is_measured_in_every_workload(run):
             peers = [peer for w, c, peer in rows if (w, c) == (workload, case)]
             assert peers[0] == "ours" and len(peers) > 1, (workload, case)
             for text in (printed, markdown) if workload != "gemm" else ():
-                assert f"{workload} {'tiny ESMFold' if workload == 'fold' else 'tiny'}, {case}" in text
+                model = {"fold": "tiny ESMFold", "fold2": "tiny ESMFold2"}.get(workload, "tiny")
+                assert f"{workload} {model}, {case}" in text
     assert {"transformers sdpa, as they arrive", "transformers eager, by length", "ours, kernels off"} <= {
         peer for _, _, peer in rows
     }

@@ -272,7 +272,7 @@ def test_the_folding_part_is_not_quantized(bundle: Path, tmp_path: Path) -> None
         import mlx.nn as nn
 
         nn.quantize(MLXEsmFold2Model.from_pretrained(bundle), 32, 8)
-    with pytest.raises(UserError, match="report"):
+    with pytest.raises(UserError, match="--report compares language models, but .* predicts structures"):
         convert(bundle, tmp_path / "out", quantize=True, group_size=32, report=["MKTAYIAKQR"])
 
 
