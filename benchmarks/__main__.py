@@ -44,7 +44,7 @@ def measure(
         wanted = [
             name
             for name in workloads
-            if model in WORKLOADS[name][1] or (model == "tiny" and name not in ("fold", "fold2"))
+            if model in WORKLOADS[name][1] or (model == "tiny" and not name.startswith("fold"))
         ]
         if not wanted:
             continue

@@ -137,6 +137,10 @@ class Ours:
         zeros, ones = mx.zeros((1, length), dtype=mx.int32), mx.ones((1, length), dtype=mx.int32)
         return self._done(self.model.trunk(s, zeros, mx.arange(length)[None], ones, 0)["s_z"])
 
+    def read_weights(self) -> None:
+        """Read all weights, so that their memory counts."""
+        self.mx.eval([x.sum() for _, x in self.model.named_parameters()])
+
     def pair_trunk(self, length: int) -> Any:
         """Return the pair states after the layers of ESMFold2's trunk."""
         z = self.mx.array(pair_states(length, self.model.config.pairwise_hidden_size))
@@ -346,6 +350,11 @@ class Transformers(Torch):
         arrays = [x.to(self.device) for x in (s, z, zeros, torch.arange(length)[None], ones)]
         with torch.inference_mode():
             return self._done(self.model.trunk(*arrays, no_recycles=0)["s_z"])
+
+    def read_weights(self) -> None:
+        """Read all weights, so that their memory counts."""
+        for parameter in self.model.parameters():
+            parameter.sum()
 
     def pair_trunk(self, length: int, chunk_size: int | None) -> Any:
         """Return the pair states after the layers of ESMFold2's trunk."""

@@ -52,13 +52,13 @@ TARGETS = (
     Target("fold", ("ESMFold trunk",), "transformers", 0.6, "256 residues, peak memory"),
     Target("fold", ("ESMFold trunk",), "transformers", 0.6, "384 residues, peak memory"),
     *(
-        Target("fold2", ("ESMFold2 parts",), "transformers", target, f"{length} tokens, {case}")
+        Target(workload, ("ESMFold2 parts",), "transformers", target, f"{length} tokens, {case}")
         for length in (64, 128, 256, 384)
-        for case, target in (
-            ("trunk", 2.0),
-            ("4 samples, denoiser", 2.0),
-            ("trunk, peak memory", 0.6),
-            ("denoiser, peak memory", 0.6),
+        for workload, case, target in (
+            ("fold2", "trunk", 2.0),
+            ("fold2", "4 samples, denoiser", 2.0),
+            ("fold2-memory", "trunk", 0.6),
+            ("fold2-memory", "denoiser", 0.6),
         )
     ),
     Target("encoder", ("650M", "tiny"), "gemm", 0.85),

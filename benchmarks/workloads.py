@@ -364,11 +364,11 @@ def fold(s: Session) -> Iterator[Case]:
 
 
 def fold2(s: Session) -> Iterator[Case]:
-    """Measure four layers of ESMFold2's trunk, one call of its denoiser, and the peak memory of both.
+    """Measure four layers of ESMFold2's trunk and one call of its denoiser.
 
-    The trunk is compared with transformers at several chunk sizes, and the memory with the smallest.
+    The trunk is compared with transformers at several chunk sizes.
     """
-    lengths = (64, 128, 256, 384) if s.shape.pair_layers > 1 else (16,)
+    lengths = lengths_of(s)
     for length in lengths:
         args: dict[str, Any] = {"length": length}
         theirs = [
@@ -380,11 +380,20 @@ def fold2(s: Session) -> Iterator[Case]:
         args = {"length": length, "samples": SAMPLES}
         runners = [s.runner("denoise", args, OURS), s.runner("denoise", args, "transformers", needed=1)]
         yield Case(f"{length} tokens, {SAMPLES} samples, denoiser", "s", runners)
-    for length in lengths:
+
+
+def fold2_memory(s: Session) -> Iterator[Case]:
+    """Measure the peak memory of the same, after all weights have been read; transformers with the smallest chunks."""
+    for length in lengths_of(s):
         smallest = chunks_of(CHUNKS[1])
-        yield peak_memory(s, f"{length} tokens, trunk, peak memory", "pair_trunk", {"length": length}, *smallest)
+        yield peak_memory(s, f"{length} tokens, trunk", "pair_trunk", {"length": length}, *smallest)
         args = {"length": length, "samples": SAMPLES}
-        yield peak_memory(s, f"{length} tokens, denoiser, peak memory", "denoise", args, "transformers", {})
+        yield peak_memory(s, f"{length} tokens, denoiser", "denoise", args, "transformers", {})
+
+
+def lengths_of(s: Session) -> tuple[int, ...]:
+    """Return the tokens of the proteins that ESMFold2 is measured with."""
+    return (64, 128, 256, 384) if s.shape.pair_layers > 1 else (16,)
 
 
 def chunks_of(size: int | None) -> tuple[str, dict[str, Any]]:
@@ -525,6 +534,8 @@ def peak_memory(s: Session, case: str, call: str, args: dict[str, Any], peer: st
         def run(keep: Path | None) -> float:
             s.close()
             with s.start(process) as worker:
+                if s.shape.pair_layers:  # each case uses a part of the weights, and the peers map them
+                    worker.ask("read_weights", {})
                 return worker.ask(call, args, keep=keep)["peak_bytes"]
 
         return Runner(name, run, needed=1)
@@ -542,6 +553,7 @@ WORKLOADS: dict[str, tuple[Callable[[Session], Iterator[Case]], tuple[str, ...]]
     "contacts": (contacts, ("150M",)),
     "fold": (fold, ("ESMFold trunk", "ESMFold", "tiny ESMFold")),
     "fold2": (fold2, ("ESMFold2 parts", "tiny ESMFold2")),
+    "fold2-memory": (fold2_memory, ("ESMFold2 parts", "tiny ESMFold2")),
     "encoder": (encoder, ("650M",)),
     "gemm": (gemm, ("8M", "35M", "150M", "650M", "3B", "15B")),
     "quantized": (quantized, ("8M", "150M", "650M")),

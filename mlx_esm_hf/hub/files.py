@@ -16,6 +16,7 @@ from mlx_esm_hf.errors import CheckpointError
 from mlx_esm_hf.runtime.files import finish_replacing
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
 REPORT = "CONVERSION.md"  # the report of a conversion, which becomes part of the card
 FIGURES = "CONVERSION.json"  # the figures of that report
@@ -117,6 +118,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (folder / ADAPTER_CONFIG).exists():
+            raise CheckpointError(
+                f"{folder} holds an adapter without its base model, and only whole models are published. Merge it "
+                f"(mlx-esm finetune --merge, or merge_adapters), or upload it as it is: hf upload OWNER/NAME {folder}. "
+                "Nothing was sent."
+            ) from None
         raise CheckpointError(f"{folder} contains no {CONFIG}: it is not a checkpoint. Nothing was sent.") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} is not JSON ({error}). Nothing was sent.") from error

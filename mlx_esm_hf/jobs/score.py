@@ -157,6 +157,8 @@ def score(
     parsed, left_out = _parse(rows, mutant_column, wild_type, first_residue)
     shards = None if output is None else shards_of(output)
     models = [model] if isinstance(model, (str, os.PathLike, ProteinModel)) else list(model)
+    if not models:
+        raise UserError("model must be a model or a list of at least one, got none.")
     names = [m.name if isinstance(m, ProteinModel) else shown_name(m) for m in models]
     columns += [*names, "mean"] if len(names) > 1 else names
     if repeated := [name for name in columns if columns.count(name) > 1]:

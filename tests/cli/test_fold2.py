@@ -1,7 +1,6 @@
 """`mlx-esm fold` with an ESMFold2 model, as a command, and under kill -9."""
 
 import csv
-import random
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from mlx_esm_hf import MLXEsmFold2Model
 from mlx_esm_hf.cli import app
 from mlx_esm_hf.models.esmfold2.modeling_esmfold2 import best_sample
 from mlx_esm_hf.models.esmfold2.residues import decode_name
-from tests.cli.test_fold import without_seconds
+from tests.cli.test_fold import fasta, without_seconds  # noqa: F401 (a fixture)
 from tests.jobs.models import UBIQUITIN, write_folding2_model, write_folding_model
 from tests.processes import ENVIRONMENT
 
@@ -163,18 +162,7 @@ def test_options_of_esmfold2_are_refused_for_esmfold(tmp_path):
         assert code == 1 and "is not an option of ESMFold models; they have num_recycles" in said
 
 
-@pytest.fixture(scope="module")
-def fasta(tmp_path_factory):
-    """Write 12 proteins; every third has two chains."""
-    residues, path = random.Random(0), tmp_path_factory.mktemp("fasta") / "p.fasta"
-    with path.open("w") as file:
-        for i in range(12):
-            sequence = "".join(residues.choices("ACDEFGHIKLMNPQRSTVWYX", k=residues.randint(30, 60)))
-            file.write(f">p{i}\n{sequence[:20]}{':' if i % 3 == 0 else ''}{sequence[20:]}\n")
-    return path
-
-
-def test_killed_run_resumes_with_identical_files(fasta, model, tmp_path):
+def test_killed_run_resumes_with_identical_files(fasta, model, tmp_path):  # noqa: F811
     """The files equal those of an uninterrupted run, except for seconds, their checksums, and the memory limit."""
 
     def arguments(output):

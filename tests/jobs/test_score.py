@@ -195,3 +195,8 @@ def test_table_with_an_empty_first_line(tmp_path):
     (tmp_path / "mutants.csv").write_text("\nmutant\nM1A\n")
     with pytest.raises(ValueError, match="No column 'mutant' in .*: its first line is empty"):
         score(tmp_path / "mutants.csv", "MKTAYI", "no model is loaded")
+
+
+def test_no_model():
+    with pytest.raises(ValueError, match="model must be a model or a list of at least one, got none"):
+        score(["M1A"], "MKT", [])

@@ -157,9 +157,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     layers = adapted_layers(model)
     config = next(iter(layers.values())).config
     modules = modules_to_save(model, config)
-    state = names_in(
-        model.dialects[0], state_of(model, layers, modules), model.config.num_hidden_layers, model.base_model_prefix
-    )
+    depth = model.language_config(model.config).num_hidden_layers
+    state = names_in(model.dialects[0], state_of(model, layers, modules), depth, model.base_model_prefix)
     written = asdict(config) | {
         "peft_type": "LORA",
         "base_model_name_or_path": shown_name(model.config._name_or_path) or None,

@@ -105,7 +105,13 @@ def choose_layers(model: Any, config: LoraConfig) -> tuple[dict[str, LoRALinear]
         UserError: the configuration does not fit the model.
     """
     if not model.is_tied() or spec_of(model.get_input_embeddings()):
-        return _choose_layers(model, config)
+        layers, modules = _choose_layers(model, config)
+        if plain := [name for name in layers if name.startswith(model.plain)]:
+            raise UserError(
+                f"{plain[0]} cannot have an adapter: the operations of folding read plain weights. Choose layers of "
+                "the language model in target_modules."
+            )
+        return layers, modules
     model.untie_weights()
     try:
         layers, modules = _choose_layers(model, config)
@@ -221,5 +227,6 @@ def _find_adapted(model: Any) -> dict[str, LoRALinear]:
 def _peft_names(model: Any) -> dict[str, str]:
     """Return {module name in PEFT's files: our name}. They differ where the model's dialect renames modules."""
     weights = {f"{name}.weight": name for name, _ in model.named_modules() if name}
-    named = names_in(model.dialects[0], weights, model.config.num_hidden_layers, model.base_model_prefix)
+    layers = model.language_config(model.config).num_hidden_layers
+    named = names_in(model.dialects[0], weights, layers, model.base_model_prefix)
     return {key.removesuffix(".weight"): name for key, name in named.items()}

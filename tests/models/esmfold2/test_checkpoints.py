@@ -15,7 +15,15 @@ from mlx.utils import tree_flatten
 from transformers import EsmFold2Config, EsmFold2Model
 
 import mlx_esm_hf
-from mlx_esm_hf import MLXAutoModel, MLXEsmcForMaskedLM, MLXEsmFold2Config, MLXEsmFold2Model, convert
+from mlx_esm_hf import (
+    LoraConfig,
+    MLXAutoModel,
+    MLXEsmcForMaskedLM,
+    MLXEsmFold2Config,
+    MLXEsmFold2Model,
+    add_adapters,
+    convert,
+)
 from mlx_esm_hf.checkpoint.names import canonical_names
 from mlx_esm_hf.checkpoint.read import load_file
 from mlx_esm_hf.errors import CheckpointError, UserError
@@ -274,6 +282,16 @@ def test_the_folding_part_is_not_quantized(bundle: Path, tmp_path: Path) -> None
         nn.quantize(MLXEsmFold2Model.from_pretrained(bundle), 32, 8)
     with pytest.raises(UserError, match="--report compares language models, but .* predicts structures"):
         convert(bundle, tmp_path / "out", quantize=True, group_size=32, report=["MKTAYIAKQR"])
+
+
+def test_adapters(bundle: Path) -> None:
+    """Layers of the language model can have adapters; those of the folding part, whose weights operations read, not."""
+    model = MLXEsmFold2Model.from_pretrained(bundle)
+    with pytest.raises(UserError, match="cannot have an adapter: the operations of folding read plain weights"):
+        add_adapters(model, LoraConfig(target_modules=["proj_emit"], r=2))
+    before = np.array(model.infer_protein("MKTAY", **OPTIONS).distogram_logits)
+    add_adapters(model, LoraConfig(target_modules=["q_proj"], r=2, exclude_modules=r"(?!esmc).*"))
+    np.testing.assert_allclose(np.array(model.infer_protein("MKTAY", **OPTIONS).distogram_logits), before, atol=1e-4)
 
 
 # What is for language models

@@ -148,3 +148,10 @@ def test_errors(tmp_path):
     set_in_config(folder, base_model_name_or_path=None)
     with pytest.raises(CheckpointError, match=r"does not name its base model .*load_adapter"):
         mlx_esm_hf.MLXEsmForMaskedLM.from_pretrained(folder)
+
+
+def test_an_adapter_is_not_published_as_a_model(tmp_path):
+    """The message says what to do instead."""
+    write_adapter(tmp_path, "MaskedLM")
+    with pytest.raises(CheckpointError, match=r"holds an adapter without its base model.*merge_adapters.*hf upload"):
+        mlx_esm_hf.hub.publish(tmp_path / "adapter", "me/adapter", token="hf_me", dry_run=True)
