@@ -8,14 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_esm_hf import MLXEsmConfig, MLXEsmForProteinFolding, fold
+from mlx_esm_hf import MLXEsmConfig, MLXEsmFold2Config, MLXEsmFold2Model, MLXEsmForProteinFolding, fold
 from mlx_esm_hf.jobs import structures
 from mlx_esm_hf.jobs.folding import ESMFold
+from mlx_esm_hf.jobs.folding2 import ESMFold2
 from mlx_esm_hf.models.esmfold.residue_constants import ATOM37_MASK
 from mlx_esm_hf.runs.job import Item
 from mlx_esm_hf.runtime import memory
 from tests.jobs.models import UBIQUITIN, write_folding_model
-from tests.tiny import tiny_folding
+from tests.tiny import tiny_folding, tiny_folding2
 
 PROTEINS = [("sp|P12345|ONE", UBIQUITIN[:40]), ("two", "MKXTAYI:GG:MKTAYIAKQR"), ("three", "ACDEFGHIKLMNPQRSTVWY")]
 ENDINGS = (".cif", ".npz", ".pdb", "_pae.json")
@@ -328,3 +329,22 @@ def test_a_chain_of_unknown_residues_blocks_no_protein(folder, tmp_path):
     )
     assert {path.stem for path in (tmp_path / "out").glob("*.cif")} == {"a", "b", "d"}
     assert "'c' has none of the 20 standard residues" in done.left_out[0]
+
+
+def test_memory_estimate_of_esmfold2_is_an_upper_bound():
+    """Compare the memory that folding takes, with pair states of the published width, with the estimate."""
+    fields = tiny_folding2(pairwise_hidden_size=256, pair_transition_intermediate_size=1024)
+    fields["folding_trunk_num_hidden_layers"] = 1
+    choices = dict.fromkeys(ESMFold2.own_choices) | {"num_loops": 0, "num_steps": 1, "num_samples": 2}
+    model = ESMFold2(MLXEsmFold2Model(MLXEsmFold2Config(**fields)).eval(), choices)
+
+    def fold_one(sequence):
+        item = Item(0, "P1", model.encode(sequence), len(sequence), 1, 1)
+        model.predict([item], lambda step: None)
+
+    fold_one("MKTAYI")
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    fold_one(UBIQUITIN * 2)
+    taken, foreseen = mx.get_peak_memory() - before, model.bytes_needed(2 * len(UBIQUITIN))
+    assert foreseen / 3 < taken < foreseen
