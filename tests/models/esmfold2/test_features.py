@@ -317,7 +317,9 @@ def test_proteins_of_a_batch_have_the_same_features():
 # Checks
 
 
-@pytest.mark.parametrize("convert", [np.asarray, torch.tensor, mx.array, np.ndarray.tolist], ids=str)
+@pytest.mark.parametrize(
+    "convert", [np.asarray, torch.tensor, mx.array, np.ndarray.tolist], ids=["NumPy", "torch", "MLX", "list"]
+)
 def test_checked_features(convert):
     """The same arrays come out of NumPy, torch, MLX and lists, with masks of bools or integers."""
     features = protein_features("MKW:G")
