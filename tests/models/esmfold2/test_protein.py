@@ -186,7 +186,7 @@ def test_residue_numbers():
 
 
 def test_most_atoms(monkeypatch):
-    """TER records are counted, too."""
+    """TER records have numbers like atoms and count as well."""
     features = complex_with_ligands()
     atoms = features["atom_to_token"].shape[1]
     arguments = features, np.zeros((atoms, 3)), np.zeros(atoms)
