@@ -20,7 +20,7 @@ from mlx_esm_hf.ops.pairs import ELEMENTS_AT_A_TIME
 from mlx_esm_hf.runs.ids import FileNames
 from mlx_esm_hf.runs.job import Arrays, Item, Result
 
-PAIR_STATES = 10  # maximum copies of the pair states in memory at a time
+PAIR_STATES = 12  # maximum copies of the pair states in memory at a time
 COMPLEX_SAMPLES = 5  # default for several chains, whose arrangement varies more than the fold of one
 A3M = ("{}.a3m", "{}.a3m.gz", "{}.a3m.zst")
 
@@ -65,7 +65,7 @@ class ESMFold2(FoldingModel):
         stem = config.esmc_config
         layer = 4 * stem.hidden_size**2 + 3 * stem.hidden_size * stem.intermediate_size
         samples = self.choices["num_samples"] or COMPLEX_SAMPLES
-        return 4 * (pair * length**2 + samples * tokens * length + layer + 8 * ELEMENTS_AT_A_TIME)
+        return 4 * (pair * length**2 + samples * tokens * length + layer + 12 * ELEMENTS_AT_A_TIME)
 
     def result_bytes(self, residues: int) -> int:
         """Return an upper bound of the bytes of a result."""
